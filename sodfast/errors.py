@@ -1,0 +1,9 @@
+"""The two ways a command ends without its result."""
+
+
+class UsageError(Exception):
+    """What the user gave cannot be used. One line that says what to change; the CLI exits 2."""
+
+
+class RunFailed(Exception):
+    """A run broke after it began (a NaN loss, a full disk). The CLI exits 1."""
