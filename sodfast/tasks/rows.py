@@ -1,0 +1,188 @@
+"""Question rows from JSONL files and from the Hugging Face hub, checked before any work starts."""
+
+import importlib
+import json
+import logging
+import math
+import os
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from sodfast.errors import UsageError
+from sodfast.tasks import Question
+
+Row = dict[str, Any]
+Placed = tuple[str, Row]  # "line 7" or "row 7", and the row
+
+SPLIT_SEED = 42
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_logger = logging.getLogger(__name__)
+
+
+def _number(text: str) -> int | float:
+    """Whole numbers become int, so that 1 and 1.0 are the same JSON number."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:40]} is out of range")
+    return int(value) if value.is_integer() else value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+# Python's own decoder accepts NaN and Infinity and turns 1e999 into inf; this one refuses them.
+# It raises ValueError, or RecursionError where the nesting is too deep.
+strict_json = json.JSONDecoder(parse_float=_number, parse_constant=_refuse_constant)
+
+
+def load_questions(
+    train: str,
+    test: str | None,
+    check: Callable[[Question], None],
+    *,
+    keep: Callable[[Row], bool] = lambda row: True,
+    convert: Callable[[Row], Row | None] = lambda row: row,
+) -> tuple[Sequence[Question], Sequence[Question]]:
+    """Load the training and the test questions.
+
+    A name that ends in .jsonl or exists on disk is a file, `org/name` a hub id. A hub id without
+    `test` is split 9:1 by a permutation of seed 42, the published split of SciKnowEval in
+    arXiv 2601.20802. `keep` selects hub rows before the split; `convert` brings them into the
+    layout of the files after it, or answers None for a row to drop.
+
+    Raises:
+        UsageError: a source is missing or empty, or holds a row that cannot be used.
+            `check` raises it for an answer that does not fit; the row's place is put in front.
+    """
+    if test == train:
+        raise UsageError(f"task.test: {test} is also task.train, name other rows to test on")
+    if _is_file(train):
+        if test is None:
+            raise UsageError("task.test: name a file of test rows (only a hub id is split 9:1)")
+        train_rows = _read_file(train)
+    else:
+        train_rows = _read_hub(train, "train", keep)
+    if test is None:
+        train_rows, test_rows = _split(train, train_rows)
+    else:
+        test_rows = _read_file(test) if _is_file(test) else _read_hub(test, "test", keep)
+
+    def questions(source: str, rows: Sequence[Placed]) -> list[Question]:
+        if not _is_file(source):
+            converted = [(place, convert(row)) for place, row in rows]
+            rows = [(place, row) for place, row in converted if row is not None]
+            if len(rows) < len(converted):
+                _logger.warning("%s: dropped %d flawed rows", source, len(converted) - len(rows))
+        return [_question(source, place, row, check) for place, row in rows]
+
+    return questions(train, train_rows), questions(test or train, test_rows)
+
+
+def _is_file(source: str) -> bool:
+    return source.endswith(".jsonl") or os.path.exists(source)
+
+
+def _read_file(source: str) -> list[Placed]:
+    try:
+        # Only \n, \r\n and \r end a line here; str.splitlines would also cut inside strings.
+        with open(source, encoding="utf-8-sig") as file:
+            lines = file.readlines()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{source}: not UTF-8 text, save it as UTF-8 ({error.reason})") from error
+    except OSError as error:
+        raise UsageError(f"{source}: cannot be read, check task.* ({error.strerror})") from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if line.isspace():
+            continue
+        place = f"{source}, line {number}"
+        try:
+            row = strict_json.decode(line)
+        except json.JSONDecodeError as error:
+            raise UsageError(f"{place}: not JSON, column {error.colno}: {error.msg}") from error
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"{place}: not JSON, {error}") from error
+        if not isinstance(row, dict):
+            raise UsageError(f"{place}: must be a JSON object, not {_type(row)}")
+        rows.append((f"line {number}", row))
+    if not rows:
+        raise UsageError(f"{source}: holds no rows, name a JSONL file with one question a line")
+    return rows
+
+
+def _read_hub(source: str, split: str, keep: Callable[[Row], bool]) -> list[Placed]:
+    if not _HUB_ID.fullmatch(source):
+        raise UsageError(f"{source}: no such file, and not a hub id of the form org/name")
+    try:
+        datasets = importlib.import_module("datasets")
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"{source}: no such file, and reading it as a hub id needs `pip install sodfast[hub]`"
+        ) from error
+    try:
+        splits = datasets.load_dataset(source)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"{source}: the hub gives no such data set ({reason})") from error
+    if split not in splits and len(splits) > 1:
+        raise UsageError(f"{source}: has no split {split!r}, only {', '.join(splits)}")
+    rows = splits[split] if split in splits else next(iter(splits.values()))
+    try:
+        kept = [(f"row {i}", row) for i, row in enumerate(rows) if keep(row)]
+    except KeyError as error:
+        raise UsageError(f"{source}: has no column {error}, not the layout of this task") from error
+    if not kept:
+        raise UsageError(f"{source}: no row of {len(rows)} is of the kind asked for in task.*")
+    return kept
+
+
+def _split(source: str, rows: Sequence[Placed]) -> tuple[list[Placed], list[Placed]]:
+    if len(rows) < 2:
+        raise UsageError(f"{source}: one row cannot be split, name other rows in task.test")
+    order = np.random.default_rng(SPLIT_SEED).permutation(len(rows))
+    test_count = math.ceil(len(rows) / 10)
+    return [rows[i] for i in order[test_count:]], [rows[i] for i in order[:test_count]]
+
+
+def _question(source: str, place: str, row: Row, check: Callable[[Question], None]) -> Question:
+    name = next((row[key] for key in ("id", "idx") if row.get(key) is not None), place)
+    place = f"{source}, {place}"
+    prompt = row.get("prompt")
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise UsageError(f"{place}: field 'prompt' must be text, not {_type(prompt)}")
+    if row.get("answer") is None:
+        raise UsageError(f"{place}: field 'answer' is missing")
+    system = row.get("system")
+    if not isinstance(system, str | None):
+        raise UsageError(f"{place}: field 'system' must be text or null, not {_type(system)}")
+    if not isinstance(name, str | int) or isinstance(name, bool):
+        raise UsageError(f"{place}: field 'id' must be text or a whole number, not {_type(name)}")
+    question = Question(prompt=prompt, answer=row["answer"], system=system, id=str(name))
+    try:
+        check(question)
+    except UsageError as error:
+        raise UsageError(f"{place}: {error}") from error
+    return question
+
+
+def _type(value: Any) -> str:
+    """Return the JSON name of a value's type, "nothing" for a missing one."""
+    match value:
+        case None:
+            return "nothing"
+        case str() if not value.strip():
+            return "empty text"
+        case bool():
+            return "true or false"
+        case str():
+            return "text"
+        case int() | float():
+            return "a number"
+        case list():
+            return "a list"
+        case _:
+            return "an object"

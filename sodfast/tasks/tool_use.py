@@ -1,0 +1,139 @@
+"""Tool-use questions in the manner of ToolAlpaca (arXiv 2306.05301)."""
+
+import json
+import re
+from collections import Counter
+from typing import Any, NamedTuple
+
+from sodfast.errors import UsageError
+from sodfast.tasks import Question
+from sodfast.tasks.config import ToolUseConfig
+from sodfast.tasks.rows import load_questions, strict_json
+
+_MARKER = re.compile(r"Action Input:|Action:([^\r\n]*)")
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
+class Calls(NamedTuple):
+    """The tools called, in order, and all their arguments in one object.
+
+    Of an argument that several calls name, the last value stands.
+    """
+
+    names: list[str]
+    arguments: dict[str, Any]
+
+    def canonical(self) -> str:
+        """Return a text that is equal for equal calls, whatever the order of names and keys.
+
+        `strict_json` has turned 1.0 into 1 already, and true stays apart from 1.
+        """
+        return _canonical([sorted(self.names), self.arguments])
+
+
+class ToolUseTask:
+    """Rows whose `answer` lists the calls to make as {"Action", "Action_Input"}.
+
+    A response makes its calls in lines "Action: name" and "Action Input: {…}". It scores 1 when
+    its names, as a multiset, and its merged arguments equal the reference's (reward of
+    arXiv 2601.20802, but decoding JSON from the first "{" after "Action Input:" where the reference
+    implementation stops at the first "}", which no nested object survives).
+
+    Raises:
+        UsageError: as `load_questions`, and for an answer that is not such a list.
+    """
+
+    name = "tool_use"
+
+    def __init__(self, config: ToolUseConfig) -> None:
+        self.train, self.test = load_questions(config.train, config.test, _check)
+
+    def score(self, question: Question, response: str) -> float:
+        return float(self.extract(response) == _reference_calls(question.answer).canonical())
+
+    def feedback(self, question: Question, response: str) -> str | None:
+        """Say which tools and arguments differ, without the reference's values; None if none do."""
+        try:
+            calls = _response_calls(response)
+        except (ValueError, RecursionError):
+            return "An Action Input is not a valid JSON object."
+        reference = _reference_calls(question.answer)
+        called, expected = Counter(calls.names), Counter(reference.names)
+        given, required = calls.arguments, reference.arguments
+        differences = {
+            "Calls that are missing": (expected - called).elements(),
+            "Calls that should not be made": (called - expected).elements(),
+            "Arguments that are missing": required.keys() - given.keys(),
+            "Arguments that should not be given": given.keys() - required.keys(),
+            "Arguments with a wrong value": {
+                key
+                for key in required.keys() & given.keys()
+                if _canonical(required[key]) != _canonical(given[key])
+            },
+        }
+        lines = [(title, ", ".join(sorted(names))) for title, names in differences.items()]
+        return "\n".join(f"{title}: {names}." for title, names in lines if names) or None
+
+    def extract(self, response: str) -> str | None:
+        try:
+            calls = _response_calls(response)
+            return calls.canonical() if calls.names else None
+        except (ValueError, RecursionError):
+            return None
+
+
+def _response_calls(response: str) -> Calls:
+    """Read a response from left to right. Raises ValueError or RecursionError on invalid JSON."""
+    names: list[str] = []
+    arguments: dict[str, Any] = {}
+    marker = _MARKER.search(response)
+    while marker:
+        position = marker.end()
+        if marker[1] is not None:
+            names.append(marker[1].strip())
+        else:
+            brace = response.find("{", position)
+            following = _MARKER.search(response, position)
+            if brace < 0 or (following and following.start() < brace):
+                raise ValueError("no JSON object after Action Input:")
+            # Decoding on from here also keeps an "Action:" inside a string from counting.
+            values, position = strict_json.raw_decode(response, brace)
+            arguments |= values
+        marker = _MARKER.search(response, position)
+    return Calls(names, arguments)
+
+
+def _reference_calls(answer: Any) -> Calls:
+    """Read a row's answer. Raises ValueError, TypeError, KeyError or RecursionError."""
+    # Objects from other decoders take the same way as text, so that numbers compare alike.
+    calls = strict_json.decode(answer if isinstance(answer, str) else json.dumps(answer))
+    if not isinstance(calls, list) or not calls:
+        raise ValueError("it is not a list of calls")
+    names: list[str] = []
+    arguments: dict[str, Any] = {}
+    for call in calls:
+        if not isinstance(call, dict):
+            raise ValueError("a call is not an object")
+        name, values = call["Action"], call["Action_Input"]
+        values = strict_json.decode(values) if isinstance(values, str) else values
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError("an 'Action' is not the name of a tool")
+        if not isinstance(values, dict):
+            raise ValueError("an 'Action_Input' is not an object")
+        names.append(name.strip())
+        arguments |= values
+    return Calls(names, arguments)
+
+
+def _check(question: Question) -> None:
+    try:
+        _reference_calls(question.answer).canonical()
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise UsageError(
+            "field 'answer' must be a list of calls with 'Action' and a JSON object as "
+            f"'Action_Input': {reason}"
+        ) from error
