@@ -1,0 +1,167 @@
+"""The teacher's parameters follow the student's: copy, exponential moving average, distance.
+
+    copy      φ ← θ                        6 bytes a bf16 parameter (read both, write one)
+    EMA       φ ← φ + rate · (θ − φ)       6 bytes a bf16 parameter
+    distance  ‖θ − φ‖₂                     4 bytes a bf16 parameter
+
+θ is the student, φ the teacher (arXiv 2606.03532). All three return the distance before the update,
+measured in the same pass and never sent to the host. A 16-bit φ is rounded stochastically: at small
+rates rounding to nearest would return φ unchanged and lose most of the average's movement.
+
+Shapes: P elements of one flattened parameter.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from sodfast_kernels.philox import GROUP, random_bits, round_stochastic
+
+CHUNK = 1 << 20  # elements handled at a time by the PyTorch path, to bound its temporaries
+
+
+def copy_teacher_(teacher_params: Iterable[Tensor], student_params: Iterable[Tensor]) -> Tensor:
+    """φ ← θ in place (rounded to nearest where φ is narrower).
+
+    The arguments are floating tensors in the same order, with equal shapes, on one device; dtypes
+    may differ. A tensor that occurs twice (tied weights) counts once.
+
+    Returns ‖θ − φ_before‖₂, an fp32 scalar on the same device.
+    Raises ValueError naming the argument when count, shape, dtype or device do not fit.
+    """
+    return _update_(teacher_params, student_params, 1.0)
+
+
+def ema_update_(
+    teacher_params: Iterable[Tensor],
+    student_params: Iterable[Tensor],
+    rate: float,
+    *,
+    seed: int = 0,
+    step: int = 0,
+) -> Tensor:
+    """φ ← (1 − rate)·φ + rate·θ in place, computed in fp32 as φ + rate·(θ − φ).
+
+    Parameters as in `copy_teacher_`; rate in [0, 1], exact at both ends. A bf16 or fp16 φ is
+    rounded stochastically with random bits that are a function of (seed, step, position of the
+    element), so pass a new `step` at every update.
+
+    Returns ‖θ − φ_before‖₂, an fp32 scalar on the same device.
+    Raises ValueError naming the argument when count, shape, dtype, device or rate do not fit.
+    """
+    if not 0.0 <= rate <= 1.0:
+        raise ValueError(f"rate must be in [0, 1], got {rate}")
+    return _update_(teacher_params, student_params, float(rate), seed, step)
+
+
+def parameter_distance(
+    teacher_params: Iterable[Tensor], student_params: Iterable[Tensor]
+) -> Tensor:
+    """‖θ − φ‖₂, an fp32 scalar: bit for bit what an update of the same parameters would return.
+
+    Parameters and errors as in `copy_teacher_`; nothing is written.
+    """
+    return _update_(teacher_params, student_params, 0.0)
+
+
+@torch.no_grad()
+def _update_(
+    teacher_params: Iterable[Tensor],
+    student_params: Iterable[Tensor],
+    rate: float,
+    seed: int = 0,
+    step: int = 0,
+) -> Tensor:
+    pairs = _checked_pairs(teacher_params, student_params)
+    device = pairs[0][0].device if pairs else torch.device("cpu")
+    squares = torch.zeros((), dtype=torch.float64, device=device)
+    offset = 0
+    for teacher, student in pairs:
+        teacher_P, student_P = teacher.reshape(-1), student.reshape(-1)
+        squares += _update_flat(teacher_P, student_P, rate, seed, step, offset)
+        if rate and not teacher.is_contiguous():  # then teacher_P is a copy
+            teacher.copy_(teacher_P.view(teacher.shape))
+        offset += -(-teacher.numel() // GROUP) * GROUP
+    return squares.sqrt().to(torch.float32)
+
+
+def _update_flat(
+    teacher_P: Tensor, student_P: Tensor, rate: float, seed: int, step: int, offset: int
+) -> Tensor:
+    """Update one flat tensor; returns ‖θ − φ_before‖² in fp64, where squares of fp32 are exact."""
+    wide = torch.float64 in (teacher_P.dtype, student_P.dtype)
+    compute = torch.float64 if wide else torch.float32
+    squares = torch.zeros((), dtype=torch.float64, device=teacher_P.device)
+    for start in range(0, teacher_P.numel(), CHUNK):
+        teacher_chunk = teacher_P[start : start + CHUNK]
+        student_chunk = student_P[start : start + CHUNK]
+        before = teacher_chunk.to(compute)
+        difference = student_chunk.to(compute) - before
+        squares += difference.double().square().sum()
+        if rate == 1.0:
+            teacher_chunk.copy_(student_chunk)
+        elif rate > 0.0:
+            after = before + difference * rate
+            if teacher_chunk.dtype.itemsize == 2:
+                bits = random_bits(
+                    after.numel(),
+                    seed=seed,
+                    step=step,
+                    offset=offset + start,
+                    device=after.device,
+                )
+                after = round_stochastic(after.float(), bits, teacher_chunk.dtype)
+            teacher_chunk.copy_(after)
+    return squares
+
+
+def _checked_pairs(
+    teacher_params: Iterable[Tensor], student_params: Iterable[Tensor]
+) -> list[tuple[Tensor, Tensor]]:
+    """The (teacher, student) tensors to visit: checked, tied ones once, empty ones left out."""
+    lists: list[list[Tensor]] = []
+    for name, params in (("teacher_params", teacher_params), ("student_params", student_params)):
+        if isinstance(params, Tensor):
+            raise ValueError(f"{name} must be a list of tensors, got one tensor")
+        lists.append(list(params))
+    teachers, students = lists
+    if len(teachers) != len(students):
+        raise ValueError(
+            f"teacher_params has {len(teachers)} tensors but student_params has {len(students)}"
+        )
+    seen: dict[tuple[object, ...], tuple[int, tuple[object, ...]]] = {}
+    pairs = []
+    for index, (teacher, student) in enumerate(zip(teachers, students, strict=True)):
+        for name, tensor in (("teacher_params", teacher), ("student_params", student)):
+            if tensor.dtype not in FLOATS:
+                raise ValueError(f"{name}[{index}] must be floating point, got {tensor.dtype}")
+            if tensor.device != teachers[0].device:
+                raise ValueError(
+                    f"{name}[{index}] is on {tensor.device}, teacher_params[0] on "
+                    f"{teachers[0].device}"
+                )
+        if teacher.shape != student.shape:
+            raise ValueError(
+                f"student_params[{index}] has shape {tuple(student.shape)}, "
+                f"teacher_params[{index}] has {tuple(teacher.shape)}"
+            )
+        if teacher.numel() == 0:
+            continue
+        first, first_student = seen.setdefault(_memory(teacher), (index, _memory(student)))
+        if first == index:
+            pairs.append((teacher, student))
+        elif first_student != _memory(student):
+            raise ValueError(
+                f"teacher_params[{index}] is tied to teacher_params[{first}], but "
+                f"student_params[{index}] is not tied to student_params[{first}]"
+            )
+    return pairs
+
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def _memory(tensor: Tensor) -> tuple[object, ...]:
+    """What two tied tensors have in common."""
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
