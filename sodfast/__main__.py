@@ -1,0 +1,3 @@
+from sodfast.cli import main
+
+main()

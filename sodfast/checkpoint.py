@@ -1,0 +1,152 @@
+"""Checkpoints: safetensors and JSON only, written aside and renamed, the last few kept.
+
+    checkpoints/step-N/
+        student/               a Hugging Face directory (weights, config, tokenizer)
+        teacher.safetensors    absent while the teacher equals the student
+        optimizer.safetensors  one tensor per parameter and moment: NAME.MOMENT
+        state.json             step, schedule, collapse detector, reward memory, cursor, fingerprint
+
+A directory named step-N is complete: it gets its name only after everything in it is on disk.
+"""
+
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from sodfast.errors import RunFailed, UsageError
+from sodfast.model import LanguageModel
+
+_STEP = re.compile(r"step-(\d+)")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `load` found: `teacher` is None for an alias of the student."""
+
+    step: int
+    student: dict[str, Tensor]
+    teacher: dict[str, Tensor] | None
+    optimizer: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def save(
+    directory: Path,
+    step: int,
+    model: LanguageModel,
+    teacher: nn.Module | None,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Write checkpoint `step` and delete all but the last `keep`.
+
+    Raises `RunFailed` when the disk refuses; earlier checkpoints are untouched then.
+    """
+    final = directory / f"step-{step}"
+    if final.exists():
+        return final
+    aside = directory / f".step-{step}.tmp"
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        model.network.save_pretrained(aside / "student")
+        model.tokenizer.save_pretrained(aside / "student")
+        if teacher is not None:
+            named = {name: p.detach().contiguous() for name, p in teacher.named_parameters()}
+            save_file(named, aside / "teacher.safetensors")
+        save_file(_optimizer_tensors(model.network, optimizer), aside / "optimizer.safetensors")
+        (aside / "state.json").write_text(json.dumps({"step": step, **state}))
+        for path in [*aside.rglob("*"), aside]:
+            _sync(path)
+        os.rename(aside, final)
+        _sync(directory)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise RunFailed(f"checkpoint of step {step} could not be written: {error}") from error
+    for old in sorted(steps(directory))[:-keep]:
+        shutil.rmtree(directory / f"step-{old}")
+    return final
+
+
+def steps(directory: Path) -> list[int]:
+    """Steps of the complete checkpoints."""
+    if not directory.is_dir():
+        return []
+    matches = [_STEP.fullmatch(path.name) for path in directory.iterdir()]
+    return [int(match[1]) for match in matches if match]
+
+
+def latest(directory: Path) -> Path | None:
+    found = steps(directory)
+    return directory / f"step-{max(found)}" if found else None
+
+
+def load(path: Path) -> Checkpoint:
+    """Read a checkpoint to the CPU. Raises `UsageError` for a damaged one."""
+    try:
+        state = json.loads((path / "state.json").read_text())
+        student = {}
+        for shard in sorted((path / "student").glob("*.safetensors")):
+            student |= load_file(shard)
+        teacher = path / "teacher.safetensors"
+        return Checkpoint(
+            step=state["step"],
+            student=student,
+            teacher=load_file(teacher) if teacher.is_file() else None,
+            optimizer=load_file(path / "optimizer.safetensors"),
+            state=state,
+        )
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise UsageError(
+            f"checkpoint {path} is damaged ({error}): delete it to use the one before"
+        ) from error
+
+
+def restore_student(model: LanguageModel, tensors: dict[str, Tensor]) -> None:
+    """Copy stored weights in; parameters tied to another may be absent, nothing else."""
+    missing, unexpected = model.network.load_state_dict(tensors, strict=False)
+    tied = set(getattr(model.network, "all_tied_weights_keys", {}) or {})
+    if unexpected or set(missing) - tied:
+        raise UsageError(
+            f"the checkpoint's student is another model: missing {missing}, extra {unexpected}"
+        )
+
+
+def _optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    names = [name for name, _ in network.named_parameters()]
+    return {
+        f"{names[index]}.{key}": value.contiguous()
+        for index, moments in optimizer.state_dict()["state"].items()
+        for key, value in moments.items()
+    }
+
+
+def restore_optimizer(
+    network: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
+) -> None:
+    indices = {name: index for index, (name, _) in enumerate(network.named_parameters())}
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        name, _, moment = key.rpartition(".")
+        state.setdefault(indices[name], {})[moment] = value
+    optimizer.load_state_dict(
+        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+    )
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

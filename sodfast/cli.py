@@ -1,0 +1,113 @@
+"""The commands. Parses and prints, computes nothing."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sodfast.errors import RunFailed, UsageError
+from sodfast.interrupt import Interrupted
+
+if TYPE_CHECKING:
+    pass
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__
+)
+
+Arguments = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[CONFIG] [KEY=VALUE]...", help="Preset or YAML file, then overrides."),
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Dotted overrides.")
+]
+
+
+@app.callback()
+def _root() -> None:
+    """Self on-policy distillation: train a language model against an earlier copy of itself."""
+
+
+@app.command()
+def train(
+    arguments: Arguments = None,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="RUN_DIR", help="Continue a run; takes only steps=N.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")
+    ] = False,
+) -> None:
+    """Train. Without CONFIG: the embedded lab, on a CPU, in minutes, without any download."""
+    from sodfast.config import load_config
+    from sodfast.rundir import stored_config
+
+    arguments = arguments or []
+    if resume is not None:
+        config = stored_config(resume, arguments)
+    else:
+        config = load_config(*_split(arguments))
+    if dry_run:
+        print(config.to_yaml(), end="")
+        return
+
+    from sodfast.session import train_run
+
+    train_run(config, resume)
+
+
+@app.command("eval")
+def evaluate(
+    source: Annotated[str, typer.Argument(metavar="RUN_DIR|MODEL", help="Run, HF id or folder.")],
+    overrides: Overrides = None,
+) -> None:
+    """Evaluate a run's newest checkpoint, or any model. The last line is JSON."""
+    from sodfast.session import evaluate_model
+
+    print(json.dumps(evaluate_model(source, overrides or [])))
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN_DIR")],
+    out: Annotated[Path, typer.Argument(metavar="OUT_DIR")],
+) -> None:
+    """Write a run's newest student as a Hugging Face directory: safetensors and tokenizer."""
+    from sodfast.session import export_model
+
+    export_model(run, out)
+    print(f"wrote {out}")
+
+
+def _split(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """CONFIG is the one argument without `=`, and comes first."""
+    if arguments and "=" not in arguments[0]:
+        return arguments[0], arguments[1:]
+    return None, arguments
+
+
+def main() -> None:
+    """Exit codes: 0 done, 1 failed, 2 unusable arguments, 130 interrupted."""
+    # No data set and no model is ever looked for in the network unless the user names one.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except UsageError as error:
+        _stop(str(error), 2)
+    except RunFailed as error:
+        _stop(str(error), 1)
+    except (Interrupted, KeyboardInterrupt):
+        sys.exit(130)
+
+
+def _stop(message: str, code: int) -> None:
+    print("sodfast: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,359 @@
+"""The whole configuration, typed: a preset or file, then dotted overrides, then validation.
+
+Layers are merged by OmegaConf and checked by pydantic, so an unknown key, a wrong type and an
+impossible combination are all found before any work. Two groups are unions told apart by a key:
+`schedule` by `kind` and `task` by `name`. A layer that changes that key starts the group afresh,
+because the keys of one kind mean nothing to another.
+
+Defaults follow Table 9 and Appendix A of the CGTR paper (arXiv 2606.03532) where it gives them.
+"""
+
+import difflib
+import json
+from pathlib import Path
+from string import Formatter
+from typing import Annotated, Any, Literal, Union
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from sodfast.errors import UsageError
+from sodfast.lab import LabConfig
+from sodfast.tasks.config import ArithmeticConfig, TaskConfig
+
+PRESETS = Path(__file__).parent / "configs"
+_DISCRIMINATORS = {"schedule": ("kind", "cgtr"), "task": ("name", "arithmetic")}
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+TopP = Annotated[float, Field(gt=0, le=1)]
+Temperature = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(Section):
+    path: str | None = None  # Hugging Face id or directory; None: the embedded lab builds one
+
+
+class RolloutConfig(Section):
+    prompts_per_step: Positive = 16
+    samples_per_prompt: Positive = 4
+    max_prompt_tokens: Positive = 2048  # longer prompts are dropped and counted
+    max_new_tokens: Positive = 8192
+    temperature: Temperature = 1.0
+    top_p: TopP = 1.0
+    engine: Literal["auto", "hf"] = "auto"
+    batch_size: Positive = 256  # sequences that one call of the engine holds at a time
+
+
+class ObjectiveConfig(Section):
+    alpha: Fraction = 0.5  # 0 forward KL, 1 reverse KL, between: generalised Jensen-Shannon
+    top_k: Positive | None = None
+    add_tail: bool = True
+    distill_coef: NonNegative = 1.0
+    policy_coef: NonNegative = 1.0
+    ratio_cap: Annotated[float, Field(gt=0)] | None = 2.0
+    clip_range: tuple[NonNegative, NonNegative] = (0.2, 0.28)
+    normalize_advantage: bool = False  # divide the group's advantages by their std
+    reduction: Literal["sequence_mean", "token_mean"] = "sequence_mean"
+
+
+class TeacherConfig(Section):
+    """What the teacher sees and where it lives (arXiv 2601.20802: privileged context)."""
+
+    context: Literal["demonstration", "none"] = "demonstration"
+    storage: Literal["device"] = "device"
+    success_reward: float = 0.5  # a rollout with at least this reward can be a demonstration
+    feedback: bool = False  # show the teacher the task's feedback on this rollout, too
+    max_prompt_tokens: Positive = 10_240  # longer: the demonstration is cut
+    template: str = (
+        "{prompt}\n\n{demonstration}{feedback}"
+        "Using what is shown above, answer the original question yourself."
+    )
+    demonstration_template: str = "Here is a correct solution:\n\n{demonstration}\n\n"
+    feedback_template: str = "Feedback on an earlier attempt:\n\n{feedback}\n\n"
+
+    @model_validator(mode="after")
+    def _templates_name_their_fields(self) -> "TeacherConfig":
+        for key, required in (
+            ("template", {"prompt", "demonstration", "feedback"}),
+            ("demonstration_template", {"demonstration"}),
+            ("feedback_template", {"feedback"}),
+        ):
+            fields = {name for _, name, _, _ in Formatter().parse(getattr(self, key)) if name}
+            if fields != required:
+                wanted = ", ".join("{" + name + "}" for name in sorted(required))
+                raise ValueError(f"teacher.{key} must contain exactly the fields {wanted}")
+        return self
+
+
+class FixedConfig(Section):
+    kind: Literal["fixed"] = "fixed"
+
+
+class HardConfig(Section):
+    kind: Literal["hard"] = "hard"
+    every: Positive = 50
+
+
+class EMAConfig(Section):
+    kind: Literal["ema"] = "ema"
+    rate: Fraction = 0.04
+
+
+class TrustRegionConfig(Section):
+    kind: Literal["trust_region"] = "trust_region"
+    rate: Fraction = 0.04
+
+
+class CGTRConfig(Section):
+    """Consolidation-Gated Teacher Refresh; defaults of Table 9, arXiv 2606.03532."""
+
+    kind: Literal["cgtr"] = "cgtr"
+    min_isolation: Annotated[int, Field(ge=0)] = 30
+    check_every: Positive = 5
+    window: Positive = 5
+    reward_margin: NonNegative = 0.05
+    max_tail_ratio: Annotated[float, Field(gt=0)] = 3.2
+    gates: tuple[Literal["isolation", "reward", "length"], ...] = ("isolation", "reward", "length")
+    length_unit: Literal["sequence", "shard"] = "sequence"
+    shards: Positive = 4  # length_unit=shard: groups of sequences whose lengths are summed
+
+    @field_validator("gates")
+    @classmethod
+    def _gates_differ(cls, gates: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(gates)) != len(gates):
+            raise ValueError("a gate is named twice")
+        return gates
+
+
+ScheduleConfig = Annotated[
+    Union[FixedConfig, HardConfig, EMAConfig, CGTRConfig, TrustRegionConfig],  # noqa: UP007
+    Field(discriminator="kind"),
+]
+
+
+class OptimizerConfig(Section):
+    lr: NonNegative = 1e-5
+    warmup_steps: Annotated[int, Field(ge=0)] = 10
+    weight_decay: NonNegative = 0.01
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    updates_per_step: Positive = 1
+    micro_batch_tokens: Positive = 16_384  # padded positions of one forward and backward pass
+
+
+class EvalConfig(Section):
+    every: Positive = 10
+    samples: Positive = 16
+    temperature: Temperature = 0.6
+    top_p: TopP = 0.95
+
+
+class CheckpointConfig(Section):
+    every: Positive = 25
+    keep: Positive = 2
+
+
+class CollapseConfig(Section):
+    """When a run counts as collapsed; the paper leaves it undefined, these are our readings."""
+
+    stop: bool = False
+    length_fraction: Fraction = 0.9  # mean length / cap that counts as runaway ...
+    length_steps: Positive = 5  # ... when it lasts this many steps in a row
+    eval_floor: Fraction = 0.01  # test mean@k below this, or below ...
+    eval_fraction: Fraction = 0.1  # ... this share of the best so far
+
+
+class LogConfig(Section):
+    """Sinks beside metrics.jsonl, which is always written."""
+
+    sinks: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    project: str = "sodfast"
+
+
+class Config(Section):
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    out: str | None = None  # the run directory itself; None: a new folder under runs/
+    steps: Positive = 150
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    model: ModelConfig = ModelConfig()
+    lab: LabConfig = LabConfig()
+    task: TaskConfig = ArithmeticConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    schedule: ScheduleConfig = CGTRConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    collapse: CollapseConfig = CollapseConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_kinds(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        data = dict(data)
+        for group, (key, default) in _DISCRIMINATORS.items():
+            if isinstance(data.get(group), dict):
+                data[group] = {key: default, **data[group]}
+        return data
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> "Config":
+        prompts, samples = self.rollout.prompts_per_step, self.rollout.samples_per_prompt
+        if prompts % self.optimizer.updates_per_step:
+            raise ValueError(
+                f"optimizer.updates_per_step={self.optimizer.updates_per_step} must divide "
+                f"rollout.prompts_per_step={prompts}"
+            )
+        if self.teacher.context == "demonstration" and samples < 2:
+            raise ValueError(
+                "rollout.samples_per_prompt must be at least 2 with teacher.context=demonstration "
+                "(a demonstration is a sibling's rollout); raise it or set teacher.context=none"
+            )
+        if self.teacher.feedback and self.teacher.context == "none":
+            raise ValueError("teacher.feedback=true needs teacher.context=demonstration")
+        schedule = self.schedule
+        sharded = isinstance(schedule, CGTRConfig) and schedule.length_unit == "shard"
+        if sharded and prompts * samples % schedule.shards:
+            raise ValueError(
+                f"schedule.shards={schedule.shards} must divide the {prompts * samples} "
+                "rollouts of a step"
+            )
+        if self.model.path is None and not isinstance(self.task, ArithmeticConfig):
+            raise ValueError(
+                f"task.name={self.task.name} needs a model: set model.path (the lab's own model "
+                "only knows task.name=arithmetic)"
+            )
+        return self
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_config(source: str | None, overrides: list[str]) -> Config:
+    """Read a preset's name or a YAML file (None: the preset `lab`), apply `key=value` overrides.
+
+    Raises `UsageError` with one line for a missing, empty or malformed source, an override
+    without `=`, an unknown key or a value that its key does not take.
+    """
+    layer = _read(source or "lab")
+    for key, value in _parse_overrides(overrides):
+        _set(layer, key, value)
+    return validate(layer)
+
+
+def validate(layer: DictConfig | dict[str, Any]) -> Config:
+    """Check a merged layer; raises `UsageError` naming each key that is wrong."""
+    try:
+        values = OmegaConf.to_container(OmegaConf.create(layer), resolve=True)
+        # Through JSON: its strict mode takes a list for a tuple and still refuses "5" for 5.
+        return Config.model_validate_json(json.dumps(values), strict=True)
+    except OmegaConfBaseException as error:
+        raise UsageError(f"configuration: {_first_line(error)}") from error
+    except ValidationError as error:
+        raise UsageError("; ".join(_explain(item) for item in error.errors())) from error
+
+
+def read_overrides(path: Path, overrides: list[str]) -> DictConfig:
+    """A stored configuration with overrides applied, not yet validated."""
+    layer = _read(str(path))
+    for key, value in _parse_overrides(overrides):
+        _set(layer, key, value)
+    return layer
+
+
+def _read(source: str) -> DictConfig:
+    path = PRESETS / f"{source}.yaml"
+    if not path.is_file():
+        path = Path(source)
+    if not path.is_file():
+        names = ", ".join(sorted(preset.stem for preset in PRESETS.glob("*.yaml")))
+        raise UsageError(f"no configuration file {source!r} and no such preset (presets: {names})")
+    try:
+        layer = OmegaConf.load(path)
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not valid YAML: {_first_line(error)}") from error
+    if not isinstance(layer, DictConfig) or not layer:
+        raise UsageError(f"{path} must hold a mapping of configuration keys, and it is empty")
+    return layer
+
+
+def _parse_overrides(overrides: list[str]) -> list[tuple[str, Any]]:
+    pairs = []
+    for text in overrides:
+        key, equals, _ = text.partition("=")
+        if not equals or not key:
+            raise UsageError(f"{text!r} is not an override: write key=value, for example steps=10")
+        try:
+            value = OmegaConf.select(OmegaConf.from_dotlist([text]), key)
+        except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
+            raise UsageError(f"override {text!r}: {_first_line(error)}") from error
+        pairs.append((key, value))
+    # A change of kind empties its group, so it must come before the keys set within the group.
+    kinds = {f"{group}.{key}" for group, (key, _) in _DISCRIMINATORS.items()}
+    return sorted(pairs, key=lambda pair: pair[0] not in kinds)
+
+
+def _set(layer: DictConfig, key: str, value: Any) -> None:
+    group, _, name = key.partition(".")
+    discriminator, default = _DISCRIMINATORS.get(group, (None, None))
+    try:
+        if discriminator and name == discriminator:
+            current = layer.get(group) or {}
+            if current.get(discriminator, default) != value:
+                layer[group] = {}
+        # A mapping as a value sets its whole group.
+        OmegaConf.update(layer, key, value, merge=False)
+    except (OmegaConfBaseException, AttributeError, TypeError) as error:
+        raise UsageError(f"cannot set {key}: {_first_line(error)}") from error
+
+
+def _explain(error: Any) -> str:
+    """One pydantic error as `key: what is wrong`, without the union's tags in the path."""
+    location = [str(part) for part in error["loc"]]
+    if len(location) > 1 and location[0] in _DISCRIMINATORS:
+        del location[1]
+    key = ".".join(location)
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1], error["loc"])
+        close = difflib.get_close_matches(location[-1], known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
+        return f"unknown key {key} ({hint})"
+    if not key:
+        return message
+    return f"{key}: {message} (got {error['input']!r})"
+
+
+def _known_keys(parents: list[str], location: tuple[Any, ...]) -> list[str]:
+    if not parents:
+        return list(Config.model_fields)
+    group = parents[0]
+    if group in _DISCRIMINATORS:
+        key, _ = _DISCRIMINATORS[group]
+        members = _union_members(Config.model_fields[group].annotation)
+        models = {member.model_fields[key].default: member for member in members}
+        return list(models[location[1]].model_fields)
+    section = Config.model_fields[group].annotation
+    return list(section.model_fields) if hasattr(section, "model_fields") else []
+
+
+def _union_members(annotation: Any) -> tuple[Any, ...]:
+    while hasattr(annotation, "__metadata__"):
+        annotation = annotation.__origin__
+    return annotation.__args__
+
+
+def _first_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

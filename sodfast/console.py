@@ -1,0 +1,159 @@
+"""What a person watches: progress bars on a terminal, plain lines elsewhere, the final table."""
+
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+PLAIN_SECONDS = 5.0  # plain output reports at most this often within a phase
+
+
+class Reporter(Protocol):
+    """How the trainer tells what it is doing; `done` and `total` count whatever the phase does."""
+
+    def start(self, step: int, steps: int) -> None: ...
+
+    def phase(self, name: str, done: int = 0, total: int = 0) -> None: ...
+
+    def line(self, line: Mapping[str, Any]) -> None: ...
+
+    def message(self, text: str) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+def build_reporter() -> Reporter:
+    return BarReporter() if sys.stdout.isatty() else PlainReporter()
+
+
+def describe(line: Mapping[str, Any]) -> str:
+    """One metrics line in a few words."""
+    parts = []
+    if "reward/mean" in line:
+        parts += [f"reward {line['reward/mean']:.3f}", f"length {line['length/mean']:.1f}"]
+        parts += [f"entropy {line['policy/entropy']:.3f}"]
+    parts += [f"{k} {v:.3f}" for k, v in line.items() if k.startswith("eval/mean@")]
+    if "time/tokens_per_second" in line:
+        parts.append(f"{line['time/tokens_per_second']:.0f} tok/s")
+    if line.get("teacher/refreshed"):
+        parts.append("teacher refreshed")
+    return "  ".join(parts)
+
+
+class PlainReporter:
+    """One line per step; long phases say how far they are now and then."""
+
+    def __init__(self) -> None:
+        self._steps = 0
+        self._began = (0, 0.0)
+        self._last = time.monotonic()
+
+    def start(self, step: int, steps: int) -> None:
+        self._steps = steps
+        self._began = (step, time.monotonic())
+
+    def phase(self, name: str, done: int = 0, total: int = 0) -> None:
+        if total and time.monotonic() - self._last > PLAIN_SECONDS:
+            self.message(f"{name} {done}/{total}")
+
+    def line(self, line: Mapping[str, Any]) -> None:
+        step, (first, since) = line["step"], self._began
+        eta = ""
+        if step > first:
+            seconds = (time.monotonic() - since) / (step - first) * (self._steps - step)
+            eta = f"  eta {seconds:.0f}s"
+        self.message(f"step {step}/{self._steps}  {describe(line)}{eta}")
+
+    def message(self, text: str) -> None:
+        self._last = time.monotonic()
+        print(text, flush=True)
+
+    def stop(self) -> None:
+        pass
+
+
+class BarReporter:
+    """Two bars: the run's steps with reward and ETA, and the phase under way."""
+
+    def __init__(self) -> None:
+        self._bars = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=Console(),
+        )
+        self._run: Any = None
+        self._phase = self._bars.add_task("", total=1, note="", visible=False)
+        self._bars.start()
+
+    def start(self, step: int, steps: int) -> None:
+        self._run = self._bars.add_task("steps", total=steps, completed=step, note="")
+
+    def phase(self, name: str, done: int = 0, total: int = 0) -> None:
+        self._bars.update(
+            self._phase, description=name, completed=done, total=total or 1, visible=True
+        )
+
+    def line(self, line: Mapping[str, Any]) -> None:
+        self._bars.update(self._run, completed=line["step"], note=describe(line))
+        if any(key.startswith("eval/") for key in line) or line.get("teacher/refreshed"):
+            self.message(f"step {line['step']}  {describe(line)}")
+
+    def message(self, text: str) -> None:
+        self._bars.console.print(text, markup=False, highlight=False)
+
+    def stop(self) -> None:
+        self._bars.stop()
+
+
+def run_table(summary: Mapping[str, Any], lines: list[dict[str, Any]]) -> Table:
+    """The run's evaluations, and its verdict underneath."""
+    evaluated = [line for line in lines if any(key.startswith("eval/") for key in line)]
+    table = Table(title=f"{summary['schedule']} seed {summary['seed']}: {summary['status']}")
+    table.add_column("step", justify="right")
+    keys = [key for key in (evaluated[0] if evaluated else {}) if key.startswith("eval/")]
+    shown = [key for key in keys if "mean@" in key] + [keys[i] for i in _last_of_each(keys)]
+    names = {
+        **{key: key.removeprefix("eval/") for key in shown},
+        "reward/mean": "reward",
+        "length/mean": "length",
+        "policy/entropy": "entropy",
+        "distill/divergence": "divergence",
+        "teacher/age": "teacher age",
+    }
+    for name in names.values():
+        table.add_column(name, justify="right")
+    for line in evaluated:
+        cells = [_cell(line.get(key)) for key in names]
+        table.add_row(str(line["step"]), *cells)
+    refreshes = ", ".join(map(str, summary["refresh_steps"])) or "none"
+    table.caption = f"refreshes: {refreshes}; collapse step: {summary['collapse_step']}"
+    return table
+
+
+def _last_of_each(keys: list[str]) -> list[int]:
+    """Positions of the largest k of best@k and maj@k; metrics list k in ascending order."""
+    return [
+        max(index for index, key in enumerate(keys) if name in key)
+        for name in ("best@", "maj@")
+        if any(name in key for key in keys)
+    ]
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def print_run(path: Path, summary: Mapping[str, Any], lines: list[dict[str, Any]]) -> None:
+    Console().print(run_table(summary, lines))
+    print(f"metrics: {path / 'metrics.jsonl'}")

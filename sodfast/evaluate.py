@@ -1,0 +1,95 @@
+"""Evaluation: mean@k, best@k and maj@k on held-out questions, on a random stream of its own."""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from math import comb, fsum
+
+from sodfast.config import Config
+from sodfast.model import LanguageModel, to_ids
+from sodfast.rollout import Sampling, rollout
+from sodfast.streams import Stream, generator
+from sodfast.tasks import Question, Task
+
+
+def evaluate(
+    model: LanguageModel,
+    task: Task,
+    questions: Sequence[Question],
+    config: Config,
+    step: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, float]:
+    """`eval.samples` answers per question at the evaluation's temperature and top-p.
+
+    Streams are keyed by (seed, step, sample), apart from training's, so evaluating more often
+    cannot change training. Returns the `eval/*` keys, fractions in [0, 1].
+    """
+    count = config.eval.samples
+    sampling = Sampling(config.eval.temperature, config.eval.top_p, config.rollout.max_new_tokens)
+    prompts = [to_ids(model.encode_question(question)) for question in questions]
+    samples = rollout(
+        model,
+        [prompt for prompt in prompts for _ in range(count)],
+        [generator(config.seed, Stream.EVAL, step, index) for index in range(len(prompts) * count)],
+        sampling,
+        config.rollout.batch_size,
+        progress,
+    )
+    texts = [model.decode(sample.response) for sample in samples]
+    rewards, answers = [], []
+    for index, question in enumerate(questions):
+        group = texts[index * count : (index + 1) * count]
+        rewards.append([task.score(question, text) for text in group])
+        answers.append([task.extract(text) for text in group])
+    return evaluation_metrics(rewards, answers)
+
+
+def evaluation_metrics(
+    rewards: Sequence[Sequence[float]], answers: Sequence[Sequence[str | None]]
+) -> dict[str, float]:
+    """Metrics of n samples per question; best@k and maj@k for every power of two k ≤ n."""
+    count = len(rewards[0])
+    metrics = {f"eval/mean@{count}": _mean([_mean(group) for group in rewards])}
+    powers = [2**i for i in range(count.bit_length()) if 2**i <= count]
+    for k in powers:
+        metrics[f"eval/best@{k}"] = _mean([best_at_k(group, k) for group in rewards])
+    for k in powers:
+        metrics[f"eval/maj@{k}"] = _mean(
+            [majority_at_k(r, a, k) for r, a in zip(rewards, answers, strict=True)]
+        )
+    return metrics
+
+
+def best_at_k(rewards: Sequence[float], k: int) -> float:
+    """Unbiased estimate, from n samples, of the expected best reward of k samples.
+
+    Mean over all k-subsets of their maximum: Σ_i r_(i) C(i−1, k−1) / C(n, k) over the ascending
+    order statistics. For rewards in {0, 1} it is 1 − C(n−c, k) / C(n, k), c the successes.
+    """
+    ordered = sorted(rewards)
+    total = comb(len(ordered), k)
+    return fsum(reward * (comb(i, k - 1) / total) for i, reward in enumerate(ordered))
+
+
+def majority_at_k(rewards: Sequence[float], answers: Sequence[str | None], k: int) -> float:
+    """Reward of the most frequent answer among k samples, averaged over the n // k disjoint runs
+    of k samples.
+
+    Samples without an answer do not vote; no votes at all score 0. Tied answers share: their
+    mean rewards are averaged, which is the expectation of a fair draw.
+    """
+    blocks = []
+    for start in range(0, len(rewards) - k + 1, k):
+        votes: dict[str, list[float]] = defaultdict(list)
+        for reward, answer in zip(
+            rewards[start : start + k], answers[start : start + k], strict=True
+        ):
+            if answer is not None:
+                votes[answer].append(reward)
+        most = max((len(group) for group in votes.values()), default=0)
+        blocks.append(_mean([_mean(group) for group in votes.values() if len(group) == most]))
+    return _mean(blocks)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return fsum(values) / len(values) if values else 0.0

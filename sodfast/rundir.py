@@ -1,0 +1,223 @@
+"""A run directory: its lock, its lines, and what a resume may keep of them."""
+
+import datetime
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import IO, Any
+
+from sodfast import checkpoint
+from sodfast.config import Config, read_overrides, validate
+from sodfast.errors import UsageError
+
+
+def fingerprint(config: Config) -> str:
+    """A hash of everything that decides a run's numbers: not its place, length or sinks."""
+    values = config.model_dump(mode="json", exclude={"out", "steps", "log", "checkpoint"})
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def default_out(config: Config) -> str:
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    return f"runs/{stamp}-{config.schedule.kind}-seed{config.seed}"
+
+
+def check_out(path: Path) -> None:
+    """Raise `UsageError` unless `path` can become a new run directory. Writes nothing."""
+    if path.is_dir() and any(path.iterdir()):
+        raise UsageError(
+            f"out={path} exists and is not empty: choose another, or continue it with "
+            f"sodfast train --resume {path}"
+        )
+    parent = path if path.is_dir() else path.parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise UsageError(f"out={path} cannot be created: {parent} is not a writable directory")
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"out={path} is a file: choose a directory")
+
+
+class RunDirectory:
+    """The files of one run, locked against a second writer until `close` (or death)."""
+
+    def __init__(self, path: Path, lock: IO[str]) -> None:
+        self.path = path
+        self._lock = lock
+
+    @classmethod
+    def create(cls, path: Path, config: Config, environment: dict[str, Any]) -> "RunDirectory":
+        check_out(path)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            run = cls(path, _lock(path))
+            (path / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+            # Last, since a directory with a config.yaml is one that can be resumed.
+            run.write_config(config)
+        except OSError as error:
+            raise UsageError(f"out={path} cannot be written: {error}") from error
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> "RunDirectory":
+        if not (path / "config.yaml").is_file():
+            raise UsageError(f"{path} is not a run directory: it has no config.yaml")
+        return cls(path, _lock(path))
+
+    def close(self) -> None:
+        self._lock.close()
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def events(self) -> Path:
+        return self.path / "events.jsonl"
+
+    def append(self, file: Path, line: dict[str, Any]) -> None:
+        with file.open("a") as stream:
+            stream.write(json.dumps(line, allow_nan=False) + "\n")
+
+    def sync(self) -> None:
+        """Force the lines to disk; a checkpoint must not outlive the lines before it."""
+        for file in (self.metrics, self.events):
+            if file.exists():
+                with file.open("a") as stream:
+                    os.fsync(stream.fileno())
+
+    def rewind(self, step: int, eval_every: int) -> list[dict[str, Any]]:
+        """Drop lines and events after `step`; returns the metrics lines that stay.
+
+        A shorter run evaluates its last step whether due or not. That evaluation is dropped too,
+        so that the lines are those of a run that was never interrupted.
+        """
+        lines = [line for line in read_lines(self.metrics) if line["step"] <= step]
+        if len(lines) != step + 1 and step > 0:
+            raise UsageError(
+                f"{self.metrics} has {len(lines)} lines up to the checkpoint's step {step}, "
+                f"not {step + 1}: restore the file, or delete the checkpoint"
+            )
+        if step % eval_every and lines:
+            lines[-1] = {k: v for k, v in lines[-1].items() if not k.startswith("eval/")}
+        events = [event for event in read_lines(self.events) if event["step"] <= step]
+        for file, kept in ((self.metrics, lines), (self.events, events)):
+            _replace(file, "".join(json.dumps(line) + "\n" for line in kept))
+        return lines
+
+    def write_config(self, config: Config) -> None:
+        _replace(self.path / "config.yaml", config.to_yaml())
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
+        _replace(self.path / "summary.json", text)
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The JSON lines of a file; a last line cut short by a power failure is left out."""
+    if not file.is_file():
+        return []
+    texts = file.read_text().splitlines()
+    lines = []
+    for number, text in enumerate(texts, start=1):
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError as error:
+            if number < len(texts):
+                raise UsageError(f"{file}:{number}: not JSON ({error.msg})") from error
+    return lines
+
+
+def stored_config(path: Path, overrides: list[str]) -> Config:
+    """The configuration of a run directory; only `steps` may be overridden."""
+    for text in overrides:
+        if not text.startswith("steps="):
+            raise UsageError(f"--resume takes only steps=N; {text!r} would make it another run")
+    layer = read_overrides(path / "config.yaml", overrides)
+    layer["out"] = str(path)
+    config = validate(layer)
+    newest = checkpoint.latest(path / "checkpoints")
+    if newest is not None:
+        state = json.loads((newest / "state.json").read_text())
+        if state["fingerprint"] != fingerprint(config):
+            raise UsageError(
+                f"{path}/config.yaml is not the configuration its checkpoints were made with: "
+                "restore it, or start a new run"
+            )
+        if config.steps < state["step"]:
+            raise UsageError(f"steps={config.steps} lies before the checkpoint's {state['step']}")
+    return config
+
+
+def environment(threads: int, device: str) -> dict[str, Any]:
+    """Versions, commit, hardware and threads: what a figure must be quoted with."""
+    packages = ["sodfast", "torch", "triton", "transformers", "tokenizers", "numpy", "pydantic"]
+    return {
+        "versions": {"python": platform.python_version(), **_versions(packages)},
+        "commit": _commit(),
+        "command": sys.argv,
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "device": device,
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _versions(packages: list[str]) -> dict[str, str]:
+    found = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() or None
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def _replace(file: Path, text: str) -> None:
+    """Write a file so that a reader, or a crash, sees the old text or the new, never a part."""
+    aside = file.with_name(file.name + ".tmp")
+    aside.write_text(text)
+    os.replace(aside, file)
+
+
+def _lock(path: Path) -> IO[str]:
+    """Hold `path`/.lock; the kernel releases it when this process ends, however it ends."""
+    lock = (path / ".lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.close()
+        raise UsageError(f"{path} is being written by another process: wait for it") from error
+    return lock

@@ -1,0 +1,228 @@
+"""WHEN the teacher moves: state machines over numbers, no torch.
+
+A schedule sees a step's statistics after the step's update and answers with a `Decision` that
+explains itself. It can be replayed on the lines of a recorded metrics.jsonl. `teacher.py`
+carries the decision out.
+
+The schedules are those of arXiv 2606.03532 §3.1 and §4 (fixed, hard refresh, EMA, CGTR) and of
+arXiv 2601.20802 (trust region).
+"""
+
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import fsum
+from typing import Any, Literal
+
+from sodfast.config import (
+    CGTRConfig,
+    EMAConfig,
+    FixedConfig,
+    HardConfig,
+    ScheduleConfig,
+    TrustRegionConfig,
+)
+
+Action = Literal["keep", "copy", "average"]
+
+
+@dataclass(frozen=True)
+class StepStatistics:
+    """What a schedule may look at: one training step, all rollouts.
+
+    `reward_mean` and the lengths are `reward/mean` and `length/*` of the step's metrics line.
+    Under `length_unit=shard` the lengths are the summed response lengths of each shard.
+    """
+
+    step: int
+    reward_mean: float
+    length_mean: float
+    length_max: float
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the teacher does now, and why.
+
+    `action`: keep, copy (φ ← θ) or average (φ ← (1−rate)φ + rate·θ). `age` is the number of steps
+    since the last copy, before this decision is carried out; None where there are no copies.
+    `gates` is the event of a check, `metrics` what the check adds to the step's line.
+    """
+
+    action: Action
+    age: int | None = None
+    rate: float = 0.0
+    gates: dict[str, dict[str, Any]] | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class Schedule(ABC):
+    """Observes steps 1, 2, … in order. Stateless unless it overrides the two state methods."""
+
+    @abstractmethod
+    def observe(self, statistics: StepStatistics) -> Decision: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold, as JSON values."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state:
+            raise ValueError(f"{type(self).__name__} has no state, got {sorted(state)}")
+
+
+class Fixed(Schedule):
+    """φ = θ₀ for ever."""
+
+    def observe(self, statistics: StepStatistics) -> Decision:
+        return Decision("keep", age=statistics.step)
+
+
+class Hard(Schedule):
+    """φ ← θ when t mod `every` = 0."""
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+
+    def observe(self, statistics: StepStatistics) -> Decision:
+        since = statistics.step % self.every
+        return Decision("copy" if since == 0 else "keep", age=since or self.every)
+
+
+class EMA(Schedule):
+    """φ ← (1−rate)φ + rate·θ after every step."""
+
+    def __init__(self, rate: float) -> None:
+        self.rate = rate
+
+    def observe(self, statistics: StepStatistics) -> Decision:
+        return Decision("average", rate=self.rate)
+
+
+class TrustRegion(Schedule):
+    """The initial weights stay; scoring mixes their logits with the student's (teacher.py)."""
+
+    def observe(self, statistics: StepStatistics) -> Decision:
+        return Decision("keep")
+
+
+class CGTR(Schedule):
+    """Consolidation-Gated Teacher Refresh (arXiv 2606.03532 §4, App. C, Table 9).
+
+    Every `check_every` steps φ ← θ iff every active gate passes:
+
+    isolation  t − t_last ≥ min_isolation, with t_last = 0 at the start
+    reward     mean reward of the last `window` steps > r_ref + reward_margin; r_ref starts as the
+               mean of the first `window` steps and becomes the window's mean at each refresh;
+               blocks while fewer than `window` steps exist
+    length     max(length) / mean(length) pooled over the last `window` steps ≤ max_tail_ratio
+
+    Every step holds equally many rollouts, so the mean of the steps' means is the pooled mean;
+    it is formed that way (float64, exact sum) so that a check can be recomputed from the metrics
+    lines to the last bit.
+    """
+
+    def __init__(self, config: CGTRConfig) -> None:
+        self.config = config
+        self.window: deque[StepStatistics] = deque(maxlen=config.window)
+        self.last_copy = 0
+        self.reward_reference: float | None = None
+
+    def observe(self, statistics: StepStatistics) -> Decision:
+        self.window.append(statistics)
+        full = len(self.window) == self.config.window
+        if full and self.reward_reference is None:
+            self.reward_reference = self._reward_mean()
+        age = statistics.step - self.last_copy
+        if statistics.step % self.config.check_every:
+            return Decision("keep", age=age)
+
+        gates = self._gates(age)
+        refresh = all(gate["pass"] for gate in gates.values() if gate["active"])
+        metrics = {
+            "gate/reward_window": self._reward_mean(),
+            "gate/tail_window": gates["length"]["value"],
+        }
+        if refresh:
+            self.last_copy = statistics.step
+            self.reward_reference = self._reward_mean()
+        return Decision("copy" if refresh else "keep", age=age, gates=gates, metrics=metrics)
+
+    def _gates(self, age: int) -> dict[str, dict[str, Any]]:
+        config = self.config
+        length_mean = fsum(step.length_mean for step in self.window) / len(self.window)
+        tail = max(step.length_max for step in self.window) / length_mean
+        gates: dict[str, dict[str, Any]] = {
+            "isolation": {
+                "value": age,
+                "threshold": config.min_isolation,
+                "pass": age >= config.min_isolation,
+            },
+            "reward": {"value": self._reward_mean(), "pass": False},
+            "length": {
+                "value": tail,
+                "threshold": config.max_tail_ratio,
+                "pass": tail <= config.max_tail_ratio,
+            },
+        }
+        # Without a reference there is no threshold: the bar is undefined, and it blocks.
+        if self.reward_reference is not None:
+            threshold = self.reward_reference + config.reward_margin
+            full = len(self.window) == config.window
+            passes = full and gates["reward"]["value"] > threshold
+            gates["reward"] |= {"threshold": threshold, "pass": passes}
+        for name, gate in gates.items():
+            gate["active"] = name in config.gates
+        return gates
+
+    def _reward_mean(self) -> float:
+        return fsum(step.reward_mean for step in self.window) / len(self.window)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "window": [vars(step) for step in self.window],
+            "last_copy": self.last_copy,
+            "reward_reference": self.reward_reference,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.window.clear()
+        self.window.extend(StepStatistics(**step) for step in state["window"])
+        self.last_copy = state["last_copy"]
+        self.reward_reference = state["reward_reference"]
+
+
+def build_schedule(config: ScheduleConfig) -> Schedule:
+    match config:
+        case FixedConfig():
+            return Fixed()
+        case HardConfig():
+            return Hard(config.every)
+        case EMAConfig():
+            return EMA(config.rate)
+        case TrustRegionConfig():
+            return TrustRegion()
+        case CGTRConfig():
+            return CGTR(config)
+
+
+def replay(schedule: Schedule, lines: Sequence[Mapping[str, Any]]) -> list[Decision]:
+    """Feed recorded metrics lines (steps 1…, in order) to a schedule; one decision per line.
+
+    Under `length_unit=shard` the lines must carry `length/shard_mean` and `length/shard_max`.
+    """
+    shard = isinstance(schedule, CGTR) and schedule.config.length_unit == "shard"
+    prefix = "length/shard_" if shard else "length/"
+    return [
+        schedule.observe(
+            StepStatistics(
+                step=line["step"],
+                reward_mean=line["reward/mean"],
+                length_mean=line[prefix + "mean"],
+                length_max=line[prefix + "max"],
+            )
+        )
+        for line in lines
+        if "reward/mean" in line
+    ]

@@ -1,0 +1,46 @@
+"""Counter-based random streams: a draw depends on its key, never on what was drawn before it.
+
+A generator is keyed by (seed, stream, counters), so resuming needs no stored state, evaluating
+more often cannot change training, and a sample's tokens do not depend on its batch.
+"""
+
+from enum import IntEnum
+
+import numpy as np
+
+
+class Stream(IntEnum):
+    PROMPTS = 0  # counters: epoch
+    ROLLOUT = 1  # step, sample
+    EVAL = 2  # step, sample
+    DEMONSTRATION = 3  # step, sample
+    UPDATES = 4  # step
+
+
+def generator(seed: int, stream: Stream, *counters: int) -> np.random.Generator:
+    """A NumPy generator on Philox4x64 keyed by (seed, stream) at the given counters.
+
+    At most three counters, each below 2**64; the fourth counter word counts the draws.
+    """
+    if len(counters) > 3:
+        raise ValueError(f"at most 3 counters, got {len(counters)}")
+    words = [0, *counters, *[0] * (3 - len(counters))]
+    key = np.array([seed, stream], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=np.array(words, dtype=np.uint64)))
+
+
+class PromptOrder:
+    """Which question is asked next: every epoch is a fresh permutation keyed by (seed, epoch)."""
+
+    def __init__(self, seed: int, size: int) -> None:
+        self.seed = seed
+        self.size = size
+
+    def take(self, cursor: int, count: int) -> list[int]:
+        """Indices at positions cursor .. cursor + count of the endless sequence of epochs."""
+        indices: list[int] = []
+        while len(indices) < count:
+            epoch, offset = divmod(cursor + len(indices), self.size)
+            order = generator(self.seed, Stream.PROMPTS, epoch).permutation(self.size)
+            indices += order[offset : offset + count - len(indices)].tolist()
+        return indices

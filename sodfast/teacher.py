@@ -1,0 +1,205 @@
+"""The teacher: what it sees, where it lives, and how a schedule's decision is carried out.
+
+What it sees (arXiv 2601.20802): the prompt and, as privileged context, a successful attempt of a
+sibling rollout. Where it lives: nowhere of its own while it equals the student (an alias), a copy
+from the first update after that on. Nothing else in this project moves the teacher.
+"""
+
+import copy
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from sodfast_kernels import ema_update_, parameter_distance
+from torch import Tensor, nn
+
+from sodfast.config import ScheduleConfig, TeacherConfig
+from sodfast.errors import UsageError
+from sodfast.model import LanguageModel, micro_batches, output_head, response_hidden
+from sodfast.schedule import Decision
+from sodfast.streams import Stream, generator
+from sodfast.tasks import Question
+
+_THINKING = re.compile(r"<think>.*?</think>", re.DOTALL)
+
+
+def choose_demonstrations(
+    rewards: Sequence[float], group_size: int, success_reward: float, seed: int, step: int
+) -> list[int | None]:
+    """For each rollout the index of its demonstration, or None.
+
+    A demonstration is a successful rollout of the same group, not the rollout itself, drawn
+    uniformly by a stream keyed by (seed, step, rollout). `rewards` holds groups of `group_size`.
+    """
+    chosen: list[int | None] = []
+    for index in range(len(rewards)):
+        first = index - index % group_size
+        siblings = [
+            other
+            for other in range(first, first + group_size)
+            if other != index and rewards[other] >= success_reward
+        ]
+        if siblings:
+            stream = generator(seed, Stream.DEMONSTRATION, step, index)
+            chosen.append(siblings[int(stream.integers(len(siblings)))])
+        else:
+            chosen.append(None)
+    return chosen
+
+
+class TeacherContext:
+    """Renders the teacher's prompts from the templates of `TeacherConfig`."""
+
+    def __init__(self, config: TeacherConfig, model: LanguageModel) -> None:
+        self.config = config
+        self.model = model
+
+    def fits(self, question: Question) -> bool:
+        """Whether the prompt leaves room for a demonstration at all."""
+        if self.config.context == "none":
+            return True
+        return len(self._encode(question, " ", "")) <= self.config.max_prompt_tokens
+
+    def render(
+        self, question: Question, demonstration: str | None, feedback: str | None
+    ) -> list[int]:
+        """Token ids of the teacher's prompt, at most `max_prompt_tokens`: the demonstration is
+        cut at its end, never the closing request or the assistant's header."""
+        text = _THINKING.sub("", demonstration or "").strip()
+        feedback = feedback or ""
+        limit = self.config.max_prompt_tokens
+        while len(ids := self._encode(question, text, feedback)) > limit:
+            if not text:
+                raise UsageError(
+                    f"teacher.max_prompt_tokens={limit} does not hold question {question.id} and "
+                    "its feedback: raise it, or set teacher.feedback=false"
+                )
+            tokens = self.model.tokenizer(text, add_special_tokens=False).input_ids
+            keep = max(0, len(tokens) - (len(ids) - limit))
+            shorter = self.model.decode(tokens[:keep]).rstrip()
+            # Decoding can give back as many characters as before; cutting must make progress.
+            text = shorter if len(shorter) < len(text) else text[:-1]
+        return ids
+
+    def _encode(self, question: Question, demonstration: str, feedback: str) -> list[int]:
+        config = self.config
+        prompt = config.template.format(
+            prompt=question.prompt,
+            demonstration=config.demonstration_template.format(demonstration=demonstration)
+            if demonstration
+            else "",
+            feedback=config.feedback_template.format(feedback=feedback) if feedback else "",
+        )
+        return self.model.encode(prompt, question.system)
+
+
+@dataclass(frozen=True)
+class TeacherScores:
+    """Last hidden states [L_i, H'] of each rollout's response (None where there is no context),
+    and the head [V, H'] they belong to. Logits are hidden @ head.T."""
+
+    hidden: list[Tensor | None]
+    head: Tensor
+
+
+class Teacher:
+    """Where the teacher's weights are, under every schedule.
+
+    `weights` is None while the teacher equals the student. `prepare_update` must be called before
+    the student's first update of a step, `apply` after its last.
+    """
+
+    def __init__(self, student: nn.Module, schedule: ScheduleConfig, seed: int) -> None:
+        self.student = student
+        self.seed = seed
+        # Trust region (arXiv 2601.20802): logits (1−τ)·initial + τ·student.
+        self.mix = schedule.rate if schedule.kind == "trust_region" else None
+        self.weights: nn.Module | None = None
+
+    @property
+    def network(self) -> nn.Module:
+        return self.student if self.weights is None else self.weights
+
+    @torch.no_grad()
+    def score(
+        self,
+        contexts: Sequence[Tensor | None],
+        responses: Sequence[Tensor],
+        pad_id: int,
+        micro_batch_tokens: int,
+    ) -> TeacherScores:
+        """Score the step's rollouts; only hidden states and the head outlive this phase.
+
+        The head is taken before the student's first update, like the hidden states. Under trust
+        region both models' hidden states stand side by side against both heads side by side:
+        (1−τ)·h₀·W₀ᵀ + τ·h_θ·W_θᵀ is the mixture of the logits.
+        """
+        hidden = self._score(self.network, contexts, responses, pad_id, micro_batch_tokens)
+        head = output_head(self.network).detach()
+        if self.weights is None:
+            head = head.clone()
+        elif self.mix is not None:
+            live = self._score(self.student, contexts, responses, pad_id, micro_batch_tokens)
+            hidden = [
+                None if a is None or b is None else torch.cat([(1 - self.mix) * a, self.mix * b], 1)
+                for a, b in zip(hidden, live, strict=True)
+            ]
+            head = torch.cat([head, output_head(self.student).detach()], 1)
+        return TeacherScores(hidden, head)
+
+    def _score(
+        self,
+        network: nn.Module,
+        contexts: Sequence[Tensor | None],
+        responses: Sequence[Tensor],
+        pad_id: int,
+        micro_batch_tokens: int,
+    ) -> list[Tensor | None]:
+        scored = [index for index, context in enumerate(contexts) if context is not None]
+        chosen = {index: context for index, context in enumerate(contexts) if context is not None}
+        lengths = [len(chosen[index]) + len(responses[index]) for index in scored]
+        hidden: list[Tensor | None] = [None] * len(contexts)
+        for batch in micro_batches(lengths, micro_batch_tokens):
+            indices = [scored[row] for row in batch]
+            rows_NH = response_hidden(
+                network,
+                [chosen[index] for index in indices],
+                [responses[index] for index in indices],
+                pad_id,
+            )
+            parts = rows_NH.split([len(responses[index]) for index in indices])
+            for index, part in zip(indices, parts, strict=True):
+                hidden[index] = part
+        return hidden
+
+    def prepare_update(self) -> None:
+        """The student is about to move: from here on the teacher needs weights of its own."""
+        if self.weights is None:
+            self.weights = copy.deepcopy(self.student).requires_grad_(False)
+
+    @torch.no_grad()
+    def apply(self, decision: Decision, step: int) -> Tensor:
+        """Carry the schedule's decision out. Returns ‖θ − φ‖₂ from before the move, so at a copy
+        this is the refresh shock ‖θ_t − φ_{t−1}‖₂ (arXiv 2606.03532 §3.2)."""
+        if self.weights is None:
+            raise RuntimeError("prepare_update must run before the student moves")
+        teacher, student = list(self.weights.parameters()), list(self.student.parameters())
+        if decision.action == "average":
+            return ema_update_(teacher, student, decision.rate, seed=self.seed, step=step)
+        drift = parameter_distance(teacher, student)
+        if decision.action == "copy":
+            self.weights = None
+        return drift
+
+    def load_weights(self, tensors: dict[str, Tensor] | None) -> None:
+        """Restore the teacher from a checkpoint; None: it equals the student."""
+        self.weights = None
+        if tensors is not None:
+            self.prepare_update()
+            named = dict(self.network.named_parameters())
+            if named.keys() != tensors.keys():
+                raise ValueError("the stored teacher has other parameters than the student")
+            with torch.no_grad():
+                for name, parameter in named.items():
+                    parameter.copy_(tensors[name])

@@ -1,0 +1,547 @@
+"""The algorithm: self on-policy distillation with a scheduled teacher, one screen per phase.
+
+    task → prompts → rollout(student) → rewards → context (who gets which demonstration)
+         → teacher scores (hidden states only) → objective (fused loss, gradients) → optimizer
+         → statistics → schedule decides → teacher moves → metrics line → checkpoint
+
+Sources: arXiv 2606.03532 (schedules, gates, diagnostics) and arXiv 2601.20802 (the objective and
+the teacher's context). A step commits as a whole: whatever ends a run before a step's first
+optimizer update leaves the state of the step before.
+"""
+
+import resource
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from sodfast_kernels import DistillationOutput
+from torch import Tensor
+
+from sodfast import checkpoint, optimizer
+from sodfast.config import CGTRConfig, Config
+from sodfast.console import Reporter
+from sodfast.diagnostics import (
+    CollapseDetector,
+    RewardGain,
+    length_metrics,
+    mean_entropy,
+    reward_metrics,
+    summarize,
+)
+from sodfast.errors import RunFailed, UsageError
+from sodfast.evaluate import evaluate
+from sodfast.interrupt import Interrupted, Interruption
+from sodfast.model import LanguageModel, micro_batches, response_hidden, to_ids
+from sodfast.objective import group_advantages, micro_batch_loss, sequence_weights
+from sodfast.rollout import Sample, Sampling, rollout
+from sodfast.rundir import RunDirectory, fingerprint
+from sodfast.schedule import StepStatistics, build_schedule
+from sodfast.sinks import Logger
+from sodfast.streams import PromptOrder, Stream, generator
+from sodfast.tasks import Question, Task
+from sodfast.teacher import Teacher, TeacherContext, TeacherScores, choose_demonstrations
+
+Status = Literal["done", "collapsed", "interrupted", "failed"]
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """One step's rollouts, groups of `samples_per_prompt` one after the other."""
+
+    questions: list[Question]  # one per group
+    samples: list[Sample]
+    texts: list[str]
+    rewards: list[float]
+    contexts: list[Tensor | None]  # the teacher's prompt; None: m_i = 0
+
+
+class Trainer:
+    """One run. `train` runs it to its end; everything it keeps is in its run directory."""
+
+    def __init__(
+        self,
+        config: Config,
+        model: LanguageModel,
+        task: Task,
+        run: RunDirectory,
+        reporter: Reporter,
+    ) -> None:
+        self.config = config
+        self.model = model
+        self.task = task
+        self.run = run
+        self.reporter = reporter
+        self.context = TeacherContext(config.teacher, model)
+        self.train_questions, self.dropped = self._fitting(task.train, "task.train")
+        self.test_questions, _ = self._fitting(task.test, "task.test")
+
+        self.teacher = Teacher(model.network, config.schedule, config.seed)
+        self.optimizer = optimizer.build_optimizer(config.optimizer, model.network)
+        self.schedule = build_schedule(config.schedule)
+        self.prompts = PromptOrder(config.seed, len(self.train_questions))
+        self.gain = RewardGain()
+        self.collapse = CollapseDetector(
+            config.collapse, config.rollout.max_new_tokens, config.eval.samples
+        )
+        self.lines: list[dict[str, Any]] = []
+        self.step = 0
+        self.state = self._state()
+        self.clock = PhaseClock(model.device)
+
+    # ---------------------------------------------------------------- the run
+
+    def train(self) -> Status:
+        """Run to `steps`, or to the collapse detector's stop, or to an interruption.
+
+        Raises `RunFailed` when a loss or gradient is not finite or the disk refuses; the last
+        good state is checkpointed before, and summary.json says "failed".
+        """
+        logger = Logger(self.config, self.run.path)
+        interruption = Interruption()
+        try:
+            with interruption:
+                self.reporter.start(self.step, self.config.steps)
+                if not self.lines:
+                    self._evaluate_start(interruption, logger)
+                while self.step < self.config.steps and not self._stopped():
+                    self._train_step(self.step + 1, interruption, logger)
+            status: Status = "done" if self.collapse.step is None else "collapsed"
+        except Interrupted:
+            self.reporter.message("interrupted: saving the last finished step")
+            if self.lines:
+                self._save()
+            status = "interrupted"
+        except RunFailed as error:
+            self.run.write_summary(self.summary("failed"))
+            raise RunFailed(f"step {self.step + 1}: {error}") from error
+        finally:
+            logger.close()
+        self.run.write_summary(self.summary(status))
+        return status
+
+    def resume(self) -> None:
+        """Continue from the newest checkpoint, or from the start where there is none yet."""
+        path = checkpoint.latest(self.run.checkpoints)
+        if path is None:
+            for file in (self.run.metrics, self.run.events):
+                file.unlink(missing_ok=True)
+            self.reporter.message("no checkpoint yet: starting over at step 0")
+            return
+        stored = checkpoint.load(path)
+        self.lines = self.run.rewind(stored.step, self.config.eval.every)
+        self.step = stored.step
+        checkpoint.restore_student(self.model, stored.student)
+        self.teacher.load_weights(stored.teacher)
+        checkpoint.restore_optimizer(self.model.network, self.optimizer, stored.optimizer)
+        self.schedule.load_state_dict(stored.state["schedule"])
+        self.collapse.load_state_dict(stored.state["collapse"])
+        self.gain.last = stored.state["reward_memory"]
+        self.state = self._state()
+        self.run.append(self.run.events, {"step": self.step, "event": "resume"})
+
+    def _evaluate_start(self, interruption: Interruption, logger: Logger) -> None:
+        line = {"step": 0, **self._evaluate(0)}
+        with interruption.shielded():
+            self.collapse.observe(line)
+            self._commit(line, logger)
+            self._save()
+
+    # ---------------------------------------------------------------- one step
+
+    def _train_step(self, step: int, interruption: Interruption, logger: Logger) -> None:
+        self.clock.reset()
+        with self.clock("rollout"):
+            rollouts = self._rollout(step)
+        with self.clock("teacher"):
+            scores = self._score(rollouts)
+        line: dict[str, Any] = {"step": step, **self._statistics(rollouts)}
+
+        with ExitStack() as shield:
+            with self.clock("train"):
+                # Shielded from the first update on: a step is finished or it never happened.
+                line |= self._update(
+                    step,
+                    rollouts,
+                    scores,
+                    before_first=lambda: shield.enter_context(interruption.shielded()),
+                )
+            del scores
+            line |= self._move_teacher(step, line)
+            group = self.config.rollout.samples_per_prompt
+            means = [
+                sum(rollouts.rewards[i : i + group]) / group
+                for i in range(0, len(rollouts.rewards), group)
+            ]
+            line |= self.gain.observe([q.id for q in rollouts.questions], means)
+            line |= self.clock.metrics(sum(len(sample.response) for sample in rollouts.samples))
+            self._finish(line, logger)
+
+    def _rollout(self, step: int) -> Rollouts:
+        config = self.config.rollout
+        count = config.samples_per_prompt
+        cursor = (step - 1) * config.prompts_per_step
+        questions = [
+            self.train_questions[index]
+            for index in self.prompts.take(cursor, config.prompts_per_step)
+        ]
+        prompts = [self.model.encode_question(question) for question in questions]
+        samples = rollout(
+            self.model,
+            [to_ids(prompt) for prompt in prompts for _ in range(count)],
+            [
+                generator(self.config.seed, Stream.ROLLOUT, step, index)
+                for index in range(len(prompts) * count)
+            ],
+            Sampling(config.temperature, config.top_p, config.max_new_tokens),
+            config.batch_size,
+            lambda done, total: self.reporter.phase("rollout", done, total),
+        )
+        texts = [self.model.decode(sample.response) for sample in samples]
+        asked = [question for question in questions for _ in range(count)]
+        rewards = [self.task.score(q, text) for q, text in zip(asked, texts, strict=True)]
+        contexts = self._contexts(step, asked, samples, texts, rewards)
+        return Rollouts(questions, samples, texts, rewards, contexts)
+
+    def _contexts(
+        self,
+        step: int,
+        asked: Sequence[Question],
+        samples: Sequence[Sample],
+        texts: Sequence[str],
+        rewards: Sequence[float],
+    ) -> list[Tensor | None]:
+        """Each rollout's teacher prompt; None where there is nothing privileged to show."""
+        config = self.config.teacher
+        if config.context == "none":
+            return [sample.prompt for sample in samples]
+        chosen = choose_demonstrations(
+            rewards,
+            self.config.rollout.samples_per_prompt,
+            config.success_reward,
+            self.config.seed,
+            step,
+        )
+        contexts: list[Tensor | None] = []
+        for question, text, source in zip(asked, texts, chosen, strict=True):
+            demonstration = None if source is None else texts[source]
+            feedback = self.task.feedback(question, text) if config.feedback else None
+            if demonstration is None and feedback is None:
+                contexts.append(None)
+            else:
+                contexts.append(to_ids(self.context.render(question, demonstration, feedback)))
+        return contexts
+
+    def _score(self, rollouts: Rollouts) -> TeacherScores:
+        self.reporter.phase("teacher")
+        unread = self.config.objective.distill_coef == 0
+        return self.teacher.score(
+            [None] * len(rollouts.contexts) if unread else rollouts.contexts,
+            [sample.response for sample in rollouts.samples],
+            self.model.pad_id,
+            self.config.optimizer.micro_batch_tokens,
+        )
+
+    def _statistics(self, rollouts: Rollouts) -> dict[str, Any]:
+        config = self.config
+        schedule = config.schedule
+        sharded = isinstance(schedule, CGTRConfig) and schedule.length_unit == "shard"
+        shown = [context is not None for context in rollouts.contexts]
+        return {
+            **reward_metrics(
+                rollouts.rewards,
+                config.rollout.samples_per_prompt,
+                config.teacher.success_reward,
+            ),
+            **length_metrics(rollouts.samples, schedule.shards if sharded else None),
+            "distill/reprompt_fraction": sum(shown) / len(shown),
+            "policy/entropy": mean_entropy(rollouts.samples),
+        }
+
+    def _update(
+        self,
+        step: int,
+        rollouts: Rollouts,
+        scores: TeacherScores,
+        before_first: Callable[[], object],
+    ) -> dict[str, float]:
+        """All optimizer updates of a step; `before_first` runs when the student is about to move.
+
+        The step's prompts are cut into `updates_per_step` equal parts in an order keyed by
+        (seed, step); each part is one update with denominators of its own.
+        """
+        config = self.config
+        count = config.rollout.samples_per_prompt
+        advantages = group_advantages(rollouts.rewards, count, config.objective.normalize_advantage)
+        groups = len(rollouts.questions)
+        order = generator(config.seed, Stream.UPDATES, step).permutation(groups).tolist()
+        size = groups // config.optimizer.updates_per_step
+        lr = optimizer.learning_rate(config.optimizer, step)
+        totals = _Totals(self.model.device)
+        norms = []
+        for number, start in enumerate(range(0, groups, size)):
+            self.reporter.phase("train", number, config.optimizer.updates_per_step)
+            rows = [
+                group * count + sample
+                for group in sorted(order[start : start + size])
+                for sample in range(count)
+            ]
+            loss = self._accumulate_gradients(rows, rollouts, scores, advantages, totals)
+            if number == 0:
+                before_first()
+                self.teacher.prepare_update()
+            try:
+                norms.append(optimizer.update(self.optimizer, lr, config.optimizer.clip_norm, loss))
+            except RunFailed:
+                if number == 0:  # the parameters are still those of the step before
+                    self._save()
+                raise
+        return {
+            **totals.metrics(),
+            "optim/grad_norm": sum(norms) / len(norms),
+            "optim/lr": lr,
+        }
+
+    def _accumulate_gradients(
+        self,
+        rows: Sequence[int],
+        rollouts: Rollouts,
+        scores: TeacherScores,
+        advantages: Sequence[float],
+        totals: "_Totals",
+    ) -> Tensor:
+        """Gradients of one update over the rollouts `rows`, micro-batch by micro-batch."""
+        config = self.config
+        samples = [rollouts.samples[row] for row in rows]
+        weights = sequence_weights(
+            config.objective,
+            [len(sample.response) for sample in samples],
+            [scores.hidden[row] is not None for row in rows],
+            [advantages[row] for row in rows],
+        )
+        trained = [index for index in range(len(rows)) if weights.matters(index)]
+        lengths = [len(samples[index].prompt) + len(samples[index].response) for index in trained]
+        loss = torch.zeros((), device=self.model.device)
+        for batch in micro_batches(lengths, config.optimizer.micro_batch_tokens):
+            chosen = [trained[position] for position in batch]
+            part = [samples[index] for index in chosen]
+            hidden_NH = response_hidden(
+                self.model.network,
+                [sample.prompt for sample in part],
+                [sample.response for sample in part],
+                self.model.pad_id,
+            )
+            output = micro_batch_loss(
+                config.objective,
+                config.rollout.temperature,
+                self.model.softcap,
+                hidden_NH,
+                self.model.head,
+                [scores.hidden[rows[index]] for index in chosen],
+                scores.head,
+                part,
+                [weights.of(index) for index in chosen],
+            )
+            output.loss.backward()
+            loss += output.loss.detach()
+            totals.add(output, part, [scores.hidden[rows[i]] is not None for i in chosen])
+        totals.loss += loss
+        return loss
+
+    def _move_teacher(self, step: int, line: dict[str, Any]) -> dict[str, Any]:
+        """The schedule decides, the teacher follows, and both say so."""
+        prefix = "length/shard_" if "length/shard_mean" in line else "length/"
+        decision = self.schedule.observe(
+            StepStatistics(step, line["reward/mean"], line[prefix + "mean"], line[prefix + "max"])
+        )
+        drift = float(self.teacher.apply(decision, step))
+        copied = decision.action == "copy"
+        if decision.gates is not None:
+            self._event(step, "gate", gates=decision.gates, refresh=copied)
+        if copied:
+            self._event(step, "refresh", shock=drift, age=decision.age)
+        metrics: dict[str, Any] = {"teacher/drift": drift, **decision.metrics}
+        if decision.age is not None:
+            metrics |= {"teacher/age": decision.age, "teacher/refreshed": int(copied)}
+        return metrics
+
+    def _finish(self, line: dict[str, Any], logger: Logger) -> None:
+        """Evaluate where due, detect a collapse, write the line, checkpoint where due."""
+        step = line["step"]
+        due = step % self.config.eval.every == 0
+        if due:
+            line |= self._evaluate(step)
+        self._observe_collapse(line)
+        self.step = step
+        # What a longer run would carry on with: without the evaluation that only the last step
+        # of this run gets.
+        self.state = self._state()
+        last = step == self.config.steps or self._stopped()
+        if last and not due:
+            line |= self._evaluate(step)
+            self._observe_collapse(line)
+        self._commit(line, logger)
+        if last or step % self.config.checkpoint.every == 0:
+            self._save()
+
+    def _observe_collapse(self, line: dict[str, Any]) -> None:
+        reason = self.collapse.observe(line)
+        if reason is not None:
+            self._event(line["step"], "collapse", **reason)
+            self.reporter.message(f"collapse at step {line['step']}: {reason}")
+
+    def _commit(self, line: dict[str, Any], logger: Logger) -> None:
+        self.lines.append(line)
+        self.run.append(self.run.metrics, line)
+        logger.log(line)
+        self.reporter.line(line)
+
+    # ---------------------------------------------------------------- small parts
+
+    def _evaluate(self, step: int) -> dict[str, float]:
+        with self.clock("eval"):
+            return evaluate(
+                self.model,
+                self.task,
+                self.test_questions,
+                self.config,
+                step,
+                lambda done, total: self.reporter.phase("evaluate", done, total),
+            )
+
+    def _stopped(self) -> bool:
+        return self.config.collapse.stop and self.collapse.step is not None
+
+    def _fitting(self, questions: Sequence[Question], key: str) -> tuple[list[Question], int]:
+        """Questions whose prompts fit the student's and the teacher's limits, and how many not."""
+        limit = self.config.rollout.max_prompt_tokens
+        kept = [
+            question
+            for question in questions
+            if len(self.model.encode_question(question)) <= limit and self.context.fits(question)
+        ]
+        dropped = len(questions) - len(kept)
+        if dropped:
+            self.reporter.message(f"{key}: dropped {dropped} of {len(questions)} long prompts")
+        if not kept:
+            raise UsageError(
+                f"{key}: all {len(questions)} prompts are longer than "
+                f"rollout.max_prompt_tokens={limit}: raise it"
+            )
+        return kept, dropped
+
+    def _event(self, step: int, event: str, **fields: Any) -> None:
+        self.run.append(self.run.events, {"step": step, "event": event, **fields})
+
+    def _state(self) -> dict[str, Any]:
+        """The JSON half of a checkpoint, as of the last finished step.
+
+        Every random stream is keyed by (seed, step, ...), so its counter is the step.
+        """
+        return {
+            "fingerprint": fingerprint(self.config),
+            "schedule": self.schedule.state_dict(),
+            "collapse": self.collapse.state_dict(),
+            "reward_memory": dict(self.gain.last),
+            "cursor": self.step * self.config.rollout.prompts_per_step,
+            "streams": {"seed": self.config.seed, "step": self.step},
+            "teacher_is_student": self.teacher.weights is None,
+        }
+
+    def _save(self) -> None:
+        self.reporter.phase("checkpoint")
+        if self.step in checkpoint.steps(self.run.checkpoints):
+            return
+        self.run.sync()
+        checkpoint.save(
+            self.run.checkpoints,
+            self.step,
+            self.model,
+            self.teacher.weights,
+            self.optimizer,
+            self.state,
+            self.config.checkpoint.keep,
+        )
+        self._event(self.step, "checkpoint")
+
+    def summary(self, status: Status) -> dict[str, Any]:
+        return {
+            **summarize(self.lines, self.config.eval.samples),
+            "status": status,
+            "collapse_step": self.collapse.step,
+            "seed": self.config.seed,
+            "schedule": self.config.schedule.kind,
+            "dropped_prompts": self.dropped,
+        }
+
+
+class PhaseClock:
+    """Seconds per phase of a step; `time/step` runs from `reset`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.reset()
+
+    def reset(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.began = time.perf_counter()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = self._now()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + self._now() - start
+
+    def metrics(self, tokens: int) -> dict[str, float]:
+        """`tokens`: the step's response tokens."""
+        step = self._now() - self.began
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.device)
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return {
+            **{f"time/{phase}": seconds for phase, seconds in self.seconds.items()},
+            "time/step": step,
+            "time/tokens_per_second": tokens / step,
+            "memory/peak_bytes": peak,
+        }
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+class _Totals:
+    """Sums over a step's tokens, kept on the device so that no micro-batch waits for the host."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.loss = torch.zeros((), device=device)
+        self.divergence = torch.zeros((), dtype=torch.float64, device=device)
+        self.ratio = torch.zeros((), dtype=torch.float64, device=device)
+        self.distilled_tokens = 0
+        self.tokens = 0
+
+    def add(
+        self, output: DistillationOutput, samples: Sequence[Sample], distilled: Sequence[bool]
+    ) -> None:
+        assert output.student_logprob is not None
+        old = torch.cat([sample.logprob for sample in samples]).to(self.ratio.device)
+        self.divergence += output.divergence.sum(dtype=torch.float64)
+        self.ratio += (output.student_logprob - old).clamp(-20, 20).exp().sum(dtype=torch.float64)
+        for sample, m in zip(samples, distilled, strict=True):
+            self.tokens += len(sample.response)
+            self.distilled_tokens += len(sample.response) if m else 0
+
+    def metrics(self) -> dict[str, float]:
+        """Means over the tokens that carried a gradient; left out where there were none."""
+        metrics = {"optim/loss": float(self.loss)}
+        if self.distilled_tokens:
+            metrics["distill/divergence"] = float(self.divergence) / self.distilled_tokens
+        if self.tokens:
+            metrics["policy/ratio_mean"] = float(self.ratio) / self.tokens
+        return metrics
