@@ -1,0 +1,27 @@
+# make demo · make test · make bench · make lint: each sets up .venv by itself and is quick the
+# second time. PYTHON chooses the interpreter that .venv is made from.
+PYTHON ?= python3
+BIN := .venv/bin
+# `make demo` writes here; an existing directory is never overwritten.
+OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
+
+.PHONY: demo test bench lint
+
+demo: .venv/ready
+	$(BIN)/sodfast train out=$(OUT)
+
+test: lint
+	$(BIN)/pytest -q
+
+bench: .venv/ready
+	$(BIN)/pytest -q bench --benchmark-only
+
+lint: .venv/ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+.venv/ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
