@@ -1,5 +1,19 @@
-"""Fused kernels for self-distillation, usable alone: needs torch, and triton for CUDA only."""
+"""Fused distillation objective, teacher updates and optimizer: torch, and triton for CUDA only.
 
+`reference` is the definition of the objective in plain PyTorch.
+"""
+
+from sodfast_kernels import reference
+from sodfast_kernels.objective import distillation_loss, linear_distillation_loss
 from sodfast_kernels.parameters import copy_teacher_, ema_update_, parameter_distance
+from sodfast_kernels.reference import DistillationOutput
 
-__all__ = ["copy_teacher_", "ema_update_", "parameter_distance"]
+__all__ = [
+    "DistillationOutput",
+    "copy_teacher_",
+    "distillation_loss",
+    "ema_update_",
+    "linear_distillation_loss",
+    "parameter_distance",
+    "reference",
+]
