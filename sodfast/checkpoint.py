@@ -91,10 +91,19 @@ def latest(directory: Path) -> Path | None:
     return directory / f"step-{max(found)}" if found else None
 
 
-def load(path: Path) -> Checkpoint:
-    """Read a checkpoint to the CPU. Raises `UsageError` for a damaged one."""
+def load_state(path: Path) -> dict[str, Any]:
+    """The JSON half of a checkpoint. Raises `UsageError` for a damaged one."""
     try:
         state = json.loads((path / "state.json").read_text())
+        return {**state, "step": int(state["step"]), "fingerprint": str(state["fingerprint"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, error) from error
+
+
+def load(path: Path) -> Checkpoint:
+    """Read a checkpoint to the CPU. Raises `UsageError` for a damaged one."""
+    state = load_state(path)
+    try:
         student = {}
         for shard in sorted((path / "student").glob("*.safetensors")):
             student |= load_file(shard)
@@ -106,10 +115,12 @@ def load(path: Path) -> Checkpoint:
             optimizer=load_file(path / "optimizer.safetensors"),
             state=state,
         )
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise UsageError(
-            f"checkpoint {path} is damaged ({error}): delete it to use the one before"
-        ) from error
+    except (OSError, SafetensorError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> UsageError:
+    return UsageError(f"checkpoint {path} is damaged ({error}): delete it to use the one before")
 
 
 def restore_student(model: LanguageModel, tensors: dict[str, Tensor]) -> None:

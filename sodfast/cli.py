@@ -4,15 +4,12 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from sodfast.errors import RunFailed, UsageError
 from sodfast.interrupt import Interrupted
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__
@@ -44,10 +41,11 @@ def train(
 ) -> None:
     """Train. Without CONFIG: the embedded lab, on a CPU, in minutes, without any download."""
     from sodfast.config import load_config
-    from sodfast.rundir import stored_config
 
     arguments = arguments or []
     if resume is not None:
+        from sodfast.rundir import stored_config
+
         config = stored_config(resume, arguments)
     else:
         config = load_config(*_split(arguments))

@@ -10,6 +10,7 @@ Defaults follow Table 9 and Appendix A of the CGTR paper (arXiv 2606.03532) wher
 
 import difflib
 import json
+import os
 from pathlib import Path
 from string import Formatter
 from typing import Annotated, Any, Literal, Union
@@ -17,7 +18,15 @@ from typing import Annotated, Any, Literal, Union
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from sodfast.errors import UsageError
 from sodfast.lab import LabConfig
@@ -29,12 +38,12 @@ _DISCRIMINATORS = {"schedule": ("kind", "cgtr"), "task": ("name", "arithmetic")}
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 TopP = Annotated[float, Field(gt=0, le=1)]
-Temperature = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Temperature = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -79,18 +88,17 @@ class TeacherConfig(Section):
     demonstration_template: str = "Here is a correct solution:\n\n{demonstration}\n\n"
     feedback_template: str = "Feedback on an earlier attempt:\n\n{feedback}\n\n"
 
-    @model_validator(mode="after")
-    def _templates_name_their_fields(self) -> "TeacherConfig":
-        for key, required in (
-            ("template", {"prompt", "demonstration", "feedback"}),
-            ("demonstration_template", {"demonstration"}),
-            ("feedback_template", {"feedback"}),
-        ):
-            fields = {name for _, name, _, _ in Formatter().parse(getattr(self, key)) if name}
-            if fields != required:
-                wanted = ", ".join("{" + name + "}" for name in sorted(required))
-                raise ValueError(f"teacher.{key} must contain exactly the fields {wanted}")
-        return self
+    @field_validator("template", "demonstration_template", "feedback_template")
+    @classmethod
+    def _fields_are_named(cls, template: str, info: ValidationInfo) -> str:
+        name = str(info.field_name).removesuffix("_template")
+        required = {"prompt", "demonstration", "feedback"} if name == "template" else {name}
+        parsed = Formatter().parse(template)
+        fields = {tuple(field) for _, *field in parsed if field[0] is not None}
+        if fields != {(name, "", None) for name in required}:
+            wanted = ", ".join("{" + name + "}" for name in sorted(required))
+            raise ValueError(f"must contain exactly the fields {wanted}")
+        return template
 
 
 class FixedConfig(Section):
@@ -197,17 +205,6 @@ class Config(Section):
     collapse: CollapseConfig = CollapseConfig()
     log: LogConfig = LogConfig()
 
-    @model_validator(mode="before")
-    @classmethod
-    def _default_kinds(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        data = dict(data)
-        for group, (key, default) in _DISCRIMINATORS.items():
-            if isinstance(data.get(group), dict):
-                data[group] = {key: default, **data[group]}
-        return data
-
     @model_validator(mode="after")
     def _parts_fit(self) -> "Config":
         prompts, samples = self.rollout.prompts_per_step, self.rollout.samples_per_prompt
@@ -256,10 +253,14 @@ def load_config(source: str | None, overrides: list[str]) -> Config:
 def validate(layer: DictConfig | dict[str, Any]) -> Config:
     """Check a merged layer; raises `UsageError` naming each key that is wrong."""
     try:
-        values = OmegaConf.to_container(OmegaConf.create(layer), resolve=True)
-        # Through JSON: its strict mode takes a list for a tuple and still refuses "5" for 5.
+        values: Any = OmegaConf.to_container(OmegaConf.create(layer), resolve=True)
+        for group, (key, default) in _DISCRIMINATORS.items():
+            if isinstance(values.get(group), dict):
+                values[group] = {key: default, **values[group]}
+        # Through JSON: its strict mode takes a list for a tuple and still refuses "5" for 5. (A
+        # "before" validator would end that: what it returns is checked as Python values.)
         return Config.model_validate_json(json.dumps(values), strict=True)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, TypeError) as error:
         raise UsageError(f"configuration: {_first_line(error)}") from error
     except ValidationError as error:
         raise UsageError("; ".join(_explain(item) for item in error.errors())) from error
@@ -275,17 +276,17 @@ def read_overrides(path: Path, overrides: list[str]) -> DictConfig:
 
 def _read(source: str) -> DictConfig:
     path = PRESETS / f"{source}.yaml"
-    if not path.is_file():
+    if not os.path.isfile(path):
         path = Path(source)
-    if not path.is_file():
+    if not os.path.isfile(path):
         names = ", ".join(sorted(preset.stem for preset in PRESETS.glob("*.yaml")))
         raise UsageError(f"no configuration file {source!r} and no such preset (presets: {names})")
     try:
         layer = OmegaConf.load(path)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not valid YAML: {_first_line(error)}") from error
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path} cannot be read as YAML: {_first_line(error)}") from error
     if not isinstance(layer, DictConfig) or not layer:
-        raise UsageError(f"{path} must hold a mapping of configuration keys, and it is empty")
+        raise UsageError(f"{path} must hold a mapping with at least one configuration key")
     return layer
 
 
@@ -297,7 +298,7 @@ def _parse_overrides(overrides: list[str]) -> list[tuple[str, Any]]:
             raise UsageError(f"{text!r} is not an override: write key=value, for example steps=10")
         try:
             value = OmegaConf.select(OmegaConf.from_dotlist([text]), key)
-        except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
+        except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
             raise UsageError(f"override {text!r}: {_first_line(error)}") from error
         pairs.append((key, value))
     # A change of kind empties its group, so it must come before the keys set within the group.

@@ -139,7 +139,7 @@ def spike_ratios(lines: Sequence[Mapping[str, Any]]) -> dict[int, float]:
     refreshes = [line["step"] for line in lines if line.get("teacher/refreshed")]
     ratios = {}
     for step in refreshes:
-        inside = range(step - SPIKE_STEPS + 1, step + SPIKE_STEPS)
+        inside = range(step - SPIKE_STEPS + 1, step + SPIKE_STEPS + 1)
         if any(other in inside for other in refreshes if other != step):
             continue
         before = [divergence.get(s) for s in range(step - SPIKE_STEPS + 1, step + 1)]

@@ -31,18 +31,19 @@ def default_out(config: Config) -> str:
 
 def check_out(path: Path) -> None:
     """Raise `UsageError` unless `path` can become a new run directory. Writes nothing."""
-    if path.is_dir() and any(path.iterdir()):
+    # os.path answers False where pathlib raises, as for a name that is too long.
+    if os.path.isdir(path) and os.listdir(path):
         raise UsageError(
             f"out={path} exists and is not empty: choose another, or continue it with "
             f"sodfast train --resume {path}"
         )
-    parent = path if path.is_dir() else path.parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise UsageError(f"out={path} cannot be created: {parent} is not a writable directory")
-    if path.exists() and not path.is_dir():
+    if os.path.lexists(path) and not os.path.isdir(path):
         raise UsageError(f"out={path} is a file: choose a directory")
+    existing = path
+    while not os.path.lexists(existing):
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise UsageError(f"out={path} cannot be created: {existing} is not a writable directory")
 
 
 class RunDirectory:
@@ -100,8 +101,8 @@ class RunDirectory:
     def rewind(self, step: int, eval_every: int) -> list[dict[str, Any]]:
         """Drop lines and events after `step`; returns the metrics lines that stay.
 
-        A shorter run evaluates its last step whether due or not. That evaluation is dropped too,
-        so that the lines are those of a run that was never interrupted.
+        A shorter run evaluates its last step whether due or not. That evaluation, and a collapse
+        it showed, is dropped too, so that the lines are those of a run never interrupted.
         """
         lines = [line for line in read_lines(self.metrics) if line["step"] <= step]
         if len(lines) != step + 1 and step > 0:
@@ -109,9 +110,12 @@ class RunDirectory:
                 f"{self.metrics} has {len(lines)} lines up to the checkpoint's step {step}, "
                 f"not {step + 1}: restore the file, or delete the checkpoint"
             )
+        events = [event for event in read_lines(self.events) if event["step"] <= step]
         if step % eval_every and lines:
             lines[-1] = {k: v for k, v in lines[-1].items() if not k.startswith("eval/")}
-        events = [event for event in read_lines(self.events) if event["step"] <= step]
+            events = [
+                event for event in events if (event["step"], event.get("reason")) != (step, "eval")
+            ]
         for file, kept in ((self.metrics, lines), (self.events, events)):
             _replace(file, "".join(json.dumps(line) + "\n" for line in kept))
         return lines
@@ -149,7 +153,7 @@ def stored_config(path: Path, overrides: list[str]) -> Config:
     config = validate(layer)
     newest = checkpoint.latest(path / "checkpoints")
     if newest is not None:
-        state = json.loads((newest / "state.json").read_text())
+        state = checkpoint.load_state(newest)
         if state["fingerprint"] != fingerprint(config):
             raise UsageError(
                 f"{path}/config.yaml is not the configuration its checkpoints were made with: "
