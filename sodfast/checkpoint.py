@@ -104,7 +104,7 @@ def load(path: Path) -> Checkpoint:
     """Read a checkpoint to the CPU. Raises `UsageError` for a damaged one."""
     state = load_state(path)
     try:
-        student = {}
+        student: dict[str, Tensor] = {}
         for shard in sorted((path / "student").glob("*.safetensors")):
             student |= load_file(shard)
         teacher = path / "teacher.safetensors"

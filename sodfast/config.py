@@ -191,6 +191,7 @@ class Config(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     out: str | None = None  # the run directory itself; None: a new folder under runs/
     steps: Positive = 150
+    threads: Positive | None = None  # CPU threads of the run; None: torch's choice
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     model: ModelConfig = ModelConfig()
     lab: LabConfig = LabConfig()
@@ -220,11 +221,9 @@ class Config(Section):
             )
         if self.teacher.feedback and self.teacher.context == "none":
             raise ValueError("teacher.feedback=true needs teacher.context=demonstration")
-        schedule = self.schedule
-        sharded = isinstance(schedule, CGTRConfig) and schedule.length_unit == "shard"
-        if sharded and prompts * samples % schedule.shards:
+        if self.length_shards and prompts * samples % self.length_shards:
             raise ValueError(
-                f"schedule.shards={schedule.shards} must divide the {prompts * samples} "
+                f"schedule.shards={self.length_shards} must divide the {prompts * samples} "
                 "rollouts of a step"
             )
         if self.model.path is None and not isinstance(self.task, ArithmeticConfig):
@@ -233,6 +232,14 @@ class Config(Section):
                 "only knows task.name=arithmetic)"
             )
         return self
+
+    @property
+    def length_shards(self) -> int | None:
+        """Groups of sequences whose summed lengths the length gate sees; None: sequences."""
+        schedule = self.schedule
+        if isinstance(schedule, CGTRConfig) and schedule.length_unit == "shard":
+            return schedule.shards
+        return None
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -346,8 +353,7 @@ def _known_keys(parents: list[str], location: tuple[Any, ...]) -> list[str]:
         members = _union_members(Config.model_fields[group].annotation)
         models = {member.model_fields[key].default: member for member in members}
         return list(models[location[1]].model_fields)
-    section = Config.model_fields[group].annotation
-    return list(section.model_fields) if hasattr(section, "model_fields") else []
+    return list(getattr(Config.model_fields[group].annotation, "model_fields", []))
 
 
 def _union_members(annotation: Any) -> tuple[Any, ...]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -117,7 +118,9 @@ class BarReporter:
 def run_table(summary: Mapping[str, Any], lines: list[dict[str, Any]]) -> Table:
     """The run's evaluations, and its verdict underneath."""
     evaluated = [line for line in lines if any(key.startswith("eval/") for key in line)]
-    table = Table(title=f"{summary['schedule']} seed {summary['seed']}: {summary['status']}")
+    table = Table(
+        box=SIMPLE, title=f"{summary['schedule']} seed {summary['seed']}: {summary['status']}"
+    )
     table.add_column("step", justify="right")
     keys = [key for key in (evaluated[0] if evaluated else {}) if key.startswith("eval/")]
     shown = [key for key in keys if "mean@" in key] + [keys[i] for i in _last_of_each(keys)]
@@ -126,11 +129,11 @@ def run_table(summary: Mapping[str, Any], lines: list[dict[str, Any]]) -> Table:
         "reward/mean": "reward",
         "length/mean": "length",
         "policy/entropy": "entropy",
-        "distill/divergence": "divergence",
-        "teacher/age": "teacher age",
+        "distill/divergence": "D",
+        "teacher/age": "age",
     }
     for name in names.values():
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for line in evaluated:
         cells = [_cell(line.get(key)) for key in names]
         table.add_row(str(line["step"]), *cells)

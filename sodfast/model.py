@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 class LanguageModel:
     """A causal language model, its tokenizer, and the ids that end an answer."""
 
-    network: nn.Module
+    network: Any  # a transformers causal LM
     tokenizer: Any
     eos_ids: tuple[int, ...]
     pad_id: int

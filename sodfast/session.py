@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from sodfast import checkpoint
 from sodfast.config import Config, load_config, read_overrides, validate
@@ -26,6 +27,7 @@ from sodfast.trainer import Trainer
 
 def train_run(config: Config, resume: Path | None) -> None:
     """Start a run, or continue the one in `resume`. Raises `Interrupted` after saving."""
+    disable_progress_bar()  # transformers' own bars would tear ours apart
     require_sinks(config.log.sinks)
     device = pick_device(config.device)
     if resume is None:
@@ -35,6 +37,8 @@ def train_run(config: Config, resume: Path | None) -> None:
     reporter = build_reporter()
     try:
         model = build_model(config, device, reporter.phase)
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
         found = environment(torch.get_num_threads(), str(device))
         if resume is None:
             run = RunDirectory.create(Path(str(config.out)), config, found)

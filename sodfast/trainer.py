@@ -21,7 +21,7 @@ from sodfast_kernels import DistillationOutput
 from torch import Tensor
 
 from sodfast import checkpoint, optimizer
-from sodfast.config import CGTRConfig, Config
+from sodfast.config import Config
 from sodfast.console import Reporter
 from sodfast.diagnostics import (
     CollapseDetector,
@@ -246,8 +246,6 @@ class Trainer:
 
     def _statistics(self, rollouts: Rollouts) -> dict[str, Any]:
         config = self.config
-        schedule = config.schedule
-        sharded = isinstance(schedule, CGTRConfig) and schedule.length_unit == "shard"
         shown = [context is not None for context in rollouts.contexts]
         return {
             **reward_metrics(
@@ -255,7 +253,7 @@ class Trainer:
                 config.rollout.samples_per_prompt,
                 config.teacher.success_reward,
             ),
-            **length_metrics(rollouts.samples, schedule.shards if sharded else None),
+            **length_metrics(rollouts.samples, config.length_shards),
             "distill/reprompt_fraction": sum(shown) / len(shown),
             "policy/entropy": mean_entropy(rollouts.samples),
         }
