@@ -1,0 +1,458 @@
+"""The configuration: presets, overrides, and one line for everything that is wrong."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from sodfast.config import PRESETS, CGTRConfig, Config, HardConfig, load_config
+from sodfast.errors import UsageError
+
+
+def lab(*overrides: str) -> Config:
+    return load_config(None, list(overrides))
+
+
+def value(config: Config, key: str) -> Any:
+    result: Any = config
+    for part in key.split("."):
+        result = getattr(result, part)
+    return result
+
+
+def refusal(*overrides: str, source: str | None = None) -> str:
+    """The message of the refusal, which must be one line."""
+    with pytest.raises(UsageError) as error:
+        load_config(source, list(overrides))
+    message = str(error.value)
+    assert message and "\n" not in message
+    return message
+
+
+# ---------------------------------------------------------------- presets and defaults
+
+
+@pytest.mark.parametrize("preset", sorted(path.stem for path in PRESETS.glob("*.yaml")))
+def test_presets_load_and_survive_their_own_yaml(preset: str, tmp_path: Path) -> None:
+    config = load_config(preset, [])
+    resolved = tmp_path / "config.yaml"
+    resolved.write_text(config.to_yaml())
+    assert load_config(str(resolved), []) == config
+
+
+LAB_DEFAULTS = {
+    "seed": 0,
+    "out": None,
+    "steps": 150,
+    "device": "auto",
+    "model.path": None,
+    "task.name": "arithmetic",
+    "rollout.prompts_per_step": 16,
+    "rollout.samples_per_prompt": 4,
+    "rollout.temperature": 1.0,
+    "rollout.top_p": 1.0,
+    "rollout.engine": "auto",
+    "objective.alpha": 0.5,
+    "objective.top_k": None,
+    "objective.add_tail": True,
+    "objective.distill_coef": 1.0,
+    "objective.policy_coef": 1.0,
+    "objective.ratio_cap": 2.0,
+    "objective.clip_range": (0.2, 0.28),
+    "objective.reduction": "sequence_mean",
+    "teacher.context": "demonstration",
+    "teacher.storage": "device",
+    "schedule.kind": "cgtr",
+    "schedule.min_isolation": 30,
+    "schedule.check_every": 5,
+    "schedule.window": 5,
+    "schedule.reward_margin": 0.05,
+    "schedule.max_tail_ratio": 3.2,
+    "schedule.gates": ("isolation", "reward", "length"),
+    "schedule.length_unit": "sequence",
+    "optimizer.warmup_steps": 10,
+    "optimizer.weight_decay": 0.01,
+    "optimizer.clip_norm": 1.0,
+    "optimizer.updates_per_step": 1,
+    "eval.every": 10,
+    "eval.samples": 16,
+    "eval.temperature": 0.6,
+    "eval.top_p": 0.95,
+    "checkpoint.every": 25,
+    "checkpoint.keep": 2,
+    "collapse.stop": False,
+}
+
+
+@pytest.mark.parametrize("key", LAB_DEFAULTS)
+def test_lab_defaults(key: str) -> None:
+    assert value(lab(), key) == LAB_DEFAULTS[key]
+    assert type(value(lab(), key)) is type(LAB_DEFAULTS[key])
+
+
+def test_defaults_of_the_other_schedules() -> None:
+    assert value(lab("schedule.kind=hard"), "schedule.every") == 50
+    assert value(lab("schedule.kind=ema"), "schedule.rate") == 0.04
+    assert value(lab("schedule.kind=trust_region"), "schedule.rate") == 0.04
+
+
+# ---------------------------------------------------------------- layers
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "expected"),
+    [
+        ("steps=7", "steps", 7),
+        ("optimizer.lr=3e-4", "optimizer.lr", 3e-4),
+        ("optimizer.lr=1", "optimizer.lr", 1.0),
+        ("objective.top_k=20", "objective.top_k", 20),
+        ("objective.ratio_cap=null", "objective.ratio_cap", None),
+        ("objective.clip_range=[0.1, 0.3]", "objective.clip_range", (0.1, 0.3)),
+        ("schedule.gates=[]", "schedule.gates", ()),
+        ("schedule.gates=[length]", "schedule.gates", ("length",)),
+        ("log.sinks=[wandb,tensorboard]", "log.sinks", ("wandb", "tensorboard")),
+        ("collapse.stop=true", "collapse.stop", True),
+        ("out=runs/a=b", "out", "runs/a=b"),
+        ("out=", "out", None),
+        ("device=cuda:3", "device", "cuda:3"),
+    ],
+)
+def test_dotted_overrides(override: str, key: str, expected: Any) -> None:
+    assert value(lab(override), key) == expected
+
+
+def test_the_last_override_wins() -> None:
+    assert lab("steps=7", "steps=9").steps == 9
+
+
+def test_overrides_reach_into_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("steps: 40\nrollout: {prompts_per_step: 2, samples_per_prompt: 3}\n")
+    config = load_config(str(file), ["rollout.prompts_per_step=8"])
+    assert (config.steps, config.rollout.prompts_per_step) == (40, 8)
+    assert config.rollout.samples_per_prompt == 3
+
+
+def test_a_mapping_sets_its_whole_group() -> None:
+    plain = Config()
+    assert lab().rollout.max_new_tokens != plain.rollout.max_new_tokens
+    config = lab("rollout={samples_per_prompt: 8}")
+    assert config.rollout == plain.rollout.model_copy(update={"samples_per_prompt": 8})
+    assert lab("schedule={kind: hard, every: 7}").schedule == HardConfig(every=7)
+    assert lab("schedule={window: 3}").schedule == CGTRConfig(window=3)
+    assert lab("optimizer={}").optimizer == plain.optimizer
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_another_kind_starts_its_group_afresh(tmp_path: Path, reverse: bool) -> None:
+    file = tmp_path / "hard.yaml"
+    file.write_text("schedule: {kind: hard, every: 7}\n")
+    overrides = ["schedule.kind=ema", "schedule.rate=0.5"]
+    config = load_config(str(file), overrides[::-1] if reverse else overrides)
+    assert config.schedule.model_dump() == {"kind": "ema", "rate": 0.5}
+    # The same kind keeps what the file says.
+    assert load_config(str(file), ["schedule.kind=hard"]).schedule == HardConfig(every=7)
+
+
+def test_a_file_without_a_kind_is_of_the_default_kind(tmp_path: Path) -> None:
+    file = tmp_path / "cgtr.yaml"
+    file.write_text("schedule: {min_isolation: 3}\ntask: {test: 5}\n")
+    assert load_config(str(file), []).schedule == CGTRConfig(min_isolation=3)
+    assert load_config(str(file), ["schedule.kind=cgtr"]).schedule == CGTRConfig(min_isolation=3)
+    assert load_config(str(file), ["schedule.kind=hard"]).schedule == HardConfig()
+    assert load_config(str(file), []).task.test == 5
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["schedule.kind=fixed"],
+        ["schedule.kind=hard", "schedule.every=3"],
+        ["schedule.kind=ema", "schedule.rate=1"],
+        ["schedule.kind=trust_region"],
+        ["schedule.gates=[]", "optimizer.betas=[0.8, 0.9]", "optimizer.lr=1e-7"],
+        ["objective.top_k=20", "objective.ratio_cap=null", "out='5'", "model.path='on'"],
+        ["task.name=tool_use", "task.train=a.jsonl", "task.test=b.jsonl", "model.path=Qwen/Qwen3"],
+        ["log.project='ünï: #code'", "log.sinks=[trackio]"],
+    ],
+)
+def test_the_resolved_yaml_loads_to_the_same_configuration(
+    overrides: list[str], tmp_path: Path
+) -> None:
+    config = lab(*overrides)
+    file = tmp_path / "config.yaml"
+    file.write_text(config.to_yaml())
+    assert load_config(str(file), []) == config
+    assert list(yaml.safe_load(config.to_yaml())) == list(Config.model_fields)
+
+
+def test_a_configuration_is_frozen() -> None:
+    config = lab()
+    for section, key in ((config, "steps"), (config.optimizer, "lr"), (config.schedule, "window")):
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(section, key, 1)
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("stepps=3", "did you mean steps?"),
+        ("zebra=3", "known: seed, out, steps"),
+        ("optimizer.lrr=1", "did you mean lr?"),
+        ("optimizer.zebra=1", "known: lr, warmup_steps"),
+        ("model.paht=x", "did you mean path?"),
+        ("lab.seeed=1", "did you mean seed?"),
+        ("task.tset=1", "did you mean test?"),
+        ("schedule.windw=1", "did you mean window?"),
+        ("schedule.every=1", "check_every"),
+    ],
+)
+def test_unknown_keys(override: str, hint: str) -> None:
+    message = refusal(override)
+    assert message.startswith(f"unknown key {override.partition('=')[0]} (")
+    assert hint in message
+
+
+def test_a_key_of_another_kind_is_unknown() -> None:
+    assert refusal("schedule.kind=ema", "schedule.every=3").startswith(
+        "unknown key schedule.every (known: kind, rate)"
+    )
+    message = refusal("task.name=tool_use", "task.train=a", "task.subjct=b", "model.path=x")
+    assert message.startswith("unknown key task.subjct (")
+
+
+def test_several_mistakes_are_all_named() -> None:
+    message = refusal("stepps=3", "optimizer.lr=fast", "eval.every=0")
+    for key in ("stepps", "optimizer.lr", "eval.every"):
+        assert key in message
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "steps='5'",
+        "steps=true",
+        "steps=1.5",
+        "steps=1e3",
+        "steps=0",
+        "steps=-1",
+        "steps=",
+        "steps=[1]",
+        "steps={a: 1}",
+        "seed=-1",
+        "seed=9223372036854775808",
+        "out=5",
+        "device=tpu",
+        "device=cuda:x",
+        "model.path=3",
+        "task.train=x",
+        "task.train=0",
+        "rollout.temperature=0",
+        "rollout.top_p=0",
+        "rollout.top_p=1.1",
+        "rollout.engine=magic",
+        "objective.alpha=-0.1",
+        "objective.alpha=1.1",
+        "objective.add_tail=1",
+        "objective.add_tail='true'",
+        "objective.top_k=0",
+        "objective.ratio_cap=0",
+        "objective.clip_range=3",
+        "objective.reduction=mean",
+        "teacher.context=hint",
+        "teacher.template={prompt}",
+        "schedule.reward_margin=-0.1",
+        "schedule.check_every=0",
+        "schedule.max_tail_ratio=0",
+        "schedule.gates=length",
+        "schedule.gates=[length,length]",
+        "schedule.length_unit=rank",
+        "optimizer.lr=fast",
+        "optimizer.lr=-1",
+        "optimizer.lr='1e-5'",
+        "optimizer.clip_norm=0",
+        "optimizer=5",
+        "optimizer=",
+        "eval.every=0",
+        "checkpoint.keep=0",
+        "collapse.stop=1",
+        "collapse.eval_floor=2",
+        "log.sinks=wandb",
+        "lab.seed=true",
+    ],
+)
+def test_wrong_types_and_values_name_their_key(override: str) -> None:
+    assert refusal(override).startswith(f"{override.partition('=')[0]}: ")
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("objective.clip_range=[0.2]", "objective.clip_range.1"),
+        ("schedule.gates=[isolation,speed]", "schedule.gates.1"),
+        ("log.sinks=[mlflow]", "log.sinks.0"),
+    ],
+)
+def test_wrong_items_of_a_list_name_their_place(override: str, key: str) -> None:
+    assert refusal(override).startswith(f"{key}: ")
+
+
+def test_wrong_kinds_list_the_right_ones() -> None:
+    for override in ("schedule.kind=cosine", "schedule={kind: cosine}", "schedule.kind=null"):
+        message = refusal(override)
+        assert message.startswith("schedule") and "'trust_region'" in message
+    message = refusal("task.name=chess")
+    assert message.startswith("task") and "'multiple_choice'" in message
+    assert refusal("schedule=hard").startswith("schedule: ")
+
+
+def floats() -> list[str]:
+    """Every key that takes a float, from the configuration itself."""
+    keys = []
+    for name, section in lab().model_dump().items():
+        if isinstance(section, dict) and name != "lab":
+            keys += [f"{name}.{key}" for key, value in section.items() if isinstance(value, float)]
+    return keys
+
+
+@pytest.mark.parametrize("key", floats())
+@pytest.mark.parametrize("bad", [".nan", ".inf", "-.inf"])
+def test_no_number_may_be_nan_or_infinite(key: str, bad: str) -> None:
+    assert refusal(f"{key}={bad}").startswith(f"{key}: ")
+
+
+def test_numbers_within_lists_may_not_be_nan_either() -> None:
+    assert refusal("optimizer.betas=[0.9, .nan]").startswith("optimizer.betas.1: ")
+    assert refusal("objective.clip_range=[.inf, 0.2]").startswith("objective.clip_range.0: ")
+    assert refusal("steps=.nan").startswith("steps: ")
+
+
+@pytest.mark.parametrize("override", ["steps", "=3", "", "lab.yaml"])
+def test_an_override_needs_a_key_and_a_value(override: str) -> None:
+    assert "write key=value" in refusal(override)
+
+
+@pytest.mark.parametrize("text", ["steps=[", "out='", "out={a", "out=${", "out=${zebra}"])
+def test_an_override_that_is_not_yaml_is_quoted(text: str) -> None:
+    message = refusal(text)
+    assert "override" in message and text in message
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{prompt}{demonstration}",
+        "{prompt}{demonstration}{feedback}{answer}",
+        "{prompt}{demonstration}{feedback}{}",
+        "{prompt!r}{demonstration}{feedback}",
+        "{prompt:d}{demonstration}{feedback}",
+        "{prompt.id}{demonstration}{feedback}",
+        "{prompt}{demonstration}{feedback}{",
+    ],
+)
+def test_a_template_that_could_not_be_filled_is_refused(template: str) -> None:
+    assert refusal(f"teacher.template='{template}'").startswith("teacher.template: ")
+
+
+def test_templates_may_hold_literal_braces() -> None:
+    config = lab("teacher.template='{prompt}{demonstration}{feedback} as {{json}}'")
+    filled = config.teacher.template.format(prompt="a", demonstration="b", feedback="c")
+    assert filled == "abc as {json}"
+    assert refusal("teacher.demonstration_template=x").endswith(
+        "must contain exactly the fields {demonstration} (got 'x')"
+    )
+    assert refusal("teacher.feedback_template='{demonstration}'").startswith(
+        "teacher.feedback_template: "
+    )
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"# nothing but a comment\n",
+        b"{}",
+        b"null",
+        b"5",
+        b"hello",
+        b"- steps: 5\n",
+        b"steps: [",
+        b"steps: 3\nsteps: 4",
+        b"steps: 3\n---\nsteps: 4",
+        b"\xff\xfe\x00",
+        b"\x00",
+        b"null: 3",
+        b"steps: !!python/object/apply:os.getcwd []",
+        b"steps: !!binary aGVsbG8=",
+        b"steps: ${steps}",
+        b"schedule: hard",
+        b"steps: " + b"9" * 5000,
+        b"steps: " + b"[" * 3000 + b"]" * 3000,
+    ],
+    ids=lambda content: str(content[:24]),
+)
+def test_unusable_files(content: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_bytes(content)
+    refusal(source=str(file))
+
+
+def test_missing_files_name_the_presets(tmp_path: Path) -> None:
+    for source in ("nope", "lab.yaml", str(tmp_path), str(tmp_path / "no.yaml"), "a" * 300):
+        message = refusal(source=source)
+        assert source in message and all(preset in message for preset in ("presets: ", "lab"))
+
+
+def test_a_group_that_is_no_mapping_in_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("schedule: hard\n")
+    assert "schedule.kind" in refusal("schedule.kind=ema", source=str(file))
+
+
+# ---------------------------------------------------------------- parts that must fit together
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named", "repaired"),
+    [
+        (
+            ["optimizer.updates_per_step=3"],
+            ["optimizer.updates_per_step", "rollout.prompts_per_step"],
+            ["rollout.prompts_per_step=9"],
+        ),
+        (
+            ["rollout.samples_per_prompt=1"],
+            ["rollout.samples_per_prompt", "teacher.context"],
+            ["teacher.context=none"],
+        ),
+        (
+            ["teacher.feedback=true", "teacher.context=none"],
+            ["teacher.feedback", "teacher.context"],
+            ["teacher.context=demonstration"],
+        ),
+        (
+            ["schedule.length_unit=shard", "schedule.shards=5"],
+            ["schedule.shards"],
+            ["rollout.samples_per_prompt=5"],
+        ),
+        (
+            ["task.name=multiple_choice", "task.train=train.jsonl", "task.test=test.jsonl"],
+            ["model.path", "task.name"],
+            ["model.path=Qwen/Qwen3-8B"],
+        ),
+    ],
+)
+def test_parts_must_fit(overrides: list[str], named: list[str], repaired: list[str]) -> None:
+    message = refusal(*overrides)
+    assert all(key in message for key in named)
+    lab(*overrides, *repaired)
+
+
+def test_a_number_of_shards_that_is_not_used_need_not_divide() -> None:
+    assert lab("schedule.shards=5").schedule.length_unit == "sequence"
