@@ -9,7 +9,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from sodfast import checkpoint
 from sodfast.config import Config, load_config, read_overrides, validate
-from sodfast.console import build_reporter, print_run
+from sodfast.console import Reporter, build_reporter, print_run
 from sodfast.errors import UsageError
 from sodfast.evaluate import evaluate
 from sodfast.interrupt import Interrupted
@@ -22,62 +22,81 @@ from sodfast.rundir import (
 )
 from sodfast.sinks import require_sinks
 from sodfast.tasks import build_task
-from sodfast.trainer import Trainer
+from sodfast.trainer import Trainer, fitting_questions
 
 
 def train_run(config: Config, resume: Path | None) -> None:
     """Start a run, or continue the one in `resume`. Raises `Interrupted` after saving."""
     disable_progress_bar()  # transformers' own bars would tear ours apart
-    require_sinks(config.log.sinks)
-    device = pick_device(config.device)
-    if resume is None:
-        config = config.model_copy(update={"out": config.out or default_out(config)})
-        check_out(Path(str(config.out)))
-    task = build_task(config.task)
     reporter = build_reporter()
     try:
-        model = build_model(config, device, reporter.phase)
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
-        found = environment(torch.get_num_threads(), str(device))
-        if resume is None:
-            run = RunDirectory.create(Path(str(config.out)), config, found)
-        else:
-            run = RunDirectory.open(resume)
-            run.write_config(config)  # `steps` may be a new one
+        trainer = build_trainer(config, resume, reporter)
         try:
-            trainer = Trainer(config, model, task, run, reporter)
-            if resume is not None:
-                trainer.resume()
-            reporter.message(f"{run.path}: {config.schedule.kind}, seed {config.seed}, {device}")
             status = trainer.train()
         finally:
-            run.close()
+            trainer.run.close()
     finally:
         reporter.stop()
-    print_run(run.path, trainer.summary(status), trainer.lines)
+    print_run(trainer.run.path, trainer.summary(status), trainer.lines)
     if status == "interrupted":
         raise Interrupted
 
 
+def build_trainer(config: Config, resume: Path | None, reporter: Reporter) -> Trainer:
+    """A trainer ready to `train`, its run directory created (or, with `resume`, opened) and
+    locked. Everything that a user can have got wrong is found before anything is written.
+
+    Raises `UsageError`; with `resume`, the configuration must be that of `stored_config`.
+    """
+    require_sinks(config.log.sinks)
+    device = pick_device(config.device)
+    out = Path(config.out or default_out(config)) if resume is None else resume
+    if resume is None:
+        check_out(out)
+    config = config.model_copy(update={"out": str(out)})
+    task = build_task(config.task)
+    model = build_model(config, device, reporter.phase)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    data = fitting_questions(config, model, task, reporter)
+    if resume is None:
+        found = environment(torch.get_num_threads(), str(device))
+        run = RunDirectory.create(out, config, found)
+    else:
+        run = RunDirectory.open(out)
+    try:
+        trainer = Trainer(config, model, task, data, run, reporter)
+        if resume is not None:
+            trainer.resume()
+            run.write_config(config)  # `steps` may be a new one
+    except BaseException:
+        run.close()
+        raise
+    reporter.message(f"{out}: {config.schedule.kind}, seed {config.seed}, {device}")
+    return trainer
+
+
 def evaluate_model(source: str, overrides: list[str]) -> dict[str, Any]:
     """The `eval/*` metrics of a run's newest checkpoint, or of a model by id or directory."""
-    run = Path(source)
+    disable_progress_bar()
+    run, step = Path(source), 0
     if (run / "config.yaml").is_file():
         config = validate(read_overrides(run / "config.yaml", overrides))
         step, path = _newest(run)
-        model = load_model(str(path / "student"), pick_device(config.device))
+        student = str(path / "student")
     else:
         config = load_config(None, [f"model.path={source}", *overrides])
-        step = 0
-        model = build_model(config, pick_device(config.device))
+        student = source
     task = build_task(config.task)
+    model = load_model(student, pick_device(config.device))
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
     reporter = build_reporter()
     try:
         metrics = evaluate(
             model,
             task,
-            task.test,
+            fitting_questions(config, model, task, reporter).test,
             config,
             step,
             lambda done, total: reporter.phase("evaluate", done, total),

@@ -48,6 +48,48 @@ Status = Literal["done", "collapsed", "interrupted", "failed"]
 
 
 @dataclass(frozen=True)
+class Questions:
+    """The questions whose prompts fit, and how many of train and test together do not."""
+
+    train: list[Question]
+    test: list[Question]
+    dropped: int
+
+
+def fitting_questions(
+    config: Config, model: LanguageModel, task: Task, reporter: Reporter
+) -> Questions:
+    """Drop questions whose prompt exceeds the student's or the teacher's limit.
+
+    Raises `UsageError` where none is left.
+    """
+    limit = config.rollout.max_prompt_tokens
+    context = TeacherContext(config.teacher, model)
+    kept: dict[str, list[Question]] = {}
+    for key, questions in (("task.train", task.train), ("task.test", task.test)):
+        kept[key] = [
+            question
+            for question in questions
+            if len(model.encode_question(question)) <= limit and context.fits(question)
+        ]
+        if not kept[key]:
+            raise UsageError(
+                f"{key}: all {len(questions)} prompts are longer than "
+                f"rollout.max_prompt_tokens={limit} or leave no room for a demonstration in "
+                f"teacher.max_prompt_tokens={config.teacher.max_prompt_tokens}: raise them"
+            )
+        dropped = len(questions) - len(kept[key])
+        if dropped:
+            reporter.message(f"{key}: dropped {dropped} of {len(questions)} prompts as too long")
+    total = len(task.train) + len(task.test)
+    return Questions(
+        train=kept["task.train"],
+        test=kept["task.test"],
+        dropped=total - len(kept["task.train"]) - len(kept["task.test"]),
+    )
+
+
+@dataclass(frozen=True)
 class Rollouts:
     """One step's rollouts, groups of `samples_per_prompt` one after the other."""
 
@@ -66,6 +108,7 @@ class Trainer:
         config: Config,
         model: LanguageModel,
         task: Task,
+        data: "Questions",
         run: RunDirectory,
         reporter: Reporter,
     ) -> None:
@@ -75,13 +118,12 @@ class Trainer:
         self.run = run
         self.reporter = reporter
         self.context = TeacherContext(config.teacher, model)
-        self.train_questions, self.dropped = self._fitting(task.train, "task.train")
-        self.test_questions, _ = self._fitting(task.test, "task.test")
+        self.data = data
 
         self.teacher = Teacher(model.network, config.schedule, config.seed)
         self.optimizer = optimizer.build_optimizer(config.optimizer, model.network)
         self.schedule = build_schedule(config.schedule)
-        self.prompts = PromptOrder(config.seed, len(self.train_questions))
+        self.prompts = PromptOrder(config.seed, len(data.train))
         self.gain = RewardGain()
         self.collapse = CollapseDetector(
             config.collapse, config.rollout.max_new_tokens, config.eval.samples
@@ -184,8 +226,7 @@ class Trainer:
         count = config.samples_per_prompt
         cursor = (step - 1) * config.prompts_per_step
         questions = [
-            self.train_questions[index]
-            for index in self.prompts.take(cursor, config.prompts_per_step)
+            self.data.train[index] for index in self.prompts.take(cursor, config.prompts_per_step)
         ]
         prompts = [self.model.encode_question(question) for question in questions]
         samples = rollout(
@@ -403,7 +444,7 @@ class Trainer:
             return evaluate(
                 self.model,
                 self.task,
-                self.test_questions,
+                self.data.test,
                 self.config,
                 step,
                 lambda done, total: self.reporter.phase("evaluate", done, total),
@@ -411,24 +452,6 @@ class Trainer:
 
     def _stopped(self) -> bool:
         return self.config.collapse.stop and self.collapse.step is not None
-
-    def _fitting(self, questions: Sequence[Question], key: str) -> tuple[list[Question], int]:
-        """Questions whose prompts fit the student's and the teacher's limits, and how many not."""
-        limit = self.config.rollout.max_prompt_tokens
-        kept = [
-            question
-            for question in questions
-            if len(self.model.encode_question(question)) <= limit and self.context.fits(question)
-        ]
-        dropped = len(questions) - len(kept)
-        if dropped:
-            self.reporter.message(f"{key}: dropped {dropped} of {len(questions)} long prompts")
-        if not kept:
-            raise UsageError(
-                f"{key}: all {len(questions)} prompts are longer than "
-                f"rollout.max_prompt_tokens={limit}: raise it"
-            )
-        return kept, dropped
 
     def _event(self, step: int, event: str, **fields: Any) -> None:
         self.run.append(self.run.events, {"step": step, "event": event, **fields})
@@ -471,7 +494,7 @@ class Trainer:
             "collapse_step": self.collapse.step,
             "seed": self.config.seed,
             "schedule": self.config.schedule.kind,
-            "dropped_prompts": self.dropped,
+            "dropped_prompts": self.data.dropped,
         }
 
 
