@@ -1,0 +1,177 @@
+"""mean@k, best@k and maj@k against enumeration; the streams of an evaluation."""
+
+from collections import Counter
+from itertools import combinations
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sodfast import evaluate as evaluation
+from sodfast.config import Config, EvalConfig
+from sodfast.evaluate import best_at_k, evaluation_metrics, majority_at_k
+from sodfast.rollout import Sample
+from sodfast.streams import Stream, generator
+from sodfast.tasks import Question
+
+REWARDS = st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0, -1.0]), min_size=1, max_size=8)
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+@given(REWARDS, st.data())
+def test_best_is_the_mean_over_all_subsets(rewards: list[float], data: st.DataObject) -> None:
+    k = data.draw(st.integers(1, len(rewards)))
+    best = [max(subset) for subset in combinations(rewards, k)]
+    assert best_at_k(rewards, k) == pytest.approx(mean(best), abs=1e-12)
+
+
+@given(REWARDS)
+def test_best_of_one_and_best_of_all(rewards: list[float]) -> None:
+    assert best_at_k(rewards, 1) == pytest.approx(mean(rewards))
+    assert best_at_k(rewards, len(rewards)) == max(rewards)
+    assert best_at_k(rewards[::-1], 1) == best_at_k(rewards, 1)
+
+
+def test_best_of_many_samples_does_not_overflow() -> None:
+    rewards = [1.0] + [0.0] * 1023
+    assert best_at_k(rewards, 512) == pytest.approx(0.5)
+
+
+def vote(answers: list[tuple[str | None, float]]) -> float:
+    """Expected reward of a fair draw among the most frequent answers."""
+    counts = Counter(answer for answer, _ in answers if answer is not None)
+    if not counts:
+        return 0.0
+    top = [answer for answer, count in counts.items() if count == max(counts.values())]
+    return mean([mean([r for a, r in answers if a == answer]) for answer in top])
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["A", "B", "C", None]), st.sampled_from([0.0, 0.5, 1.0])),
+        min_size=1,
+        max_size=12,
+    ),
+    st.data(),
+)
+def test_majority_over_disjoint_runs(
+    answers: list[tuple[str | None, float]], data: st.DataObject
+) -> None:
+    k = data.draw(st.integers(1, len(answers)))
+    runs = [answers[i * k : (i + 1) * k] for i in range(len(answers) // k)]
+    result = majority_at_k([r for _, r in answers], [a for a, _ in answers], k)
+    assert result == pytest.approx(mean([vote(run) for run in runs]))
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected"),
+    [
+        ("BBA?", 1.0),  # the majority is right
+        ("AAB?", 0.0),  # the majority is wrong
+        ("BA??", 0.5),  # a tie is a fair draw
+        ("BAC?", 1 / 3),
+        ("????", 0.0),  # nobody votes
+        ("???B", 1.0),  # who gives no answer does not vote
+        ("AABB", 0.5),
+        ("AAABBBBC", 1.0),
+    ],
+)
+def test_majority_by_hand(answers: str, expected: float) -> None:
+    """The right answer is B; ? is a response without an answer."""
+    votes = [None if letter == "?" else letter for letter in answers]
+    rewards = [float(letter == "B") for letter in answers]
+    assert majority_at_k(rewards, votes, len(answers)) == pytest.approx(expected)
+
+
+def test_samples_beyond_the_last_whole_run_do_not_vote() -> None:
+    assert majority_at_k([1.0, 1.0, 0.0], ["B", "B", "A"], 2) == 1.0
+
+
+# ---------------------------------------------------------------- the metrics of a test set
+
+
+@pytest.mark.parametrize(
+    ("samples", "powers"),
+    [(1, [1]), (2, [1, 2]), (6, [1, 2, 4]), (15, [1, 2, 4, 8]), (16, [1, 2, 4, 8, 16])],
+)
+def test_keys_and_their_ks(samples: int, powers: list[int]) -> None:
+    metrics = evaluation_metrics([[1.0] * samples], [["B"] * samples])
+    assert set(metrics) == {
+        f"eval/mean@{samples}",
+        *(f"eval/best@{k}" for k in powers),
+        *(f"eval/maj@{k}" for k in powers),
+    }
+    assert set(metrics.values()) == {1.0}
+
+
+def test_metrics_are_means_over_questions() -> None:
+    metrics = evaluation_metrics(
+        [[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0]],
+        [["B", "A", "A", None], ["B", "B", "B", "A"]],
+    )
+    assert metrics == pytest.approx(
+        {
+            "eval/mean@4": 0.5,
+            "eval/best@1": 0.5,
+            "eval/best@2": (0.5 + 1.0) / 2,
+            "eval/best@4": 1.0,
+            # One sample each: the reward, and 0 where there is no answer.
+            "eval/maj@1": 0.5,
+            # Pairs: (B, A) a tie, (A, –) wrong; (B, B) right, (B, A) a tie.
+            "eval/maj@2": (0.25 + 0.75) / 2,
+            "eval/maj@4": 0.5,
+        }
+    )
+
+
+def test_evaluate_scores_every_sample_on_a_stream_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two questions, three samples each: rollouts, scores and answers meet in the right order."""
+    questions = [Question("one", "b", None, "1"), Question("two", "c", None, "2")]
+    config = Config(seed=5, eval=EvalConfig(samples=3, temperature=0.7, top_p=0.9))
+    letters = {"one": "bbx", "two": "abc"}  # what the model says; x is no answer
+    model: Any = SimpleNamespace(
+        encode_question=lambda question: [len(question.prompt), ord(question.prompt[0])],
+        decode=lambda ids: chr(ids[0]),
+    )
+    task: Any = SimpleNamespace(
+        score=lambda question, text: float(text == question.answer),
+        extract=lambda text: None if text == "x" else text,
+    )
+    draws = []
+
+    def rollout(
+        model: Any, prompts: Any, streams: Any, sampling: Any, size: int, progress: Any
+    ) -> list[Sample]:
+        assert (sampling.temperature, sampling.top_p) == (0.7, 0.9)
+        assert sampling.max_new_tokens == config.rollout.max_new_tokens
+        draws.append([stream.random() for stream in streams])
+        asked = [{ord(q.prompt[0]): q.prompt for q in questions}[int(p[1])] for p in prompts]
+        said = [letters[prompt][index % 3] for index, prompt in enumerate(asked)]
+        return [
+            Sample(p, torch.tensor([ord(letter)]), torch.zeros(1), torch.zeros(1), False)
+            for p, letter in zip(prompts, said, strict=True)
+        ]
+
+    monkeypatch.setattr(evaluation, "rollout", rollout)
+    metrics = evaluation.evaluate(model, task, questions, config, step=4)
+    assert metrics == pytest.approx(
+        {
+            "eval/mean@3": (2 / 3 + 1 / 3) / 2,
+            "eval/best@1": (2 / 3 + 1 / 3) / 2,
+            "eval/best@2": (1.0 + 2 / 3) / 2,
+            "eval/maj@1": (2 / 3 + 1 / 3) / 2,
+            "eval/maj@2": (1.0 + 0.0) / 2,
+        }
+    )
+    keys = [(Stream.EVAL, 4, index) for index in range(6)]
+    assert draws[0] == [generator(5, *key).random() for key in keys]
+    evaluation.evaluate(model, task, questions, config, step=5)
+    assert not set(draws[0]) & set(draws[1])
