@@ -98,11 +98,12 @@ class RunDirectory:
                 with file.open("a") as stream:
                     os.fsync(stream.fileno())
 
-    def rewind(self, step: int, eval_every: int) -> list[dict[str, Any]]:
+    def rewind(self, step: int, extra_evaluation: bool) -> list[dict[str, Any]]:
         """Drop lines and events after `step`; returns the metrics lines that stay.
 
-        A shorter run evaluates its last step whether due or not. That evaluation, and a collapse
-        it showed, is dropped too, so that the lines are those of a run never interrupted.
+        A run evaluates its last step whether due or not. `extra_evaluation` drops such an
+        evaluation of `step`, and a collapse it showed, so that the lines are those of a run that
+        never ended there.
         """
         lines = [line for line in read_lines(self.metrics) if line["step"] <= step]
         if len(lines) != step + 1 and step > 0:
@@ -111,7 +112,7 @@ class RunDirectory:
                 f"not {step + 1}: restore the file, or delete the checkpoint"
             )
         events = [event for event in read_lines(self.events) if event["step"] <= step]
-        if step % eval_every and lines:
+        if extra_evaluation:
             lines[-1] = {k: v for k, v in lines[-1].items() if not k.startswith("eval/")}
             events = [
                 event for event in events if (event["step"], event.get("reason")) != (step, "eval")

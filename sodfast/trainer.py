@@ -173,7 +173,6 @@ class Trainer:
             self.reporter.message("no checkpoint yet: starting over at step 0")
             return
         stored = checkpoint.load(path)
-        self.lines = self.run.rewind(stored.step, self.config.eval.every)
         self.step = stored.step
         checkpoint.restore_student(self.model, stored.student)
         self.teacher.load_weights(stored.teacher)
@@ -181,6 +180,9 @@ class Trainer:
         self.schedule.load_state_dict(stored.state["schedule"])
         self.collapse.load_state_dict(stored.state["collapse"])
         self.gain.last = stored.state["reward_memory"]
+        continues = self.step < self.config.steps and not self._stopped()
+        due = self.step % self.config.eval.every == 0
+        self.lines = self.run.rewind(self.step, extra_evaluation=continues and not due)
         self.state = self._state()
         self.run.append(self.run.events, {"step": self.step, "event": "resume"})
 
