@@ -15,7 +15,7 @@ class ArithmeticConfig(_TaskConfig):
     """The lab's generated task; `train` and `test` count its questions."""
 
     name: Literal["arithmetic"] = "arithmetic"
-    train: int = Field(default=4096, ge=1)
+    train: int = Field(default=1024, ge=1)
     test: int = Field(default=64, ge=1)
 
 

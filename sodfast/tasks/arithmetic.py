@@ -1,0 +1,74 @@
+"""The lab's generated task: a product and a digit to add, such as `17*8+6=`.
+
+A response writes the product, then the sum, `136+6=142`. It may check itself any number of
+times, each pass after a question mark, `128+6=134?136+6=142`: the last pass counts.
+"""
+
+import re
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
+
+from sodfast.errors import UsageError
+from sodfast.tasks import ArithmeticConfig, Question
+
+LEFT_FACTORS = range(2, 20)
+RIGHT_FACTORS = range(2, 10)
+ADDENDS = range(1, 10)
+TEST_POOL = 192
+
+_LAST_RESULT = re.compile(r"=([0-9]+)\Z")
+
+
+@cache
+def question_pools() -> tuple[tuple[Question, ...], tuple[Question, ...]]:
+    """Return every question of the task as (train pool, test pool), two disjoint sets.
+
+    The split is one fixed permutation, whatever the configuration: the lab's warm start draws on
+    the train pool only, so that a test question is new to every lab model.
+    """
+    questions = [
+        Question(f"{a}*{b}+{c}=", str(a * b + c), None, f"arithmetic-{a}-{b}-{c}")
+        for a in LEFT_FACTORS
+        for b in RIGHT_FACTORS
+        for c in ADDENDS
+    ]
+    # A Philox stream is the same on every platform and in every numpy version.
+    order = np.argsort(np.random.Philox(key=20260603).random_raw(len(questions)), kind="stable")
+    shuffled = [questions[index] for index in order]
+    return tuple(shuffled[TEST_POOL:]), tuple(shuffled[:TEST_POOL])
+
+
+class ArithmeticTask:
+    """The first `config.train` and `config.test` questions of the two pools.
+
+    Raises:
+        UsageError: a pool holds fewer questions than the configuration asks for.
+    """
+
+    name = "arithmetic"
+
+    def __init__(self, config: ArithmeticConfig) -> None:
+        train_pool, test_pool = question_pools()
+        self.train: Sequence[Question] = _first("train", config.train, train_pool)
+        self.test: Sequence[Question] = _first("test", config.test, test_pool)
+
+    def score(self, question: Question, response: str) -> float:
+        """Return 1.0 if the number after the last `=` ends the response and is the answer."""
+        return float(self.extract(response) == question.answer)
+
+    def feedback(self, question: Question, response: str) -> str | None:
+        """Return None: the task says nothing but right or wrong."""
+        return None
+
+    def extract(self, response: str) -> str | None:
+        """Return the last result without leading zeros, None where the response ends otherwise."""
+        match = _LAST_RESULT.search(response)
+        return (match[1].lstrip("0") or "0") if match else None
+
+
+def _first(key: str, count: int, pool: tuple[Question, ...]) -> tuple[Question, ...]:
+    if count > len(pool):
+        raise UsageError(f"task.{key}={count}: arithmetic has {len(pool)}; ask for no more")
+    return pool[:count]
