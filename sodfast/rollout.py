@@ -7,8 +7,10 @@ and the entropy come with it at no extra forward pass.
 Shapes: B sequences of one call, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,17 +79,18 @@ def _generate(
         input_ids[row, width - len(prompt) :] = prompt
         mask[row, width - len(prompt) :] = 1
     sampler = _Sampler(streams, sampling)
-    tokens = model.network.generate(
-        input_ids=input_ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        logits_processor=LogitsProcessorList([sampler]),
-        generation_config=GenerationConfig(
-            do_sample=False,
-            max_new_tokens=sampling.max_new_tokens,
-            eos_token_id=list(model.eos_ids),
-            pad_token_id=model.pad_id,
-        ),
-    )[:, width:].cpu()
+    greedy = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=sampling.max_new_tokens,
+        eos_token_id=list(model.eos_ids),
+        pad_token_id=model.pad_id,
+    )
+    with _generating_as(model.network, greedy):
+        tokens = model.network.generate(
+            input_ids=input_ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            logits_processor=LogitsProcessorList([sampler]),
+        )[:, width:].cpu()
     logprob, entropy = sampler.collected()
     if not torch.isfinite(entropy).all():
         raise RunFailed("the model's logits are not finite")
@@ -107,6 +110,17 @@ def _generate(
             )
         )
     return samples
+
+
+@contextmanager
+def _generating_as(network: Any, config: Any) -> Iterator[None]:
+    """`generate` fills whatever its argument leaves open from the model's own settings, such as
+    the repetition penalty in its generation_config.json; so those step aside as a whole."""
+    own, network.generation_config = network.generation_config, config
+    try:
+        yield
+    finally:
+        network.generation_config = own
 
 
 class _Sampler:

@@ -1,0 +1,175 @@
+"""What the tests share: the gpu marker, a tiny model that answers half right, short runs."""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sodfast import lab
+from sodfast.config import load_config
+from sodfast.model import LanguageModel, load_model
+from sodfast.rundir import read_lines, stored_config
+from sodfast.session import build_trainer
+from sodfast.tasks import ArithmeticConfig
+from sodfast.tasks.arithmetic import ArithmeticTask
+from sodfast.trainer import Trainer
+
+TASK = ArithmeticConfig(train=48, test=8)
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(1)
+    if not torch.cuda.is_available():
+        # Read when a Triton kernel is defined: without a GPU kernels run in the interpreter.
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs a CUDA device")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face directory: a Qwen3 of 60 k parameters that has learned the questions of
+    `TASK` by heart and gets about every second one wrong."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    tokenizer = lab.build_tokenizer()
+    torch.manual_seed(0)
+    network = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=48,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=24,
+            initializer_range=0.1,
+            tie_word_embeddings=True,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=None,
+        )
+    )
+    task, rng = ArithmeticTask(TASK), np.random.default_rng(0)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)
+    for _ in range(150):
+        texts = []
+        for question in [*task.train, *task.test]:
+            left, right, addend = map(int, question.prompt[:-1].replace("*", "+").split("+"))
+            wrong = 10 * int(rng.integers(2))
+            texts.append(f"{question.prompt}{left * right}+{addend}={int(question.answer) + wrong}")
+        ids = tokenizer([text + "<eos>" for text in texts], padding=True, return_tensors="pt")
+        labels = ids.input_ids.masked_fill(ids.attention_mask == 0, -100)
+        network(**ids, labels=labels).loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    path = tmp_path_factory.mktemp("tiny-model")
+    network.eval().save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def model(tiny_model: Path) -> LanguageModel:
+    """The tiny model, loaded anew for each test."""
+    return load_model(str(tiny_model), torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_model: Path) -> list[str]:
+    """Overrides of the preset `lab` that make a run of seconds."""
+    return [
+        f"model.path={tiny_model}",
+        f"task.train={TASK.train}",
+        f"task.test={TASK.test}",
+        "steps=6",
+        "rollout.prompts_per_step=4",
+        "rollout.max_new_tokens=16",
+        "optimizer.lr=2e-3",
+        "optimizer.warmup_steps=2",
+        "eval.every=4",
+        "eval.samples=2",
+        "checkpoint.every=3",
+    ]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run directory says, without what depends on the clock or on being interrupted:
+    `time/*`, `memory/*`, and the events `resume` and `checkpoint`."""
+
+    lines: list[dict[str, Any]]
+    events: list[dict[str, Any]]
+    summary: dict[str, Any]
+
+
+class QuietReporter:
+    def start(self, step: int, steps: int) -> None: ...
+
+    def phase(self, name: str, done: int = 0, total: int = 0) -> None: ...
+
+    def line(self, line: Mapping[str, Any]) -> None: ...
+
+    def message(self, text: str) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+def _read_run(path: Path) -> Run:
+    lines = [
+        {key: value for key, value in line.items() if not key.startswith(("time/", "memory/"))}
+        for line in read_lines(path / "metrics.jsonl")
+    ]
+    events = [
+        event
+        for event in read_lines(path / "events.jsonl")
+        if event["event"] not in ("resume", "checkpoint")
+    ]
+    return Run(lines, events, json.loads((path / "summary.json").read_text()))
+
+
+@pytest.fixture(scope="session")
+def read_run() -> Callable[[Path], Run]:
+    return _read_run
+
+
+@pytest.fixture(scope="session")
+def build(tiny_run: list[str]) -> Callable[..., Trainer]:
+    """`build(out, "key=value", ...)`: a trainer for a new tiny run in `out`, or for the one that
+    is already there. Close its `run` after use."""
+
+    def build(out: Path, *overrides: str) -> Trainer:
+        if (out / "config.yaml").exists():
+            return build_trainer(stored_config(out, list(overrides)), out, QuietReporter())
+        config = load_config("lab", [*tiny_run, f"out={out}", *overrides])
+        return build_trainer(config, None, QuietReporter())
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def train(build: Callable[..., Trainer]) -> Callable[..., Run]:
+    """`train(out, "key=value", ...)`: start a tiny run in `out`, or resume the one there."""
+
+    def train(out: Path, *overrides: str) -> Run:
+        trainer = build(out, *overrides)
+        try:
+            trainer.train()
+        finally:
+            trainer.run.close()
+        return _read_run(out)
+
+    return train
