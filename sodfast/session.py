@@ -77,7 +77,11 @@ def build_trainer(config: Config, resume: Path | None, reporter: Reporter) -> Tr
 
 
 def evaluate_model(source: str, overrides: list[str]) -> dict[str, Any]:
-    """The `eval/*` metrics of a run's newest checkpoint, or of a model by id or directory."""
+    """The `eval/*` metrics of a run's newest checkpoint, or of a model by id or directory.
+
+    A model is asked the lab's questions unless the overrides name another task, and then under
+    the limits of the preset `base` rather than the lab's.
+    """
     disable_progress_bar()
     run, step = Path(source), 0
     if (run / "config.yaml").is_file():
@@ -85,7 +89,8 @@ def evaluate_model(source: str, overrides: list[str]) -> dict[str, Any]:
         step, path = _newest(run)
         student = str(path / "student")
     else:
-        config = load_config(None, [f"model.path={source}", *overrides])
+        preset = "base" if any(text.startswith("task.name=") for text in overrides) else "lab"
+        config = load_config(preset, [f"model.path={source}", *overrides])
         student = source
     task = build_task(config.task)
     model = load_model(student, pick_device(config.device))
