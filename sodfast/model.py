@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from sodfast.errors import UsageError
@@ -63,21 +64,39 @@ class LanguageModel:
 def load_model(path: str, device: torch.device) -> LanguageModel:
     """Load a Hugging Face id or directory in fp32. Only safetensors, never remote code.
 
-    Raises `UsageError` for a directory without a model or tokenizer, weights in a format that
-    would have to be unpickled, or a head that is not a plain linear projection.
+    Raises `UsageError` for a directory without a model or tokenizer, weights that are damaged,
+    incomplete or in a format that would have to be unpickled, or a head that is not a plain
+    linear projection.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
 
     if Path(path).is_dir():
         _require_files(Path(path))
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # its report on the weights is a table; ours below
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        network = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+        network, loading = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UsageError(f"model.path={path} cannot be loaded: {reason}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    # Where weights are absent transformers puts random numbers.
+    absent = [*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])]
+    if absent:
+        raise UsageError(
+            f"model.path={path}: {len(absent)} weights are missing or have another shape than "
+            f"config.json says, such as {min(absent)}: give the weights that belong to it"
+        )
     return wrap_model(network, tokenizer, device, name=f"model.path={path}")
 
 
