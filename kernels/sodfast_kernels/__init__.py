@@ -4,11 +4,13 @@
 """
 
 from sodfast_kernels import reference
+from sodfast_kernels.adamw import AdamW
 from sodfast_kernels.objective import distillation_loss, linear_distillation_loss
 from sodfast_kernels.parameters import copy_teacher_, ema_update_, parameter_distance
 from sodfast_kernels.reference import DistillationOutput
 
 __all__ = [
+    "AdamW",
     "DistillationOutput",
     "copy_teacher_",
     "distillation_loss",

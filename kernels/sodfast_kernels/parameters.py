@@ -16,21 +16,26 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from sodfast_kernels.philox import GROUP, random_bits, round_stochastic
+from .backend import uses_triton
+from .philox import GROUP, random_bits, round_stochastic
 
 CHUNK = 1 << 20  # elements handled at a time by the PyTorch path, to bound its temporaries
 
 
-def copy_teacher_(teacher_params: Iterable[Tensor], student_params: Iterable[Tensor]) -> Tensor:
+def copy_teacher_(
+    teacher_params: Iterable[Tensor], student_params: Iterable[Tensor], *, backend: str = "auto"
+) -> Tensor:
     """φ ← θ in place (rounded to nearest where φ is narrower).
 
     The arguments are floating tensors in the same order, with equal shapes, on one device; dtypes
     may differ. A tensor that occurs twice (tied weights) counts once.
+    backend: "auto" (Triton on CUDA, PyTorch elsewhere and for fp64), "triton" or "torch"; all write
+    the same bits.
 
     Returns ‖θ − φ_before‖₂, an fp32 scalar on the same device.
     Raises ValueError naming the argument when count, shape, dtype or device do not fit.
     """
-    return _update_(teacher_params, student_params, 1.0)
+    return _update_(teacher_params, student_params, 1.0, backend=backend)
 
 
 def ema_update_(
@@ -40,11 +45,12 @@ def ema_update_(
     *,
     seed: int = 0,
     step: int = 0,
+    backend: str = "auto",
 ) -> Tensor:
     """φ ← (1 − rate)·φ + rate·θ in place, computed in fp32 as φ + rate·(θ − φ).
 
-    Parameters as in `copy_teacher_`; rate in [0, 1], exact at both ends. A bf16 or fp16 φ is
-    rounded stochastically with random bits that are a function of (seed, step, position of the
+    Parameters and backend as in `copy_teacher_`; rate in [0, 1], exact at both ends. A bf16 or fp16
+    φ is rounded stochastically with random bits that are a function of (seed, step, position of the
     element), so pass a new `step` at every update.
 
     Returns ‖θ − φ_before‖₂, an fp32 scalar on the same device.
@@ -52,17 +58,17 @@ def ema_update_(
     """
     if not 0.0 <= rate <= 1.0:
         raise ValueError(f"rate must be in [0, 1], got {rate}")
-    return _update_(teacher_params, student_params, float(rate), seed, step)
+    return _update_(teacher_params, student_params, float(rate), seed, step, backend)
 
 
 def parameter_distance(
-    teacher_params: Iterable[Tensor], student_params: Iterable[Tensor]
+    teacher_params: Iterable[Tensor], student_params: Iterable[Tensor], *, backend: str = "auto"
 ) -> Tensor:
     """‖θ − φ‖₂, an fp32 scalar: bit for bit what an update of the same parameters would return.
 
-    Parameters and errors as in `copy_teacher_`; nothing is written.
+    Parameters, backend and errors as in `copy_teacher_`; nothing is written.
     """
-    return _update_(teacher_params, student_params, 0.0)
+    return _update_(teacher_params, student_params, 0.0, backend=backend)
 
 
 @torch.no_grad()
@@ -72,22 +78,30 @@ def _update_(
     rate: float,
     seed: int = 0,
     step: int = 0,
+    backend: str = "auto",
 ) -> Tensor:
     pairs = _checked_pairs(teacher_params, student_params)
-    device = pairs[0][0].device if pairs else torch.device("cpu")
-    squares = torch.zeros((), dtype=torch.float64, device=device)
-    offset = 0
+    triton = uses_triton(backend, (tensor for pair in pairs for tensor in pair))
+    if not pairs:
+        return torch.zeros(())
+    work, offset = [], 0
     for teacher, student in pairs:
-        teacher_P, student_P = teacher.reshape(-1), student.reshape(-1)
-        squares += _update_flat(teacher_P, student_P, rate, seed, step, offset)
+        work.append((teacher.reshape(-1), student.reshape(-1), offset))
+        offset += -(-teacher.numel() // GROUP) * GROUP
+    if triton:
+        from . import parameter_kernels
+
+        squares = parameter_kernels.update(work, rate, seed, step)
+    else:
+        squares = torch.stack([_update_flat(*item, rate, seed, step) for item in work]).sum()
+    for (teacher, _), (teacher_P, _, _) in zip(pairs, work, strict=True):
         if rate and not teacher.is_contiguous():  # then teacher_P is a copy
             teacher.copy_(teacher_P.view(teacher.shape))
-        offset += -(-teacher.numel() // GROUP) * GROUP
     return squares.sqrt().to(torch.float32)
 
 
 def _update_flat(
-    teacher_P: Tensor, student_P: Tensor, rate: float, seed: int, step: int, offset: int
+    teacher_P: Tensor, student_P: Tensor, offset: int, rate: float, seed: int, step: int
 ) -> Tensor:
     """Update one flat tensor; returns ‖θ − φ_before‖² in fp64, where squares of fp32 are exact."""
     wide = torch.float64 in (teacher_P.dtype, student_P.dtype)

@@ -1,0 +1,176 @@
+"""The Triton kernels of the parameters give the bits of the PyTorch path (interpreter or GPU)."""
+
+import pytest
+import torch
+from sodfast_kernels import parameter_kernels
+from sodfast_kernels.adamw import AdamW
+from sodfast_kernels.backend import uses_triton
+from sodfast_kernels.parameters import copy_teacher_, ema_update_, parameter_distance
+from torch import nn
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+# A vector of tensors that 16 divides (wide accesses), odd ones, one longer than a block.
+SHAPES = [(64, 16), (3, 5), (16,), (1,), (1027,)]
+HUGE_SEED, HUGE_STEP = 2**63 + 2**31 + 5, 2**40 + 2**31 + 7
+
+
+def tensors(seed: int, dtype: torch.dtype, shapes=SHAPES) -> list[torch.Tensor]:
+    """Values of very different sizes, with zeros, infinity and NaN among them."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for shape in shapes:
+        value = torch.randn(shape, generator=generator)
+        value *= torch.exp(4 * torch.randn(shape, generator=generator))
+        made.append(value)
+    made[0].view(-1)[:4] = torch.tensor([0.0, -0.0, float("inf"), float("nan")])
+    return [value.to(DEVICE, dtype) for value in made]
+
+
+def clones(params):
+    return [param.clone() for param in params]
+
+
+def same_bits(left, right) -> bool:
+    """Equal bit for bit; any NaN equals any other."""
+    return all(
+        bool(((a == b) & (a.signbit() == b.signbit()) | (a.isnan() & b.isnan())).all())
+        for a, b in zip(left, right, strict=True)
+    )
+
+
+@pytest.mark.parametrize("student_dtype", FLOATS)
+@pytest.mark.parametrize("teacher_dtype", FLOATS)
+@pytest.mark.parametrize("rate", [0.0, 1.0, 0.04])
+def test_update_gives_the_bits_of_the_pytorch_path(teacher_dtype, student_dtype, rate):
+    student = tensors(1, student_dtype)
+    start = tensors(0, teacher_dtype)
+    results = []
+    for backend in ("torch", "triton", "triton"):
+        teacher = clones(start)
+        key = {"seed": HUGE_SEED, "step": HUGE_STEP, "backend": backend}
+        results.append((teacher, ema_update_(teacher, student, rate, **key)))
+    for teacher, _ in results[1:]:
+        assert same_bits(teacher, results[0][0])
+    assert all(norm.isnan() for _, norm in results)  # the NaN among the values
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_norms_agree_and_are_the_same_twice(dtype):
+    teacher = [value.nan_to_num(1, 1, 1) for value in tensors(0, dtype)]
+    student = [value.nan_to_num(1, 1, 1) for value in tensors(1, dtype)]
+    expected = parameter_distance(teacher, student, backend="torch")
+    first = parameter_distance(teacher, student, backend="triton")
+    assert first.item() == pytest.approx(expected.item(), rel=2e-7)
+    assert torch.equal(first, parameter_distance(teacher, student, backend="triton"))
+    assert torch.equal(first, ema_update_(clones(teacher), student, 0.1, backend="triton"))
+    assert torch.equal(first, copy_teacher_(clones(teacher), student, backend="triton"))
+
+
+def test_tensors_of_several_programs_and_unaligned_views(monkeypatch):
+    monkeypatch.setitem(parameter_kernels.LAUNCH, "BLOCK", 256)
+    monkeypatch.setitem(parameter_kernels.LAUNCH, "CHUNK", 512)
+    monkeypatch.setattr(parameter_kernels, "CHUNK", 512)
+    student_buffer = torch.randn(4097, device=DEVICE)
+    start = torch.randn(4097, device=DEVICE).bfloat16()
+    results = []
+    for backend in ("torch", "triton"):
+        buffer = start.clone()
+        views = [buffer[1:1601], buffer[1601:4097], buffer[:1]]
+        students = [student_buffer[1:1601], student_buffer[1601:4097], student_buffer[:1]]
+        norm = ema_update_(views, students, 0.3, seed=1, backend=backend)
+        results.append((buffer, norm))
+    assert torch.equal(results[0][0], results[1][0])
+    assert results[0][1].item() == pytest.approx(results[1][1].item(), rel=2e-7)
+
+
+def test_non_contiguous_and_tied_tensors():
+    student = torch.randn(8, 6, device=DEVICE)
+    results = []
+    for backend in ("torch", "triton"):
+        storage = torch.ones(6, 8, device=DEVICE)
+        norm = ema_update_([storage.T, storage.T], [student, student], 0.5, backend=backend)
+        results.append((storage, norm))
+    assert torch.equal(results[0][0], results[1][0])
+    assert results[0][1].item() == pytest.approx(results[1][1].item(), rel=2e-7)
+
+
+COMBINATIONS = [
+    (state, dtype)
+    for state in ("8bit", "fp32", "exact")
+    for dtype in FLOATS
+    if (state, dtype) != ("exact", torch.float16)
+]
+
+
+@pytest.mark.parametrize(("state", "dtype"), COMBINATIONS)
+def test_adamw_gives_the_bits_of_the_pytorch_path(state, dtype):
+    def train(backend):
+        params = [nn.Parameter(0.02 * value.nan_to_num(1, 1, 1)) for value in tensors(0, dtype)]
+        optimizer = AdamW(
+            params, 1e-3, (0.9, 0.99), 1e-8, 0.1, state=state, seed=HUGE_SEED, backend=backend
+        )
+        norms = []
+        for step in range(3):
+            for param, gradient in zip(params, tensors(10 + step, dtype), strict=True):
+                # Within the squares that fp32 holds, and with parameters that lack a gradient.
+                param.grad = (1e-3 * gradient.nan_to_num(1, 1, 1)).clamp(-1e3, 1e3)
+            params[2].grad = None if step == 1 else params[2].grad
+            norms.append(optimizer.step(clip_norm=0.5))
+        states = [value for p in params for value in optimizer.state[p].values()]
+        return [p.detach() for p in params], states, norms
+
+    torch_results, first, second = train("torch"), train("triton"), train("triton")
+    for values, expected in zip(first, torch_results, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(values, expected, strict=True))
+    for values, expected in zip(second, first, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(values, expected, strict=True))
+    assert all(value.isfinite().all() for value in first[0])
+
+
+@pytest.mark.parametrize("state", ["8bit", "fp32", "exact"])
+def test_a_gradient_that_is_not_finite_changes_nothing_but_the_norm(state):
+    param = nn.Parameter(torch.ones(300, dtype=torch.bfloat16, device=DEVICE))
+    optimizer = AdamW([param], 1e-1, state=state, backend="triton")
+    param.grad = torch.full_like(param, 0.5)
+    optimizer.step()
+    before = param.detach().clone(), optimizer.state[param]["exp_avg"].clone()
+    assert not torch.equal(before[0], torch.ones_like(param))
+    param.grad = torch.full_like(param, 0.5)
+    param.grad[299] = float("nan")
+    assert optimizer.step(clip_norm=1.0).isnan()
+    assert torch.equal(param, before[0])
+    assert torch.equal(optimizer.state[param]["exp_avg"], before[1])
+
+
+def test_in_place_updates_are_seen_by_autograd():
+    weight = nn.Parameter(torch.ones(3, device=DEVICE))
+    loss = (weight * weight).sum()
+    weight.grad = torch.ones_like(weight)
+    AdamW([weight], 0.1, backend="triton").step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_the_backend_is_chosen_or_refused_by_name():
+    on_cpu = [torch.ones(2)]
+    assert not uses_triton("auto", on_cpu) and not uses_triton("torch", on_cpu)
+    assert uses_triton("auto", [torch.ones(2, device=DEVICE)]) == (DEVICE.type == "cuda")
+    with pytest.raises(ValueError, match="backend must be one of"):
+        uses_triton("cuda", on_cpu)
+    with pytest.raises(ValueError, match='backend "triton" does not take fp64'):
+        copy_teacher_([torch.ones(2).double()], on_cpu, backend="triton")
+
+
+@pytest.mark.gpu
+def test_an_update_on_the_gpu_never_waits():
+    params = [nn.Parameter(torch.ones(64, 64, device="cuda", dtype=torch.bfloat16))]
+    optimizer = AdamW(params, 1e-3)
+    for step in range(2):  # the first call compiles
+        params[0].grad = torch.ones_like(params[0])
+        torch.cuda.set_sync_debug_mode("error" if step else "default")
+        try:
+            optimizer.step(clip_norm=1.0)
+            ema_update_([params[0].detach().clone()], params, 0.1, step=step)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
