@@ -1,0 +1,346 @@
+"""What the teacher sees, where it lives, and how it moves.
+
+Suffixes: N response tokens, V vocabulary.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sodfast import lab
+from sodfast.config import (
+    CGTRConfig,
+    EMAConfig,
+    FixedConfig,
+    HardConfig,
+    ScheduleConfig,
+    TeacherConfig,
+    TrustRegionConfig,
+)
+from sodfast.errors import UsageError
+from sodfast.model import LanguageModel
+from sodfast.schedule import Decision
+from sodfast.tasks import Question
+from sodfast.teacher import Teacher, TeacherContext, choose_demonstrations
+
+KEEP, COPY = Decision("keep"), Decision("copy")
+CONTEXTS = [torch.tensor([3, 9, 4, 14]), None, torch.tensor([7])]
+RESPONSES = [torch.tensor([5, 6, 1]), torch.tensor([5]), torch.tensor([8, 1])]
+
+
+def weights(network: Any) -> Tensor:
+    return torch.cat([p.detach().double().flatten() for p in network.parameters()])
+
+
+def move(network: Any, seed: int, size: float = 0.01) -> None:
+    """What an optimizer update does, for a teacher's purposes."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += size * torch.randn(parameter.shape, generator=generator)
+
+
+def logits(teacher: Teacher) -> list[Tensor | None]:
+    scores = teacher.score(CONTEXTS, RESPONSES, 0, 100)
+    return [None if rows is None else rows @ scores.head.T for rows in scores.hidden]
+
+
+def direct_logits(network: Any) -> list[Tensor | None]:
+    """The same by plain forward passes, one sequence at a time."""
+    found: list[Tensor | None] = []
+    for context, response in zip(CONTEXTS, RESPONSES, strict=True):
+        if context is None:
+            found.append(None)
+            continue
+        with torch.no_grad():
+            output = network(torch.cat([context, response])[None]).logits
+        found.append(output[0, len(context) - 1 : -1])
+    return found
+
+
+def assert_close(left: list[Tensor | None], right: list[Tensor | None]) -> None:
+    for a, b in zip(left, right, strict=True):
+        if a is None or b is None:
+            assert a is b
+        else:
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+
+
+# ---------------------------------------------------------------- where it lives
+
+
+def test_the_teacher_is_the_student_until_the_first_update(model: LanguageModel) -> None:
+    student = model.network
+    teacher = Teacher(student, CGTRConfig(), 0)
+    assert teacher.weights is None and teacher.network is student
+    assert_close(logits(teacher), direct_logits(student))
+    start = weights(student)
+
+    teacher.prepare_update()
+    move(student, 1)
+    assert teacher.network is not student
+    assert weights(teacher.network).equal(start)
+    assert not any(p.requires_grad for p in teacher.network.parameters())
+
+    shock = teacher.apply(COPY, 1)
+    assert float(shock) == pytest.approx(float((weights(student) - start).norm()), rel=1e-5)
+    assert teacher.weights is None and teacher.network is student
+    assert_close(logits(teacher), direct_logits(student))
+
+    refreshed = weights(student)
+    teacher.prepare_update()
+    move(student, 2)
+    assert weights(teacher.network).equal(refreshed)
+
+
+def test_the_teacher_does_not_move_between_copies(model: LanguageModel) -> None:
+    teacher, start = Teacher(model.network, FixedConfig(), 0), weights(model.network)
+    scores = logits(teacher)
+    for step in range(1, 4):
+        teacher.prepare_update()
+        move(model.network, step)
+        drift = teacher.apply(KEEP, step)
+        distance = float((weights(model.network) - start).norm())
+        assert float(drift) == pytest.approx(distance, rel=1e-5)
+    assert weights(teacher.network).equal(start)
+    assert_close(logits(teacher), scores)
+
+
+def test_a_later_update_of_the_same_step_does_not_touch_the_teacher(model: LanguageModel) -> None:
+    teacher = Teacher(model.network, HardConfig(), 0)
+    teacher.prepare_update()
+    start = weights(teacher.network)
+    for number in range(3):
+        teacher.prepare_update()
+        move(model.network, number)
+    assert weights(teacher.network).equal(start)
+
+
+@pytest.mark.parametrize("rate", [0.04, 0.5, 1.0])
+def test_ema_follows_its_recursion(model: LanguageModel, rate: float) -> None:
+    teacher, average = Teacher(model.network, EMAConfig(rate=rate), 0), weights(model.network)
+    for step in range(1, 21):
+        teacher.prepare_update()
+        move(model.network, step)
+        student = weights(model.network)
+        drift = teacher.apply(Decision("average", rate=rate), step)
+        assert float(drift) == pytest.approx(float((student - average).norm()), rel=1e-5)
+        average = (1 - rate) * average + rate * student
+        torch.testing.assert_close(weights(teacher.network), average, rtol=1e-5, atol=1e-6)
+
+
+def test_trust_region_mixes_the_logits(model: LanguageModel) -> None:
+    teacher = Teacher(model.network, TrustRegionConfig(rate=0.3), 0)
+    initial = direct_logits(model.network)
+    assert_close(logits(teacher), initial)
+    for step in range(1, 4):
+        teacher.prepare_update()
+        move(model.network, step, 0.1)
+        teacher.apply(KEEP, step)
+    live = direct_logits(model.network)
+    mixture = [
+        None if z0 is None or z is None else 0.7 * z0 + 0.3 * z
+        for z0, z in zip(initial, live, strict=True)
+    ]
+    assert_close(logits(teacher), mixture)
+    assert not torch.allclose(mixture[0], initial[0], atol=1e-2)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("schedule", [CGTRConfig(), TrustRegionConfig(rate=0.3)])
+@pytest.mark.parametrize("steps_before", [0, 2])
+def test_the_head_is_that_of_before_the_first_update(
+    model: LanguageModel, schedule: ScheduleConfig, steps_before: int
+) -> None:
+    teacher = Teacher(model.network, schedule, 0)
+    for step in range(steps_before):
+        teacher.prepare_update()
+        move(model.network, step)
+        teacher.apply(KEEP, step)
+    scores = teacher.score(CONTEXTS, RESPONSES, 0, 100)
+    before = scores.head.clone()
+    teacher.prepare_update()
+    move(model.network, 9)
+    assert scores.head.equal(before)
+    assert not scores.head.requires_grad
+    assert not any(rows.requires_grad for rows in scores.hidden if rows is not None)
+
+
+def test_rollouts_without_a_context_are_not_scored(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = Teacher(model.network, FixedConfig(), 0).score(CONTEXTS, RESPONSES, 0, 1)
+    shapes = [None if rows is None else tuple(rows.shape) for rows in scores.hidden]
+    assert shapes == [(3, 48), None, (2, 48)]
+    monkeypatch.setattr("sodfast.teacher.response_hidden", None)
+    scores = Teacher(model.network, FixedConfig(), 0).score([None] * 3, RESPONSES, 0, 1)
+    assert scores.hidden == [None, None, None]
+
+
+def test_apply_before_an_update_is_a_mistake(model: LanguageModel) -> None:
+    with pytest.raises(RuntimeError, match="prepare_update"):
+        Teacher(model.network, FixedConfig(), 0).apply(KEEP, 1)
+
+
+def test_stored_weights_are_the_teacher_again(model: LanguageModel) -> None:
+    teacher = Teacher(model.network, CGTRConfig(), 0)
+    teacher.prepare_update()
+    stored = {name: p.clone() for name, p in teacher.network.named_parameters()}
+    start = weights(teacher.network)
+    move(model.network, 1)
+    other = Teacher(model.network, CGTRConfig(), 0)
+    other.load_weights(stored)
+    assert weights(other.network).equal(start)
+    assert not weights(model.network).equal(start)
+    other.load_weights(None)
+    assert other.network is model.network
+    with pytest.raises(ValueError, match="other parameters"):
+        other.load_weights({"unknown": torch.zeros(1)})
+
+
+# ---------------------------------------------------------------- demonstrations
+
+
+@given(
+    st.integers(2, 6).flatmap(
+        lambda size: st.tuples(
+            st.just(size),
+            st.lists(st.sampled_from([0.0, 0.4, 0.5, 1.0]), min_size=size, max_size=size),
+            st.lists(st.sampled_from([0.0, 1.0]), min_size=size, max_size=size),
+        )
+    ),
+    st.integers(0, 2**63 - 1),
+    st.integers(0, 1000),
+)
+def test_a_demonstration_is_a_successful_sibling(
+    groups: tuple[int, list[float], list[float]], seed: int, step: int
+) -> None:
+    size, first, second = groups
+    rewards = first + second
+    for index, chosen in enumerate(choose_demonstrations(rewards, size, 0.5, seed, step)):
+        group = range(index - index % size, index - index % size + size)
+        siblings = [other for other in group if other != index and rewards[other] >= 0.5]
+        assert chosen in siblings if siblings else chosen is None
+
+
+def test_one_success_teaches_the_others_but_not_itself() -> None:
+    assert choose_demonstrations([0, 1, 0, 0], 4, 0.5, 0, 1) == [1, None, 1, 1]
+    assert choose_demonstrations([0, 0, 0, 0], 4, 0.5, 0, 1) == [None] * 4
+    assert choose_demonstrations([1, 1], 2, 0.5, 0, 1) == [1, 0]
+
+
+def test_demonstrations_are_drawn_uniformly() -> None:
+    counts = [0] * 5
+    for step in range(3000):
+        chosen = choose_demonstrations([1, 1, 0, 1, 1], 5, 0.5, 0, step)[0]
+        assert chosen is not None
+        counts[chosen] += 1
+    assert counts[0] == counts[2] == 0
+    assert all(abs(count - 1000) < 5 * 26 for count in (counts[1], counts[3], counts[4]))
+
+
+# ---------------------------------------------------------------- what it sees
+
+
+CHAT = (
+    "{% for m in messages %}|{{ m.content }}{% endfor %}{% if add_generation_prompt %}=?{% endif %}"
+)
+TEMPLATES = {
+    "template": "{prompt}|{demonstration}{feedback}+{prompt}*",
+    "demonstration_template": "={demonstration}=",
+    "feedback_template": "?{feedback}?",
+}
+
+
+def context(chat: bool, **changes: Any) -> TeacherContext:
+    tokenizer = lab.build_tokenizer()
+    tokenizer.chat_template = CHAT if chat else None
+    model = LanguageModel(None, tokenizer, (1,), 0)
+    return TeacherContext(TeacherConfig(**{**TEMPLATES, **changes}), model)
+
+
+def rendered(context: TeacherContext, *arguments: Any) -> str:
+    return context.model.tokenizer.decode(context.render(*arguments))
+
+
+def question(prompt: str = "12", system: str | None = None) -> Question:
+    return Question(prompt=prompt, answer="", system=system, id="q")
+
+
+def test_the_prompt_comes_first_and_the_request_last() -> None:
+    assert rendered(context(False), question(), "345", None) == "12|=345=+12*"
+    assert rendered(context(True), question(), "345", None) == "|12|=345=+12*=?"
+    assert rendered(context(True), question(system="9"), "3", None) == "|9|12|=3=+12*=?"
+
+
+def test_feedback_has_a_section_of_its_own() -> None:
+    assert rendered(context(False), question(), "345", "67") == "12|=345=?67?+12*"
+    assert rendered(context(False), question(), None, "67") == "12|?67?+12*"
+
+
+def test_thinking_is_not_shown() -> None:
+    shown = "1<think>2\n</think>3<think>4</think> "
+    assert rendered(context(False), question(), shown, None) == "12|=13=+12*"
+
+
+def test_braces_in_a_text_are_text() -> None:
+    text = TeacherContext(TeacherConfig(), context(False).model)
+    seen: list[str] = []
+    text._encode = lambda q, d, f: seen.append(d) or [1]  # type: ignore[method-assign,assignment]
+    text.render(question(), "{prompt} {x} {", None)
+    assert seen == ["{prompt} {x} {"]
+    assert rendered(context(False), question("{0}"), "{", None)  # no format error
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    demonstration=st.text("0123456789", min_size=1, max_size=120),
+    prompt=st.text("0123456789", min_size=1, max_size=10),
+    room=st.integers(0, 130),
+    chat=st.booleans(),
+)
+def test_only_the_demonstration_is_cut(
+    demonstration: str, prompt: str, room: int, chat: bool
+) -> None:
+    head, tail = f"{'|' * chat}{prompt}|=", f"=+{prompt}*{'=?' * chat}"
+    limit = len(head) + len(tail) + room
+    text = rendered(context(chat, max_prompt_tokens=limit), question(prompt), demonstration, None)
+    if room == 0:
+        assert text == head[:-1] + tail[1:]  # no room at all: the section goes, too
+    else:
+        assert text == head + demonstration[:room] + tail
+
+
+def test_a_feedback_that_does_not_fit_says_what_to_change() -> None:
+    tight = context(False, max_prompt_tokens=12)
+    assert tight.fits(question())
+    with pytest.raises(UsageError, match=r"teacher\.max_prompt_tokens=12"):
+        tight.render(question(), "345", "6" * 20)
+
+
+def test_fits_counts_the_request_and_one_token_of_demonstration() -> None:
+    length = len("12|=3=+12*")
+    assert context(False, max_prompt_tokens=length).fits(question())
+    assert not context(False, max_prompt_tokens=length - 1).fits(question())
+    assert context(False, max_prompt_tokens=1, context="none").fits(question())
+
+
+def test_a_cut_makes_progress_with_any_tokenizer() -> None:
+    """Bytes cut inside a character decode to more text than went in."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="a")
+    model = LanguageModel(None, tokenizer, (1,), 0)
+    for limit in range(20, 60):
+        config = TeacherConfig(**TEMPLATES, max_prompt_tokens=limit)
+        ids = TeacherContext(config, model).render(question(), "🙂é" * 20, None)
+        assert len(ids) <= limit
+        assert tokenizer.decode(ids).startswith("12|") and tokenizer.decode(ids).endswith("+12*")
