@@ -10,8 +10,9 @@ OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 demo: .venv/ready
 	$(BIN)/sodfast train out=$(OUT)
 
+# One thread for each of the test processes: more would fight over the cores.
 test: lint
-	$(BIN)/pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto
 
 bench: .venv/ready
 	$(BIN)/pytest -q bench --benchmark-only
