@@ -140,6 +140,13 @@ def test_an_interrupted_streak_starts_over() -> None:
     assert collapse.step == 10
 
 
+def test_a_streak_survives_a_resume() -> None:
+    before, after = detector(), detector()
+    observe(before, lengths(95, 95, 95, 95))
+    after.load_state_dict(json.loads(json.dumps(before.state_dict())))
+    assert after.observe({"step": 5, "length/mean": 95}) is not None
+
+
 def test_an_evaluation_without_lengths_does_not_interrupt_a_streak() -> None:
     collapse = detector(length_steps=2)
     observe(collapse, lengths(95))
