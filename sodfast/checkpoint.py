@@ -107,11 +107,13 @@ def load(path: Path) -> Checkpoint:
         student: dict[str, Tensor] = {}
         for shard in sorted((path / "student").glob("*.safetensors")):
             student |= load_file(shard)
+        # Without its file a teacher of its own would silently become the student.
         teacher = path / "teacher.safetensors"
+        has_teacher = teacher.is_file() or not state.get("teacher_is_student", True)
         return Checkpoint(
             step=state["step"],
             student=student,
-            teacher=load_file(teacher) if teacher.is_file() else None,
+            teacher=load_file(teacher) if has_teacher else None,
             optimizer=load_file(path / "optimizer.safetensors"),
             state=state,
         )

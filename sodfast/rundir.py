@@ -9,13 +9,15 @@ import platform
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
 
 from sodfast import checkpoint
 from sodfast.config import Config, read_overrides, validate
-from sodfast.errors import UsageError
+from sodfast.errors import RunFailed, UsageError
 
 
 def fingerprint(config: Config) -> str:
@@ -62,7 +64,7 @@ class RunDirectory:
             (path / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
             # Last, since a directory with a config.yaml is one that can be resumed.
             run.write_config(config)
-        except OSError as error:
+        except (OSError, RunFailed) as error:
             raise UsageError(f"out={path} cannot be written: {error}") from error
         return run
 
@@ -88,14 +90,16 @@ class RunDirectory:
         return self.path / "events.jsonl"
 
     def append(self, file: Path, line: dict[str, Any]) -> None:
-        with file.open("a") as stream:
-            stream.write(json.dumps(line, allow_nan=False) + "\n")
+        """Add a line. Raises `RunFailed` when the disk refuses, as all writing of a run does."""
+        text = json.dumps(line, allow_nan=False) + "\n"
+        with _writing(file), file.open("a") as stream:
+            stream.write(text)
 
     def sync(self) -> None:
         """Force the lines to disk; a checkpoint must not outlive the lines before it."""
         for file in (self.metrics, self.events):
             if file.exists():
-                with file.open("a") as stream:
+                with _writing(file), file.open("a") as stream:
                     os.fsync(stream.fileno())
 
     def rewind(self, step: int, extra_evaluation: bool) -> list[dict[str, Any]]:
@@ -213,8 +217,17 @@ def _processor() -> str:
 def _replace(file: Path, text: str) -> None:
     """Write a file so that a reader, or a crash, sees the old text or the new, never a part."""
     aside = file.with_name(file.name + ".tmp")
-    aside.write_text(text)
-    os.replace(aside, file)
+    with _writing(file):
+        aside.write_text(text)
+        os.replace(aside, file)
+
+
+@contextmanager
+def _writing(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunFailed(f"{file} could not be written: {error.strerror}") from error
 
 
 def _lock(path: Path) -> IO[str]:

@@ -12,7 +12,7 @@ optimizer update leaves the state of the step before.
 import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -143,13 +143,15 @@ class Trainer:
         """
         logger = Logger(self.config, self.run.path)
         interruption = Interruption()
+        step = self.step
         try:
             with interruption:
                 self.reporter.start(self.step, self.config.steps)
                 if not self.lines:
                     self._evaluate_start(interruption, logger)
                 while self.step < self.config.steps and not self._stopped():
-                    self._train_step(self.step + 1, interruption, logger)
+                    step = self.step + 1
+                    self._train_step(step, interruption, logger)
             status: Status = "done" if self.collapse.step is None else "collapsed"
         except Interrupted:
             self.reporter.message("interrupted: saving the last finished step")
@@ -157,8 +159,9 @@ class Trainer:
                 self._save()
             status = "interrupted"
         except RunFailed as error:
-            self.run.write_summary(self.summary("failed"))
-            raise RunFailed(f"step {self.step + 1}: {error}") from error
+            with suppress(RunFailed):  # a full disk refuses the summary, too
+                self.run.write_summary(self.summary("failed"))
+            raise RunFailed(f"step {step}: {error}") from error
         finally:
             logger.close()
         self.run.write_summary(self.summary(status))

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from sodfast import lab
 from sodfast.config import load_config
@@ -25,6 +26,7 @@ TASK = ArithmeticConfig(train=48, test=8)
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)
+    disable_progress_bar()
     if not torch.cuda.is_available():
         # Read when a Triton kernel is defined: without a GPU kernels run in the interpreter.
         os.environ.setdefault("TRITON_INTERPRET", "1")
