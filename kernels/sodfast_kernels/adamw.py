@@ -34,7 +34,7 @@ from .formats import BLOCK, M_TOP, V_TOP, decode, encode, join, split
 from .philox import GROUP, random_bits, round_stochastic
 
 STATES = ("8bit", "fp32", "exact")
-CHUNK = 1 << 18  # elements handled at a time by the PyTorch path, to bound its temporaries
+CHUNK = 1 << 17  # elements handled at a time by the PyTorch path, to bound its temporaries
 
 
 class Coefficients(NamedTuple):

@@ -19,7 +19,7 @@ from torch import Tensor
 from .backend import uses_triton
 from .philox import GROUP, random_bits, round_stochastic
 
-CHUNK = 1 << 20  # elements handled at a time by the PyTorch path, to bound its temporaries
+CHUNK = 1 << 17  # elements handled at a time by the PyTorch path, to bound its temporaries
 
 
 def copy_teacher_(
