@@ -19,18 +19,11 @@ import torch
 
 from sodfast import trainer as trainer_module
 from sodfast.config import load_config
+from sodfast.console import Reporter
 from sodfast.rundir import environment
 from sodfast.session import build_trainer
 
 WARM_UP, STEPS = 3, 15
-
-
-class _Quiet:
-    def start(self, step: int, steps: int) -> None: ...
-    def phase(self, name: str, done: int = 0, total: int = 0) -> None: ...
-    def line(self, line: object) -> None: ...
-    def message(self, text: str) -> None: ...
-    def stop(self) -> None: ...
 
 
 class Ledger:
@@ -83,7 +76,7 @@ def measure(directory: Path, progress: Callable[[str], None]) -> dict[str, Any]:
         ],
     )
     progress("building the lab (cached after the first time)")
-    run = build_trainer(config, None, _Quiet())
+    run = build_trainer(config, None, Reporter())
     ledger = Ledger()
     ledger.wrap(run.model.network, "generate", "generation")
     ledger.wrap(run.model.network.base_model, "forward", "forward")

@@ -4,18 +4,28 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from rich.box import SIMPLE
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 PLAIN_SECONDS = 5.0  # plain output reports at most this often within a phase
 
 
-class Reporter(Protocol):
-    """How the trainer tells what it is doing; `done` and `total` count whatever the phase does."""
+class Reporter:
+    """How the trainer tells what it is doing. This one says nothing; its subclasses do.
+
+    `done` and `total` count whatever the phase does; total 0: unknown.
+    """
 
     def start(self, step: int, steps: int) -> None: ...
 
@@ -25,7 +35,8 @@ class Reporter(Protocol):
 
     def message(self, text: str) -> None: ...
 
-    def stop(self) -> None: ...
+    def stop(self) -> None:
+        """No more reports; leave the terminal as it was."""
 
 
 def build_reporter() -> Reporter:
@@ -46,7 +57,7 @@ def describe(line: Mapping[str, Any]) -> str:
     return "  ".join(parts)
 
 
-class PlainReporter:
+class PlainReporter(Reporter):
     """One line per step; long phases say how far they are now and then."""
 
     def __init__(self) -> None:
@@ -74,11 +85,8 @@ class PlainReporter:
         self._last = time.monotonic()
         print(text, flush=True)
 
-    def stop(self) -> None:
-        pass
 
-
-class BarReporter:
+class BarReporter(Reporter):
     """Two bars: the run's steps with reward and ETA, and the phase under way."""
 
     def __init__(self) -> None:
@@ -86,7 +94,7 @@ class BarReporter:
             SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            MofNCompleteColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
             console=Console(),
@@ -100,7 +108,7 @@ class BarReporter:
 
     def phase(self, name: str, done: int = 0, total: int = 0) -> None:
         self._bars.update(
-            self._phase, description=name, completed=done, total=total or 1, visible=True
+            self._phase, description=name, completed=done, total=total or None, visible=True
         )
 
     def line(self, line: Mapping[str, Any]) -> None:

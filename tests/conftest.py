@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from sodfast import lab
 from sodfast.config import load_config
+from sodfast.console import Reporter
 from sodfast.model import LanguageModel, load_model
 from sodfast.rundir import read_lines, stored_config
 from sodfast.session import build_trainer
@@ -118,18 +119,6 @@ class Run:
     summary: dict[str, Any]
 
 
-class QuietReporter:
-    def start(self, step: int, steps: int) -> None: ...
-
-    def phase(self, name: str, done: int = 0, total: int = 0) -> None: ...
-
-    def line(self, line: Mapping[str, Any]) -> None: ...
-
-    def message(self, text: str) -> None: ...
-
-    def stop(self) -> None: ...
-
-
 def _read_run(path: Path) -> Run:
     lines = [
         {key: value for key, value in line.items() if not key.startswith(("time/", "memory/"))}
@@ -155,9 +144,9 @@ def build(tiny_run: list[str]) -> Callable[..., Trainer]:
 
     def build(out: Path, *overrides: str) -> Trainer:
         if (out / "config.yaml").exists():
-            return build_trainer(stored_config(out, list(overrides)), out, QuietReporter())
+            return build_trainer(stored_config(out, list(overrides)), out, Reporter())
         config = load_config("lab", [*tiny_run, f"out={out}", *overrides])
-        return build_trainer(config, None, QuietReporter())
+        return build_trainer(config, None, Reporter())
 
     return build
 
