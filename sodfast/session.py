@@ -27,7 +27,6 @@ from sodfast.trainer import Trainer, fitting_questions
 
 def train_run(config: Config, resume: Path | None) -> None:
     """Start a run, or continue the one in `resume`. Raises `Interrupted` after saving."""
-    disable_progress_bar()  # transformers' own bars would tear ours apart
     reporter = build_reporter()
     try:
         trainer = build_trainer(config, resume, reporter)
@@ -48,6 +47,7 @@ def build_trainer(config: Config, resume: Path | None, reporter: Reporter) -> Tr
 
     Raises `UsageError`; with `resume`, the configuration must be that of `stored_config`.
     """
+    disable_progress_bar()  # transformers' own bars would tear ours apart
     require_sinks(config.log.sinks)
     device = pick_device(config.device)
     out = Path(config.out or default_out(config)) if resume is None else resume
