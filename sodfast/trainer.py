@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any, Literal
 
 import torch
@@ -187,6 +188,9 @@ class Trainer:
         due = self.step % self.config.eval.every == 0
         self.lines = self.run.rewind(self.step, extra_evaluation=continues and not due)
         self.state = self._state()
+        if not continues and not due:  # the stored state is that of before this evaluation
+            kept = {k: v for k, v in self.lines[-1].items() if k.startswith("eval/")}
+            self.collapse.observe({"step": self.step, **kept})
         self.run.append(self.run.events, {"step": self.step, "event": "resume"})
 
     def _evaluate_start(self, interruption: Interruption, logger: Logger) -> None:
@@ -401,6 +405,8 @@ class Trainer:
             StepStatistics(step, line["reward/mean"], line[prefix + "mean"], line[prefix + "max"])
         )
         drift = float(self.teacher.apply(decision, step))
+        if not isfinite(drift):
+            raise RunFailed("the update made weights that are not finite: lower optimizer.lr")
         copied = decision.action == "copy"
         if decision.gates is not None:
             self._event(step, "gate", gates=decision.gates, refresh=copied)
@@ -424,8 +430,9 @@ class Trainer:
         self.state = self._state()
         last = step == self.config.steps or self._stopped()
         if last and not due:
-            line |= self._evaluate(step)
-            self._observe_collapse(line)
+            evaluation = self._evaluate(step)
+            line |= evaluation
+            self._observe_collapse({"step": step, **evaluation})
         self._commit(line, logger)
         if last or step % self.config.checkpoint.every == 0:
             self._save()

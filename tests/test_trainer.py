@@ -1,0 +1,450 @@
+"""Whole short runs: what they write, what they depend on, and how they end."""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sodfast import checkpoint
+from sodfast.errors import RunFailed, UsageError
+from sodfast.rundir import read_lines
+from sodfast.tasks.arithmetic import question_pools
+from sodfast.trainer import Trainer
+
+Line = Mapping[str, Any]
+Train = Callable[..., Any]
+Build = Callable[..., Trainer]
+
+SCHEDULES = {
+    "fixed": ["schedule.kind=fixed"],
+    "hard": ["schedule.kind=hard", "schedule.every=2"],
+    "ema": ["schedule.kind=ema", "schedule.rate=0.3"],
+    "trust_region": ["schedule.kind=trust_region", "schedule.rate=0.3"],
+    "cgtr": [
+        "schedule.kind=cgtr",
+        "schedule.min_isolation=2",
+        "schedule.check_every=2",
+        "schedule.window=2",
+        "schedule.gates=[isolation]",
+    ],
+}
+
+EVALUATION = {f"eval/{name}" for name in ("mean@2", "best@1", "best@2", "maj@1", "maj@2")}
+STEP = {
+    "step",
+    "reward/mean",
+    "reward/success_group_fraction",
+    "length/mean",
+    "length/max",
+    "length/tail_ratio",
+    "length/capped_fraction",
+    "distill/divergence",
+    "distill/reprompt_fraction",
+    "policy/entropy",
+    "policy/ratio_mean",
+    "optim/grad_norm",
+    "optim/lr",
+    "teacher/drift",
+    "memory/peak_bytes",
+}
+COPIES = {"teacher/age", "teacher/refreshed"}
+GATES = {"gate/reward_window", "gate/tail_window"}
+OURS = {"optim/loss", "reward/snr"}  # beyond what other programs rely on
+
+
+@pytest.fixture(scope="session")
+def runs(train: Train, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """A run with the given overrides, once per session."""
+    done: dict[tuple[str, ...], Any] = {}
+
+    def run(*overrides: str) -> Any:
+        if overrides not in done:
+            done[overrides] = train(tmp_path_factory.mktemp("runs") / "run", *overrides)
+        return done[overrides]
+
+    return run
+
+
+def without_evaluation(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in line.items() if not k.startswith("eval/")} for line in lines]
+
+
+def assert_close(left: list[dict[str, Any]], right: list[dict[str, Any]]) -> None:
+    assert len(left) == len(right)
+    for a, b in zip(left, right, strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
+
+
+# ---------------------------------------------------------------- what a run writes
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_the_lines_hold_the_keys_of_their_schedule(train: Train, tmp_path: Path, kind: str) -> None:
+    out = tmp_path / "run"
+    train(out, *SCHEDULES[kind], "steps=5")
+    lines = read_lines(out / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4, 5]
+    assert lines[0].keys() == {"step"} | EVALUATION
+    for line in lines[1:]:
+        step = line["step"]
+        expected = set(STEP)
+        expected |= EVALUATION if step in (4, 5) else set()
+        expected |= COPIES if kind in ("fixed", "hard", "cgtr") else set()
+        expected |= GATES if kind == "cgtr" and step % 2 == 0 else set()
+        clock = {key for key in line if key.startswith("time/")}
+        assert clock >= {"time/rollout", "time/teacher", "time/train", "time/step"}
+        assert line.keys() - clock - OURS == expected
+        assert all(math.isfinite(value) for value in line.values())
+        assert line["teacher/drift"] > 0
+
+    refreshed = [line["step"] for line in lines if line.get("teacher/refreshed")]
+    assert refreshed == ([2, 4] if kind in ("hard", "cgtr") else [])
+    if kind in ("hard", "cgtr"):
+        assert [line["teacher/age"] for line in lines[1:]] == [1, 2, 1, 2, 1]
+    if kind == "fixed":
+        assert [line["teacher/age"] for line in lines[1:]] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_the_summary_follows_from_the_lines(runs: Train, kind: str) -> None:
+    run = runs(*SCHEDULES[kind], "steps=5")
+    values = {line["step"]: line["eval/mean@2"] for line in run.lines if "eval/mean@2" in line}
+    entropies = [line["policy/entropy"] for line in run.lines[1:]]
+    summary = run.summary
+    assert summary["status"] == "done" and summary["collapse_step"] is None
+    assert summary["steps"] == 5 and summary["seed"] == 0 and summary["schedule"] == kind
+    assert summary["final"] == values[5]
+    assert summary["peak"] == max(values.values()) == values[summary["peak_step"]]
+    assert summary["entropy_mean"] == pytest.approx(sum(entropies) / 5)
+    assert summary["entropy_final"] == entropies[-1]
+    assert summary["refresh_steps"] == ([2, 4] if kind in ("hard", "cgtr") else [])
+
+
+def test_every_schedule_starts_with_the_same_step(runs: Train) -> None:
+    """At step 1 every teacher is the student; only later do they part."""
+    first, later = [], []
+    for overrides in SCHEDULES.values():
+        lines = without_evaluation(runs(*overrides, "steps=5").lines)
+        first.append({k: v for k, v in lines[1].items() if not k.startswith("teacher/")})
+        later.append(lines[5]["distill/divergence"])
+    assert all(line == first[0] for line in first)
+    assert len(set(later)) == len(SCHEDULES) - 1  # hard and cgtr refreshed at the same steps
+
+
+def test_decisions_can_be_recomputed_from_the_metrics(runs: Train) -> None:
+    margin, limit, window, isolation = 0.02, 1.6, 3, 2
+    run = runs(
+        f"schedule.reward_margin={margin}",
+        f"schedule.max_tail_ratio={limit}",
+        f"schedule.window={window}",
+        f"schedule.min_isolation={isolation}",
+        "schedule.check_every=1",
+        "steps=12",
+    )
+    gates = {event["step"]: event for event in run.events if event["event"] == "gate"}
+    refreshes = {event["step"]: event for event in run.events if event["event"] == "refresh"}
+    assert sorted(gates) == list(range(1, 13))
+    last, bar = 0, None
+    verdicts = set()
+    for line in run.lines[1:]:
+        step = line["step"]
+        recent = run.lines[max(1, step - window + 1) : step + 1]
+        reward = math.fsum(x["reward/mean"] for x in recent) / len(recent)
+        mean = math.fsum(x["length/mean"] for x in recent) / len(recent)
+        tail = max(x["length/max"] for x in recent) / mean
+        if step == window:
+            bar = reward
+        passes = (
+            step - last >= isolation,
+            bar is not None and reward > bar + margin,
+            tail <= limit,
+        )
+        event = gates[step]["gates"]
+        assert line["gate/reward_window"] == event["reward"]["value"] == reward
+        assert line["gate/tail_window"] == event["length"]["value"] == tail
+        assert tuple(event[name]["pass"] for name in ("isolation", "reward", "length")) == passes
+        assert gates[step]["refresh"] == all(passes) == bool(line["teacher/refreshed"])
+        assert (step in refreshes) == all(passes)
+        if all(passes):
+            assert refreshes[step]["shock"] == line["teacher/drift"]
+            last, bar = step, reward
+        verdicts.add(passes)
+    assert run.summary["refresh_steps"] == sorted(refreshes)
+    assert refreshes and len(verdicts) > 2  # the run has seen gates open and blocked
+
+
+def test_shards_are_logged_where_the_gate_reads_them(runs: Train) -> None:
+    run = runs(
+        "schedule.length_unit=shard", "schedule.shards=2", "schedule.check_every=1", "steps=2"
+    )
+    for line in run.lines[1:]:
+        assert line["length/shard_mean"] == pytest.approx(8 * line["length/mean"])
+    recent = run.lines[1:]
+    tail = max(x["length/shard_max"] for x in recent) / (
+        sum(x["length/shard_mean"] for x in recent) / 2
+    )
+    assert run.lines[2]["gate/tail_window"] == pytest.approx(tail)
+
+
+def test_a_question_visited_again_has_a_gain(runs: Train) -> None:
+    run = runs("task.train=8", "steps=6")
+    assert not any("reward/snr" in line for line in run.lines[:3])
+    assert any("reward/snr" in line for line in run.lines[3:])
+
+
+# ---------------------------------------------------------------- what a run depends on
+
+
+def test_evaluation_checkpoints_and_sinks_change_nothing(runs: Train) -> None:
+    expected = without_evaluation(runs("steps=5").lines)
+    for overrides in (
+        ("eval.every=1", "checkpoint.every=1", "checkpoint.keep=1"),
+        ("eval.every=99", "checkpoint.every=99", "log.sinks=[tensorboard]"),
+        ("eval.samples=1", "eval.temperature=2.0"),
+    ):
+        assert without_evaluation(runs(*overrides, "steps=5").lines) == expected
+
+
+def test_a_longer_run_starts_with_the_shorter_one(runs: Train) -> None:
+    shorter = without_evaluation(runs("steps=3").lines)
+    assert without_evaluation(runs("steps=5").lines)[:4] == shorter
+
+
+@pytest.mark.parametrize("reduction", ["sequence_mean", "token_mean"])
+@pytest.mark.parametrize(
+    "cut",
+    ["optimizer.micro_batch_tokens=1", "optimizer.micro_batch_tokens=70", "rollout.batch_size=3"],
+)
+def test_how_a_step_is_cut_changes_only_the_rounding(runs: Train, reduction: str, cut: str) -> None:
+    whole = runs(f"objective.reduction={reduction}", "steps=3")
+    assert_close(runs(f"objective.reduction={reduction}", "steps=3", cut).lines, whole.lines)
+
+
+def test_the_seed_matters(runs: Train) -> None:
+    assert runs("steps=3").lines[1] != runs("steps=3", "seed=1").lines[1]
+
+
+# ---------------------------------------------------------------- the objective's switches
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("objective.alpha=0.0",),
+        ("objective.alpha=1.0", "objective.ratio_cap=null"),
+        ("objective.top_k=5", "objective.add_tail=false"),
+        ("objective.policy_coef=0.0",),
+        ("objective.normalize_advantage=true",),
+        ("rollout.temperature=0.7", "rollout.top_p=0.9"),
+        ("teacher.context=none", "schedule.kind=ema"),
+    ],
+)
+def test_every_objective_trains(runs: Train, overrides: tuple[str, ...]) -> None:
+    run = runs(*overrides, "steps=2")
+    assert run.summary["status"] == "done"
+    for line in run.lines[1:]:
+        assert math.isfinite(line["optim/loss"]) and line["optim/grad_norm"] > 0
+        first_none = overrides[0] == "teacher.context=none" and line["step"] == 1
+        assert (line["distill/divergence"] > 0) != first_none
+
+
+def test_without_distillation_no_divergence_is_reported(runs: Train) -> None:
+    run = runs("objective.distill_coef=0.0", "steps=2")
+    assert all("distill/divergence" not in line for line in run.lines)
+    assert all(line["optim/grad_norm"] > 0 for line in run.lines[1:])
+    assert all(0 < line["distill/reprompt_fraction"] <= 1 for line in run.lines[1:])
+
+
+def test_merging_the_tail_can_only_lower_the_divergence(runs: Train) -> None:
+    full, merged = runs("steps=3"), runs("objective.top_k=3", "steps=3")
+    assert 0 < merged.lines[1]["distill/divergence"] < full.lines[1]["distill/divergence"]
+    assert merged.lines[1]["reward/mean"] == full.lines[1]["reward/mean"]
+
+
+def test_a_group_without_success_is_not_distilled(
+    build: Build, read_run: Train, tmp_path: Path
+) -> None:
+    trainer = build(tmp_path / "run", "steps=1")
+    trainer.task.score = lambda question, response: 0.0  # type: ignore[method-assign]
+    trainer.train()
+    trainer.run.close()
+    line = read_run(tmp_path / "run").lines[1]
+    assert line["distill/reprompt_fraction"] == line["optim/grad_norm"] == 0
+    assert "distill/divergence" not in line and "policy/ratio_mean" not in line
+
+
+@pytest.mark.parametrize(
+    "cut", ["optimizer.micro_batch_tokens=1000", "optimizer.micro_batch_tokens=1"]
+)
+def test_equal_weights_and_context_do_not_diverge(runs: Train, cut: str) -> None:
+    run = runs("teacher.context=none", "schedule.kind=hard", "schedule.every=1", "steps=3", cut)
+    for line in run.lines[1:]:
+        assert line["distill/reprompt_fraction"] == 1
+        assert abs(line["distill/divergence"]) <= 1e-9
+
+
+def test_equal_weights_and_context_have_no_gradient(runs: Train) -> None:
+    run = runs(
+        "teacher.context=none",
+        "schedule.kind=hard",
+        "schedule.every=1",
+        "objective.policy_coef=0.0",
+        "steps=2",
+    )
+    assert all(line["optim/grad_norm"] <= 1e-7 for line in run.lines[1:])
+
+
+@pytest.mark.parametrize("updates", [2, 4])
+def test_several_updates_per_step(runs: Train, updates: int) -> None:
+    run = runs(f"optimizer.updates_per_step={updates}", "steps=3")
+    one = runs("steps=3")
+    assert run.summary["status"] == "done"
+    assert run.lines[1]["reward/mean"] == one.lines[1]["reward/mean"]
+    assert abs(one.lines[1]["policy/ratio_mean"] - 1) < 1e-6
+    assert abs(run.lines[1]["policy/ratio_mean"] - 1) > 1e-5
+    # Frozen weights: every rollout is used once, whatever part of the step it falls into.
+    frozen = runs(f"optimizer.updates_per_step={updates}", "steps=2", "optimizer.lr=0.0")
+    whole = runs("steps=2", "optimizer.lr=0.0")
+    for key in ("distill/divergence", "policy/ratio_mean"):
+        assert frozen.lines[2][key] == pytest.approx(whole.lines[2][key], rel=1e-5)
+    assert frozen.lines[2]["teacher/drift"] == 0
+
+
+# ---------------------------------------------------------------- how a run ends
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize("kind", ["hard", "ema"])
+def test_a_nan_names_its_step_and_the_last_good_state_is_saved(
+    build: Build, train: Train, runs: Train, tmp_path: Path, where: str, kind: str
+) -> None:
+    trainer = build(tmp_path / "run", *SCHEDULES[kind], "steps=5", "checkpoint.every=99")
+    accumulate = trainer._accumulate_gradients
+
+    def poisoned(*arguments: Any) -> torch.Tensor:
+        loss = accumulate(*arguments)
+        if trainer.step + 1 < 3:
+            return loss
+        if where == "loss":
+            return loss * torch.nan
+        next(iter(trainer.model.network.parameters())).grad.view(-1)[7] = torch.nan
+        return loss
+
+    trainer._accumulate_gradients = poisoned  # type: ignore[method-assign]
+    with pytest.raises(RunFailed, match=r"^step 3: .*nan"):
+        trainer.train()
+    trainer.run.close()
+    out = tmp_path / "run"
+    assert json.loads((out / "summary.json").read_text())["status"] == "failed"
+    assert checkpoint.latest(out / "checkpoints") == out / "checkpoints" / "step-2"
+    assert [line["step"] for line in read_lines(out / "metrics.jsonl")] == [0, 1, 2]
+    # The state is that of step 2: from there on, all is as if nothing had happened.
+    resumed, undisturbed = train(out), runs(*SCHEDULES[kind], "steps=5")
+    assert resumed == undisturbed
+
+
+def test_a_nan_in_a_later_update_of_a_step_keeps_the_checkpoint_before(
+    build: Build, train: Train, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    trainer = build(out, "optimizer.updates_per_step=2", "steps=5", "checkpoint.every=2")
+    accumulate, calls = trainer._accumulate_gradients, []
+
+    def poisoned(*arguments: Any) -> torch.Tensor:
+        calls.append(trainer.step)
+        return accumulate(*arguments) * (torch.nan if calls.count(2) == 2 else 1)
+
+    trainer._accumulate_gradients = poisoned  # type: ignore[method-assign]
+    with pytest.raises(RunFailed, match=r"^step 3: .*nan"):
+        trainer.train()
+    trainer.run.close()
+    assert sorted(checkpoint.steps(out / "checkpoints")) == [0, 2]
+    assert train(out).summary["status"] == "done"
+
+
+def test_weights_that_are_not_finite_name_their_step(
+    build: Build, train: Train, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    trainer = build(out, "optimizer.lr=1e38", "optimizer.warmup_steps=0", "steps=5")
+    with pytest.raises(RunFailed, match=r"^step 1: .*not finite.*optimizer\.lr"):
+        trainer.train()
+    trainer.run.close()
+    assert json.loads((out / "summary.json").read_text())["status"] == "failed"
+    assert [line["step"] for line in read_lines(out / "metrics.jsonl")] == [0]
+    stored = checkpoint.load(out / "checkpoints" / "step-0")
+    assert all(tensor.isfinite().all() for tensor in stored.student.values())
+
+
+def test_runaway_length_collapses(runs: Train) -> None:
+    collapse = ("collapse.length_fraction=0.1", "collapse.length_steps=2")
+    stopped = runs(*collapse, "collapse.stop=true", "steps=5")
+    assert [line["step"] for line in stopped.lines] == [0, 1, 2]
+    assert "eval/mean@2" in stopped.lines[-1]
+    assert stopped.summary["status"] == "collapsed" and stopped.summary["collapse_step"] == 2
+    (event,) = [event for event in stopped.events if event["event"] == "collapse"]
+    assert event["step"] == 2 and event["reason"] == "length"
+
+    carried_on = runs(*collapse, "steps=5")
+    assert carried_on.lines[5]["step"] == 5
+    assert carried_on.summary["status"] == "collapsed" and carried_on.summary["collapse_step"] == 2
+    assert [event for event in carried_on.events if event["event"] == "collapse"] == [event]
+
+
+def test_the_last_step_counts_once_towards_a_streak(runs: Train) -> None:
+    collapse = ("collapse.length_fraction=0.1", "collapse.length_steps=4", "eval.every=99")
+    assert runs(*collapse, "steps=3").summary["status"] == "done"
+    assert runs(*collapse, "steps=4").summary["collapse_step"] == 4
+
+
+def test_a_lost_score_collapses(
+    build: Build, read_run: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen in the evaluation that only the last step gets, it belongs to this run's length: a
+    resume without new steps keeps it, a longer run has not seen it."""
+    scores = {0: 0.5, 3: 0.0, 4: 0.5, 5: 0.5}
+    monkeypatch.setattr(
+        "sodfast.trainer.evaluate", lambda *arguments: {"eval/mean@2": scores[arguments[4]]}
+    )
+    out = tmp_path / "run"
+
+    def run(*overrides: str) -> Any:
+        trainer = build(out, *overrides)
+        trainer.train()
+        trainer.run.close()
+        return read_run(out)
+
+    first = run("steps=3", "eval.every=4")
+    assert first.summary["status"] == "collapsed" and first.summary["collapse_step"] == 3
+    assert first.lines[3]["eval/mean@2"] == 0.0
+    assert run() == first
+    longer = run("steps=5")
+    assert longer.summary["status"] == "done"
+    assert "eval/mean@2" not in longer.lines[3]
+    assert not [event for event in longer.events if event["event"] == "collapse"]
+
+
+def test_stopping_at_a_collapse_is_final(train: Train, tmp_path: Path) -> None:
+    collapse = ["collapse.length_fraction=0.1", "collapse.length_steps=2", "collapse.stop=true"]
+    first = train(tmp_path / "run", *collapse, "steps=5")
+    assert train(tmp_path / "run") == first
+
+
+def test_long_prompts_are_dropped_and_counted(runs: Train) -> None:
+    train_pool, test_pool = question_pools()
+    asked = [*train_pool[:48], *test_pool[:8]]
+    long = sum(len(question.prompt) > 6 for question in asked)
+    assert 0 < long < len(asked)
+    run = runs("rollout.max_prompt_tokens=6", "steps=2")
+    assert run.summary["dropped_prompts"] == long
+
+
+def test_a_run_without_any_fitting_prompt_writes_nothing(build: Build, tmp_path: Path) -> None:
+    for key in ("rollout.max_prompt_tokens=3", "teacher.max_prompt_tokens=9"):
+        with pytest.raises(UsageError, match="max_prompt_tokens"):
+            build(tmp_path / "run", key)
+    assert not (tmp_path / "run").exists()
