@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,52 @@ def run_table(summary: Mapping[str, Any], lines: list[dict[str, Any]]) -> Table:
     return table
 
 
+def curves(lines: list[dict[str, Any]], width: int = 36) -> Table:
+    """Each quantity over the run's steps as one row of blocks, from its least to its greatest
+    value; a column is the mean of its share of the steps, and `v` marks a refresh."""
+    table = Table(box=SIMPLE)
+    for name, justify in (("curve", "left"), ("least", "right"), ("greatest", "right")):
+        table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    steps = [line for line in lines if line["step"] > 0]
+    columns = min(width, len(steps))
+    table.add_column(f"steps 1 to {len(steps)}", no_wrap=True, min_width=columns)
+    cuts = [round(i * len(steps) / columns) for i in range(columns + 1)] if columns else []
+    shares = [steps[a:b] for a, b in pairwise(cuts)]
+    for key in _CURVES:
+        means = [_mean([line[key] for line in share if key in line]) for share in shares]
+        known = [mean for mean in means if mean is not None]
+        if known:
+            least, greatest = min(known), max(known)
+            row = "".join(_block(mean, least, greatest) for mean in means)
+            table.add_row(key, f"{least:.3f}", f"{greatest:.3f}", row)
+    marks = ["v" if any(line.get("teacher/refreshed") for line in s) else " " for s in shares]
+    if "v" in marks:
+        table.add_row("refresh", "", "", "".join(marks))
+    return table
+
+
+_CURVES = (
+    "reward/mean",
+    "length/mean",
+    "length/tail_ratio",
+    "policy/entropy",
+    "distill/divergence",
+    "teacher/drift",
+)
+_BLOCKS = "▁▂▃▄▅▆▇█"
+
+
+def _block(value: float | None, least: float, greatest: float) -> str:
+    if value is None:
+        return " "
+    share = (value - least) / (greatest - least) if greatest > least else 0.0
+    return _BLOCKS[min(int(share * len(_BLOCKS)), len(_BLOCKS) - 1)]
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
 def _last_of_each(keys: list[str]) -> list[int]:
     """Positions of the largest k of best@k and maj@k; metrics list k in ascending order."""
     return [
@@ -166,5 +213,7 @@ def _cell(value: Any) -> str:
 
 
 def print_run(path: Path, summary: Mapping[str, Any], lines: list[dict[str, Any]]) -> None:
-    Console().print(run_table(summary, lines))
+    console = Console()
+    console.print(run_table(summary, lines))
+    console.print(curves(lines))
     print(f"metrics: {path / 'metrics.jsonl'}")
