@@ -84,7 +84,8 @@ class CollapseDetector:
     undefined thresholds, every number a key of `collapse.*`:
 
     * mean response length ≥ length_fraction × the cap for length_steps steps in a row, or
-    * eval mean@k < max(eval_floor, eval_fraction × the best so far).
+    * eval mean@k < max(eval_floor, eval_fraction × the best so far), after at least one step:
+      an untrained student has nothing to lose.
     """
 
     def __init__(self, config: CollapseConfig, max_new_tokens: int, eval_samples: int) -> None:
@@ -115,7 +116,7 @@ class CollapseDetector:
             value = line[self.eval_key]
             threshold = max(config.eval_floor, config.eval_fraction * self.best_eval)
             self.best_eval = max(self.best_eval, value)
-            if value < threshold:
+            if value < threshold and line["step"] > 0:
                 return {"reason": "eval", "value": value, "threshold": threshold}
         return None
 

@@ -58,7 +58,7 @@ _log = logging.getLogger(__name__)
 class LabConfig(BaseModel):
     """The lab's model, its misconceptions and its warm start."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     seed: int = Field(0, ge=0, lt=2**63)
     hidden_size: int = Field(128, ge=8)

@@ -197,6 +197,7 @@ class Trainer:
         line = {"step": 0, **self._evaluate(0)}
         with interruption.shielded():
             self.collapse.observe(line)
+            self.state = self._state()
             self._commit(line, logger)
             self._save()
 

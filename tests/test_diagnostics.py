@@ -178,8 +178,14 @@ def test_every_threshold_is_a_key() -> None:
     assert detector(length_steps=1, length_fraction=0.5).observe(
         {"step": 1, "length/mean": 50}
     ) == {"reason": "length", "value": 50, "threshold": 50.0}
-    assert observe(detector(eval_floor=0.3), evals(0.29))[0]["threshold"] == 0.3
+    assert observe(detector(eval_floor=0.3), evals(0.31, 0.29))[1]["threshold"] == 0.3
     assert observe(detector(eval_fraction=0.5), evals(0.8, 0.39))[1]["threshold"] == 0.4
+
+
+def test_an_untrained_student_has_nothing_to_lose() -> None:
+    collapse = detector()
+    assert collapse.observe({"step": 0, "eval/mean@4": 0.0}) is None
+    assert collapse.observe({"step": 10, "eval/mean@4": 0.0}) is not None
 
 
 def test_another_number_of_samples_is_another_score() -> None:
