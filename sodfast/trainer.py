@@ -109,7 +109,7 @@ class Trainer:
         config: Config,
         model: LanguageModel,
         task: Task,
-        data: "Questions",
+        data: Questions,
         run: RunDirectory,
         reporter: Reporter,
     ) -> None:
@@ -453,15 +453,14 @@ class Trainer:
     # ---------------------------------------------------------------- small parts
 
     def _evaluate(self, step: int) -> dict[str, float]:
-        with self.clock("eval"):
-            return evaluate(
-                self.model,
-                self.task,
-                self.data.test,
-                self.config,
-                step,
-                lambda done, total: self.reporter.phase("evaluate", done, total),
-            )
+        return evaluate(
+            self.model,
+            self.task,
+            self.data.test,
+            self.config,
+            step,
+            lambda done, total: self.reporter.phase("evaluate", done, total),
+        )
 
     def _stopped(self) -> bool:
         return self.config.collapse.stop and self.collapse.step is not None
