@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -92,6 +93,8 @@ def main() -> None:
     """Exit codes: 0 done, 1 failed, 2 unusable arguments, 130 interrupted."""
     # No data set and no model is ever looked for in the network unless the user names one.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Outside of training, where `Interruption` takes both, SIGTERM ends a command as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app()
     except UsageError as error:

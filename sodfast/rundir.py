@@ -33,7 +33,12 @@ def default_out(config: Config) -> str:
 
 def check_out(path: Path) -> None:
     """Raise `UsageError` unless `path` can become a new run directory. Writes nothing."""
-    # os.path answers False where pathlib raises, as for a name that is too long.
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:  # a name that is too long, a loop of links
+        raise UsageError(f"out={path} cannot be used: {error.strerror}") from error
     if os.path.isdir(path) and os.listdir(path):
         raise UsageError(
             f"out={path} exists and is not empty: choose another, or continue it with "

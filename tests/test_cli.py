@@ -1,0 +1,352 @@
+"""The commands: what they print, what they refuse, and that a refusal leaves nothing behind."""
+
+import json
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import yaml
+
+from sodfast.cli import main
+from sodfast.config import load_config
+from sodfast.interrupt import Interrupted
+from sodfast.rundir import RunDirectory
+from sodfast.trainer import Trainer
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Outcome]
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """`cli("train", "steps=3")` as on the command line, in this process."""
+
+    def run(*arguments: str) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["sodfast", *arguments])
+        terminate = signal.getsignal(signal.SIGTERM)
+        code: Any = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code or 0
+        finally:
+            signal.signal(signal.SIGTERM, terminate)
+        return Outcome(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Commands run in an empty folder without a network."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished(train: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory to look at, not to touch."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    train(out, "steps=2")
+    return out
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+    }
+
+
+def refused(outcome: Outcome, *named: str) -> None:
+    """One line on stderr, exit code 2."""
+    assert outcome.code == 2, outcome
+    assert outcome.err.startswith("sodfast: ") and outcome.err.count("\n") == 1, outcome.err
+    for text in named:
+        assert text in outcome.err
+
+
+# ---------------------------------------------------------------- help, --dry-run
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "export"])
+def test_every_command_has_help(cli: Command, command: str) -> None:
+    assert command in cli("--help").out
+    outcome = cli(command, "--help")
+    assert outcome.code == 0 and "Usage" in outcome.out and outcome.err == ""
+
+
+def test_dry_run_prints_a_configuration_that_loads(cli: Command, here: Path) -> None:
+    arguments = ["steps=7", "schedule.kind=hard", "schedule.every=3"]
+    outcome = cli("train", *arguments, "--dry-run")
+    assert outcome.code == 0
+    assert tree(here) == {}
+    (here / "config.yaml").write_text(outcome.out)
+    assert load_config("config.yaml", []) == load_config("lab", arguments)
+    assert yaml.safe_load(outcome.out)["schedule"] == {"kind": "hard", "every": 3}
+
+
+# ---------------------------------------------------------------- refusals
+
+
+MISTAKES = {
+    "unknown key": (["stepz=3"], ["stepz", "steps"]),
+    "unknown key of a group": (["schedule.evry=3", "schedule.kind=hard"], ["evry", "every"]),
+    "key of another kind": (["schedule.kind=ema", "schedule.every=3"], ["schedule.every"]),
+    "unknown kind": (["schedule.kind=magic"], ["schedule"]),
+    "a word for a number": (["steps=abc"], ["steps"]),
+    "a fraction for a count": (["steps=1.5"], ["steps"]),
+    "no steps": (["steps=0"], ["steps"]),
+    "a negative seed": (["seed=-1"], ["seed"]),
+    "not a number": (["optimizer.lr=.nan"], ["optimizer.lr"]),
+    "no siblings": (["rollout.samples_per_prompt=1"], ["samples_per_prompt", "teacher.context"]),
+    "an uneven cut": (["optimizer.updates_per_step=3"], ["updates_per_step", "divide"]),
+    "no equals sign": (["steps=3", "oops"], ["oops", "key=value"]),
+    "missing configuration": (["nowhere.yaml"], ["nowhere.yaml"]),
+    "empty configuration": (["empty.yaml"], ["empty.yaml"]),
+    "a list as configuration": (["list.yaml"], ["list.yaml"]),
+    "broken YAML": (["broken.yaml"], ["broken.yaml"]),
+    "a folder as configuration": (["folder"], ["folder"]),
+    "no such GPU": (["device=cuda:63"], ["cuda:63"]),
+    "unknown device": (["device=tpu"], ["device"]),
+    "missing sink": (["log.sinks=[trackio]"], ["trackio", "pip install"]),
+    "too many questions": (["task.train=99999"], ["task.train"]),
+    "task without a model": (
+        ["task.name=tool_use", "task.train=a.jsonl", "task.test=b.jsonl"],
+        ["model.path"],
+    ),
+    "missing model": (["model.path=./nowhere"], ["model.path"]),
+    "empty model folder": (["model.path=folder"], ["config.json"]),
+    "out is a file": (["out=list.yaml"], ["out=list.yaml"]),
+    "out is in use": (["out=used"], ["out=used", "--resume"]),
+    "out below a file": (["out=list.yaml/run"], ["out=list.yaml/run"]),
+    "out too long": (["out=" + "x" * 300], ["out="]),
+    "resume of nothing": (["--resume", "folder"], ["config.yaml"]),
+    "resume of a missing folder": (["--resume", "nowhere"], ["config.yaml"]),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_and_leaves_nothing(
+    cli: Command, here: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr("sodfast.sinks.find_spec", lambda name: None)
+    monkeypatch.setattr("sodfast.lab.build", None)  # found before any work
+    (here / "empty.yaml").touch()
+    (here / "list.yaml").write_text("- steps\n")
+    (here / "broken.yaml").write_text("steps: [1\nseed: }")
+    (here / "folder").mkdir()
+    (here / "used").mkdir()
+    (here / "used" / "notes.txt").write_text("mine")
+    before = tree(here)
+    arguments, named = MISTAKES[name]
+    refused(cli("train", *arguments), *named)
+    assert tree(here) == before
+
+
+def test_an_out_that_cannot_be_written(cli: Command, tiny_run: list[str]) -> None:
+    refused(cli("train", *tiny_run, "out=/proc/sodfast-run"), "/proc/sodfast-run")
+
+
+ROWS = {
+    "malformed": ('{"prompt": "A: 1\\nB: 2", "answer": "A"}\n{"prompt": ', "line 2"),
+    "not an object": ("[1]\n", "line 1"),
+    "no prompt": ('{"answer": "A"}\n', "prompt"),
+    "no answer": ('{"prompt": "A: 1\\nB: 2"}\n', "answer"),
+    "outside the options": ('{"prompt": "A: 1\\nB: 2", "answer": "C"}\n', "A, B"),
+    "empty": ("", "no rows"),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_bad_rows_are_placed(cli: Command, here: Path, tiny_model: Path, name: str) -> None:
+    text, named = ROWS[name]
+    (here / "bad.jsonl").write_text(text)
+    (here / "good.jsonl").write_text('{"prompt": "A: 1\\nB: 2", "answer": "A"}\n')
+    before = tree(here)
+    task = ["task.name=multiple_choice", f"model.path={tiny_model}"]
+    for train, test in (("bad", "good"), ("good", "bad"), ("missing", "good")):
+        outcome = cli("train", *task, f"task.train={train}.jsonl", f"task.test={test}.jsonl")
+        refused(outcome, *(["missing.jsonl"] if train == "missing" else ["bad.jsonl", named]))
+    assert tree(here) == before
+
+
+def test_a_model_without_a_tokenizer(cli: Command, here: Path, tiny_model: Path) -> None:
+    model = here / "model"
+    model.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (model / name).write_bytes((tiny_model / name).read_bytes())
+    before = tree(here)
+    refused(cli("train", "model.path=model", "out=run"), "tokenizer")
+    refused(cli("eval", "model"), "tokenizer")
+    assert tree(here) == before
+
+
+def test_an_existing_run_is_not_overwritten(
+    cli: Command, tiny_run: list[str], finished: Path
+) -> None:
+    before = tree(finished)
+    refused(cli("train", *tiny_run, f"out={finished}"), "--resume")
+    assert tree(finished) == before
+
+
+def test_a_resume_changes_nothing_but_the_steps(cli: Command, finished: Path) -> None:
+    before = tree(finished)
+    resume = ["train", "--resume", str(finished)]
+    refused(cli(*resume, "seed=1"), "seed=1", "steps=N")
+    refused(cli(*resume, "lab"), "steps=N")
+    refused(cli(*resume, "steps=1"), "steps=1", "2")
+    refused(cli(*resume, "steps=0"), "steps")
+    assert tree(finished) == before
+
+
+def test_a_run_of_another_configuration_is_not_resumed(
+    cli: Command, train: Callable[..., Any], here: Path
+) -> None:
+    train(here / "run", "steps=1")
+    config = here / "run" / "config.yaml"
+    config.write_text(config.read_text().replace("\nseed: 0\n", "\nseed: 1\n", 1))
+    config.write_text("seed: 1\n" + config.read_text().replace("seed: 0\n", "", 1))
+    before = tree(here)
+    refused(cli("train", "--resume", "run", "steps=2"), "config.yaml")
+    assert tree(here) == before
+
+
+def test_a_locked_run_is_left_alone(cli: Command, train: Callable[..., Any], here: Path) -> None:
+    train(here / "run", "steps=1")
+    before = tree(here)
+    writer = RunDirectory.open(here / "run")
+    refused(cli("train", "--resume", "run", "steps=2"), "another process")
+    assert tree(here) == before
+    writer.close()
+    assert cli("train", "--resume", "run", "steps=2").code == 0
+
+
+def test_eval_and_export_refuse_too(cli: Command, here: Path, finished: Path) -> None:
+    (here / "folder").mkdir()
+    before = tree(here)
+    refused(cli("eval", "folder"), "config.json")
+    refused(cli("eval", "./nowhere"), "nowhere")
+    refused(cli("eval", str(finished), "eval.smples=3"), "eval.smples", "samples")
+    refused(cli("export", "folder", "out"), "no checkpoint")
+    refused(cli("export", "nowhere", "out"), "no checkpoint")
+    refused(cli("export", str(finished), "folder"), "exists")
+    assert tree(here) == before
+
+
+def test_wrong_options_are_refused(cli: Command) -> None:
+    for arguments in (["train", "--resum", "x"], ["export", "one"], ["fly"], ["eval"]):
+        outcome = cli(*arguments)
+        assert outcome.code == 2 and outcome.err and "Traceback" not in outcome.err
+
+
+# ---------------------------------------------------------------- the commands' work
+
+
+def test_train_prints_plain_lines_and_a_table(
+    cli: Command, tiny_run: list[str], here: Path
+) -> None:
+    outcome = cli("train", *tiny_run, "steps=2", "out=run")
+    assert outcome.code == 0 and outcome.err == ""
+    lines = outcome.out.splitlines()
+    assert any(line.startswith("step 2/2  reward ") and "tok/s" in line for line in lines)
+    assert lines[-1] == "metrics: run/metrics.jsonl"
+    assert {path.name for path in (here / "run").iterdir()} >= {
+        "config.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "events.jsonl",
+        "summary.json",
+        "checkpoints",
+    }
+    assert load_config("run/config.yaml", []).steps == 2
+
+
+def test_out_defaults_to_a_new_folder_under_runs(
+    cli: Command, tiny_run: list[str], here: Path
+) -> None:
+    assert cli("train", *tiny_run, "steps=1", "seed=5").code == 0
+    (run,) = (here / "runs").iterdir()
+    assert run.name.endswith("cgtr-seed5")
+
+
+def test_eval_of_a_run_repeats_its_last_evaluation(cli: Command, finished: Path) -> None:
+    before = tree(finished)
+    outcome = cli("eval", str(finished))
+    assert outcome.code == 0
+    last = json.loads((finished / "metrics.jsonl").read_text().splitlines()[-1])
+    expected = {k: v for k, v in last.items() if k == "step" or k.startswith("eval/")}
+    assert json.loads(outcome.out.splitlines()[-1]) == expected
+    assert json.loads(cli("eval", str(finished), "eval.samples=3").out.splitlines()[-1]).keys() == {
+        "step",
+        "eval/mean@3",
+        "eval/best@1",
+        "eval/best@2",
+        "eval/maj@1",
+        "eval/maj@2",
+    }
+    assert tree(finished) == before
+
+
+def test_eval_of_a_model_is_a_runs_first_evaluation(
+    cli: Command, tiny_run: list[str], tiny_model: Path, finished: Path
+) -> None:
+    settings = [text for text in tiny_run if text.startswith(("task.", "eval.", "rollout."))]
+    outcome = cli("eval", str(tiny_model), *settings)
+    first = json.loads((finished / "metrics.jsonl").read_text().splitlines()[0])
+    assert json.loads(outcome.out.splitlines()[-1]) == first
+
+
+def test_export_keeps_the_logits(cli: Command, build: Callable[..., Trainer], here: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    trainer = build(here / "run", "steps=1")
+    trainer.train()
+    trainer.run.close()
+    assert cli("export", "run", "exported").code == 0
+    assert {path.suffix for path in (here / "exported").iterdir()} <= {".json", ".safetensors"}
+    network = AutoModelForCausalLM.from_pretrained("exported")
+    tokenizer = AutoTokenizer.from_pretrained("exported")
+    ids = tokenizer("17*8+6=", return_tensors="pt").input_ids
+    assert ids[0].tolist() == trainer.model.encode("17*8+6=")
+    with torch.no_grad():
+        assert network(ids).logits.equal(trainer.model.network(ids).logits)
+
+
+def test_exit_codes(cli: Command, tiny_run: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from sodfast import session
+    from sodfast.errors import RunFailed
+
+    ends = {Interrupted(): 130, KeyboardInterrupt(): 130, RunFailed("step 3: a\nb"): 1}
+    for end, code in ends.items():
+
+        def stop(*arguments: Any, end: BaseException = end) -> None:
+            raise end
+
+        monkeypatch.setattr(session, "train_run", stop)
+        outcome = cli("train", *tiny_run)
+        assert outcome.code == code
+        assert outcome.err == ("sodfast: step 3: a b\n" if code == 1 else "")
+
+
+def test_sigterm_before_the_training_is_an_interruption_too(
+    cli: Command, tiny_run: list[str], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "sodfast.session.build_task", lambda config: signal.raise_signal(signal.SIGTERM)
+    )
+    assert cli("train", *tiny_run, "out=run").code == 130
+    assert tree(here) == {}
