@@ -328,7 +328,7 @@ class Trainer:
         order = generator(config.seed, Stream.UPDATES, step).permutation(groups).tolist()
         size = groups // config.optimizer.updates_per_step
         lr = optimizer.learning_rate(config.optimizer, step)
-        totals = _Totals(self.model.device)
+        totals = _Totals(self.model.device, config.objective.clip_range)
         norms = []
         for number, start in enumerate(range(0, groups, size)):
             self.reporter.phase("train", number, config.optimizer.updates_per_step)
@@ -552,10 +552,12 @@ class PhaseClock:
 class _Totals:
     """Sums over a step's tokens, kept on the device so that no micro-batch waits for the host."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, clip_range: tuple[float, float]) -> None:
+        self.clip_range = clip_range
         self.loss = torch.zeros((), device=device)
         self.divergence = torch.zeros((), dtype=torch.float64, device=device)
         self.ratio = torch.zeros((), dtype=torch.float64, device=device)
+        self.clipped = torch.zeros((), dtype=torch.int64, device=device)
         self.distilled_tokens = 0
         self.tokens = 0
 
@@ -565,7 +567,10 @@ class _Totals:
         assert output.student_logprob is not None
         old = torch.cat([sample.logprob for sample in samples]).to(self.ratio.device)
         self.divergence += output.divergence.sum(dtype=torch.float64)
-        self.ratio += (output.student_logprob - old).clamp(-20, 20).exp().sum(dtype=torch.float64)
+        ratio = (output.student_logprob - old).clamp(-20, 20).exp()
+        low, high = self.clip_range
+        self.ratio += ratio.sum(dtype=torch.float64)
+        self.clipped += ((ratio < 1 - low) | (ratio > 1 + high)).sum()
         for sample, m in zip(samples, distilled, strict=True):
             self.tokens += len(sample.response)
             self.distilled_tokens += len(sample.response) if m else 0
@@ -577,4 +582,5 @@ class _Totals:
             metrics["distill/divergence"] = float(self.divergence) / self.distilled_tokens
         if self.tokens:
             metrics["policy/ratio_mean"] = float(self.ratio) / self.tokens
+            metrics["policy/clip_fraction"] = int(self.clipped) / self.tokens
         return metrics

@@ -53,7 +53,7 @@ STEP = {
 }
 COPIES = {"teacher/age", "teacher/refreshed"}
 GATES = {"gate/reward_window", "gate/tail_window"}
-OURS = {"optim/loss", "reward/snr"}  # beyond what other programs rely on
+OURS = {"optim/loss", "policy/clip_fraction", "reward/snr"}  # beyond what other programs rely on
 
 
 @pytest.fixture(scope="session")
@@ -306,6 +306,7 @@ def test_several_updates_per_step(runs: Train, updates: int) -> None:
     assert run.lines[1]["reward/mean"] == one.lines[1]["reward/mean"]
     assert abs(one.lines[1]["policy/ratio_mean"] - 1) < 1e-6
     assert abs(run.lines[1]["policy/ratio_mean"] - 1) > 1e-5
+    assert one.lines[1]["policy/clip_fraction"] == 0
     # Frozen weights: every rollout is used once, whatever part of the step it falls into.
     frozen = runs(f"optimizer.updates_per_step={updates}", "steps=2", "optimizer.lr=0.0")
     whole = runs("steps=2", "optimizer.lr=0.0")
