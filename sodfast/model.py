@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -43,15 +44,25 @@ class LanguageModel:
 
     def encode(self, prompt: str, system: str | None = None) -> list[int]:
         """Token ids of a prompt: the chat template with thinking off where there is one,
-        otherwise system and user text as they are."""
+        otherwise system and user text as they are.
+
+        Raises `UsageError` where the template refuses the messages, such as a system message.
+        """
         messages = [{"role": "user", "content": prompt}]
         if system:
             messages.insert(0, {"role": "system", "content": system})
         if not self.tokenizer.chat_template:
             return self.tokenizer("\n\n".join(message["content"] for message in messages)).input_ids
-        text = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
-        )
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+            )
+        except TemplateError as error:
+            roles = " and ".join(message["role"] for message in messages)
+            raise UsageError(
+                f"the model's chat template refuses a {roles} message ({error}): change the rows "
+                "of task.* or choose another model"
+            ) from error
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
     def encode_question(self, question: Question) -> list[int]:

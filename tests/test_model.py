@@ -152,6 +152,14 @@ def test_a_template_sees_that_thinking_is_off() -> None:
     assert model.encode("1") == model.tokenizer(text).input_ids
 
 
+def test_a_template_without_system_messages_says_so() -> None:
+    template = "{% if messages[0].role == 'system' %}{{ raise_exception('none here') }}{% endif %}1"
+    model = wrap(tiny_llama(), chat_template=template)
+    assert model.encode("2") == model.tokenizer("1").input_ids
+    with pytest.raises(UsageError, match=r"system and user.*none here"):
+        model.encode("2", "3")
+
+
 def test_without_a_chat_template_the_text_stands_as_it_is(model: LanguageModel) -> None:
     assert model.decode(model.encode("17*8+6=")) == "17*8+6="
     assert model.encode("1+", "2") == model.tokenizer("2\n\n1+").input_ids
