@@ -7,26 +7,29 @@ each kernel in its production configuration. Exit code 1 when a kernel spills, o
 streamed tensor less than 16 bytes at a time (8 bytes for 8-bit elements). The last line is JSON.
 """
 
+import functools
 import json
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)  # the kernels must be compiled
 
 import triton
-from sodfast_kernels import parameter_kernels
+from sodfast_kernels import parameter_kernels, row_kernel
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource
 
 ARCHITECTURES = (80, 90, 100)
-MODULES = (parameter_kernels,)
+MODULES = (parameter_kernels, row_kernel)
 
 Configuration = tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any], Any]
 
@@ -94,13 +97,15 @@ def accesses(ptx: str, parameters: list[str]) -> list[tuple[frozenset[str], int]
             if opcode.startswith("ld.param"):
                 index = int(re.findall(r"_param_(\d+)", operands)[0])
                 source = frozenset(parameters[index : index + 1])
-            elif opcode.startswith(("ld.global", "st.global", "cp.async.c")):
+            elif opcode.startswith(("ld.global", "st.global", "cp.async.ca.", "cp.async.cg.")):
                 # The address is the last bracket of a load or cp.async, the first of a store.
                 address = origins[brackets[0 if opcode.startswith("st") else -1]]
                 found.append((address, _width(opcode, operands)))
                 source = frozenset("*" + name for name in address if not name.startswith("*"))
+                # What goes through shared memory is followed as one value.
+                written = ["shared"] if opcode.startswith("cp") else written
             elif opcode.startswith("st.shared"):
-                written = ["shared"]  # what goes through shared memory is followed as one value
+                written = ["shared"]
             elif opcode.startswith(("ld.shared", "ldmatrix")):
                 source = origins["shared"]
             for register in written:
@@ -163,20 +168,35 @@ def examine(configuration: Configuration, arch: int) -> tuple[dict[str, Any], li
     return report, problems
 
 
+@functools.cache
+def jobs() -> list[tuple[Configuration, int]]:
+    """Everything there is to compile."""
+    return [
+        (tuple(configuration), arch)
+        for module in MODULES
+        for configuration in module.production_configurations()
+        for arch in ARCHITECTURES
+    ]
+
+
+def run_job(index: int) -> tuple[dict[str, Any], list[str]]:
+    return examine(*jobs()[index])
+
+
 def main() -> int:
     reports, failures = [], 0
-    for module in MODULES:
-        for configuration in module.production_configurations():
-            for arch in ARCHITECTURES:
-                report, problems = examine(tuple(configuration), arch)
-                reports.append(report)
-                failures += bool(problems)
-                print(
-                    f"{report['name']:40} {report['arch']:7} {report['registers']:4} registers "
-                    f"{report['spill_bytes']:5} spilled {report['shared_bytes']:6} shared ",
-                    "; ".join(problems) or "ok",
-                    flush=True,
-                )
+    # Spawned, not forked: the compiler has threads. Kernels cannot be sent, their numbers can.
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=spawn) as pool:
+        for report, problems in pool.map(run_job, range(len(jobs()))):
+            reports.append(report)
+            failures += bool(problems)
+            print(
+                f"{report['name']:40} {report['arch']:7} {report['registers']:4} registers "
+                f"{report['spill_bytes']:5} spilled {report['shared_bytes']:6} shared ",
+                "; ".join(problems) or "ok",
+                flush=True,
+            )
     print(json.dumps({"kernels": reports}))
     return 1 if failures else 0
 
