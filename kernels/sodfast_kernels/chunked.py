@@ -23,8 +23,8 @@ FULL_TILES, TOP_K_TILES = 9, 10
 MASKED, MASKED_BELOW = -1e30, -1e28
 
 
-class Evaluation(NamedTuple):
-    """Per-row results [N] and the gradients asked for (the others are empty)."""
+class Statistics(NamedTuple):
+    """Views of the rows of the statistics, [N] each."""
 
     loss: Tensor
     divergence: Tensor
@@ -32,8 +32,6 @@ class Evaluation(NamedTuple):
     teacher_entropy: Tensor
     student_logprob: Tensor
     teacher_logprob: Tensor
-    d_student: Tensor
-    d_head: Tensor
 
 
 def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -49,8 +47,10 @@ def evaluate(
     want_student: bool,
     want_head: bool,
     max_scratch_bytes: int | None,
-) -> Evaluation:
-    """Loss rows, statistics and gradients; `upstream` [N] multiplies each row's gradient.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Statistics [6, N], d_student and d_head (empty if not wanted).
+
+    `upstream` [N] multiplies each row's gradient.
 
     Raises:
         ValueError: if `max_scratch_bytes` does not hold a single row.
@@ -58,20 +58,13 @@ def evaluate(
     student, head = sides.student, sides.student_head
     rows = student.shape[0]
     dtype = torch.promote_types(student.dtype, torch.float32)
-    results = Evaluation(
-        *(torch.zeros(rows, dtype=dtype) for _ in range(6)),
-        student.new_zeros(
-            student.shape if want_student else 0, dtype=gradient_dtype(student.dtype)
-        ),
-        student.new_zeros(
-            head.shape if head is not None and want_head else 0, dtype=gradient_dtype(student.dtype)
-        ),
-    )
+    saved = gradient_dtype(student.dtype)
+    stats = student.new_zeros(6, rows, dtype=dtype)
+    results = Statistics(*stats)
+    d_student = student.new_zeros(student.shape if want_student else 0, dtype=saved)
     # A 16-bit head's gradient is summed over the tiles in fp32.
-    d_head = results.d_head
-    if want_head and d_head.dtype != dtype:
-        d_head = d_head.new_zeros(d_head.shape, dtype=dtype)
-    step, block = _tile_rows(sides, settings, d_head is not results.d_head, max_scratch_bytes)
+    d_head = student.new_zeros(head.shape if head is not None and want_head else 0, dtype=dtype)
+    step, block = _tile_rows(sides, settings, want_head and saved != dtype, max_scratch_bytes)
     for start in range(0, rows, step):
         part = slice(start, min(start + step, rows))
         own = Tokens(*(None if entry is None else entry[part] for entry in tokens))
@@ -81,7 +74,7 @@ def evaluate(
         if d_logits_nV is None:
             continue
         if head is None:
-            results.d_student[part] = d_logits_nV
+            d_student[part] = d_logits_nV
             continue
         hidden_nH = student[part].to(dtype)
         active = _active(own)
@@ -95,10 +88,8 @@ def evaluate(
             if want_head:
                 d_head[columns].addmm_(d_logits_nV[:, columns].T, hidden_nH)
         if d_hidden_nH is not None:
-            results.d_student[part] = d_hidden_nH
-    if d_head is not results.d_head:
-        results.d_head.copy_(d_head)
-    return results
+            d_student[part] = d_hidden_nH
+    return stats, d_student, d_head.to(saved)
 
 
 def _tile_rows(
@@ -156,7 +147,7 @@ def _tile(
     upstream: Tensor | None,
     part: slice,
     want_gradient: bool,
-    results: Evaluation,
+    results: Statistics,
     block: int,
 ) -> Tensor | None:
     """Writes one tile's results; returns its d-logits [n, V] if a gradient is wanted."""
@@ -186,9 +177,8 @@ def _tile(
         logprob = log_s_nV.gather(-1, target)[:, 0]
         logprob.masked_fill_(logprob < MASKED_BELOW, -math.inf)
         results.student_logprob[part] = logprob.masked_fill(~active, 0)
-        log_ratio = torch.zeros_like(logprob)
-        if tokens.old_logprob is not None:
-            log_ratio = logprob - tokens.old_logprob
+        old = logprob if tokens.old_logprob is None else tokens.old_logprob
+        log_ratio = logprob - old
         ratio = log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
         if settings.ratio_cap is not None:
             weight = weight * ratio.clamp(max=settings.ratio_cap)

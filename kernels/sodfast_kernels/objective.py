@@ -26,6 +26,8 @@ from .chunked import gradient_dtype
 from .reference import DistillationOutput
 
 BACKENDS = ("auto", "triton", "torch")
+# The row kernel's candidate buffer is sized for this.
+MAX_TOP_K = 1024
 
 
 def linear_distillation_loss(
@@ -148,7 +150,8 @@ def distillation_loss(
             and the backward pass computes everything a second time.
         teacher_topk: (ids [N, K] int64, log-probs [N, K] at the same temperature) in place of the
             teacher. The ids, distinct in each row, are the support; the remaining mass is the tail.
-        backend: "auto" (Triton on CUDA, except fp64; PyTorch elsewhere), "triton" or "torch".
+        backend: "auto", "triton" or "torch". "auto" is Triton on CUDA, PyTorch elsewhere and for what
+            Triton does not take: fp64, and top_k above 1024.
         max_scratch_bytes: bound on temporary memory, see `linear_distillation_loss`.
 
     Returns:
@@ -223,7 +226,7 @@ def _loss(
         raise ValueError(f'reduction must be "sum" or "none", got {reduction!r}')
     if max_scratch_bytes is not None and max_scratch_bytes < 1:
         raise ValueError(f"max_scratch_bytes must be positive or None, got {max_scratch_bytes}")
-    backend = _choose(backend, sides)
+    backend = _choose(backend, sides, settings.top_k)
     outputs = _Objective.apply(
         *sides, *tokens, settings, reduction == "sum", backend, max_scratch_bytes
     )
@@ -232,17 +235,19 @@ def _loss(
     return DistillationOutput(*outputs)
 
 
-def _choose(backend: str, sides: Sides) -> str:
+def _choose(backend: str, sides: Sides, top_k: int | None) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
     floats = [side.dtype for side in (sides.student, sides.teacher) if side is not None]
     double, device = torch.float64 in floats, sides.student.device.type
     if backend == "auto":
-        usable = device == "cuda" and not double and find_spec("triton") is not None
-        return "triton" if usable else "torch"
+        usable = device == "cuda" and not double and (top_k or 0) <= MAX_TOP_K
+        return "triton" if usable and find_spec("triton") is not None else "torch"
     if backend == "triton":
         if double:
             raise ValueError('backend "triton" does not take fp64 inputs; use backend="torch"')
+        if (top_k or 0) > MAX_TOP_K:
+            raise ValueError(f'top_k must be ≤ {MAX_TOP_K} with backend "triton", got {top_k}')
         if find_spec("triton") is None:
             raise ValueError('backend "triton" needs the package triton; use backend="torch"')
         from .row_kernel import INTERPRETED
@@ -273,14 +278,14 @@ class _Objective(torch.autograd.Function):
         settings, scalar, backend, scratch = arguments[11:]
         wants = (ctx.needs_input_grad[0], ctx.needs_input_grad[1])
         early = wants if scalar else (False, False)
-        results = _call(sides, tokens, settings, None, early, backend, scratch)
+        stats, *gradients = _call(sides, tokens, settings, None, early, backend, scratch)
         ctx.save_for_backward(*arguments[:11])
         ctx.call = (settings, wants, backend, scratch)
-        ctx.gradients = results[6:] if scalar else None
-        statistics = results[1:6]
+        ctx.gradients = gradients if scalar else None
+        loss, *statistics = stats.unbind()
         ctx.mark_non_differentiable(*statistics)
         ctx.set_materialize_grads(False)
-        loss = results[0].sum() if scalar else results[0]
+        loss = loss.sum() if scalar else loss.clone()
         return (loss, *statistics)
 
     @staticmethod
@@ -295,16 +300,26 @@ class _Objective(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is not None:
             # Handed over once, so that nobody else holds them and they may be scaled in place.
-            gradients = [gradient.mul_(upstream) for gradient in gradients]
+            gradients = [_scale_(gradient, upstream, backend) for gradient in gradients]
         else:
             rows = upstream.expand(sides.student.shape[0]).contiguous()
-            gradients = _call(sides, tokens, settings, rows, wants, backend, scratch)[6:]
+            gradients = _call(sides, tokens, settings, rows, wants, backend, scratch)[1:]
         d_student, d_head = gradients
         return (
             d_student.to(sides.student.dtype) if wants[0] else None,
             d_head.to(sides.student.dtype) if wants[1] else None,
             *nothing,
         )
+
+
+def _scale_(gradient: Tensor, factor: Tensor, backend: str) -> Tensor:
+    if torch.compiler.is_compiling():
+        return gradient * factor
+    if backend == "triton":
+        from .linear import scale_
+
+        return scale_(gradient, factor)
+    return gradient.mul_(factor)
 
 
 def _call(
@@ -408,7 +423,7 @@ def _(
     dtype = gradient_dtype(student.dtype)
     head_shape = student_head.shape if student_head is not None and want_head else (0,)
     return [
-        *(student.new_empty(rows, dtype=wide) for _ in range(6)),
+        student.new_empty(6, rows, dtype=wide),
         student.new_empty(student.shape if want_student else (0,), dtype=dtype),
         student.new_empty(head_shape, dtype=dtype),
     ]

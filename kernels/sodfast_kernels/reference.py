@@ -181,9 +181,9 @@ def _compute(tensor: Tensor) -> Tensor:
 
 def _log_softmax(logits_NV: Tensor, temperature: float, softcap: float | None) -> Tensor:
     if softcap is not None:
-        capped_NV = softcap * torch.tanh(logits_NV / softcap)
         # tanh would turn an overflowed logit into an ordinary number.
-        logits_NV = torch.where(logits_NV == math.inf, math.nan, capped_NV)
+        overflow_NV = torch.zeros_like(logits_NV).masked_fill_(logits_NV == math.inf, math.nan)
+        logits_NV = softcap * torch.tanh(logits_NV / softcap) + overflow_NV
     return (logits_NV / temperature).log_softmax(-1)
 
 
