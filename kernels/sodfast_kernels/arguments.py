@@ -52,6 +52,10 @@ class Tokens(NamedTuple):
     policy_weight: Tensor | None
     old_logprob: Tensor | None
 
+    def rows(self, part: slice) -> "Tokens":
+        rest = [None if entry is None else entry[part] for entry in self[1:]]
+        return Tokens(self.distill_weight[part], *rest)
+
 
 def check_settings(
     *,

@@ -67,7 +67,7 @@ def evaluate(
     step, block = _tile_rows(sides, settings, want_head and saved != dtype, max_scratch_bytes)
     for start in range(0, rows, step):
         part = slice(start, min(start + step, rows))
-        own = Tokens(*(None if entry is None else entry[part] for entry in tokens))
+        own = tokens.rows(part)
         d_logits_nV = _tile(
             sides, own, settings, upstream, part, want_student or want_head, results, block
         )

@@ -56,7 +56,7 @@ def evaluate(
 
 
 def scale_(gradient: Tensor, factor: Tensor) -> Tensor:
-    """gradient ← factor · gradient, in place; nothing is read if the factor is 1, without a sync."""
+    """gradient ← factor · gradient in place, without a sync; a factor of 1 reads nothing."""
     count = gradient.numel()
     if count:
         bf16 = gradient.dtype == torch.bfloat16
@@ -214,7 +214,7 @@ def _project(hidden_nH: Tensor, head_VH: Tensor, out_nV: Tensor) -> None:
     if hidden_nH.dtype == torch.float32:
         torch.mm(hidden_nH, head_VH.T, out=out_nV)
     elif hidden_nH.is_cuda:
-        torch.mm(hidden_nH, head_VH.T, out_dtype=torch.float32, out=out_nV)  # type: ignore[call-overload]
+        torch.mm(hidden_nH, head_VH.T, out_dtype=torch.float32, out=out_nV)
     else:
         torch.mm(hidden_nH.float(), head_VH.float().T, out=out_nV)
 
@@ -236,7 +236,7 @@ def _add_outer(d_logits_SV: Tensor, hidden_SH: Tensor, sum_VH: Tensor, is_first:
         else:
             sum_VH.addmm_(d_logits_SV.T, hidden_SH)
     elif sum_VH.is_cuda:
-        torch.addmm(  # type: ignore[call-overload]
+        torch.addmm(
             sum_VH,
             d_logits_SV.T,
             hidden_SH,

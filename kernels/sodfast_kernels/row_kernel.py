@@ -97,7 +97,7 @@ def _ordered(z):
 
 @triton.jit
 def _online(y, peak, total, moment):
-    """Adds y to Σ 2^(y − peak) and Σ 2^(y − peak)(y − peak); also the factor and who is new peak."""
+    """Adds y to Σ 2^(y − peak) and Σ 2^(y − peak)(y − peak); also the factor and the new peaks."""
     gap = y - peak
     factor = tl.exp2(-tl.abs(gap))
     above = gap > 0
@@ -108,7 +108,7 @@ def _online(y, peak, total, moment):
 
 @triton.jit
 def _log_sum(peak, total, moment, scale2):
-    """Log-sum-exp in base 2 and entropy in nats from the lanes; a row without any mass gives NaN."""
+    """Log-sum-exp in base 2 and entropy in nats from the lanes; NaN for a row without mass."""
     top = tl.max(peak, 0)
     factor = tl.exp2(peak - top)
     mass = tl.sum(total * factor, 0)
@@ -736,7 +736,9 @@ def launch_options(vocabulary: int, top_k: bool = False) -> dict[str, int]:
     return {"BLOCK": 4096, "STAGES": 3, "num_warps": 16}
 
 
-def production_configurations() -> list[tuple[str, Any, dict[str, str], dict, dict, list[str]]]:
+def production_configurations() -> list[
+    tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any], list[str]]
+]:
     """What bench/compile_report.py checks: (name, kernel, signature, constexprs, options, streamed
     arguments), for rows padded to multiples of 16, all per-token terms on."""
     options, top_options = launch_options(151_936), launch_options(151_936, top_k=True)
@@ -763,7 +765,7 @@ def production_configurations() -> list[tuple[str, Any, dict[str, str], dict, di
     found = []
     for form, (logits, d_logits, bf16) in forms.items():
         for name, (kind, half) in kinds.items():
-            constexprs = {"KIND": kind, "HALF": half, "BF16": bf16, **options}
+            constexprs: dict[str, Any] = {"KIND": kind, "HALF": half, "BF16": bf16, **options}
             constexprs.update(upstream_ptr=None, softcap=None)
             signature = {
                 **common,

@@ -1,0 +1,185 @@
+"""The public functions: what they refuse, and that they behave like any differentiable function."""
+
+import pytest
+import torch
+from sodfast_kernels import distillation_loss, linear_distillation_loss, reference
+
+N, H, V = 5, 4, 13
+BACKENDS = ["torch", "triton"]
+
+
+def hidden_and_head(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(N, H, generator=generator, requires_grad=True)
+    head = torch.randn(V, H, generator=generator, requires_grad=True)
+    return hidden, head, torch.randn(N, H, generator=generator), head.detach().clone()
+
+
+IDS = torch.arange(N)
+ONES = torch.ones(N)
+
+
+@pytest.mark.parametrize(
+    "name, given",
+    [
+        ("alpha", {"alpha": 1.5}),
+        ("temperature", {"temperature": 0.0}),
+        ("softcap", {"softcap": -1.0}),
+        ("top_k", {"top_k": 0}),
+        ("top_k", {"top_k": 2.0}),
+        ("add_tail", {"add_tail": 1}),
+        ("clip_range", {"clip_range": (-0.1, 0.2)}),
+        ("ratio_cap", {"ratio_cap": 0.0, "target_ids": IDS, "old_logprob": -ONES}),
+        ("target_ids", {"advantage": ONES}),
+        ("target_ids", {"old_logprob": ONES}),
+        ("old_logprob", {"ratio_cap": 2.0, "target_ids": IDS}),
+        ("advantage", {"policy_weight": ONES, "target_ids": IDS}),
+        ("target_ids", {"target_ids": IDS.int()}),
+        ("target_ids", {"target_ids": IDS + V - 1}),
+        ("target_ids", {"target_ids": IDS[:-1]}),
+        ("distill_weight", {"distill_weight": torch.ones(N, 1)}),
+        ("distill_weight", {"distill_weight": IDS}),
+        ("distill_weight", {"distill_weight": ONES.to("meta")}),
+        ("reduction", {"reduction": "mean"}),
+        ("backend", {"backend": "cuda"}),
+        ("max_scratch_bytes", {"max_scratch_bytes": 0}),
+        ("max_scratch_bytes", {"max_scratch_bytes": 10}),
+        ("teacher_hidden", {"teacher_topk": (IDS[:, None], -ONES[:, None])}),
+        ("student_head", {"student_head": torch.randn(V, H + 1)}),
+        ("student_head", {"student_head": torch.randn(V, H).bfloat16()}),
+        ("teacher_head", {"teacher_head": torch.randn(V + 1, H)}),
+        ("teacher_head", {"teacher_head": None}),
+        ("teacher_hidden", {"teacher_hidden": torch.randn(N + 1, H)}),
+        ("student_hidden", {"student_hidden": torch.randn(N, H).int()}),
+        ("student_hidden", {"student_hidden": torch.randn(H)}),
+    ],
+)
+def test_an_unusable_argument_is_named(name, given):
+    names = ("student_hidden", "student_head", "teacher_hidden", "teacher_head")
+    arguments = dict(zip(names, hidden_and_head(), strict=True)) | given
+    with pytest.raises(ValueError, match=name):
+        linear_distillation_loss(**arguments)
+
+
+def test_student_and_teacher_of_different_vocabulary():
+    with pytest.raises(ValueError, match="teacher_logits must have vocabulary"):
+        distillation_loss(torch.randn(2, 8), torch.randn(2, 9))
+
+
+def test_triton_refuses_what_it_does_not_take():
+    with pytest.raises(ValueError, match="fp64"):
+        distillation_loss(torch.zeros(1, 3).double(), torch.zeros(1, 3), backend="triton")
+    with pytest.raises(ValueError, match="top_k"):
+        distillation_loss(torch.zeros(1, 2000), torch.zeros(1, 2000), top_k=1500, backend="triton")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_accumulating_twice_in_one_graph_and_backward_twice(backend):
+    hidden, head, *teacher = hidden_and_head()
+
+    def gradient(times, factor):
+        for tensor in (hidden, head):
+            tensor.grad = None
+        loss = sum(
+            linear_distillation_loss(hidden, head, *teacher, backend=backend).loss
+            for _ in range(times)
+        )
+        (factor * loss).backward()
+        return hidden.grad.clone(), head.grad.clone()
+
+    once = gradient(1, 1.0)
+    for grads, factor in ((gradient(2, 1.0), 2), (gradient(1, -3.0), -3)):
+        for actual, expected in zip(grads, once, strict=True):
+            torch.testing.assert_close(actual, factor * expected)
+    hidden.grad = head.grad = None
+    loss = linear_distillation_loss(hidden, head, *teacher, backend=backend).loss
+    loss.backward(torch.tensor(2.0), retain_graph=True)
+    loss.backward(torch.tensor(0.5))
+    torch.testing.assert_close(hidden.grad, 2.5 * once[0])
+    torch.testing.assert_close(head.grad, 2.5 * once[1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_the_arguments_that_require_it_get_a_gradient(backend):
+    hidden, head, *teacher = hidden_and_head()
+    linear_distillation_loss(hidden, head, *teacher, backend=backend).loss.backward()
+    for frozen in (0, 1):
+        pair = [hidden.detach().clone(), head.detach().clone()]
+        pair[1 - frozen].requires_grad_()
+        linear_distillation_loss(*pair, *teacher, backend=backend).loss.backward()
+        assert pair[frozen].grad is None
+        torch.testing.assert_close(pair[1 - frozen].grad, (hidden, head)[1 - frozen].grad)
+    output = linear_distillation_loss(*pair, *teacher, backend=backend)
+    assert not output.divergence.requires_grad and not output.student_entropy.requires_grad
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_compiled(backend, reduction):
+    hidden, head, *teacher = hidden_and_head()
+
+    def step(hidden, head):
+        output = linear_distillation_loss(
+            2 * hidden, head, *teacher, backend=backend, reduction=reduction, target_ids=IDS
+        )
+        return output.loss.sum() * 3, output.student_logprob
+
+    step(hidden, head)[0].backward()
+    expected = hidden.grad, head.grad
+    hidden.grad = head.grad = None
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    loss, logprob = compiled(hidden, head)
+    loss.backward()
+    torch.testing.assert_close((hidden.grad, head.grad), expected)
+    torch.testing.assert_close(logprob, step(hidden, head)[1])
+
+
+def test_autocast_casts_like_a_linear_layer():
+    hidden, head, *teacher = hidden_and_head()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = linear_distillation_loss(hidden, head, *teacher)
+        mixed.loss.backward()
+    assert hidden.grad.dtype == head.grad.dtype == mixed.loss.dtype == torch.float32
+    rounded = [tensor.detach().bfloat16() for tensor in (hidden, head, *teacher)]
+    plain = linear_distillation_loss(*rounded)
+    torch.testing.assert_close(mixed.loss, plain.loss)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_rows(backend):
+    hidden = torch.zeros(0, H, requires_grad=True)
+    head = torch.randn(V, H, requires_grad=True)
+    output = linear_distillation_loss(
+        hidden, head, torch.zeros(0, H), head.detach(), backend=backend
+    )
+    output.loss.backward()
+    assert output.loss == 0 and output.divergence.shape == (0,)
+    assert not head.grad.any() and hidden.grad.shape == (0, H)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_stored_teacher(backend):
+    generator = torch.Generator().manual_seed(4)
+    student = torch.randn(N, V, generator=generator)
+    logprobs, ids = torch.randn(N, V, generator=generator).log_softmax(-1).topk(5)
+    for alpha in (0, 0.3, 0.5, 1):
+        for add_tail in (True, False):
+            results = []
+            for function, extra in (
+                (reference.distillation_loss, {}),
+                (distillation_loss, {"backend": backend}),
+            ):
+                logits = student.clone().requires_grad_()
+                output = function(
+                    logits,
+                    teacher_topk=(ids, logprobs),
+                    alpha=alpha,
+                    add_tail=add_tail,
+                    target_ids=IDS,
+                    advantage=ONES,
+                    **extra,
+                )
+                output.loss.backward()
+                results.append([*output, logits.grad])
+            for actual, expected in zip(*reversed(results), strict=True):
+                torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)

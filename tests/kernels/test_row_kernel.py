@@ -1,0 +1,94 @@
+"""The Triton kernels in the interpreter, against the fp64 definition on unrounded logits."""
+
+import pytest
+import torch
+from sodfast_kernels import distillation_loss, reference, row_kernel
+
+FLOOR = {torch.float32: 1e-5, torch.bfloat16: 3e-3}
+
+
+def run(student, teacher, function, **given):
+    student = student.clone().requires_grad_()
+    output = function(student, teacher, **given)
+    output.loss.backward()
+    return output, student.grad
+
+
+def error(actual, expected):
+    return ((actual.double() - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("alpha", [0, 0.3, 0.5, 1])
+@pytest.mark.parametrize("top_k", [None, 20, 100])
+@pytest.mark.parametrize("dtype", list(FLOOR), ids=str)
+def test_gradient_error_is_that_of_the_definition(alpha, top_k, dtype):
+    generator = torch.Generator().manual_seed(0)
+    rows, vocabulary = 2, 1003
+    temperature = {0: 1.0, 0.3: 2.0, 0.5: 1.0, 1: 0.6}[alpha]
+    student = torch.randn(rows, vocabulary, generator=generator, dtype=torch.float64)
+    student[1] *= 5
+    teacher = student + 0.01 * torch.randn(rows, vocabulary, generator=generator)
+    student, teacher = student.to(dtype), teacher.to(dtype)
+    given = {"alpha": alpha, "top_k": top_k, "temperature": temperature}
+    if alpha != 0.5:
+        given |= {
+            "target_ids": torch.tensor([5, 1002]),
+            "advantage": torch.tensor([0.01, -0.02]),
+            "old_logprob": torch.tensor([-7.0, -9.0]),
+            "ratio_cap": 2.0,
+        }
+    wide = {k: v.double() if k in ("advantage", "old_logprob") else v for k, v in given.items()}
+    exact = run(student.double(), teacher.double(), reference.distillation_loss, **wide)
+    plain = run(student, teacher, reference.distillation_loss, **given)
+    ours = run(student, teacher, distillation_loss, backend="triton", **given)
+    assert error(ours[1], exact[1]) <= 2 * error(plain[1], exact[1]) + FLOOR[dtype]
+    for name in ("divergence", "student_entropy", "teacher_entropy", "student_logprob"):
+        if getattr(exact[0], name) is not None:
+            torch.testing.assert_close(
+                getattr(ours[0], name).double(), getattr(exact[0], name), rtol=1e-3, atol=1e-6
+            )
+
+
+@pytest.mark.parametrize("alpha", [0, 0.3, 0.5, 1])
+def test_small_divergences_are_positive_and_accurate(alpha):
+    generator = torch.Generator().manual_seed(1)
+    student = 3 * torch.randn(2, 500, generator=generator)
+    teacher = student + 5e-4 * torch.randn(2, 500, generator=generator)
+    ours = distillation_loss(student, teacher, alpha=alpha, backend="triton")
+    exact = reference.distillation_loss(student.double(), teacher.double(), alpha=alpha)
+    assert exact.divergence.max() < 2e-7
+    assert (ours.divergence > 0).all()
+    torch.testing.assert_close(ours.divergence.double(), exact.divergence, rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("top_k", [None, 100])
+def test_a_real_vocabulary_and_the_same_bits_twice(top_k):
+    generator = torch.Generator().manual_seed(2)
+    student = 2 * torch.randn(1, 151_936, generator=generator)
+    teacher = student + 0.05 * torch.randn(1, 151_936, generator=generator)
+    given = {"top_k": top_k, "backend": "triton"}
+    first = run(student, teacher, distillation_loss, **given)
+    second = run(student, teacher, distillation_loss, **given)
+    exact = run(student.double(), teacher.double(), reference.distillation_loss, top_k=top_k)
+    assert torch.equal(first[1], second[1]) and torch.equal(first[0].loss, second[0].loss)
+    assert error(first[1], exact[1]) < 1e-4
+
+
+def test_more_candidates_than_the_buffer_holds_are_searched_exactly():
+    generator = torch.Generator().manual_seed(3)
+    # Three values only: thousands of equal logits around the threshold.
+    student = torch.randint(0, 3, (1, 3000), generator=generator).float()
+    teacher = torch.randn(1, 3000, generator=generator)
+    ours = run(student, teacher, distillation_loss, top_k=1024, backend="triton")
+    exact = run(student.double(), teacher.double(), reference.distillation_loss, top_k=1024)
+    assert error(ours[1], exact[1]) < 1e-5
+
+
+def test_production_configurations_name_real_arguments():
+    names = set()
+    for name, kernel, signature, constexprs, _, streamed in row_kernel.production_configurations():
+        assert name not in names
+        names.add(name)
+        assert not signature.keys() & constexprs.keys()
+        assert signature.keys() | constexprs.keys() == set(kernel.arg_names)
+        assert set(streamed) <= signature.keys()
