@@ -290,7 +290,7 @@ def _launch(
         "KIND": kind,
         "HALF": settings.alpha == 0.5,
         "BF16": bf16,
-        **launch_options(vocabulary, settings.top_k is not None),
+        **launch_options(vocabulary, settings.top_k is not None or sides.stored_ids is not None),
     }
     stats = stats[:, part]
     grid = (count,)

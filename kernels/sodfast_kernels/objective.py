@@ -150,8 +150,8 @@ def distillation_loss(
             and the backward pass computes everything a second time.
         teacher_topk: (ids [N, K] int64, log-probs [N, K] at the same temperature) in place of the
             teacher. The ids, distinct in each row, are the support; the remaining mass is the tail.
-        backend: "auto", "triton" or "torch". "auto" is Triton on CUDA, and PyTorch elsewhere and for
-            what Triton does not take: fp64, and top_k above 1024.
+        backend: "auto", "triton" or "torch". "auto" is Triton on CUDA, and PyTorch elsewhere and
+            for what Triton does not take: fp64, and top_k above 1024.
         max_scratch_bytes: bound on temporary memory, see `linear_distillation_loss`.
 
     Returns:
