@@ -61,3 +61,43 @@ def test_the_factor_scales_in_place_and_rounds_to_nearest_even():
     assert torch.equal(scaled, expected)
     before = scaled.clone()
     assert torch.equal(linear.scale_(scaled, torch.tensor(1.0)), before)
+
+
+def on_gpu(device: str) -> list[torch.Tensor]:
+    return [tensor.to(device).bfloat16() for tensor in tensors()]
+
+
+@pytest.mark.gpu
+def test_nothing_waits_for_the_gpu():
+    hidden, head, *teacher = on_gpu("cuda")
+    ids = torch.arange(N, device="cuda")
+
+    def step():
+        leaf = hidden.clone().requires_grad_()
+        linear_distillation_loss(leaf, head, *teacher, target_ids=ids, top_k=7).loss.backward()
+
+    step()  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_a_device_that_is_not_the_current_one():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    with torch.cuda.device(0):
+        first, second = (
+            run_on(device, linear_distillation_loss) for device in ("cuda:0", "cuda:1")
+        )
+    torch.testing.assert_close(first.cpu(), second.cpu())
+
+
+def run_on(device, function):
+    hidden, head, *teacher = on_gpu(device)
+    leaf = hidden.clone().requires_grad_()
+    function(leaf, head, *teacher).loss.backward()
+    return leaf.grad
