@@ -763,8 +763,8 @@ def production_configurations() -> list[
     found = []
     for form, (logits, d_logits, bf16) in forms.items():
         for name, (kind, half) in kinds.items():
-            constexprs = {"KIND": kind, "HALF": half, "BF16": bf16, "ADD_TAIL": True}
-            constexprs |= {"upstream_ptr": None, "softcap": None}
+            constexprs: dict[str, Any] = {"KIND": kind, "HALF": half, "BF16": bf16}
+            constexprs |= {"ADD_TAIL": True, "upstream_ptr": None, "softcap": None}
             both = {
                 **common,
                 **dict.fromkeys(strides, "i32:16"),
