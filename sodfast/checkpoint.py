@@ -70,11 +70,11 @@ def save(
             _sync(path)
         os.rename(aside, final)
         _sync(directory)
+        for old in sorted(steps(directory))[:-keep]:
+            shutil.rmtree(directory / f"step-{old}")
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise RunFailed(f"checkpoint of step {step} could not be written: {error}") from error
-    for old in sorted(steps(directory))[:-keep]:
-        shutil.rmtree(directory / f"step-{old}")
     return final
 
 

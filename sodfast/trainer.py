@@ -139,8 +139,9 @@ class Trainer:
     def train(self) -> Status:
         """Run to `steps`, or to the collapse detector's stop, or to an interruption.
 
-        Raises `RunFailed` when a loss or gradient is not finite or the disk refuses; the last
-        good state is checkpointed before, and summary.json says "failed".
+        Raises `RunFailed` when a loss or gradient is not finite or the disk refuses, and
+        summary.json says "failed". The state before the step is checkpointed first, unless an
+        earlier update of the step has moved the weights: then the last checkpoint stands.
         """
         logger = Logger(self.config, self.run.path)
         interruption = Interruption()
@@ -349,6 +350,7 @@ class Trainer:
                 raise
         return {
             **totals.metrics(),
+            "optim/loss": float(totals.loss) / len(norms),
             "optim/grad_norm": sum(norms) / len(norms),
             "optim/lr": lr,
         }
@@ -577,7 +579,7 @@ class _Totals:
 
     def metrics(self) -> dict[str, float]:
         """Means over the tokens that carried a gradient; left out where there were none."""
-        metrics = {"optim/loss": float(self.loss)}
+        metrics = {}
         if self.distilled_tokens:
             metrics["distill/divergence"] = float(self.divergence) / self.distilled_tokens
         if self.tokens:
