@@ -321,7 +321,7 @@ def _top_ids(logits_nV: Tensor, k: int) -> Tensor:
     bits = (logits_nV + 0.0).view(torch.int32)
     bits ^= (bits >> 31) & 0x7FFFFFFF
     key = bits.to(torch.int64) << 32
-    key -= torch.arange(key.shape[1])
+    key -= torch.arange(key.shape[1], device=key.device)
     return key.topk(k, dim=-1).indices
 
 
