@@ -22,7 +22,6 @@ import bench_objective
 import bench_parameters
 from sodfast_kernels import linear_distillation_loss, reference
 
-
 # What each update of parameters should reach, as a share of the measured copy bandwidth.
 PARAMETER_SHARES = {
     "copy": 0.9,
