@@ -202,7 +202,9 @@ def check_tokens(
             raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
         return tensor.detach().to(dtype)
 
-    uniform = torch.full((rows,), 1.0 / max(rows, 1), dtype=dtype, device=device)
+    def uniform() -> Tensor:
+        return torch.full((rows,), 1.0 / max(rows, 1), dtype=dtype, device=device)
+
     if target_ids is not None:
         _vector("target_ids", target_ids, rows, device)
         if target_ids.dtype != torch.int64:
@@ -214,10 +216,10 @@ def check_tokens(
     weight = floats("distill_weight", distill_weight)
     policy = floats("policy_weight", policy_weight)
     tokens = Tokens(
-        distill_weight=uniform if weight is None else weight,
+        distill_weight=uniform() if weight is None else weight,
         target_ids=None if target_ids is None else target_ids.detach(),
         advantage=floats("advantage", advantage),
-        policy_weight=uniform if policy is None and advantage is not None else policy,
+        policy_weight=uniform() if policy is None and advantage is not None else policy,
         old_logprob=old,
     )
     if device.type == "cpu" and not torch.compiler.is_compiling():

@@ -227,6 +227,12 @@ def _loss(
     if max_scratch_bytes is not None and max_scratch_bytes < 1:
         raise ValueError(f"max_scratch_bytes must be positive or None, got {max_scratch_bytes}")
     backend = _choose(backend, sides, settings.top_k)
+    # torch.compile takes no tensor twice, and teacher and student may share a head: a view is
+    # another tensor. The teacher is never differentiated anyway.
+    teacher, teacher_head = (
+        None if side is None else side.detach() for side in (sides.teacher, sides.teacher_head)
+    )
+    sides = sides._replace(teacher=teacher, teacher_head=teacher_head)
     outputs = _Objective.apply(
         *sides, *tokens, settings, reduction == "sum", backend, max_scratch_bytes
     )

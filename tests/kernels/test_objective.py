@@ -134,6 +134,25 @@ def test_compiled(backend, reduction):
     torch.testing.assert_close(logprob, step(hidden, head)[1])
 
 
+def test_compiled_with_arguments_that_are_one_tensor():
+    """Default weights of both terms, one head for both models, one weight given twice."""
+    hidden, head, teacher, _ = hidden_and_head()
+    weight = torch.full((len(IDS),), 0.1)
+    terms = {"target_ids": IDS, "advantage": torch.linspace(-1, 1, len(IDS))}
+
+    def step(hidden, head):
+        first = linear_distillation_loss(2 * hidden, head, teacher, head, **terms)
+        again = {"distill_weight": weight, "policy_weight": weight}
+        second = linear_distillation_loss(hidden, head, hidden, head, **terms, **again)
+        return first.loss + second.loss
+
+    step(hidden, head).backward()
+    expected = hidden.grad, head.grad
+    hidden.grad = head.grad = None
+    torch.compile(step, backend="aot_eager", fullgraph=True)(hidden, head).backward()
+    torch.testing.assert_close((hidden.grad, head.grad), expected)
+
+
 def test_autocast_casts_like_a_linear_layer():
     hidden, head, *teacher = hidden_and_head()
     with torch.autocast("cpu", dtype=torch.bfloat16):
