@@ -96,25 +96,32 @@ def _ordered(z):
 
 
 @triton.jit
-def _online(y, peak, total, moment):
-    """Adds y to Σ 2^(y − peak) and Σ 2^(y − peak)(y − peak); also the factor and the new peaks."""
-    gap = y - peak
+def _online(z, peak, total, moment, scale2):
+    """Adds y = z·scale2 to Σ 2^(y − top) and Σ 2^(y − top)(y − top), top = peak·scale2; also the
+    factor and the new peaks.
+
+    Peaks are logits, and only differences are scaled: near the peak, where the mass is, they are
+    small, and so is their rounding.
+    """
+    gap = (z - peak) * scale2
     factor = tl.exp2(-tl.abs(gap))
     above = gap > 0
     moment = tl.where(above, factor * (moment - gap * total), moment + factor * gap)
     total = tl.where(above, total * factor + 1.0, total + factor)
-    return tl.where(above, y, peak), total, moment, factor, above
+    return tl.where(above, z, peak), total, moment, factor, above
 
 
 @triton.jit
 def _log_sum(peak, total, moment, scale2):
-    """Log-sum-exp in base 2 and entropy in nats from the lanes; NaN for a row without mass."""
+    """Log-sum-exp in base 2 and entropy in nats from the lanes, NaN for a row without mass; and
+    the first as its two terms, the top logit and the log of the mass relative to it."""
     top = tl.max(peak, 0)
-    factor = tl.exp2(peak - top)
+    gap = (peak - top) * scale2
+    factor = tl.exp2(gap)
     mass = tl.sum(total * factor, 0)
-    mean = tl.sum(factor * (moment + (peak - top) * total), 0) / mass
-    mass = tl.where(top < scale2 * MASKED_BELOW, float("nan"), mass)
-    return top + tl.log2(mass), (tl.log2(mass) - mean) * LN2
+    mean = tl.sum(factor * (moment + gap * total), 0) / mass
+    log_mass = tl.log2(tl.where(top < MASKED_BELOW, float("nan"), mass))
+    return top * scale2 + log_mass, (log_mass - mean) * LN2, top, log_mass
 
 
 @triton.jit
@@ -241,7 +248,7 @@ def full_kernel(
     # (Masks compare with these widths: the interpreter cannot combine a vector and a scalar bool.)
     width_s, width_q = tl.where(active, width, 0), tl.where(distilled, width, 0)
 
-    peak_s = tl.zeros([BLOCK], tl.float32) + scale2 * MASKED
+    peak_s = tl.zeros([BLOCK], tl.float32) + MASKED
     peak_q = peak_s
     total_s = tl.zeros([BLOCK], tl.float32)
     total_q, moment_s, moment_q, gap_sum = total_s, total_s, total_s, total_s
@@ -252,22 +259,23 @@ def full_kernel(
         z_q = tl.load(teacher_ptr + ids, mask=ids < width_q, other=0.0).to(tl.float32)
         valid = ids < vocabulary
         z_s, z_q = _logit(z_s, valid, softcap), _logit(z_q, valid, softcap)
-        peak_s, total_s, moment_s, factor, above = _online(z_s * scale2, peak_s, total_s, moment_s)
-        peak_q, total_q, moment_q, _, _ = _online(z_q * scale2, peak_q, total_q, moment_q)
+        peak_s, total_s, moment_s, factor, above = _online(z_s, peak_s, total_s, moment_s, scale2)
+        peak_q, total_q, moment_q, _, _ = _online(z_q, peak_q, total_q, moment_q, scale2)
         if KIND == REVERSE:
             gap = (z_q - z_s) * scale2
             gap_sum = tl.where(above, gap_sum * factor + gap, gap_sum + factor * gap)
         if KIND != JSD:
             infinite |= _diverges(z_s, z_q, valid, KIND)
-    log_s2, entropy_s = _log_sum(peak_s, total_s, moment_s, scale2)
-    log_q2, entropy_q = _log_sum(peak_q, total_q, moment_q, scale2)
-    shift2 = log_q2 - log_s2
+    log_s2, entropy_s, top_s, mass_s = _log_sum(peak_s, total_s, moment_s, scale2)
+    log_q2, entropy_q, top_q, mass_q = _log_sum(peak_q, total_q, moment_q, scale2)
+    # Term by term: the log-sum-exps of a peaked row are large, their rounding would shift δ.
+    shift2 = (top_q - top_s) * scale2 + (mass_q - mass_s)
     _save(stats_ptr, stats_stride, row, STUDENT_ENTROPY, entropy_s, active)
     _save(stats_ptr, stats_stride, row, TEACHER_ENTROPY, entropy_q, distilled)
 
     mean = 0.0
     if KIND == REVERSE:
-        factor = tl.exp2(peak_s - tl.max(peak_s, 0))
+        factor = tl.exp2((peak_s - top_s) * scale2)
         mean = (shift2 - tl.sum(gap_sum * factor, 0) / tl.sum(total_s * factor, 0)) * LN2
     diverged = False
     if KIND != JSD:
@@ -472,7 +480,7 @@ def top_k_kernel(
     weight, distilled, active = _weights(row, distill_ptr, policy_ptr)
     width_s, width_q = tl.where(active, width, 0), tl.where(distilled, width, 0)
 
-    peak_s = tl.zeros([BLOCK], tl.float32) + scale2 * MASKED
+    peak_s = tl.zeros([BLOCK], tl.float32) + MASKED
     peak_q = peak_s
     total_s = tl.zeros([BLOCK], tl.float32)
     total_q, moment_s, moment_q = total_s, total_s, total_s
@@ -484,10 +492,10 @@ def top_k_kernel(
         valid = ids < vocabulary
         greatest = tl.maximum(greatest, tl.where(valid, _ordered(z_s), -(2**31)))
         z_s, z_q = _logit(z_s, valid, softcap), _logit(z_q, valid, softcap)
-        peak_s, total_s, moment_s, _, _ = _online(z_s * scale2, peak_s, total_s, moment_s)
-        peak_q, total_q, moment_q, _, _ = _online(z_q * scale2, peak_q, total_q, moment_q)
-    log_s2, entropy_s = _log_sum(peak_s, total_s, moment_s, scale2)
-    log_q2, entropy_q = _log_sum(peak_q, total_q, moment_q, scale2)
+        peak_s, total_s, moment_s, _, _ = _online(z_s, peak_s, total_s, moment_s, scale2)
+        peak_q, total_q, moment_q, _, _ = _online(z_q, peak_q, total_q, moment_q, scale2)
+    log_s2, entropy_s, _, _ = _log_sum(peak_s, total_s, moment_s, scale2)
+    log_q2, entropy_q, _, _ = _log_sum(peak_q, total_q, moment_q, scale2)
     _save(stats_ptr, stats_stride, row, STUDENT_ENTROPY, entropy_s, active)
     _save(stats_ptr, stats_stride, row, TEACHER_ENTROPY, entropy_q, distilled)
 
@@ -621,15 +629,15 @@ def stored_kernel(
     weight, distilled, active = _weights(row, distill_ptr, policy_ptr)
     width_s, width_q = tl.where(active, width, 0), tl.where(distilled, width, 0)
 
-    peak_s = tl.zeros([BLOCK], tl.float32) + scale2 * MASKED
+    peak_s = tl.zeros([BLOCK], tl.float32) + MASKED
     total_s = tl.zeros([BLOCK], tl.float32)
     moment_s = total_s
     for start in tl.range(0, width_s, BLOCK, num_stages=STAGES):
         ids = start + lanes
         z_s = tl.load(student_ptr + ids, mask=ids < width, other=0.0).to(tl.float32)
         z_s = _logit(z_s, ids < vocabulary, softcap)
-        peak_s, total_s, moment_s, _, _ = _online(z_s * scale2, peak_s, total_s, moment_s)
-    log_s2, entropy_s = _log_sum(peak_s, total_s, moment_s, scale2)
+        peak_s, total_s, moment_s, _, _ = _online(z_s, peak_s, total_s, moment_s, scale2)
+    log_s2, entropy_s, _, _ = _log_sum(peak_s, total_s, moment_s, scale2)
     _save(stats_ptr, stats_stride, row, STUDENT_ENTROPY, entropy_s, active)
 
     slots = tl.arange(0, CAPACITY)
