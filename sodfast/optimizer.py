@@ -1,6 +1,5 @@
 """AdamW, its warm-up, and one clipped update that refuses to step on a NaN."""
 
-from collections.abc import Iterable
 from typing import cast
 
 import torch
@@ -35,7 +34,7 @@ def update(optimizer: torch.optim.Optimizer, lr: float, clip_norm: float, loss: 
     for parameter in parameters:
         if parameter.grad is None:  # no rollout of this update carried a gradient
             parameter.grad = torch.zeros_like(parameter)
-    norm = _global_norm(parameters)
+    norm = torch.nn.utils.get_total_norm([cast(Tensor, p.grad) for p in parameters])
     if not (torch.isfinite(loss) & torch.isfinite(norm)):
         raise RunFailed(f"loss {float(loss)}, gradient norm {float(norm)}: the update was not made")
     torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
@@ -44,8 +43,3 @@ def update(optimizer: torch.optim.Optimizer, lr: float, clip_norm: float, loss: 
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return float(norm)
-
-
-def _global_norm(parameters: Iterable[Tensor]) -> Tensor:
-    gradients = [cast(Tensor, parameter.grad) for parameter in parameters]
-    return torch.nn.utils.get_total_norm(gradients)

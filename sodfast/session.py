@@ -147,4 +147,4 @@ def _newest(run: Path) -> tuple[int, Path]:
     path = checkpoint.latest(run / "checkpoints")
     if path is None:
         raise UsageError(f"{run} holds no checkpoint: give a run directory of sodfast train")
-    return checkpoint.load(path).step, path
+    return checkpoint.load_state(path)["step"], path

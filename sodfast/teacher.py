@@ -156,8 +156,8 @@ class Teacher:
         pad_id: int,
         micro_batch_tokens: int,
     ) -> list[Tensor | None]:
-        scored = [index for index, context in enumerate(contexts) if context is not None]
         chosen = {index: context for index, context in enumerate(contexts) if context is not None}
+        scored = list(chosen)
         lengths = [len(chosen[index]) + len(responses[index]) for index in scored]
         hidden: list[Tensor | None] = [None] * len(contexts)
         for batch in micro_batches(lengths, micro_batch_tokens):
