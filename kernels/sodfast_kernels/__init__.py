@@ -1,4 +1,4 @@
-"""Fused distillation objective, teacher updates and optimizer: torch, and triton for CUDA only.
+"""Fused distillation objective, teacher updates, optimizer and sampling; triton for CUDA only.
 
 `reference` is the definition of the objective in plain PyTorch.
 """
@@ -8,14 +8,18 @@ from sodfast_kernels.adamw import AdamW
 from sodfast_kernels.objective import distillation_loss, linear_distillation_loss
 from sodfast_kernels.parameters import copy_teacher_, ema_update_, parameter_distance
 from sodfast_kernels.reference import DistillationOutput
+from sodfast_kernels.sampling import SampledTokens, gumbel_noise, sample_tokens
 
 __all__ = [
     "AdamW",
     "DistillationOutput",
+    "SampledTokens",
     "copy_teacher_",
     "distillation_loss",
     "ema_update_",
+    "gumbel_noise",
     "linear_distillation_loss",
     "parameter_distance",
     "reference",
+    "sample_tokens",
 ]
