@@ -82,6 +82,23 @@ def export(
     print(f"wrote {out}")
 
 
+@app.command("replay")
+def replay_schedule(
+    run: Annotated[Path, typer.Argument(metavar="RUN_DIR")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[schedule.KEY=VALUE]...", help="The schedule to try instead."),
+    ] = None,
+) -> None:
+    """Say when another schedule would have refreshed on a run's metrics. The last line is JSON."""
+    from sodfast.replay import replay_run
+
+    result = replay_run(run, overrides or [])
+    for line in result.text():
+        print(line)
+    print(json.dumps(result.to_json()))
+
+
 def _split(arguments: list[str]) -> tuple[str | None, list[str]]:
     """CONFIG is the one argument without `=`, and comes first."""
     if arguments and "=" not in arguments[0]:
