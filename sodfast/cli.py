@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -57,6 +57,33 @@ def train(
     from sodfast.session import train_run
 
     train_run(config, resume)
+
+
+@app.command()
+def sweep(
+    study: Annotated[str, typer.Argument(metavar="STUDY", help="Study file, or a shipped study.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...", help="`out` is the study directory; others, overrides."
+        ),
+    ] = None,
+    launcher: Annotated[
+        Literal["local", "ray"], typer.Option(help="Processes here, or tasks of a Ray cluster.")
+    ] = "local",
+    jobs: Annotated[
+        int | None,
+        typer.Option(help="Trials at a time; default: one per GPU, or as the cores allow."),
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster, or auto; default: a new one on this machine.")
+    ] = None,
+) -> None:
+    """Run every trial of a study, skipping what is finished and resuming what is not."""
+    from sodfast.sweep import sweep as run_sweep
+
+    table = run_sweep(study, overrides or [], launcher, jobs, address)
+    print(f"table: {table}")
 
 
 @app.command("eval")
