@@ -11,6 +11,8 @@ the first score above a threshold. A run is labelled by whether it collapsed, an
   watched longer, which counts against every diagnostic. A run that ended early might have
   collapsed later: give finished runs only.
 * A run's score is its greatest up to there, and the ROC is over thresholds on these scores.
+* The lead is `collapse_step − alarm_step`. A first alarm may be a fluke that subsides long before;
+  the standing lead counts from the start of the alarm that still stands at the horizon.
 
 Windows are `WINDOW` = 5 steps, as CGTR's. Relative scores compare the last window with the run's
 opening window, steps 1 to 5, so that tasks, learning rates and model sizes are comparable. Scores
@@ -166,19 +168,26 @@ class RocPoint:
 @dataclass(frozen=True)
 class Alarm:
     """What one run's watch came to. `score` is −inf for a run that collapsed before any score
-    could exist; `lead` is `collapse_step − alarm_step`, in a collapsed run that was announced."""
+    could exist. `standing_step` begins the unbroken alarm that reaches the horizon, if one does.
+    The leads count steps to the collapse, in a collapsed run that was announced."""
 
     run: str
     group: str
     collapse_step: int | None
     score: float
     alarm_step: int | None
+    standing_step: int | None
 
     @property
     def lead(self) -> int | None:
-        if self.collapse_step is None or self.alarm_step is None:
-            return None
-        return self.collapse_step - self.alarm_step
+        return self._before_collapse(self.alarm_step)
+
+    @property
+    def standing_lead(self) -> int | None:
+        return self._before_collapse(self.standing_step)
+
+    def _before_collapse(self, step: int | None) -> int | None:
+        return None if self.collapse_step is None or step is None else self.collapse_step - step
 
 
 @dataclass(frozen=True)
@@ -210,9 +219,13 @@ class DiagnosticForecast:
         """Steps of warning in each announced collapse, ascending."""
         return sorted(alarm.lead for alarm in self.alarms if alarm.lead is not None)
 
+    @property
+    def standing_leads(self) -> list[int]:
+        return sorted(a.standing_lead for a in self.alarms if a.standing_lead is not None)
+
     def row(self) -> dict[str, Any]:
         """The table's row; None where a value is undefined."""
-        leads = self.leads
+        leads, standing = self.leads, self.standing_leads
         return {
             "diagnostic": self.diagnostic.name,
             "leaks the label": self.diagnostic.leaks,
@@ -228,6 +241,8 @@ class DiagnosticForecast:
             "lead median": median(leads) if leads else None,
             "lead min": leads[0] if leads else None,
             "lead max": leads[-1] if leads else None,
+            "standing alarms": len(standing),
+            "standing lead median": median(standing) if standing else None,
             "collapsed runs": self.n_collapsed,
             "stable runs": self.n_stable,
         }
@@ -334,6 +349,12 @@ class _Watch:
     def alarm(self, threshold: float) -> int | None:
         return next((step for step, score in self.scores.items() if score > threshold), None)
 
+    def standing(self, threshold: float) -> int | None:
+        start = None
+        for step, score in self.scores.items():
+            start = None if score <= threshold else step if start is None else start
+        return start
+
 
 def _watch(diagnostic: Diagnostic, run: RunRecord) -> _Watch | None:
     """None where there is nothing to judge: a metric that was not recorded, a stable run without
@@ -373,6 +394,7 @@ def _judge(diagnostic: Diagnostic, watches: Sequence[_Watch]) -> DiagnosticForec
                 collapse_step=watch.run.collapse_step,
                 score=watch.greatest,
                 alarm_step=watch.alarm(threshold),
+                standing_step=watch.standing(threshold),
             )
             for watch in watches
         ),

@@ -172,6 +172,18 @@ def test_a_forecast_by_hand() -> None:
     assert row["missed collapses"] == 1 and row["AUC"] == 0.75
 
 
+def test_an_alarm_that_subsides_does_not_stand() -> None:
+    """Three of a window's five steps must be high: steps 14 to 18, and again from 27 on."""
+    high = {*range(12, 17), *range(25, 41)}
+    lull = [2.0 if step in high else 1.0 for step in range(1, 41)]
+    fluke = [2.0 if step in range(12, 17) else 1.0 for step in range(1, 41)]
+    found = judged([run("lull", lull, 40), run("fluke", fluke, 40), run("s", step_up(30, 1.5))])
+    alarms = [(alarm.alarm_step, alarm.standing_step) for alarm in found.alarms]
+    assert alarms == [(14, 27), (14, None), (None, None)]
+    row = found.row()
+    assert (row["lead median"], row["standing lead median"], row["standing alarms"]) == (26, 13, 1)
+
+
 def test_alarms_in_the_detectors_window_do_not_count() -> None:
     stable = run("stable", step_up(1, 1.0))
     for detector_steps, lead in ((5, None), (4, 4), (1, 4)):
