@@ -126,6 +126,20 @@ def replay_schedule(
     print(json.dumps(result.to_json()))
 
 
+@app.command("report")
+def report_directory(
+    directory: Annotated[Path, typer.Argument(metavar="RUN_OR_STUDY_DIR")],
+    baseline: Annotated[
+        str | None,
+        typer.Option(metavar="AXIS=LABEL", help="What a study's groups are compared with."),
+    ] = None,
+) -> None:
+    """Write report.html, a page with every figure, and tables/*.csv into a run or a study."""
+    from sodfast.report import write_report
+
+    print(write_report(directory, baseline))
+
+
 def _split(arguments: list[str]) -> tuple[str | None, list[str]]:
     """CONFIG is the one argument without `=`, and comes first."""
     if arguments and "=" not in arguments[0]:
