@@ -57,8 +57,12 @@ class RolloutConfig(Section):
     max_new_tokens: Positive = 8192
     temperature: Temperature = 1.0
     top_p: TopP = 1.0
-    engine: Literal["auto", "hf"] = "auto"
-    batch_size: Positive = 256  # sequences that one call of the engine holds at a time
+    top_k: Positive | None = None
+    engine: Literal["auto", "native", "hf", "vllm"] = "auto"  # auto: native where it can
+    batch_size: Positive = 256  # sequences decoded at once, at most
+    # Key-value cache of native and vllm, GiB; null: a share of the free memory. A short budget
+    # makes rollouts slower, never shorter.
+    cache_gib: Annotated[float, Field(gt=0)] | None = None
 
 
 class ObjectiveConfig(Section):
@@ -161,8 +165,9 @@ class OptimizerConfig(Section):
 class EvalConfig(Section):
     every: Positive = 10
     samples: Positive = 16
-    temperature: Temperature = 0.6
+    temperature: Annotated[float, Field(ge=0)] = 0.6  # 0: greedy
     top_p: TopP = 0.95
+    top_k: Positive | None = None
 
 
 class CheckpointConfig(Section):

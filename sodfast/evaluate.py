@@ -6,13 +6,14 @@ from math import comb, fsum
 
 from sodfast.config import Config
 from sodfast.model import LanguageModel, to_ids
-from sodfast.rollout import Sampling, rollout
-from sodfast.streams import Stream, generator
+from sodfast.rollout import Draws, Engine, Sampling
+from sodfast.streams import Stream, draw_key
 from sodfast.tasks import Question, Task
 
 
 def evaluate(
     model: LanguageModel,
+    engine: Engine,
     task: Task,
     questions: Sequence[Question],
     config: Config,
@@ -21,18 +22,23 @@ def evaluate(
 ) -> dict[str, float]:
     """`eval.samples` answers per question at the evaluation's temperature and top-p.
 
-    Streams are keyed by (seed, step, sample), apart from training's, so evaluating more often
+    Draws are keyed by (seed, step, sample), apart from training's, so evaluating more often
     cannot change training. Returns the `eval/*` keys, fractions in [0, 1].
     """
     count = config.eval.samples
-    sampling = Sampling(config.eval.temperature, config.eval.top_p, config.rollout.max_new_tokens)
+    sampling = Sampling(
+        config.eval.temperature,
+        config.eval.top_p,
+        config.rollout.max_new_tokens,
+        config.eval.top_k,
+        config.task.stop,
+    )
     prompts = [to_ids(model.encode_question(question)) for question in questions]
-    samples = rollout(
-        model,
+    samples = engine.generate(
         [prompt for prompt in prompts for _ in range(count)],
-        [generator(config.seed, Stream.EVAL, step, index) for index in range(len(prompts) * count)],
+        range(len(prompts) * count),
         sampling,
-        config.rollout.batch_size,
+        Draws(draw_key(config.seed, Stream.EVAL), step),
         progress,
     )
     texts = [model.decode(sample.response) for sample in samples]

@@ -1,8 +1,9 @@
-"""Student → samples. The `hf` engine: transformers' `generate`, sampling done here.
+"""Student → samples: what an engine is, and the `hf` engine, transformers' `generate`.
 
-`generate` runs greedily over scores in which a logits processor has left one token standing, the
-one it drew itself. So every token is drawn from a stream of its own sequence, and its log-prob
-and the entropy come with it at no extra forward pass.
+Every engine draws with `sodfast_kernels.sample_tokens`, keyed by (seed, step, sample, position),
+so a sample is a function of the weights, its prompt and its key, whatever shares its batch and
+whichever engine made it (up to rounding of the logits). `generate` runs greedily over scores in
+which a logits processor has left one token standing, the one it drew itself.
 
 Shapes: B sequences of one call, V vocabulary.
 """
@@ -10,29 +11,44 @@ Shapes: B sequences of one call, V vocabulary.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-import numpy as np
 import torch
+from sodfast_kernels import sample_tokens
 from torch import Tensor
 
-from sodfast.errors import RunFailed
+from sodfast.config import RolloutConfig
+from sodfast.errors import RunFailed, UsageError
 from sodfast.model import LanguageModel
+
+Progress = Callable[[int, int], None]  # sequences done, of how many
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature > 0; 0 < top_p ≤ 1; at most max_new_tokens tokens, EOS included."""
+    """temperature ≥ 0 (0: greedy); 0 < top_p ≤ 1; top_k ≥ 1 or None; at most max_new_tokens
+    tokens, EOS included; a response also ends with the token that completes one of `stop`."""
 
     temperature: float
     top_p: float
     max_new_tokens: int
+    top_k: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The part of the key that all samples of a call share: 64 bits of seed, 32 of step."""
+
+    seed: int
+    step: int
 
 
 @dataclass(frozen=True)
 class Sample:
     """One rollout, on the CPU. `logprob` and `entropy` [L] fp32 are those of the untruncated
-    softmax at the sampling temperature; `capped`: ended by the cap, not by an EOS token."""
+    softmax at the sampling temperature (at 1 when greedy); `capped`: ended by the cap, not by an
+    EOS token or a stop string."""
 
     prompt: Tensor  # [P] int64
     response: Tensor  # [L] int64, L ≥ 1, with its EOS token
@@ -41,75 +57,135 @@ class Sample:
     capped: bool
 
 
-def rollout(
-    model: LanguageModel,
-    prompts: Sequence[Tensor],
-    streams: Sequence[np.random.Generator],
-    sampling: Sampling,
-    batch_size: int,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[Sample]:
-    """One sample for each prompt, drawn from its stream; `progress(done, total)` sequences.
+class Engine(Protocol):
+    """Something that answers prompts with the student's current weights."""
 
-    Raises `ValueError` for an empty prompt, `RunFailed` when the model's logits are not finite.
+    name: str
+
+    def require(self, tokens: int) -> None:
+        """Raise `UsageError` unless a sequence of so many tokens, prompt and answer, can run."""
+
+    def generate(
+        self,
+        prompts: Sequence[Tensor],
+        samples: Sequence[int],
+        sampling: Sampling,
+        draws: Draws,
+        progress: Progress = lambda done, total: None,
+    ) -> list[Sample]:
+        """One sample for each prompt, in order; `samples` are their numbers in the key. Equal
+        prompts next to each other may share their prefill.
+
+        Raises `ValueError` for an empty prompt, `RunFailed` when logits are not finite.
+        """
+
+
+def build_engine(
+    config: RolloutConfig, model: LanguageModel, message: Callable[[str], None]
+) -> Engine:
+    """The configured engine; `auto` is `native` where it knows the architecture, else `hf`, and
+    `message` hears why.
+
+    Raises `UsageError` when the engine that was asked for by name cannot run this model.
     """
-    if any(len(prompt) == 0 for prompt in prompts):
-        raise ValueError("a prompt has no tokens")
-    samples: list[Sample] = []
-    for start in range(0, len(prompts), batch_size):
-        part = slice(start, start + batch_size)
-        samples += _generate(model, prompts[part], streams[part], sampling)
-        progress(len(samples), len(prompts))
-    return samples
+    from sodfast.decoder import unsupported
+    from sodfast.native import NativeEngine
+
+    if config.engine == "vllm":
+        from sodfast.vllm_engine import VLLMEngine
+
+        return VLLMEngine(model, config)
+    reason = None if config.engine == "hf" else unsupported(model.network)
+    if config.engine == "native" and reason is not None:
+        raise UsageError(f"rollout.engine=native cannot run this model: {reason}; use auto or hf")
+    if config.engine == "hf" or reason is not None:
+        if reason is not None:
+            message(f"rollout.engine: hf (slower), since native cannot run this model: {reason}")
+        return HFEngine(model, config.batch_size)
+    return NativeEngine(model, config.batch_size, config.cache_gib)
 
 
-@torch.no_grad()
-def _generate(
-    model: LanguageModel,
-    prompts: Sequence[Tensor],
-    streams: Sequence[np.random.Generator],
-    sampling: Sampling,
-) -> list[Sample]:
-    from transformers import GenerationConfig, LogitsProcessorList
+class HFEngine:
+    """transformers' `generate`, `batch_size` sequences at a time: the oracle of the others."""
 
-    width = max(len(prompt) for prompt in prompts)
-    input_ids = torch.full((len(prompts), width), model.pad_id)
-    mask = torch.zeros_like(input_ids)
-    for row, prompt in enumerate(prompts):
-        input_ids[row, width - len(prompt) :] = prompt
-        mask[row, width - len(prompt) :] = 1
-    sampler = _Sampler(streams, sampling)
-    greedy = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=sampling.max_new_tokens,
-        eos_token_id=list(model.eos_ids),
-        pad_token_id=model.pad_id,
-    )
-    with _generating_as(model.network, greedy):
-        tokens = model.network.generate(
-            input_ids=input_ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            logits_processor=LogitsProcessorList([sampler]),
-        )[:, width:].cpu()
-    logprob, entropy = sampler.collected()
-    if not torch.isfinite(entropy).all():
-        raise RunFailed("the model's logits are not finite")
-    ends = torch.isin(tokens, torch.tensor(model.eos_ids))
-    samples = []
-    for row, prompt in enumerate(prompts):
-        stops = ends[row].nonzero()
-        capped = len(stops) == 0
-        length = tokens.shape[1] if capped else int(stops[0]) + 1
-        samples.append(
-            Sample(
-                prompt=prompt,
-                response=tokens[row, :length].clone(),
-                logprob=logprob[row, :length].clone(),
-                entropy=entropy[row, :length].clone(),
-                capped=capped,
-            )
+    name = "hf"
+
+    def __init__(self, model: LanguageModel, batch_size: int) -> None:
+        self.model = model
+        self.batch_size = batch_size
+
+    def require(self, tokens: int) -> None:
+        """Nothing is bounded ahead: the cache grows with the answers."""
+
+    def generate(
+        self,
+        prompts: Sequence[Tensor],
+        samples: Sequence[int],
+        sampling: Sampling,
+        draws: Draws,
+        progress: Progress = lambda done, total: None,
+    ) -> list[Sample]:
+        """See `Engine.generate`."""
+        check_prompts(prompts, sampling)
+        drawn: list[Sample] = []
+        for start in range(0, len(prompts), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            drawn += self._generate(prompts[part], samples[part], sampling, draws)
+            progress(len(drawn), len(prompts))
+        return drawn
+
+    @torch.no_grad()
+    def _generate(
+        self,
+        prompts: Sequence[Tensor],
+        samples: Sequence[int],
+        sampling: Sampling,
+        draws: Draws,
+    ) -> list[Sample]:
+        from transformers import GenerationConfig, LogitsProcessorList
+
+        model = self.model
+        width = max(len(prompt) for prompt in prompts)
+        input_ids = torch.full((len(prompts), width), model.pad_id)
+        mask = torch.zeros_like(input_ids)
+        for row, prompt in enumerate(prompts):
+            input_ids[row, width - len(prompt) :] = prompt
+            mask[row, width - len(prompt) :] = 1
+        sampler = _Sampler(torch.tensor(samples, device=model.device), sampling, draws)
+        greedy = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=sampling.max_new_tokens,
+            eos_token_id=list(model.eos_ids),
+            pad_token_id=model.pad_id,
         )
-    return samples
+        with _generating_as(model.network, greedy):
+            tokens = model.network.generate(
+                input_ids=input_ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                logits_processor=LogitsProcessorList([sampler]),
+            )[:, width:].cpu()
+        logprob, entropy = sampler.collected()
+        if not torch.isfinite(entropy).all():
+            raise RunFailed("the model's logits are not finite")
+        ends = torch.isin(tokens, torch.tensor(model.eos_ids))
+        finished = []
+        for row, prompt in enumerate(prompts):
+            stops = ends[row].nonzero()
+            capped = len(stops) == 0
+            length = tokens.shape[1] if capped else int(stops[0]) + 1
+            stopped = stop_length(model, tokens[row, :length], sampling.stop)
+            if stopped is not None:
+                length, capped = stopped, False
+            finished.append(
+                Sample(
+                    prompt=prompt,
+                    response=tokens[row, :length].clone(),
+                    logprob=logprob[row, :length].clone(),
+                    entropy=entropy[row, :length].clone(),
+                    capped=capped,
+                )
+            )
+        return finished
 
 
 @contextmanager
@@ -124,48 +200,52 @@ def _generating_as(network: Any, config: Any) -> Iterator[None]:
 
 
 class _Sampler:
-    """A logits processor that draws each row's token by inverting its cumulative distribution
-    at one uniform number of that row's own stream."""
+    """A logits processor that draws each row's token by that row's own key."""
 
-    def __init__(self, streams: Sequence[np.random.Generator], sampling: Sampling) -> None:
-        self.sampling = sampling
-        uniforms = [stream.random(sampling.max_new_tokens) for stream in streams]
-        self.uniforms = torch.from_numpy(np.stack(uniforms, axis=1))  # [max_new_tokens, B]
+    def __init__(self, sample_B: Tensor, sampling: Sampling, draws: Draws) -> None:
+        self.sample_B, self.sampling, self.draws = sample_B, sampling, draws
         self.logprob: list[Tensor] = []
         self.entropy: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores_BV: Tensor) -> Tensor:
-        logprob_BV = torch.log_softmax(scores_BV.float() / self.sampling.temperature, dim=-1)
-        probs_BV = logprob_BV.exp()
-        uniform_B = self.uniforms[len(self.logprob)].to(probs_BV.device)
-        token_B1 = draw(probs_BV, uniform_B, self.sampling.top_p)[:, None]
-        self.logprob.append(logprob_BV.gather(1, token_B1).squeeze(1))
-        self.entropy.append(torch.special.entr(probs_BV).sum(1))
-        return torch.full_like(scores_BV, -torch.inf).scatter_(1, token_B1, 0.0)
+        drawn = sample_tokens(
+            scores_BV,
+            seed=self.draws.seed,
+            step=self.draws.step,
+            sample=self.sample_B,
+            position=torch.full_like(self.sample_B, len(self.logprob)),
+            temperature=self.sampling.temperature,
+            top_p=self.sampling.top_p,
+            top_k=self.sampling.top_k,
+        )
+        self.logprob.append(drawn.logprob)
+        self.entropy.append(drawn.entropy)
+        return torch.full_like(scores_BV, -torch.inf).scatter_(1, drawn.token[:, None], 0.0)
 
     def collected(self) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies, each [B, steps] fp32 on the CPU."""
         return torch.stack(self.logprob, 1).cpu(), torch.stack(self.entropy, 1).cpu()
 
 
-def draw(probs_BV: Tensor, uniform_B: Tensor, top_p: float) -> Tensor:
-    """Token [B] int64 at quantile `uniform_B` (fp64, in [0, 1)) of the nucleus of each row.
+def check_prompts(prompts: Sequence[Tensor], sampling: Sampling) -> None:
+    """Raise `ValueError` for what no engine can answer."""
+    if any(len(prompt) == 0 for prompt in prompts):
+        raise ValueError("a prompt has no tokens")
+    if sampling.max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {sampling.max_new_tokens}")
 
-    The nucleus is the smallest set of most probable tokens whose mass reaches `top_p`; the token
-    that crosses the line belongs to it. Sums are fp64, since fp32 sums over a large vocabulary
-    are off by more than the rarest tokens weigh.
-    """
-    if top_p < 1:
-        sorted_BV, order_BV = probs_BV.double().sort(dim=-1, descending=True, stable=True)
-        mass_BV = sorted_BV.cumsum(-1)
-        sorted_BV = sorted_BV.where(mass_BV - sorted_BV < top_p, 0.0)
-    else:
-        sorted_BV, order_BV = probs_BV.double(), None
-    cumulative_BV = sorted_BV.cumsum(-1)
-    target_B1 = uniform_B[:, None] * cumulative_BV[:, -1:]
-    index_B1 = torch.searchsorted(cumulative_BV, target_B1, right=True)
-    # u·total may round up to the total: step back to the last token with mass. NaN rows find no
-    # place at all; any index will do, the caller sees their entropy.
-    last_B1 = torch.searchsorted(cumulative_BV, cumulative_BV[:, -1:].contiguous())
-    index_B1 = torch.minimum(index_B1, last_B1).clamp_(max=probs_BV.shape[1] - 1)
-    return (index_B1 if order_BV is None else order_BV.gather(1, index_B1)).squeeze(1)
+
+def stop_length(
+    model: LanguageModel, response: Tensor, stop: Sequence[str], searched: int = 0
+) -> int | None:
+    """The least number of tokens of `response` whose text holds one of the `stop` strings, given
+    that the first `searched` tokens hold none; None where there is no such number."""
+    if not stop:
+        return None
+    # A token may be as little as one byte of text.
+    reach = max(len(text.encode()) for text in stop) + 8
+    for length in range(searched + 1, len(response) + 1):
+        text = model.decode(response[max(0, length - reach) : length])
+        if any(ending in text for ending in stop):
+            return length
+    return None

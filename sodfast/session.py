@@ -14,6 +14,7 @@ from sodfast.errors import UsageError
 from sodfast.evaluate import evaluate
 from sodfast.interrupt import Interrupted
 from sodfast.model import LanguageModel, load_model, wrap_model
+from sodfast.rollout import build_engine
 from sodfast.rundir import (
     RunDirectory,
     check_out,
@@ -59,13 +60,15 @@ def build_trainer(config: Config, resume: Path | None, reporter: Reporter) -> Tr
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     data = fitting_questions(config, model, task, reporter)
+    engine = build_engine(config.rollout, model, reporter.message)
+    engine.require(data.longest + config.rollout.max_new_tokens)
     if resume is None:
         found = environment(torch.get_num_threads(), str(device))
         run = RunDirectory.create(out, config, found)
     else:
         run = RunDirectory.open(out)
     try:
-        trainer = Trainer(config, model, task, data, run, reporter)
+        trainer = Trainer(config, model, engine, task, data, run, reporter)
         if resume is not None:
             trainer.resume()
             run.write_config(config)  # `steps` may be a new one
@@ -98,10 +101,14 @@ def evaluate_model(source: str, overrides: list[str]) -> dict[str, Any]:
         torch.set_num_threads(config.threads)
     reporter = build_reporter()
     try:
+        data = fitting_questions(config, model, task, reporter)
+        engine = build_engine(config.rollout, model, reporter.message)
+        engine.require(data.longest + config.rollout.max_new_tokens)
         metrics = evaluate(
             model,
+            engine,
             task,
-            fitting_questions(config, model, task, reporter).test,
+            data.test,
             config,
             step,
             lambda done, total: reporter.phase("evaluate", done, total),

@@ -29,6 +29,11 @@ def generator(seed: int, stream: Stream, *counters: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=key, counter=np.array(words, dtype=np.uint64)))
 
 
+def draw_key(seed: int, stream: Stream) -> int:
+    """64 bits of key for `sodfast_kernels.sample_tokens`, unrelated between seeds and streams."""
+    return int(np.random.SeedSequence([seed, stream]).generate_state(1, np.uint64)[0])
+
+
 class PromptOrder:
     """Which question is asked next: every epoch is a fresh permutation keyed by (seed, epoch)."""
 

@@ -37,11 +37,11 @@ from sodfast.evaluate import evaluate
 from sodfast.interrupt import Interrupted, Interruption
 from sodfast.model import LanguageModel, micro_batches, response_hidden, to_ids
 from sodfast.objective import group_advantages, micro_batch_loss, sequence_weights
-from sodfast.rollout import Sample, Sampling, rollout
+from sodfast.rollout import Draws, Engine, Sample, Sampling
 from sodfast.rundir import RunDirectory, fingerprint
 from sodfast.schedule import StepStatistics, build_schedule
 from sodfast.sinks import Logger
-from sodfast.streams import PromptOrder, Stream, generator
+from sodfast.streams import PromptOrder, Stream, draw_key, generator
 from sodfast.tasks import Question, Task
 from sodfast.teacher import Teacher, TeacherContext, TeacherScores, choose_demonstrations
 
@@ -50,11 +50,13 @@ Status = Literal["done", "collapsed", "interrupted", "failed"]
 
 @dataclass(frozen=True)
 class Questions:
-    """The questions whose prompts fit, and how many of train and test together do not."""
+    """The questions whose prompts fit, how many of train and test together do not, and the
+    tokens of the longest prompt that does."""
 
     train: list[Question]
     test: list[Question]
     dropped: int
+    longest: int
 
 
 def fitting_questions(
@@ -62,17 +64,20 @@ def fitting_questions(
 ) -> Questions:
     """Drop questions whose prompt exceeds the student's or the teacher's limit.
 
-    Raises `UsageError` where none is left.
+    Raises `UsageError` where none is left, or where a prompt and its answer can exceed what the
+    model was made for.
     """
     limit = config.rollout.max_prompt_tokens
+    longest = 0
     context = TeacherContext(config.teacher, model)
     kept: dict[str, list[Question]] = {}
     for key, questions in (("task.train", task.train), ("task.test", task.test)):
-        kept[key] = [
-            question
-            for question in questions
-            if len(model.encode_question(question)) <= limit and context.fits(question)
-        ]
+        kept[key] = []
+        for question in questions:
+            length = len(model.encode_question(question))
+            if length <= limit and context.fits(question):
+                kept[key].append(question)
+                longest = max(longest, length)
         if not kept[key]:
             raise UsageError(
                 f"{key}: all {len(questions)} prompts are longer than "
@@ -82,11 +87,19 @@ def fitting_questions(
         dropped = len(questions) - len(kept[key])
         if dropped:
             reporter.message(f"{key}: dropped {dropped} of {len(questions)} prompts as too long")
+    positions = model.network.config.max_position_embeddings
+    if longest + config.rollout.max_new_tokens > positions:
+        raise UsageError(
+            f"a prompt of {longest} tokens and rollout.max_new_tokens="
+            f"{config.rollout.max_new_tokens} exceed the model's {positions} positions: lower "
+            "rollout.max_new_tokens or rollout.max_prompt_tokens"
+        )
     total = len(task.train) + len(task.test)
     return Questions(
         train=kept["task.train"],
         test=kept["task.test"],
         dropped=total - len(kept["task.train"]) - len(kept["task.test"]),
+        longest=longest,
     )
 
 
@@ -108,6 +121,7 @@ class Trainer:
         self,
         config: Config,
         model: LanguageModel,
+        engine: Engine,
         task: Task,
         data: Questions,
         run: RunDirectory,
@@ -115,6 +129,7 @@ class Trainer:
     ) -> None:
         self.config = config
         self.model = model
+        self.engine = engine
         self.task = task
         self.run = run
         self.reporter = reporter
@@ -239,16 +254,18 @@ class Trainer:
         questions = [
             self.data.train[index] for index in self.prompts.take(cursor, config.prompts_per_step)
         ]
-        prompts = [self.model.encode_question(question) for question in questions]
-        samples = rollout(
-            self.model,
-            [to_ids(prompt) for prompt in prompts for _ in range(count)],
-            [
-                generator(self.config.seed, Stream.ROLLOUT, step, index)
-                for index in range(len(prompts) * count)
-            ],
-            Sampling(config.temperature, config.top_p, config.max_new_tokens),
-            config.batch_size,
+        prompts = [to_ids(self.model.encode_question(question)) for question in questions]
+        samples = self.engine.generate(
+            [prompt for prompt in prompts for _ in range(count)],
+            range(len(prompts) * count),
+            Sampling(
+                config.temperature,
+                config.top_p,
+                config.max_new_tokens,
+                config.top_k,
+                self.config.task.stop,
+            ),
+            Draws(draw_key(self.config.seed, Stream.ROLLOUT), step),
             lambda done, total: self.reporter.phase("rollout", done, total),
         )
         texts = [self.model.decode(sample.response) for sample in samples]
@@ -457,6 +474,7 @@ class Trainer:
     def _evaluate(self, step: int) -> dict[str, float]:
         return evaluate(
             self.model,
+            self.engine,
             self.task,
             self.data.test,
             self.config,

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from sodfast import evaluate as evaluation
 from sodfast.config import Config, EvalConfig
 from sodfast.evaluate import best_at_k, evaluation_metrics, majority_at_k
-from sodfast.rollout import Sample
-from sodfast.streams import Stream, generator
-from sodfast.tasks import Question
+from sodfast.rollout import Draws, Sample, Sampling
+from sodfast.streams import Stream, draw_key
+from sodfast.tasks import ArithmeticConfig, Question
 
 REWARDS = st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0, -1.0]), min_size=1, max_size=8)
 
@@ -130,12 +130,14 @@ def test_metrics_are_means_over_questions() -> None:
     )
 
 
-def test_evaluate_scores_every_sample_on_a_stream_of_its_own(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_evaluate_scores_every_sample_on_a_stream_of_its_own() -> None:
     """Two questions, three samples each: rollouts, scores and answers meet in the right order."""
     questions = [Question("one", "b", None, "1"), Question("two", "c", None, "2")]
-    config = Config(seed=5, eval=EvalConfig(samples=3, temperature=0.7, top_p=0.9))
+    config = Config(
+        seed=5,
+        eval=EvalConfig(samples=3, temperature=0.7, top_p=0.9, top_k=5),
+        task=ArithmeticConfig(stop=("!",)),
+    )
     letters = {"one": "bbx", "two": "abc"}  # what the model says; x is no answer
     model: Any = SimpleNamespace(
         encode_question=lambda question: [len(question.prompt), ord(question.prompt[0])],
@@ -145,23 +147,27 @@ def test_evaluate_scores_every_sample_on_a_stream_of_its_own(
         score=lambda question, text: float(text == question.answer),
         extract=lambda text: None if text == "x" else text,
     )
-    draws = []
+    calls: list[Draws] = []
 
-    def rollout(
-        model: Any, prompts: Any, streams: Any, sampling: Any, size: int, progress: Any
-    ) -> list[Sample]:
-        assert (sampling.temperature, sampling.top_p) == (0.7, 0.9)
-        assert sampling.max_new_tokens == config.rollout.max_new_tokens
-        draws.append([stream.random() for stream in streams])
-        asked = [{ord(q.prompt[0]): q.prompt for q in questions}[int(p[1])] for p in prompts]
-        said = [letters[prompt][index % 3] for index, prompt in enumerate(asked)]
-        return [
-            Sample(p, torch.tensor([ord(letter)]), torch.zeros(1), torch.zeros(1), False)
-            for p, letter in zip(prompts, said, strict=True)
-        ]
+    class Engine:
+        name = "fake"
 
-    monkeypatch.setattr(evaluation, "rollout", rollout)
-    metrics = evaluation.evaluate(model, task, questions, config, step=4)
+        def require(self, tokens: int) -> None: ...
+
+        def generate(
+            self, prompts: Any, samples: Any, sampling: Sampling, draws: Draws, progress: Any
+        ) -> list[Sample]:
+            assert sampling == Sampling(0.7, 0.9, config.rollout.max_new_tokens, 5, ("!",))
+            assert list(samples) == list(range(6))
+            calls.append(draws)
+            asked = [{ord(q.prompt[0]): q.prompt for q in questions}[int(p[1])] for p in prompts]
+            said = [letters[prompt][index % 3] for index, prompt in enumerate(asked)]
+            return [
+                Sample(p, torch.tensor([ord(letter)]), torch.zeros(1), torch.zeros(1), False)
+                for p, letter in zip(prompts, said, strict=True)
+            ]
+
+    metrics = evaluation.evaluate(model, Engine(), task, questions, config, step=4)
     assert metrics == pytest.approx(
         {
             "eval/mean@3": (2 / 3 + 1 / 3) / 2,
@@ -171,7 +177,6 @@ def test_evaluate_scores_every_sample_on_a_stream_of_its_own(
             "eval/maj@2": (1.0 + 0.0) / 2,
         }
     )
-    keys = [(Stream.EVAL, 4, index) for index in range(6)]
-    assert draws[0] == [generator(5, *key).random() for key in keys]
-    evaluation.evaluate(model, task, questions, config, step=5)
-    assert not set(draws[0]) & set(draws[1])
+    evaluation.evaluate(model, Engine(), task, questions, config, step=5)
+    assert calls == [Draws(draw_key(5, Stream.EVAL), step) for step in (4, 5)]
+    assert draw_key(5, Stream.EVAL) != draw_key(5, Stream.ROLLOUT)

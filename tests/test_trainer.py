@@ -409,7 +409,7 @@ def test_a_lost_score_collapses(
     resume without new steps keeps it, a longer run has not seen it."""
     scores = {0: 0.5, 3: 0.0, 4: 0.5, 5: 0.5}
     monkeypatch.setattr(
-        "sodfast.trainer.evaluate", lambda *arguments: {"eval/mean@2": scores[arguments[4]]}
+        "sodfast.trainer.evaluate", lambda *arguments: {"eval/mean@2": scores[arguments[5]]}
     )
     out = tmp_path / "run"
 

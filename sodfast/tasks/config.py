@@ -10,6 +10,9 @@ Subject = Literal["biology", "chemistry", "material", "physics"]
 class _TaskConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    # A response ends with the token that completes one of these, as it does with an EOS token.
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+
 
 class ArithmeticConfig(_TaskConfig):
     """The lab's generated task; `train` and `test` count its questions."""
