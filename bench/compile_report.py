@@ -23,13 +23,13 @@ from typing import Any
 os.environ.pop("TRITON_INTERPRET", None)  # the kernels must be compiled
 
 import triton
-from sodfast_kernels import parameter_kernels, row_kernel
+from sodfast_kernels import parameter_kernels, row_kernel, sampling_kernel
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource
 
 ARCHITECTURES = (80, 90, 100)
-MODULES = (parameter_kernels, row_kernel)
+MODULES = (parameter_kernels, row_kernel, sampling_kernel)
 
 Configuration = tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any], Any]
 

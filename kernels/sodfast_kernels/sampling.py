@@ -244,7 +244,11 @@ def _gumbel_noise(
         words = [torch.from_numpy(word) for word in words]
     else:
         words = philox((*counter, step), seed)
-    word = torch.stack(words, -1).flatten(-2)[..., :vocabulary]
+    return _gumbel(torch.stack(words, -1).flatten(-2)[..., :vocabulary])
+
+
+def _gumbel(word: Tensor) -> Tensor:
+    """−log E, fp32, of 32 random bits in an int64."""
     # u or 1 − u, whichever is less: in (0, 1/2] and correctly rounded.
     high = word > WORD >> 1
     smaller = (torch.where(high, WORD - word, word).float() + 0.5) * 2.0**-32
