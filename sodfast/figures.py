@@ -9,7 +9,7 @@ others in grey; more become the rows of a map. The same input gives the same byt
 
 import io
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
@@ -23,6 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
+from scipy.optimize import isotonic_regression
 
 from sodfast.statistics import Curve, Interval
 
@@ -159,9 +160,10 @@ def _overlay(
     markers: bool,
     xlabel: bool,
 ) -> str:
-    height = 2.9 if len(curves) > 1 else 2.2
+    bottom = BOTTOM if xlabel else 0.12  # without a step axis: another figure follows below
+    height = (2.4 if len(curves) > 1 else 1.7) + bottom
     with _figure(name, WIDTH, height) as figure:
-        axes = _add_axes(figure)
+        axes = _add_axes(figure, right=_right(curves), bottom=bottom)
         ends = []
         for index, (group, curve) in enumerate(curves.items()):
             style = style_of(index)
@@ -201,6 +203,7 @@ def _draw(axes: Axes, curve: Curve, style: Style, markers: bool) -> None:
         marker=style.marker if markers else "",
         ms=3.6,
         markevery=max(1, len(curve.x) // 15),
+        clip_on=False,
     )
 
 
@@ -226,7 +229,8 @@ def _limit(axes: Axes, curves: Mapping[str, Curve], thresholds: Mapping[str, flo
             low = min(low, max(float(lows.min()), low - 0.25 * spread))
             high = max(high, min(float(highs.max()), high + 0.25 * spread))
     margin = 0.05 * ((high - low) or abs(high) or 1.0)
-    axes.set_ylim(0.0 if low >= 0 and low - margin < 0 else low - margin, high + margin)
+    # Nothing below zero where nothing was measured below zero.
+    axes.set_ylim(max(low - margin, -margin / 2 if values.min() >= 0 else -np.inf), high + margin)
 
 
 def _panels(
@@ -272,7 +276,7 @@ def _panels(
             axes.axis("off")
         _limit(grid.flat[0], curves, thresholds)
         grid.flat[0].set_xlim(0, max(steps, 1))
-        grid.flat[0].xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        grid.flat[0].xaxis.set_major_locator(_ticks(4, integer=True))
         figure.supylabel(label, fontsize=8.5, x=0.12 / WIDTH, ha="left", color=INK)
         figure.supxlabel("step", fontsize=8.5, y=0.08 / height, va="bottom", color=INK)
         return _svg(figure, name, label)
@@ -349,46 +353,73 @@ def ranking_figure(name: str, label: str, rows: Sequence[Row], difference_label:
         axes = figure.add_axes((left / WIDTH, box[0], width / WIDTH, box[1]))
         for index, row in enumerate(rows):
             style = style_of(index) if len(rows) <= OVERLAID else Style(COLORS[0], "-", "o")
+            above = 0.0 if row.error is None else 0.16  # the runs over their mean
             for value, collapsed in zip(row.values, row.collapsed, strict=True):
                 axes.plot(
                     value,
-                    index,
+                    index - above,
                     marker="x" if collapsed else style.marker,
-                    ms=5,
+                    ms=4.5,
                     mew=1.1,
                     mec=style.color,
                     mfc="none",
-                    alpha=0.75,
                     ls="none",
                 )
             if row.mean is not None and row.error is not None:
-                axes.errorbar(
-                    row.mean, index, xerr=row.error, color=INK, lw=1.4, capsize=2.5, zorder=4
-                )
-                axes.plot(row.mean, index, "|", color=INK, ms=11, mew=2, zorder=5)
+                ends = (row.mean - row.error, row.mean + row.error)
+                axes.plot(ends, (index + 0.2,) * 2, color=INK, lw=2.2, solid_capstyle="butt")
+                axes.plot(row.mean, index + 0.2, "|", color=INK, ms=6, mew=1.4)
         _rows(axes, [row.group for row in rows], label)
         if differences:
             other = figure.add_axes(
                 ((left + width + 0.25) / WIDTH, box[0], (whole - width - 0.25) / WIDTH, box[1])
             )
-            other.axvline(0, color=INK, lw=0.9)
-            for index, row in enumerate(rows):
-                style = style_of(index) if len(rows) <= OVERLAID else Style(COLORS[0], "-", "o")
-                if row.difference is None:
-                    continue
-                if row.interval is not None:
-                    ends = (row.interval.low, row.interval.high)
-                    other.plot(ends, (index, index), color=style.color, lw=2)
-                other.plot(row.difference, index, marker=style.marker, color=style.color, ms=5.5)
+            _draw_differences(other, rows)
             _rows(other, [""] * len(rows), difference_label)
         return _svg(figure, name, label)
+
+
+def _draw_differences(axes: Axes, rows: Sequence[Row]) -> None:
+    """The range is that of the groups in which a run survived: a group that collapsed as a whole
+    would press the others together, so it stands at the edge, with its number."""
+    survivors = [r for r in rows if r.difference is not None and not all(r.collapsed)]
+    shown = survivors or [r for r in rows if r.difference is not None]
+    bounds = [b for r in shown for b in ((r.interval.low, r.interval.high) if r.interval else ())]
+    reach = [0.0, *(r.difference for r in shown if r.difference is not None), *bounds]
+    low, high = min(reach), max(reach)
+    margin = 0.08 * ((high - low) or 1.0)
+    low, high = low - margin, high + margin
+    axes.axvline(0, color=INK, lw=0.9)
+    for index, row in enumerate(rows):
+        style = style_of(index) if len(rows) <= OVERLAID else Style(COLORS[0], "-", "o")
+        if row.difference is None:
+            continue
+        if low <= row.difference <= high:
+            if row.interval is not None:
+                ends = (row.interval.low, row.interval.high)
+                axes.plot(ends, (index, index), color=style.color, lw=2, solid_capstyle="butt")
+            axes.plot(row.difference, index, marker=style.marker, color=style.color, ms=5)
+        else:
+            edge, arrow, side = (low, "<", 8) if row.difference < low else (high, ">", -8)
+            axes.plot(edge, index, arrow, color=style.color, ms=6, clip_on=False)
+            axes.annotate(
+                f"{row.difference:+.3f}".replace("-", "\u2212"),
+                (edge, index),
+                xytext=(side, 0),
+                textcoords="offset points",
+                ha="left" if side > 0 else "right",
+                va="center",
+                fontsize=8,
+                color=INK,
+            )
+    axes.set_xlim(low, high)
 
 
 def _rows(axes: Axes, names: Sequence[str], xlabel: str) -> None:
     axes.grid(axis="x", visible=True)
     axes.set(ylim=(len(names) - 0.4, -0.6), xlabel=xlabel)
     axes.spines["left"].set_visible(False)
-    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.xaxis.set_major_locator(_ticks(5))
     axes.set_yticks(range(len(names)), [_clip(name, 36) for name in names])
 
 
@@ -407,7 +438,7 @@ def scatter_figure(
     row = min(0.2, 12.0 / len(points))
     height = row * len(points) + 0.8 if rows else 2.7
     with _figure(name, WIDTH, height) as figure:
-        axes = _add_axes(figure, left=2.9 if rows else LEFT, right=0.15 if rows else RIGHT)
+        axes = _add_axes(figure, left=2.9 if rows else LEFT, right=0.15 if rows else _right(points))
         ends = []
         for index, (group, pairs) in enumerate(points.items()):
             style = Style(COLORS[0], "-", "o") if rows else style_of(index)
@@ -424,6 +455,7 @@ def scatter_figure(
                 mfc="none",
                 mew=1.1,
                 alpha=0.8,
+                clip_on=False,
             )
             if pairs and not rows:
                 ends.append(((float(pairs[-1][0]), float(values[-1])), group, style))
@@ -447,16 +479,19 @@ def scatter_figure(
 
 def _ratio_axis(axes: Axes, which: Literal["x", "y"], values: Sequence[float]) -> None:
     """Equal distances for equal factors; 1 marked, and the range kept readable."""
-    reach = max([1.2, *(max(v, 1 / v) for v in values if v > 0)]) * 1.06
-    ticks = [t for t in (0.1, 0.2, 0.5, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 5, 10) if t <= reach]
-    ticks = [t for t in ticks if t >= 1 / reach]
+    low, high = min([0.9, *values]) / 1.05, max([1.1, *values]) * 1.05
+    ticks = [
+        t for t in (0.1, 0.2, 0.5, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 3, 5, 10) if low <= t <= high
+    ]
+    if high / low > 4:
+        ticks = [t for t in ticks if t not in (0.8, 0.9, 1.1, 1.25)]
     axis = axes.yaxis if which == "y" else axes.xaxis
     (axes.set_yscale if which == "y" else axes.set_xscale)("log")
     axis.set_major_locator(FixedLocator(ticks))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
     axis.set_minor_locator(FixedLocator([]))
-    (axes.set_ylim if which == "y" else axes.set_xlim)(1 / reach, reach)
+    (axes.set_ylim if which == "y" else axes.set_xlim)(low, high)
     (axes.axhline if which == "y" else axes.axvline)(1, color=INK, lw=0.9)
 
 
@@ -471,9 +506,9 @@ def lane_figure(
 ) -> str:
     """Steps at which something happened, a lane per group; aligned with a curve figure."""
     row = 0.17 if len(lanes) <= 60 else 12.0 / len(lanes)
-    height = row * len(lanes) + 0.62
+    height = row * len(lanes) + TOP + BOTTOM
     with _figure(name, WIDTH, height) as figure:
-        axes = _add_axes(figure)
+        axes = _add_axes(figure, right=_right(lanes))
         for index, at in enumerate(lanes.values()):
             own = style_of(index).color if len(lanes) <= OVERLAID else INK
             axes.plot(
@@ -490,7 +525,7 @@ def lane_figure(
         axes.set_ylim(len(lanes) - 0.5, -0.5)
         axes.yaxis.set_label_position("right")
         axes.yaxis.tick_right()
-        _name_rows(axes, list(lanes), row, width=32)
+        _name_rows(axes, list(lanes) if len(lanes) > 1 else [""], row, width=32)
         return _svg(figure, name, label)
 
 
@@ -513,7 +548,7 @@ def gate_figure(name: str, runs: Sequence[Timeline], steps: int) -> str:
     row = 0.34
     height = row * len(runs) + 0.95
     with _figure(name, WIDTH, height) as figure:
-        axes = _add_axes(figure, top=0.42)
+        axes = _add_axes(figure, right=_right(runs), top=0.42)
         for index, run in enumerate(runs):
             for lane, (gate, color) in enumerate(GATES.items()):
                 top = index + 0.06 + 0.3 * lane
@@ -547,7 +582,8 @@ def gate_figure(name: str, runs: Sequence[Timeline], steps: int) -> str:
         axes.set_ylim(len(runs), 0)
         axes.yaxis.tick_right()
         axes.set_yticks(
-            [index + 0.5 for index in range(len(runs))], [_clip(run.run, 32) for run in runs]
+            [index + 0.5 for index in range(len(runs))],
+            [_clip(run.run, 32) if len(runs) > 1 else "" for run in runs],
         )
         _gate_legend(figure, height)
         return _svg(figure, name, "Gates that blocked, over steps")
@@ -621,6 +657,7 @@ def forecast_figure(name: str, curves: Sequence[RocCurve]) -> str:
                 ls=style.line,
                 marker=style.marker,
                 ms=3.5,
+                markevery=max(1, len(curve.detections) // 6),
                 alpha=0.9,
                 clip_on=False,
             )
@@ -638,28 +675,61 @@ def forecast_figure(name: str, curves: Sequence[RocCurve]) -> str:
         axes.grid(axis="both", visible=True)
         other.axvline(0, color=INK, lw=0.9)
         _rows(other, [f"{c.name}  (AUC {c.area:.2f})" for c in curves], "steps before the collapse")
-        other.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        other.tick_params(axis="y", pad=30)
+        for index in range(len(curves)):
+            style = style_of(index)
+            other.plot(
+                [-0.11, -0.065, -0.02],
+                [index] * 3,
+                color=style.color,
+                ls=style.line,
+                marker=style.marker,
+                markevery=[1],
+                ms=4,
+                transform=other.get_yaxis_transform(),
+                clip_on=False,
+            )
+        other.xaxis.set_major_locator(_ticks(6, integer=True))
         return _svg(figure, name, "ROC and lead times")
 
 
 # ---------------------------------------------------------------- parts
 
 
-def _add_axes(figure: Figure, left: float = LEFT, right: float = RIGHT, top: float = TOP) -> Axes:
+def _add_axes(
+    figure: Figure,
+    left: float = LEFT,
+    right: float = RIGHT,
+    top: float = TOP,
+    bottom: float = BOTTOM,
+) -> Axes:
+    """Axes inside of margins given in inches."""
     width, height = figure.get_size_inches()
     return figure.add_axes(
-        (left / width, BOTTOM / height, (width - left - right) / width, 1 - (top + BOTTOM) / height)
+        (left / width, bottom / height, (width - left - right) / width, 1 - (top + bottom) / height)
     )
+
+
+def _right(items: Collection[Any]) -> float:
+    """The right margin: room for labels, where there are several things to tell apart."""
+    return RIGHT if len(items) > 1 else 0.2
 
 
 def _finish_steps(axes: Axes, steps: int, label: str, xlabel: bool = True) -> None:
     axes.set_xlim(0, max(steps, 1))
-    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(6))
+    axes.xaxis.set_major_locator(_ticks(7, integer=True))
+    axes.yaxis.set_major_locator(_ticks(5))
     axes.set_ylabel(label)
-    axes.yaxis.set_label_coords(-0.62 / (WIDTH - LEFT - RIGHT), 0.5)
+    inches = axes.get_window_extent().width / axes.figure.dpi
+    axes.yaxis.set_label_coords(-0.62 / inches, 0.5)
     if xlabel:
         axes.set_xlabel("step")
+    else:
+        axes.tick_params(labelbottom=False)
+
+
+def _ticks(most: int, integer: bool = False) -> MaxNLocator:
+    return MaxNLocator(most, steps=[1, 2, 2.5, 5, 10], integer=integer)
 
 
 def _note(axes: Axes, x: float, y: float, text: str) -> None:
@@ -671,6 +741,8 @@ def _note(axes: Axes, x: float, y: float, text: str) -> None:
         xycoords=("axes fraction", "data"),
         fontsize=7.5,
         color=INK,
+        zorder=6,
+        bbox={"facecolor": "white", "alpha": 0.8, "lw": 0, "pad": 0.6},
     )
 
 
@@ -728,21 +800,19 @@ def _label_ends(
 
 
 def spread(centers: Sequence[float], heights: Sequence[float]) -> list[float]:
-    """Move ascending centers apart until boxes of these heights do not overlap, staying within
-    [0, 1] if they fit."""
-    placed: list[float] = []
-    for index, center in enumerate(centers):
-        lowest = heights[0] / 2 if not placed else placed[-1] + _gap(heights, index)
-        placed.append(max(min(max(center, 0.0), 1.0), lowest))
-    if placed:
-        placed[-1] = min(placed[-1], max(1 - heights[-1] / 2, 0.5))
-    for index in range(len(placed) - 2, -1, -1):
-        placed[index] = min(placed[index], placed[index + 1] - _gap(heights, index + 1))
-    return placed
+    """Move ascending centers apart, as little as possible in the squared sense, until boxes of
+    these heights do not overlap; within [0, 1] if they fit.
 
-
-def _gap(heights: Sequence[float], index: int) -> float:
-    return (heights[index - 1] + heights[index]) / 2
+    Centers less what the boxes below need must ascend: an isotonic regression.
+    """
+    if not centers:
+        return []
+    gaps = (np.asarray(heights[:-1]) + np.asarray(heights[1:])) / 2
+    needed = np.concatenate([[0.0], np.cumsum(gaps)])
+    level = isotonic_regression(np.subtract(centers, needed)).x
+    lowest = heights[0] / 2
+    highest = max(1 - heights[-1] / 2 - needed[-1], lowest)
+    return list(np.clip(level, lowest, highest) + needed)
 
 
 def _name_rows(axes: Axes, names: Sequence[str], row: float, width: int = 44) -> None:

@@ -83,7 +83,7 @@ class Report:
         self.axis, self.value = self._baseline(baseline)
         self.steps = max(run.last_step for run in source.runs)
         overlaid = self.single or len(self.groups) <= figures.OVERLAID
-        self.points = 400 if self.single else 100 if overlaid else 60
+        self.points = 300 if self.single else 60 if overlaid else 50
         self.tables: list[Table] = []
         members = {tuple(group.point.items()): group for group in self.groups}
         self.comparisons = []
@@ -288,20 +288,21 @@ class Report:
                 table=table,
             )
         )
-        curve = self._curves(
+        collapsed = {
+            group.label: [run.collapse_step for run in group.runs if run.collapse_step is not None]
+            for group in self.groups
+        }
+        crossed = any(collapsed.values()) and not self.single
+        svgs = self._curves(
             "score",
             f"test {self._k}",
             lambda run: run.scores,
             width=self._evaluation_width(),
             markers=True,
+            xlabel=not crossed,
         )
-        svgs = [*curve]
-        collapsed = {
-            group.label: [run.collapse_step for run in group.runs if run.collapse_step is not None]
-            for group in self.groups
-        }
         more = ""
-        if any(collapsed.values()) and not self.single:
+        if crossed:
             svgs.append(
                 figures.lane_figure(
                     "collapses",
@@ -365,13 +366,22 @@ class Report:
             Exhibit(
                 "When the teacher moved",
                 "Per run: refreshes, the teacher's mean age in steps, mean shock (‖θ − φ‖₂ over "
-                "all parameters at a refresh), mean spike ratio of the refreshes that have one, "
-                "and, for CGTR, checks and the checks at which each gate blocked, whatever the "
-                "others did. EMA and trust region copy nothing (–). Semicolons separate seeds. "
+                "all parameters at a refresh) and mean spike ratio of the refreshes that have "
+                "one. EMA and trust region copy nothing (–). Semicolons separate seeds. "
                 + self._error_note(),
                 table=table,
             )
         ]
+        gates = self._keep(tables.blocked(self.comparisons))
+        if gates.rows:
+            exhibits.append(
+                Exhibit(
+                    "Checks that each gate blocked",
+                    "Per run: CGTR's checks, and those at which a gate blocked, whatever the "
+                    "others did and whether it was active or switched off. " + self._error_note(),
+                    table=gates,
+                )
+            )
         timeline = self._gates()
         if timeline is not None:
             exhibits.append(timeline)
@@ -571,13 +581,18 @@ class Report:
             ),
             Exhibit(
                 "Diagnostics",
-                "Means over a run's steps, then over runs. begin and end: the first and the last "
+                "Means over a run's steps, then over runs; end: the last "
                 f"{tables.ENDS} steps. success groups: share of questions with at least one right "
-                "rollout; SNR: mean over standard deviation of the groups' gain since the "
-                "question's previous visit; entropy in nats; length in tokens; tail ratio: longest "
-                "over mean response of a step, and its greatest value; best@k, maj@k: last "
-                "evaluation, greatest k. " + self._error_note(),
+                "rollout. SNR: mean over standard deviation of the questions' gain in reward since "
+                "their previous visit. Entropy in nats. " + self._error_note(),
                 table=self._keep(tables.diagnostics(self.comparisons)),
+            ),
+            Exhibit(
+                "Lengths, best and majority answers",
+                f"begin and end: the first and the last {tables.ENDS} steps, in tokens. Tail "
+                "ratio: longest over mean response of a step, mean over steps, and its greatest. "
+                "best@k and maj@k: last evaluation, greatest k. " + self._error_note(),
+                table=self._keep(tables.lengths(self.comparisons)),
             ),
         ]
         return Section("policy", "What the policy does", "", exhibits)

@@ -17,7 +17,7 @@ from sodfast.diagnostics import spike_ratios
 from sodfast.errors import UsageError
 from sodfast.rundir import read_lines
 from sodfast.statistics import Curve, Series, group_curve
-from sodfast.study import Trial, finished_status, open_study, read_runs
+from sodfast.study import Trial, finished_status, read_runs
 
 FINISHED = ("done", "collapsed")
 GATES = ("isolation", "reward", "length")
@@ -108,21 +108,20 @@ class Source:
 def load(directory: Path) -> Source:
     """Read a run or a study directory, each metrics file once. Raises `UsageError`."""
     if (directory / "study.yaml").is_file():
-        study = open_study(directory)
+        trials = read_runs(directory)
         runs = [
             _read_run(
                 item.trial.name, item.path, item.trial.config, item.status, _point(item.trial)
             )
-            for item in read_runs(directory)
+            for item in trials
         ]
         if not any(run.lines for run in runs):
             raise UsageError(
                 f"no trial of {directory} has metrics yet: run sodfast sweep, or look into "
                 f"{directory / 'logs'}"
             )
-        axes = [axis for axis in study.axes if axis != "seed"]
-        text = (directory / "study.yaml").read_text()
-        return Source(directory, runs, axes, True, text)
+        definition = (directory / "study.yaml").read_text()
+        return Source(directory, runs, list(runs[0].point), True, definition)
     if not (directory / "config.yaml").is_file():
         raise UsageError(
             f"{directory} is neither a run nor a study directory: it has no config.yaml and no "

@@ -72,11 +72,14 @@ def significant(value: float | None, digits: int = 3) -> str:
 
 
 def with_error(key: str, show: Callable[[float | None], str] = number) -> Callable[[Line], str]:
-    """mean ± standard error; the mean alone where there is no error."""
+    """mean ± standard error to the mean's last digit; the mean alone where there is no error."""
 
     def text(row: Line) -> str:
-        mean, error = row[f"{key}_mean"], row[f"{key}_error"]
-        return show(mean) if error is None else f"{show(mean)} ± {show(error)}"
+        mean, error = show(row[f"{key}_mean"]), row[f"{key}_error"]
+        if error is None:
+            return mean
+        decimals = len(mean.partition(".")[2]) if "e" not in mean else 0
+        return f"{mean} ± {number(error, decimals) if decimals else show(error)}"
 
     return text
 
@@ -196,7 +199,6 @@ def results(comparisons: Sequence[Comparison]) -> Table:
         Column("final", with_error("final")),
         Column("peak", with_error("peak")),
         Column("collapsed [95 %]", _collapse_rate),
-        Column("at step", lambda row: _shorten(row["collapse_steps"].split())),
     ]
     if compared:
         columns += [
@@ -235,45 +237,59 @@ def _shorten(items: Sequence[str], most: int = 6) -> str:
 
 
 def teacher(comparisons: Sequence[Comparison]) -> Table:
-    """Like the paper's Tables 3 and 4: when the teacher moved, and what held it back."""
+    """Like the paper's Table 3: when the teacher moved, how far, and what it did to the KL."""
     rows = []
     for one in comparisons:
         copying = [run for run in one.runs if run.copies]
-        gated = [run for run in one.runs if run.checks]
-        row: dict[str, Any] = {
-            "group": one.group.label,
-            "n": len(one.runs),
-            "listed": len(one.group.runs),
-            **_spread("refreshes", mean_of(copying, lambda run: float(len(run.refreshes)))),
-            "refresh_steps": "; ".join(
-                f"seed {run.config.seed}: "
-                + (" ".join(str(event["step"]) for event in run.refreshes) or "none")
-                for run in copying
-            ),
-            **_spread("age", mean_of(copying, lambda run: average(run, "teacher/age"))),
-            **_spread("checks", mean_of(gated, lambda run: float(len(run.checks)))),
-        }
-        for gate in GATES:
-            row |= _spread(f"blocked_{gate}", mean_of(gated, _blocks(gate)))
-        row |= _spread("shock", mean_of(copying, _mean_shock))
-        row |= _spread("spike", mean_of(copying, _mean_spike))
-        row["spikes"] = sum(len(run.spikes) for run in copying)
-        rows.append(row)
+        rows.append(
+            {
+                **_counts(one),
+                **_spread("refreshes", mean_of(copying, lambda run: float(len(run.refreshes)))),
+                **_spread("age", mean_of(copying, lambda run: average(run, "teacher/age"))),
+                **_spread("shock", mean_of(copying, _mean_shock)),
+                **_spread("spike", mean_of(copying, _mean_spike)),
+                "spikes": sum(len(run.spikes) for run in copying),
+                "refresh_steps": "; ".join(
+                    f"seed {run.config.seed}: "
+                    + (" ".join(str(event["step"]) for event in run.refreshes) or "none")
+                    for run in copying
+                ),
+            }
+        )
     columns = [
         _name(),
         Column("n", runs_of),
         Column("refreshes", with_error("refreshes", _one_digit)),
-        Column("at steps", _refresh_steps, numeric=False),
         Column("teacher's age", with_error("age", _one_digit)),
         Column("shock", with_error("shock", significant)),
-        Column("spike ratio", with_error("spike", lambda value: number(value, 2))),
+        Column("spike ratio", with_error("spike", _two_digits)),
+        Column("refreshed at steps", _refresh_steps, numeric=False),
     ]
-    if any(row["checks_mean"] is not None for row in rows):
-        columns += [Column("checks", with_error("checks", _one_digit))]
-        columns += [
-            Column(f"{gate} blocked", with_error(f"blocked_{gate}", _one_digit)) for gate in GATES
-        ]
     return Table("teacher", list(rows[0]), rows, columns)
+
+
+def blocked(comparisons: Sequence[Comparison]) -> Table:
+    """Like the paper's Table 4: checks at which each gate blocked, for the groups with gates."""
+    keys = [*_spread_keys("checks", *(f"blocked_{gate}" for gate in GATES))]
+    rows = []
+    for one in comparisons:
+        gated = [run for run in one.runs if run.checks]
+        if not gated:
+            continue
+        row = _counts(one) | _spread("checks", mean_of(gated, lambda run: float(len(run.checks))))
+        for gate in GATES:
+            row |= _spread(f"blocked_{gate}", mean_of(gated, _blocks(gate)))
+        rows.append(row)
+    columns = [_name(), Column("n", runs_of), Column("checks", with_error("checks", _one_digit))]
+    columns += [
+        Column(f"{gate} blocked", with_error(f"blocked_{gate}", _one_digit)) for gate in GATES
+    ]
+    return Table("blocked", ["group", "n", "listed", *keys], rows, columns)
+
+
+def _counts(one: Comparison) -> dict[str, Any]:
+    """What every row by group begins with."""
+    return {"group": one.group.label, "n": len(one.runs), "listed": len(one.group.runs)}
 
 
 def _blocks(gate: str) -> Callable[[Run], float]:
@@ -303,9 +319,16 @@ def _refresh_steps(row: Line) -> str:
     return "; ".join(f"{_shorten(steps.split(), 5)}" for steps in seeds)
 
 
+Measure = tuple[str, Callable[[Run], float | None], Callable[[float | None], str]]
+
+
+def _two_digits(value: float | None) -> str:
+    return number(value, 2)
+
+
 def diagnostics(comparisons: Sequence[Comparison]) -> Table:
     """Like the paper's Table 10: each run's mean over its steps, then over the runs."""
-    measures: dict[str, tuple[str, Callable[[Run], float | None], Callable[..., str]]] = {
+    measures: dict[str, Measure] = {
         "success_group_fraction": (
             "success groups",
             lambda run: average(run, "reward/success_group_fraction"),
@@ -316,36 +339,43 @@ def diagnostics(comparisons: Sequence[Comparison]) -> Table:
         "entropy": ("entropy", lambda run: average(run, "policy/entropy"), number),
         "entropy_last": ("entropy, end", lambda run: average(run, "policy/entropy", _END), number),
         "divergence": ("divergence", lambda run: average(run, "distill/divergence"), significant),
+    }
+    return _measure_table("diagnostics", comparisons, measures)
+
+
+def lengths(comparisons: Sequence[Comparison]) -> Table:
+    """Response lengths, and what the last evaluation says beside its mean."""
+    measures: dict[str, Measure] = {
         "length_first": (
             "length, begin",
             lambda run: average(run, "length/mean", _BEGIN),
             _one_digit,
         ),
         "length_last": ("length, end", lambda run: average(run, "length/mean", _END), _one_digit),
-        "tail": (
-            "tail ratio",
-            lambda run: average(run, "length/tail_ratio"),
-            lambda v: number(v, 2),
-        ),
-        "tail_max": ("greatest", _greatest_tail, lambda v: number(v, 2)),
+        "tail": ("tail ratio", lambda run: average(run, "length/tail_ratio"), _two_digits),
+        "tail_max": ("greatest tail ratio", _greatest_tail, _two_digits),
         "best": ("best@k", lambda run: _last_of(run, "best"), number),
         "maj": ("maj@k", lambda run: _last_of(run, "maj"), number),
     }
+    return _measure_table("lengths", comparisons, measures)
+
+
+def _measure_table(
+    name: str, comparisons: Sequence[Comparison], measures: Mapping[str, Measure]
+) -> Table:
     rows = [
         {
-            "group": one.group.label,
-            "n": len(one.runs),
-            "listed": len(one.group.runs),
+            **_counts(one),
             **{
                 key: value
-                for name, (_, measure, _) in measures.items()
-                for key, value in _spread(name, mean_of(one.runs, measure)).items()
+                for measure, (_, of, _) in measures.items()
+                for key, value in _spread(measure, mean_of(one.runs, of)).items()
             },
         }
         for one in comparisons
     ]
-    shown = [Column(head, with_error(name, show)) for name, (head, _, show) in measures.items()]
-    return Table("diagnostics", list(rows[0]), rows, [_name(), Column("n", runs_of), *shown])
+    shown = [Column(head, with_error(key, show)) for key, (head, _, show) in measures.items()]
+    return Table(name, list(rows[0]), rows, [_name(), Column("n", runs_of), *shown])
 
 
 _BEGIN, _END = slice(ENDS), slice(-ENDS, None)

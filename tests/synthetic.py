@@ -7,6 +7,7 @@ code that a real run uses, so a directory is as consistent as a real one.
 import json
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import yaml
@@ -45,7 +46,8 @@ def _write_lines(file: Path, lines: list[dict[str, Any]]) -> None:
 
 def simulate(config: Config, steps: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The lines of metrics.jsonl and of events.jsonl."""
-    rng = np.random.default_rng(config.seed)
+    label = config.schedule.model_dump_json().encode()
+    rng = np.random.default_rng([config.seed, crc32(label)])
     schedule = build_schedule(config.schedule)
     k, cap = config.eval.samples, config.rollout.max_new_tokens
     detector = CollapseDetector(config.collapse, cap, k)
@@ -56,7 +58,7 @@ def simulate(config: Config, steps: int) -> tuple[list[dict[str, Any]], list[dic
     events: list[dict[str, Any]] = []
     for step in range(1, steps + 1):
         skill += (0.85 - skill) * 0.012
-        pressure += 0.006 * hurry * 100 / max(100, config.steps)
+        pressure += 0.018 * hurry * 100 / max(100, config.steps)
         score = float(np.clip(skill - pressure**4 * 0.6 + rng.normal(0, 0.01), 0, 1))
         mean = min(12 + 12 * step / config.steps + 90 * pressure**3, 0.97 * cap)
         mean = float(mean * rng.uniform(0.95, 1.05))
