@@ -77,13 +77,8 @@ def sample_tokens(
     """
     _check_logits(logits)
     _check_key(seed, step)
-    _check_counters(sample, position)
     rows, vocabulary = logits.shape
-    for name, counter in (("sample", sample), ("position", position)):
-        if counter.shape != (rows,):
-            raise ValueError(f"{name} must have shape ({rows},), got {tuple(counter.shape)}")
-        if counter.device != logits.device:
-            raise ValueError(f"{name} must be on {logits.device}, got {counter.device}")
+    _check_counters(sample, position, logits.device, (rows,))
     if temperature != 0 and not MIN_TEMPERATURE <= temperature < math.inf:
         raise ValueError(f"temperature must be 0 or at least {MIN_TEMPERATURE}, got {temperature}")
     if not 0 < top_p <= 1:
@@ -123,7 +118,7 @@ def gumbel_noise(
     Raises ValueError naming the argument that is out of range or of a wrong shape or dtype.
     """
     _check_key(seed, step)
-    _check_counters(sample, position)
+    _check_counters(sample, position, getattr(sample, "device", None))
     if not 1 <= vocabulary <= MAX_VOCABULARY:
         raise ValueError(f"vocabulary must lie in [1, {MAX_VOCABULARY}], got {vocabulary}")
     return _gumbel_noise(seed, step, sample, position, vocabulary)
@@ -146,13 +141,29 @@ def _check_key(seed: int, step: int) -> None:
             raise ValueError(f"{name} must lie in [0, 2**{bits}), got {value}")
 
 
-def _check_counters(sample: Tensor, position: Tensor) -> None:
+def _check_counters(
+    sample: Tensor,
+    position: Tensor,
+    device: torch.device | None,
+    shape: tuple[int, ...] | None = None,
+) -> None:
+    """`shape` None: any two that broadcast."""
     for name, counter in (("sample", sample), ("position", position)):
         if not isinstance(counter, Tensor) or counter.dtype != torch.int64:
             raise ValueError(f"{name} must be an int64 tensor")
+        if shape is not None and counter.shape != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(counter.shape)}")
+        if counter.device != device:
+            raise ValueError(f"{name} must be on {device}, got {counter.device}")
+    sizes = zip(reversed(sample.shape), reversed(position.shape), strict=False)
+    if any(one != other and 1 not in (one, other) for one, other in sizes):
+        raise ValueError(
+            f"position must broadcast against sample, got shapes {tuple(position.shape)} and "
+            f"{tuple(sample.shape)}"
+        )
     # Values are only read where that costs no synchronisation.
-    on_cpu = sample.device.type == position.device.type == "cpu"
-    if on_cpu and not torch.compiler.is_compiling() and bool(((sample | position) >> 32).any()):
+    on_cpu = sample.device.type == "cpu" and not torch.compiler.is_compiling()
+    if on_cpu and bool(((sample | position) >> 32).any()):
         raise ValueError("sample and position must lie in [0, 2**32)")
 
 
