@@ -119,6 +119,7 @@ def curve_figure(
     *,
     thresholds: Mapping[str, float] | None = None,
     marks: Mapping[str, Sequence[int]] | None = None,
+    collapse: int | None = None,
     markers: bool = False,
     xlabel: bool = True,
 ) -> str:
@@ -126,11 +127,11 @@ def curve_figure(
 
     `label` names the metric and its unit; `thresholds` are horizontal lines by name, drawn when
     they lie within twice the data's range. `marks` are steps by group to tick on the step axis,
-    where each group has a panel.
+    where each group has a panel; `collapse` is the step of a single run's collapse.
     """
     thresholds = _near(thresholds or {}, curves)
     if len(curves) <= OVERLAID:
-        return _overlay(name, label, curves, steps, thresholds, markers, xlabel)
+        return _overlay(name, label, curves, steps, thresholds, collapse, markers, xlabel)
     if len(curves) <= PANELS:
         return _panels(name, label, curves, steps, thresholds, marks or {})
     return _map(name, label, curves, steps)
@@ -157,6 +158,7 @@ def _overlay(
     curves: Mapping[str, Curve],
     steps: int,
     thresholds: Mapping[str, float],
+    collapse: int | None,
     markers: bool,
     xlabel: bool,
 ) -> str:
@@ -176,6 +178,8 @@ def _overlay(
         for text, value in thresholds.items():
             axes.axhline(value, color=INK, lw=0.9, ls=(0, (4, 2)))
             _note(axes, 0, value, text)
+        if collapse is not None:
+            axes.axvline(collapse, color=COLLAPSE, lw=1.1, ls=(0, (1, 1.2)))
         if len(curves) > 1:
             _label_ends(axes, ends)
         return _svg(figure, name, label)
@@ -252,7 +256,7 @@ def _panels(
             bottom=0.45 / height,
             top=1 - 0.3 / height,
             hspace=0.42,
-            wspace=0.08,
+            wspace=0.13,
         )
         own = Style(COLORS[0], "-", "o")
         for axes, (group, curve) in zip(grid.flat, curves.items(), strict=False):

@@ -22,7 +22,7 @@ from sodfast.config import CGTRConfig
 from sodfast.diagnostics import SPIKE_STEPS
 from sodfast.errors import UsageError
 from sodfast.forecast import MAX_FALSE_ALARM_RATE, Forecast, RunRecord, forecast
-from sodfast.report_data import Group, Run, Source, group_runs, load
+from sodfast.report_data import Group, Run, Source, describe_schedule, group_runs, load
 from sodfast.statistics import Curve, Series, bin_width, group_curve
 from sodfast.tables import Comparison, Table
 
@@ -210,14 +210,19 @@ class Report:
         if compared:
             found.append(
                 f"Against {self._baseline_label()}, the interval of the paired difference of the "
-                f"final score lies above zero for {_listed(above)} and below zero for "
-                f"{_listed(below)} (each interval for itself, {len(compared)} comparisons)."
+                f"final score lies above zero for {_listed(above, 5)} and below zero for "
+                f"{_listed(below, 5)} (each interval for itself, {len(compared)} comparisons)."
             )
         return found
 
     def _baseline_label(self) -> str:
-        labels = {c.baseline.label for c in self.comparisons if c.baseline is not None}
-        return labels.pop() if len(labels) == 1 else f"{self.axis}={self.value}"
+        """One group's name; or, with further axes, the value that the baselines share."""
+        found = {c.baseline.label: c.baseline for c in self.comparisons if c.baseline is not None}
+        if len(found) == 1:
+            return next(iter(found))
+        if self.axis == "schedule":
+            return describe_schedule(next(iter(found.values())).runs[0].config.schedule)
+        return f"{self.axis}={self.value}"
 
     def _warnings(self) -> list[str]:
         runs = self.source.runs
@@ -279,7 +284,7 @@ class Report:
         collapse = (
             "Collapsed: mean response length at least collapse.length_fraction of the cap for "
             "collapse.length_steps steps in a row, or a score below collapse.eval_fraction of the "
-            "best so far; its interval is Wilson's. "
+            "best so far" + ("; the interval is Wilson's. " if self._several else ". ")
         )
         exhibits.append(
             Exhibit(
@@ -481,14 +486,16 @@ class Report:
             for group in self.groups
         }
         marked = {label: _thin(steps, 400) for label, steps in refreshes.items() if steps}
+        # Between an overlay and a map, each group's panel has its ticks.
+        lanes = marked and not figures.OVERLAID < len(self.groups) <= figures.PANELS
         svgs = self._curves(
             "divergence",
             "divergence",
             lambda run: run.series("distill/divergence"),
             marks=marked,
-            xlabel=not marked,
+            xlabel=not lanes,
         )
-        if marked:
+        if lanes:
             svgs.append(
                 figures.lane_figure("marks", "Refreshes", self._in_order(marked), self.steps)
             )
@@ -496,10 +503,15 @@ class Report:
             Exhibit(
                 "Student-teacher divergence and the refreshes",
                 "Mean per-token divergence of student and teacher over the response tokens that "
-                "are distilled, at each step. "
+                "are distilled, at each step that has such tokens; the line bridges the others. "
                 + self._band_note()
                 + self._bin_note()
-                + (" Ticks below: refreshes, all runs of a group in one lane." if marked else ""),
+                + (" Ticks below: refreshes of all runs of a group." if marked else "")
+                + (
+                    " At most 400 evenly chosen ones per group are drawn."
+                    if any(len(steps) > 400 for steps in refreshes.values())
+                    else ""
+                ),
                 svgs,
             )
         ]
@@ -664,7 +676,8 @@ class Report:
             for group in self.groups
         }
         self._keep(_curve_table(name, curves))
-        return [figures.curve_figure(name, label, curves, self.steps, **options)]
+        collapse = self.source.runs[0].collapse_step if self.single else None
+        return [figures.curve_figure(name, label, curves, self.steps, collapse=collapse, **options)]
 
     def _in_order(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
         """With an empty entry for the other groups, so that a group keeps its style."""
@@ -702,13 +715,19 @@ class Report:
 
     def _band_note(self) -> str:
         if self.single:
-            return "One run."
+            mark = self.source.runs[0].collapse_step is not None
+            return "One run; the dotted line marks its collapse." if mark else "One run."
         if not self._several:
-            return "One run per group (n = 1): no bands."
-        loose = " Thin lines: unfinished runs, and runs that outlast the first of their group."
+            return "One run per group (n = 1): no bands and no intervals."
+        if len(self.groups) > figures.PANELS:
+            return f"Lightness: mean over seeds ({self._counts()}), finished runs only."
+        others = (
+            " Grey: the means of the other groups." if len(self.groups) > figures.OVERLAID else ""
+        )
         return (
             f"Line: mean over seeds ({self._counts()}); band: 95 % interval of the mean "
-            "(Student's t), at each point for itself and cut at the plot's edge." + loose
+            "(Student's t), at each point for itself and cut at the plot's edge. Thin lines: "
+            f"unfinished runs, and runs that outlast the first of their group.{others}"
         )
 
     def _bin_note(self) -> str:
@@ -719,8 +738,8 @@ class Report:
         if not any(row["difference"] is not None for row in self._results().rows):
             return ""
         note = (
-            f"Difference: mean over seeds of the final score minus that of {self.axis}="
-            f"{self.value} with the same seed and the same other axes"
+            f"Difference: mean over seeds of the final score minus that of "
+            f"{self._baseline_label()} with the same seed and the same other axes"
         )
         if not any(row["difference_low"] is not None for row in self._results().rows):
             return note + "; one pair has no interval."

@@ -165,7 +165,7 @@ def results(comparisons: Sequence[Comparison]) -> Table:
     for one in comparisons:
         runs = one.runs
         collapses = [run.collapse_step for run in runs if run.collapse_step is not None]
-        rate = wilson_interval(len(collapses), len(runs)) if runs else None
+        rate = wilson_interval(len(collapses), len(runs)) if len(runs) > 1 else None
         difference = None
         if one.baseline is not None and one.baseline is not one.group:
             paired = pairs(runs, one.baseline_runs)
@@ -216,7 +216,7 @@ def _collapse_rate(row: Line) -> str:
     if not row["n"]:
         return NONE
     bounds = interval(row["collapse_low"], row["collapse_high"], digits=2)
-    return f"{row['collapsed']} of {row['n']} {bounds}"
+    return f"{row['collapsed']} of {row['n']} {bounds}".strip()
 
 
 def _difference(row: Line) -> str:
