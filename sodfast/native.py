@@ -30,11 +30,14 @@ from sodfast.errors import RunFailed, UsageError
 from sodfast.model import LanguageModel
 from sodfast.rollout import Draws, Sample, Sampling, check_prompts, stop_length
 
-# Rows are decoded in multiples of this on a CPU: a matrix product of fewer rows may sum in
-# another order, and a sample's bits would depend on how many others are left.
+# A CPU works on rows in multiples of this, idle ones or padding added: a matrix product of fewer
+# rows sums in another order, and what does not fill a vector register goes through another exp.
+# A sample's bits would depend on how many others there are.
 CPU_ROWS = 16
-# Attention on a CPU covers the longest sequence rounded up to a multiple of this.
-CPU_WIDTH = 16
+# A slot has a multiple of this many positions, and attention on a CPU covers the longest sequence
+# rounded up to such a multiple: what lies behind a sequence then changes no bit of it either
+# (with MKL, from a head size of 16 on; smaller ones keep their tokens, not all their bits).
+WIDTH_STEP = 32
 # Decode steps between two looks of the host at what a GPU has finished: a look waits for it.
 GPU_STEPS_PER_LOOK = 8
 # Free slots are refilled once this share of all slots is free: a prefill costs about a step.
@@ -80,8 +83,8 @@ class NativeEngine:
     ) -> list[Sample]:
         """See `Engine.generate`. Raises `UsageError` when not even one slot fits."""
         check_prompts(prompts, sampling)
-        width = max(len(prompt) for prompt in prompts) + sampling.max_new_tokens
-        slots = min(self.slots(width), len(prompts))
+        tokens = max(len(prompt) for prompt in prompts) + sampling.max_new_tokens
+        slots, width = min(self.slots(tokens), len(prompts)), _width(tokens)
         batch = _Batch(self.model, slots, width, sampling, draws, self.memory)
         if self.model.device.type == "cpu":
             # Small there, and mapping it anew would cost a lab's rollout a fifth of its time.
@@ -101,8 +104,8 @@ class NativeEngine:
                 progress(len(finished), len(prompts))
         return [finished[index] for index in range(len(prompts))]
 
-    def slots(self, width: int) -> int:
-        """How many sequences of `width` tokens, prompt and answer, the cache can hold at once.
+    def slots(self, tokens: int) -> int:
+        """How many sequences of so many tokens, prompt and answer, the cache can hold at once.
 
         Raises `UsageError` when that is none.
         """
@@ -110,10 +113,10 @@ class NativeEngine:
             budget = int(self.cache_gib * 2**30)
         else:
             budget = int(_free_bytes(self.model.device) * MEMORY_SHARE[self.model.device.type])
-        slot = width * Cache.bytes_per_token(self.model.network)
+        slot = _width(tokens) * Cache.bytes_per_token(self.model.network)
         if slot > budget:
             raise UsageError(
-                f"rollout: the keys and values of one sequence of {width} tokens take "
+                f"rollout: the keys and values of one sequence of {tokens} tokens take "
                 f"{slot / 2**30:.2f} GiB and the cache may have {budget / 2**30:.2f} GiB: lower "
                 "rollout.max_new_tokens or rollout.max_prompt_tokens, or raise rollout.cache_gib"
             )
@@ -148,7 +151,7 @@ class _Batch:
         self.searched: list[int] = []
 
         def state(dtype: torch.dtype, *columns: int) -> Tensor:
-            return torch.zeros(rows, *columns, dtype=dtype, device=self.device)
+            return torch.zeros(rows + CPU_ROWS, *columns, dtype=dtype, device=self.device)
 
         self.token = state(torch.int64)  # the last one drawn, not cached yet
         self.cached = state(torch.int32)  # positions
@@ -180,7 +183,6 @@ class _Batch:
         self.cached[first:last] = lengths.to(self.device)
         self.sample[first:last] = torch.tensor(samples).to(self.device)
         self.count[first:last] = 0
-        self.done[first:last] = False
         self.noise_ahead.clear()
         for groups in _packs(prompts, first):
             self._prefill(groups)
@@ -190,7 +192,7 @@ class _Batch:
         rows = self._bucket(len(self.places))
         if not self.on_gpu:
             longest = int(self.cached[:rows][~self.done[:rows]].max()) + 1
-            self._step(rows, min(_round_up(longest, CPU_WIDTH), self.width))
+            self._step(rows, longest + -longest % WIDTH_STEP)
             return
         if rows not in self.graphs:
             self.graphs[rows] = self._capture(rows)
@@ -256,7 +258,7 @@ class _Batch:
         """Run prompts, each once, and draw the first token of the rows that share it."""
         prompts = [prompt for prompt, _ in groups]
         lengths = [len(prompt) for prompt in prompts]
-        padding = 0 if self.on_gpu else max(0, CPU_ROWS - sum(lengths))
+        padding = self._padding(sum(lengths))
         token_T = F.pad(torch.cat(prompts), (0, padding)).to(self.device)
         position_T = F.pad(torch.cat([torch.arange(n) for n in lengths]), (0, padding))
         position_T = position_T.to(self.device)
@@ -265,11 +267,10 @@ class _Batch:
         last_R = torch.tensor(lengths).cumsum(0) - 1
         owner_R = torch.tensor([number for number, (_, rows) in enumerate(groups) for _ in rows])
         first, last = groups[0][1].start, groups[-1][1].stop
-        # One row of logits for each row of the batch, and no fewer than a CPU's product needs.
-        padding = 0 if self.on_gpu else max(0, CPU_ROWS - len(owner_R))
+        self.done[first:last] = False
+        padding = self._padding(last - first)  # rows that idle
         wanted_R = F.pad(last_R[owner_R], (0, padding)).to(self.device)
-        logits_RV = self.decoder.logits(hidden_TH[wanted_R])[: last - first]
-        self._draw(first, last, logits_RV, None)
+        self._draw(first, last + padding, self.decoder.logits(hidden_TH[wanted_R]), None)
 
     def _noise(self, rows: int) -> Tensor | None:
         if self.on_gpu or self.sampling.temperature == 0:
@@ -309,7 +310,10 @@ class _Batch:
         """How many rows are decoded when `rows` are in use."""
         if self.on_gpu:
             return 1 << max(0, rows - 1).bit_length()
-        return _round_up(rows, CPU_ROWS)
+        return rows + self._padding(rows)
+
+    def _padding(self, rows: int) -> int:
+        return 0 if self.on_gpu else -rows % CPU_ROWS
 
     def _compact(self) -> None:
         """Move the living rows together into the first ones."""
@@ -370,8 +374,8 @@ def _packs(prompts: Sequence[Tensor], first: int) -> Iterator[list[tuple[Tensor,
     yield pack
 
 
-def _round_up(value: int, step: int) -> int:
-    return -(-value // step) * step
+def _width(tokens: int) -> int:
+    return tokens + -tokens % WIDTH_STEP
 
 
 def _free_bytes(device: torch.device) -> int:
