@@ -3,9 +3,10 @@
     python bench/gpu_suite.py
 
 First the correctness that only a GPU can show (compiled kernels against the fp64 definition), then
-the benches of objective and parameters. Writes objective.json, parameters.json and suite.json to
-$OUT (bench/results/<gpu>/ if unset), and suite.png if matplotlib is installed. The last line is
-JSON: the targets, what was measured, and whether each is met. Exit code 1 if one is missed.
+the benches of objective, parameters and sampling. Writes objective.json, parameters.json,
+sampling.json and suite.json to $OUT (bench/results/<gpu>/ if unset), and suite.png if matplotlib is
+installed. The last line is JSON: the targets, what was measured, and whether each is met. Exit code
+1 if one is missed.
 """
 
 import json
@@ -20,7 +21,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 import bench_objective
 import bench_parameters
-from sodfast_kernels import linear_distillation_loss, reference
+import bench_sampling
+from sodfast_kernels import linear_distillation_loss, reference, sample_tokens
 
 # What each update of parameters should reach, as a share of the measured copy bandwidth.
 PARAMETER_SHARES = {
@@ -30,6 +32,15 @@ PARAMETER_SHARES = {
     "adamw exact": 0.8,
     "adamw 8bit": 0.5,
 }
+# Sampling is bound by the noise: about 65 instructions a logit, whatever the logit's bytes.
+SAMPLING_SHARES = {"bfloat16": 0.2, "float32": 0.4}
+# Our case, the peer to beat, and how many times faster at least.
+SAMPLING_PEERS = [
+    ("ours", "softmax and multinomial", 2.0),
+    ("ours, top-p", "sort, top-p", 5.0),
+    ("ours", "flashinfer", 1.0),
+    ("ours, top-p", "flashinfer, top-p", 1.0),
+]
 
 
 def worst_gradient_error() -> float:
@@ -57,8 +68,36 @@ def worst_gradient_error() -> float:
     return worst
 
 
+def share_of_other_tokens() -> float:
+    """Tokens that the compiled kernels draw otherwise than the definition: only near ties may."""
+    rows, other, drawn = 128, 0, 0
+    position = torch.zeros(rows, dtype=torch.int64, device="cuda")
+    key = {"seed": 2**63 + 1, "step": 2, "sample": torch.arange(rows, device="cuda")}
+    for dtype in (torch.bfloat16, torch.float32):
+        for options in (
+            {},
+            {"temperature": 0},
+            bench_sampling.NUCLEUS,
+            {"top_k": 20, "top_p": 0.9},
+        ):
+            for _ in range(8):
+                logits = bench_sampling.logits(rows, 151_936, dtype, torch.device("cuda"))
+                position += 1
+                ours, exact = (
+                    sample_tokens(logits, **key, position=position, **options, backend=backend)
+                    for backend in ("triton", "torch")
+                )
+                other += (ours.token != exact.token).sum().item()
+                drawn += rows
+    return other / drawn
+
+
 def judge(
-    objective: dict[str, Any], parameters: dict[str, Any], error: float
+    objective: dict[str, Any],
+    parameters: dict[str, Any],
+    sampling: dict[str, Any],
+    error: float,
+    other_tokens: float,
 ) -> list[dict[str, Any]]:
     """The targets at 8,192 rows. `value` must not exceed `limit` where `at_most`, else reach it."""
     linear = {
@@ -66,7 +105,10 @@ def judge(
         for row in objective["cases"]
         if row["form"] == "linear" and row["rows"] == 8192 and "milliseconds" in row
     }
-    targets = [("gradient error, bf16", error, 6e-3, True)]
+    targets = [
+        ("gradient error, bf16", error, 6e-3, True),
+        ("sampling: share of other tokens", other_tokens, 1e-3, True),
+    ]
     for alpha, ratio in ((0.0, 1.4), (0.5, 1.7)):
         ours = linear[alpha, "ours"]
         targets += [
@@ -91,6 +133,18 @@ def judge(
         (f"{name}: share of a copy", shares[name], least, False)
         for name, least in PARAMETER_SHARES.items()
     ]
+    for dtype, least in SAMPLING_SHARES.items():
+        rows = {
+            row["name"]: row
+            for row in sampling["cases"]
+            if row["rows"] == 64 and row["dtype"] == dtype and "milliseconds" in row
+        }
+        share = rows["ours"]["share_of_copy_bandwidth"]
+        targets.append((f"sampling, {dtype}: share of a copy", share, least, False))
+        for ours, peer, least in SAMPLING_PEERS:
+            if peer in rows:
+                faster = rows[peer]["milliseconds"] / rows[ours]["milliseconds"]
+                targets.append((f"{ours}, {dtype}: faster than {peer}", faster, least, False))
     return [
         {
             "target": name,
@@ -136,13 +190,16 @@ def main() -> int:
     def progress(text: str) -> None:
         print(text, flush=True)
 
-    error = worst_gradient_error()
+    error, other_tokens = worst_gradient_error(), share_of_other_tokens()
     objective = bench_objective.measure(progress)
     (folder / "objective.json").write_text(json.dumps(objective, indent=1))
     torch.cuda.empty_cache()
     parameters = bench_parameters.measure(progress)
     (folder / "parameters.json").write_text(json.dumps(parameters, indent=1))
-    targets = judge(objective, parameters, error)
+    torch.cuda.empty_cache()
+    sampling = bench_sampling.measure(progress)
+    (folder / "sampling.json").write_text(json.dumps(sampling, indent=1))
+    targets = judge(objective, parameters, sampling, error, other_tokens)
     (folder / "suite.json").write_text(json.dumps(targets, indent=1))
     if find_spec("matplotlib"):
         plot(objective, folder / "suite.png")
