@@ -290,38 +290,39 @@ def _map(name: str, label: str, curves: Mapping[str, Curve], steps: int) -> str:
     """Groups as rows, steps as columns, the group's mean as lightness."""
     row = min(0.17, 12.0 / len(curves))
     height = row * len(curves) + 1.2
-    edges = np.unique(np.concatenate([curve.x for curve in curves.values()] or [np.empty(0)]))
-    values = np.full((len(curves), len(edges)), np.nan)
+    points = np.unique(np.concatenate([curve.x for curve in curves.values()] or [np.empty(0)]))
+    values = np.full((len(curves), len(points)), np.nan)
     for index, curve in enumerate(curves.values()):
-        values[index, np.searchsorted(edges, curve.x)] = curve.band.mean
-        values[index] = _carry(values[index], _end(curve), edges)
+        values[index, np.searchsorted(points, curve.x)] = curve.band.mean
+        values[index] = _carry(values[index], _end(curve), points)
     with _figure(name, WIDTH, height) as figure:
         axes = figure.add_axes(
             ((2.9) / WIDTH, 0.5 / height, (WIDTH - 3.0) / WIDTH, row * len(curves) / height)
         )
         axes.grid(False)
-        if edges.size:
-            image = axes.imshow(
+        if points.size:
+            image = axes.pcolormesh(
+                points,
+                range(len(curves)),
                 values,
-                aspect="auto",
                 cmap="cividis",
-                interpolation="nearest",
-                extent=(float(edges[0]), float(edges[-1]), len(curves) - 0.5, -0.5),
+                shading="nearest",
+                rasterized=True,
             )
             bar = figure.add_axes(((2.9) / WIDTH, 1 - 0.3 / height, 3.0 / WIDTH, 0.1 / height))
             figure.colorbar(image, cax=bar, orientation="horizontal", label=label)
-        axes.set(xlim=(0, max(steps, 1)), xlabel="step")
+        axes.set(xlim=(0, max(steps, 1)), ylim=(len(curves) - 0.5, -0.5), xlabel="step")
         _name_rows(axes, list(curves), row)
         return _svg(figure, name, label)
 
 
-def _carry(row: Any, end: tuple[float, float] | None, edges: Any) -> Any:
+def _carry(row: Any, end: tuple[float, float] | None, points: Any) -> Any:
     """Fill columns between a group's points with the point before, up to its last."""
     if end is None:
         return row
     filled, last = row.copy(), np.nan
     for column, value in enumerate(row):
-        if edges[column] > end[0]:
+        if points[column] > end[0]:
             break
         last = value if np.isfinite(value) else last
         filled[column] = last
@@ -851,15 +852,16 @@ def _svg(figure: Figure, name: str, label: str, css: str = "plot") -> str:
     salted with the figure's name.
     """
     stream = io.StringIO()
-    figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
+    figure.savefig(stream, format="svg", dpi=150, metadata={"Date": None, "Creator": None})
     text = stream.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
+    text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)  # would hold for the whole page
     text = re.sub(r'<g id="[^"]*"', "<g", text)
     named = f'role="img" aria-label="{escape(label)}"' if label else 'aria-hidden="true"'
     width, height = figure.get_size_inches()
     head = (
-        f'<svg class="{css}" data-name="{escape(name)}" {named} '
+        f'<svg class="{css}" data-name="{escape(name)}" {named} stroke-linejoin="round" '
         f'viewBox="0 0 {width * 72:g} {height * 72:g}" xmlns="http://www.w3.org/2000/svg" '
         f'xmlns:xlink="http://www.w3.org/1999/xlink">'
     )
