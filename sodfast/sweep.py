@@ -9,6 +9,7 @@ before its first instruction until it has ended.
 import fcntl
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -269,7 +270,7 @@ def _run_process(
     with os.fdopen(writing, "wb") as leash:
         try:
             with log_path(directory, trial.name).open("a") as log:
-                log.write(f"$ sodfast {' '.join(arguments)}\n")
+                log.write(f"$ sodfast {shlex.join(arguments)}\n")
                 log.flush()
                 process = subprocess.Popen(
                     [sys.executable, "-m", "sodfast.trial", str(reading), *arguments],
@@ -284,6 +285,8 @@ def _run_process(
                 )
         finally:
             os.close(reading)
+        lock.truncate(0)
+        print(process.pid, file=lock, flush=True)  # for whoever wants to know which process it is
         try:
             while process.poll() is None and not stop.wait(POLL_SECONDS):
                 pass

@@ -130,7 +130,8 @@ class View:
     def overview(self) -> str:
         counts = Counter(self.status.values())
         states = ", ".join(f"{count} {status}" for status, count in counts.items())
-        return f"{len(self.trials)} trials: {states}; eta {self.total_eta()}"
+        text = f"{len(self.trials)} trials: {states}"
+        return f"{text}; eta {self.total_eta()}" if counts["waiting"] + counts["running"] else text
 
     def eta(self, name: str) -> str:
         since, first = self._first[name]
@@ -183,7 +184,8 @@ class LiveView(View):
         self._live.console.print(text, markup=False, highlight=False)
 
     def show(self) -> None:
-        self._live.update(self.table(rows=max(3, self._live.console.height - 8)))
+        rows = max(3, self._live.console.height - 8)
+        self._live.update(self.table(rows), refresh=True)
 
     def table(self, rows: int) -> Table:
         table = Table(box=SIMPLE, caption=self.overview())
@@ -198,9 +200,13 @@ class LiveView(View):
         return table
 
     def _order(self) -> list[str]:
-        order = [name for name, status in self.status.items() if status in ("running", "failed")]
-        order += reversed(self._ended)
-        return list(dict.fromkeys([*order, *self.status]))
+        urgent = [
+            name
+            for wanted in ("running", "failed")
+            for name, status in self.status.items()
+            if status == wanted
+        ]
+        return list(dict.fromkeys([*urgent, *reversed(self._ended), *self.status]))
 
 
 @contextmanager
