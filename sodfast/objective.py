@@ -6,8 +6,11 @@ arXiv 2601.20802):
     sequence_mean  L = 1/B Σ_i 1/|y_i| Σ_t (c_D · m_i · ρ_t · D_t + c_P · P_t)
     token_mean     L = c_D Σ m_i ρ_t D_t / Σ_i m_i |y_i|  +  c_P Σ P_t / Σ_i |y_i|
 
-The denominators come from the whole update, so no loss depends on how it is cut into
-micro-batches. Shapes: N response tokens of a micro-batch, H hidden size.
+Both D_t and P_t are also multiplied by the sampler's mismatch min(π_old/π_sampler, 2), which is 1
+when the engine that sampled has the numerics of training. The denominators come from the whole
+update, so no loss depends on how it is cut into micro-batches.
+
+Shapes: N response tokens of a micro-batch, H hidden size.
 """
 
 from collections.abc import Sequence
@@ -20,6 +23,10 @@ from torch import Tensor
 
 from sodfast.config import ObjectiveConfig
 from sodfast.rollout import Sample
+from sodfast.vllm_engine import sampler_logprob
+
+# Bounds of the sampler's mismatch, arXiv 2601.20802.
+MAX_LOG_RATIO, MAX_MISMATCH = 20.0, 2.0
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,14 @@ def sequence_weights(
     )
 
 
+def sampler_mismatch(samples: Sequence[Sample]) -> Tensor:
+    """min(π_old,trainer / π_sampler, 2) of every response token, [N] fp32 on the CPU."""
+    old_N = torch.cat([sample.logprob for sample in samples])
+    sampled_N = torch.cat([sampler_logprob(sample) for sample in samples])
+    log_ratio_N = (old_N - sampled_N).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return log_ratio_N.exp().clamp(max=MAX_MISMATCH)
+
+
 def micro_batch_loss(
     config: ObjectiveConfig,
     temperature: float,
@@ -98,6 +113,7 @@ def micro_batch_loss(
     per_token = torch.tensor(weights, dtype=torch.float32, device=device).repeat_interleave(
         lengths, dim=0
     )
+    mismatch_N = sampler_mismatch(samples).to(device)
     unread = student_hidden_NH.new_zeros(1, teacher_head.shape[1])
     teacher_rows = [
         unread.expand(len(sample.response), -1) if rows is None else rows
@@ -113,9 +129,9 @@ def micro_batch_loss(
         softcap=softcap,
         top_k=config.top_k,
         add_tail=config.add_tail,
-        distill_weight=per_token[:, 0],
+        distill_weight=per_token[:, 0] * mismatch_N,
         target_ids=torch.cat([sample.response for sample in samples]).to(device),
-        policy_weight=per_token[:, 1],
+        policy_weight=per_token[:, 1] * mismatch_N,
         advantage=per_token[:, 2],
         old_logprob=torch.cat([sample.logprob for sample in samples]).to(device),
         clip_range=config.clip_range,

@@ -44,6 +44,7 @@ from sodfast.sinks import Logger
 from sodfast.streams import PromptOrder, Stream, draw_key, generator
 from sodfast.tasks import Question, Task
 from sodfast.teacher import Teacher, TeacherContext, TeacherScores, choose_demonstrations
+from sodfast.vllm_engine import sampler_logprob
 
 Status = Literal["done", "collapsed", "interrupted", "failed"]
 
@@ -356,6 +357,7 @@ class Trainer:
                 for sample in range(count)
             ]
             loss = self._accumulate_gradients(rows, rollouts, scores, advantages, totals)
+            totals.sampled_by_these_weights = False
             if number == 0:
                 before_first()
                 self.teacher.prepare_update()
@@ -578,6 +580,9 @@ class _Totals:
         self.divergence = torch.zeros((), dtype=torch.float64, device=device)
         self.ratio = torch.zeros((), dtype=torch.float64, device=device)
         self.clipped = torch.zeros((), dtype=torch.int64, device=device)
+        # Until the first update, training and sampling differ in their numerics alone.
+        self.sampled_by_these_weights = True
+        self.sampler_ratios: list[Tensor] = []
         self.distilled_tokens = 0
         self.tokens = 0
 
@@ -591,6 +596,9 @@ class _Totals:
         low, high = self.clip_range
         self.ratio += ratio.sum(dtype=torch.float64)
         self.clipped += ((ratio < 1 - low) | (ratio > 1 + high)).sum()
+        if self.sampled_by_these_weights:
+            sampler = torch.cat([sampler_logprob(sample) for sample in samples]).to(old.device)
+            self.sampler_ratios.append((output.student_logprob - sampler).clamp(-20, 20).exp())
         for sample, m in zip(samples, distilled, strict=True):
             self.tokens += len(sample.response)
             self.distilled_tokens += len(sample.response) if m else 0
@@ -603,4 +611,9 @@ class _Totals:
         if self.tokens:
             metrics["policy/ratio_mean"] = float(self.ratio) / self.tokens
             metrics["policy/clip_fraction"] = int(self.clipped) / self.tokens
+        if self.sampler_ratios:
+            ratio_N = torch.cat(self.sampler_ratios).double()
+            metrics["policy/sampler_ratio_mean"] = float(ratio_N.mean())
+            metrics["policy/sampler_ratio_min"] = float(ratio_N.min())
+            metrics["policy/sampler_ratio_max"] = float(ratio_N.max())
         return metrics

@@ -53,7 +53,10 @@ STEP = {
 }
 COPIES = {"teacher/age", "teacher/refreshed"}
 GATES = {"gate/reward_window", "gate/tail_window"}
-OURS = {"optim/loss", "policy/clip_fraction", "reward/snr"}  # beyond what other programs rely on
+# Beyond what other programs rely on.
+OURS = {"optim/loss", "policy/clip_fraction", "reward/snr"} | {
+    f"policy/sampler_ratio_{name}" for name in ("mean", "min", "max")
+}
 
 
 @pytest.fixture(scope="session")
