@@ -1,7 +1,8 @@
 """Attention over packed sequences and over the slots of a cache, one signature for each device.
 
-On a GPU: torch's own FlashAttention (`varlen_attn`) where the installed torch has what is needed,
-else the `flash-attn` package where that is installed, else sdpa. On a CPU: sdpa sequence by
+On a GPU, in 16 bits: torch's own FlashAttention (`varlen_attn`) where the installed torch has what
+is needed, else the `flash-attn` package where that is installed. On a GPU otherwise, since
+FlashAttention knows 16 bits only: sdpa. On a CPU: sdpa sequence by
 sequence, and two batched matrix products for one token of each sequence.
 
 Shapes: T tokens of packed sequences, B sequences with one new token each, S slots of W positions,
@@ -32,13 +33,13 @@ class PackedAttention:
     """Causal attention within each of the sequences of these `lengths`, which lie one after the
     other. Tokens after the last sequence are padding and come out as zeros."""
 
-    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+    def __init__(self, lengths: Sequence[int], device: torch.device, dtype: torch.dtype) -> None:
         self.lengths = list(lengths)
         self.tokens, self.longest = sum(lengths), max(lengths)
         ends = torch.tensor([0, *lengths]).cumsum(0)
         self.bounds = ends.to(device, torch.int32)
         self.flash: Callable[..., Tensor] | None = None
-        if device.type == "cuda":
+        if device.type == "cuda" and dtype.itemsize == 2:
             self.flash = self._torch_flash() or self._package_flash()
 
     def __call__(
@@ -112,13 +113,14 @@ class SlotAttention:
     """One query token for each of the slots 0 … B−1, which attends to the first `used_B` (int32)
     positions of its slot, its own the last of them. No `used_B` exceeds `width`."""
 
-    def __init__(self, used_B: Tensor, width: int) -> None:
+    def __init__(self, used_B: Tensor, width: int, dtype: torch.dtype) -> None:
         self.used_B = used_B
         self.width = width
         self.biases: dict[int | None, Tensor] = {}
         self.attend: Callable[..., Tensor] = self._products
         if used_B.device.type == "cuda":
-            self.attend = self._torch_flash() or self._package_flash() or self._sdpa
+            flash = (self._torch_flash() or self._package_flash()) if dtype.itemsize == 2 else None
+            self.attend = flash or self._sdpa
 
     def __call__(
         self,

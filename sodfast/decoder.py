@@ -207,7 +207,7 @@ class Cache:
         token_N = (start_S.repeat_interleave(length_S) + position_N).to(device)
         slot_N = slot_S.repeat_interleave(length_S).to(device)
         position_N = position_N.to(device)
-        packed = PackedAttention(lengths, device)
+        packed = PackedAttention(lengths, device, self.decoder.embedding.dtype)
 
         def attend(index: int, q_TAD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
             for cached_SWKD, new_TKD in zip(self.layers[index], (k_TKD, v_TKD), strict=True):
@@ -223,7 +223,7 @@ class Cache:
         kernel reads the lengths themselves, takes any bound."""
         row_B = torch.arange(len(length_B), device=length_B.device)
         position_B = length_B.long()
-        attention = SlotAttention(length_B + 1, width)
+        attention = SlotAttention(length_B + 1, width, self.decoder.embedding.dtype)
 
         def attend(index: int, q_BAD: Tensor, k_BKD: Tensor, v_BKD: Tensor) -> Tensor:
             keys_SWKD, values_SWKD = self.layers[index]

@@ -114,6 +114,9 @@ MISTAKES = {
     "not a number": (["optimizer.lr=.nan"], ["optimizer.lr"]),
     "no siblings": (["rollout.samples_per_prompt=1"], ["samples_per_prompt", "teacher.context"]),
     "an uneven cut": (["optimizer.updates_per_step=3"], ["updates_per_step", "divide"]),
+    "no room for an answer": (["rollout.max_new_tokens=0"], ["rollout.max_new_tokens"]),
+    "unknown engine": (["rollout.engine=fast"], ["rollout.engine", "native"]),
+    "an empty stop string": (["task.stop=['']"], ["task.stop"]),
     "no equals sign": (["steps=3", "oops"], ["oops", "key=value"]),
     "missing configuration": (["nowhere.yaml"], ["nowhere.yaml"]),
     "empty configuration": (["empty.yaml"], ["empty.yaml"]),
@@ -155,6 +158,28 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
     arguments, named = MISTAKES[name]
     refused(cli("train", *arguments), *named)
     assert tree(here) == before
+
+
+ROLLOUTS = {
+    "rollout.max_new_tokens=40000": ["rollout.max_new_tokens=40000", "32768 positions"],
+    "rollout.cache_gib=1e-6": ["rollout.max_new_tokens", "rollout.cache_gib"],
+    "rollout.engine=vllm": ["pip install 'sodfast[vllm]'"],
+}
+
+
+@pytest.mark.parametrize("override", ROLLOUTS)
+def test_rollouts_that_cannot_run_are_refused_before_work(
+    cli: Command,
+    here: Path,
+    tiny_run: list[str],
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    override: str,
+) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    refused(cli("train", *tiny_run, "out=run", override), *ROLLOUTS[override])
+    refused(cli("eval", str(tiny_model), override), *ROLLOUTS[override])
+    assert tree(here) == {}
 
 
 def test_an_out_that_cannot_be_written(cli: Command, tiny_run: list[str]) -> None:

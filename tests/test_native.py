@@ -256,6 +256,48 @@ def test_what_the_forward_does_not_know_is_named() -> None:
     assert "model.layers.1.mlp.up_proj is a Sequential" in str(unsupported(network))
 
 
+# ---------------------------------------------------------------- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_gpu_in_fp32_draws_what_generate_draws_there(name: str) -> None:
+    model = tiny(name)
+    model.network.to("cuda")
+    prompts = ragged(20)
+    for sampling in ({"temperature": 0.0}, {"temperature": 0.8}, {"top_p": 0.9}):
+        ours = answer(NativeEngine(model, 7), prompts, 60, **sampling)
+        theirs = answer(HFEngine(model, 64), prompts, 60, **sampling)
+        for a, b in zip(ours, theirs, strict=True):
+            assert a.response.equal(b.response)
+            torch.testing.assert_close(a.logprob, b.logprob, rtol=0, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_repeats_itself_within_a_bucket(dtype: torch.dtype) -> None:
+    """8 slots throughout: the same graph, whichever the company. In bf16 FlashAttention runs,
+    and a teacher-forced forward agrees to its rounding."""
+    model = tiny("qwen3")
+    model.network.to("cuda", dtype)
+    prompts = [prompt for prompt in ragged(16, longest=40) for _ in range(2)]
+    together = answer(NativeEngine(model, 8), prompts, 50)
+    assert equal_bits(answer(NativeEngine(model, 8), prompts, 50), together)
+    order = torch.randperm(32, generator=torch.Generator().manual_seed(1)).tolist()
+    shuffled = NativeEngine(model, 8).generate(
+        [prompts[index] for index in order], order, Sampling(1.0, 1.0, 50), Draws(2**63 + 11, 4)
+    )
+    same = [a.response.equal(together[i].response) for a, i in zip(shuffled, order, strict=True)]
+    assert sum(same) >= (32 if dtype == torch.float32 else 24)
+    for sample in together[:8]:
+        ids = torch.cat([sample.prompt, sample.response]).cuda()
+        with torch.no_grad():
+            logits = model.network(ids[None]).logits[0, len(sample.prompt) - 1 : -1].float()
+        expected = logits.log_softmax(-1).gather(1, sample.response.cuda()[:, None])[:, 0].cpu()
+        atol = 1e-4 if dtype == torch.float32 else 0.1
+        torch.testing.assert_close(sample.logprob, expected, rtol=0, atol=atol)
+
+
 # ---------------------------------------------------------------- attention
 
 
@@ -275,7 +317,7 @@ def test_packed_attention_keeps_sequences_apart(kv_heads: int, window: int | Non
     total = sum(lengths) + padding
     q = torch.randn(total, 4, 8, generator=generator)
     k, v = torch.randn(2, total, kv_heads, 8, generator=generator)
-    attended = PackedAttention(lengths, torch.device("cpu"))(q, k, v, 0.3, window)
+    attended = PackedAttention(lengths, torch.device("cpu"), q.dtype)(q, k, v, 0.3, window)
     assert attended.shape == q.shape and not attended[sum(lengths) :].any()
     start = 0
     for length in lengths:
@@ -297,7 +339,7 @@ def test_slot_attention_sees_what_is_cached(kernel: str, window: int | None) -> 
     keys = torch.randn(6, 2, 8, 16, generator=generator).permute(0, 3, 1, 2)
     values = torch.randn(6, 2, 16, 8, generator=generator).transpose(1, 2)
     q = torch.randn(4, 4, 8, generator=generator)
-    attention = SlotAttention(used, 12)
+    attention = SlotAttention(used, 12, q.dtype)
     attention.attend = getattr(attention, kernel)
     attended = attention(q, keys, values, 0.4, window)
     for row, count in enumerate(used.tolist()):
