@@ -49,7 +49,7 @@ def sample_tokens(
     noise: Tensor | None = None,
     backend: str = "auto",
 ) -> SampledTokens:
-    """One token for each row, with its log-prob and the entropy of what it was drawn from.
+    """One token for each row, with log-prob and entropy of the softmax before truncation.
 
     Never reads a value back from a GPU, so it can be captured in a CUDA graph: `sample` and
     `position` are then read anew at every replay, everything else is constant.
@@ -89,8 +89,10 @@ def sample_tokens(
     if noise is not None:
         if triton:
             raise ValueError('noise is for backend="torch": the kernel makes its own')
-        if noise.shape != logits.shape or noise.dtype != torch.float32:
-            raise ValueError(f"noise must be fp32 {tuple(logits.shape)}, of gumbel_noise")
+        if (noise.shape, noise.device) != (logits.shape, logits.device):
+            raise ValueError(f"noise must have shape {tuple(logits.shape)}, on {logits.device}")
+        if noise.dtype != torch.float32:
+            raise ValueError(f"noise must be fp32, got {noise.dtype}")
     # torch.compile needs the op; a plain call is cheaper without its dispatch.
     call = _sample_op if torch.compiler.is_compiling() else _sample
     return SampledTokens(

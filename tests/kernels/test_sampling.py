@@ -320,6 +320,7 @@ def test_rows_further_apart_than_32_bits_count():
         ("top_k", {"top_k": True}),
         ("backend", {"backend": "cuda"}),
         ("noise", {"noise": torch.zeros(2, 5)}),
+        ("noise", {"noise": torch.zeros(2, 4).double()}),
         ("noise", {"noise": torch.zeros(2, 4), "backend": "triton"}),
     ],
 )
