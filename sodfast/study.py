@@ -110,7 +110,10 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     """
     try:
         values = OmegaConf.to_container(_read(path), resolve=True)
+        json.dumps(values)
         study = Study.model_validate(values)
+    except TypeError as error:  # YAML has dates and bytes
+        raise UsageError(f"{path}: {error}: write numbers, texts, lists and mappings") from error
     except OmegaConfBaseException as error:
         raise UsageError(f"{path}: {' '.join(str(error).split())}") from error
     except ValidationError as error:

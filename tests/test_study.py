@@ -263,6 +263,7 @@ TEXTS = {
     "a list": "- base\n",
     "broken": "base: [lab\naxes: }",
     "a key twice": "base: lab\naxes: {seed: [0], seed: [1]}\n",
+    "bytes": "base: lab\naxes: {log.project: [!!binary aGk=]}\n",
     "numbers as keys": "base: lab\naxes: {1: [0]}\n",
     "an unknown reference": "base: lab\naxes: {seed: ['${nothing}']}\n",
 }
