@@ -3,10 +3,10 @@
     python bench/gpu_suite.py
 
 First the correctness that only a GPU can show (compiled kernels against the fp64 definition), then
-the benches of objective, parameters and sampling. Writes objective.json, parameters.json,
-sampling.json and suite.json to $OUT (bench/results/<gpu>/ if unset), and suite.png if matplotlib is
-installed. The last line is JSON: the targets, what was measured, and whether each is met. Exit code
-1 if one is missed.
+the benches of objective, parameters, sampling and rollouts. Writes objective.json, parameters.json,
+sampling.json, rollout.json and suite.json to $OUT (bench/results/<gpu>/ if unset), and suite.png if
+matplotlib is installed. The last line is JSON: the targets, what was measured, and whether each is
+met. Exit code 1 if one is missed.
 """
 
 import json
@@ -21,6 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 import bench_objective
 import bench_parameters
+import bench_rollout
 import bench_sampling
 from sodfast_kernels import linear_distillation_loss, reference, sample_tokens
 
@@ -199,7 +200,10 @@ def main() -> int:
     torch.cuda.empty_cache()
     sampling = bench_sampling.measure(progress)
     (folder / "sampling.json").write_text(json.dumps(sampling, indent=1))
-    targets = judge(objective, parameters, sampling, error, other_tokens)
+    torch.cuda.empty_cache()
+    rollout = bench_rollout.measure_gpu(progress)  # last: it caps the memory of the process
+    (folder / "rollout.json").write_text(json.dumps(rollout, indent=1))
+    targets = judge(objective, parameters, sampling, error, other_tokens) + rollout["targets"]
     (folder / "suite.json").write_text(json.dumps(targets, indent=1))
     if find_spec("matplotlib"):
         plot(objective, folder / "suite.png")

@@ -1,0 +1,628 @@
+"""Rollouts: the native engine against `generate`, continuous batching, and the bandwidth roofline.
+
+    python bench/bench_rollout.py      (or make bench; the last line is JSON; exit 1: target missed)
+
+On a CPU, in the threads of the lab:
+* the lab's rollout phase, 16 prompts × 4 samples of its start model: native, our hf engine, and
+  `generate` used plainly, with its own sampling and no scores;
+* long-tailed lengths, 64 prompts: an output head of zeros makes all V tokens equally likely in
+  every state, so answers end after a geometric number of tokens, whatever the engine. The native
+  engine draws the lengths, and its rivals are made to end each answer at the same one. (Continuous
+  batching is told each request's length, which no rollout knows, and sets itself up in each call.)
+
+On a GPU, at the shape of Qwen3-8B in bf16 with random weights, within 80 GB:
+* milliseconds of a decode step under the CUDA graph, 64 slots at 2k and 128 at 1.5k positions,
+  against weights and cache read once at the bandwidth measured in the same run;
+* tokens a second of whole answers beside `generate` and continuous batching;
+* one layer's attention by torch's FlashAttention 2, and FlashAttention 4 where it is installed;
+* correctness that only a GPU can show: tokens equal to `generate`'s, samples that do not depend on
+  their batch, and the error of bf16 against that of transformers.
+Writes rollout.json to $OUT (bench/results/<gpu>/ if unset).
+
+All cases take turns in each round; medians. Peers that do not run are listed with the reason.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sodfast.attention import SlotAttention
+from sodfast.config import load_config
+from sodfast.decoder import Cache
+from sodfast.model import LanguageModel
+from sodfast.native import NativeEngine, _Batch, _width
+from sodfast.rollout import Draws, HFEngine, Sampling, _generating_as
+from sodfast.rundir import environment
+
+Progress = Callable[[str], None]
+# What one turn of a case gives: its seconds and the tokens it answered with.
+Turn = Callable[[int], tuple[float, int]]
+# Pays a rival's first call, which compiles and allocates.
+WARM_UP = 1
+CPU_TARGETS = {"lab": 1.5, "long tail": 2.0}
+ROOFLINE_SHARE = 0.70
+# Tokens of a block of transformers' paged cache (its default), and the patience with its answers.
+PAGE, RIVAL_SECONDS = 256, 300
+GPU_BYTES = 80e9
+
+
+def clock(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def take_turns(cases: dict[str, Turn], rounds: int, ours: str = "native") -> dict[str, Any]:
+    """Medians of seconds and of tokens a second; a rival's failure is its result."""
+    found: dict[str, list[tuple[float, int]]] = {name: [] for name in cases}
+    failed: dict[str, str] = {}
+    for number in range(WARM_UP + rounds):
+        for name, case in cases.items():
+            if name in failed:
+                continue
+            try:
+                turn = case(number)
+            except Exception as reason:  # a rival's fault must not hide the others' times
+                if name == ours:
+                    raise
+                failed[name] = f"{type(reason).__name__}: {reason}"[:300]
+                continue
+            if number >= WARM_UP:
+                found[name].append(turn)
+    rows: dict[str, Any] = {name: {"failed": reason} for name, reason in failed.items()}
+    for name, turns in found.items():
+        if name not in failed:
+            rows[name] = {
+                "seconds": median(seconds for seconds, _ in turns),
+                "tokens_per_second": median(tokens / seconds for seconds, tokens in turns),
+            }
+    for name, row in rows.items():
+        if name != ours and "failed" not in row:
+            row["ours_is_faster"] = rows[ours]["tokens_per_second"] / row["tokens_per_second"]
+    return rows
+
+
+def timed(device: torch.device, answer: Callable[[], Sequence[int]]) -> tuple[float, int]:
+    """Seconds of `answer`, and the sum of the lengths that it returns."""
+    start = clock(device)
+    lengths = answer()
+    return clock(device) - start, sum(lengths)
+
+
+# ---------------------------------------------------------------- the ways to answer
+
+
+def by_engine(
+    engine: NativeEngine | HFEngine, prompts: Sequence[Tensor], tokens: int
+) -> Callable[[int], list[int]]:
+    """Lengths of a sample of each prompt; the turn is the step of the key."""
+
+    def answer(turn: int) -> list[int]:
+        sampling = Sampling(1.0, 1.0, tokens)
+        samples = engine.generate(prompts, range(len(prompts)), sampling, Draws(1, turn))
+        return [len(sample.response) for sample in samples]
+
+    return answer
+
+
+def by_generate(
+    model: LanguageModel,
+    prompts: Sequence[Tensor],
+    tokens: int,
+    lengths: Sequence[int] | None = None,
+) -> Callable[[int], list[int]]:
+    """`generate` as a user would call it. With `lengths` every answer ends there and an EOS token
+    is a token like others; without, it ends at an EOS token or the cap."""
+    from transformers import StoppingCriteriaList
+
+    width = max(len(prompt) for prompt in prompts)
+    input_ids = torch.full((len(prompts), width), model.pad_id)
+    mask = torch.zeros_like(input_ids)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, width - len(prompt) :] = prompt
+        mask[row, width - len(prompt) :] = 1
+    ends = None if lengths is None else torch.tensor(lengths, device=model.device)
+
+    def ended(input_ids: Tensor, scores: Tensor, **others: Any) -> Tensor:
+        return input_ids.shape[1] - width >= ends
+
+    config = plain_config(model, tokens, ends_at_eos=ends is None)
+
+    def answer(turn: int) -> list[int]:
+        torch.manual_seed(turn)
+        with _generating_as(model.network, config):
+            found = model.network.generate(
+                input_ids=input_ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                stopping_criteria=StoppingCriteriaList([] if ends is None else [ended]),
+            )[:, width:].cpu()
+        if lengths is not None:
+            assert found.shape[1] == max(lengths)
+            return list(lengths)
+        stops = torch.isin(found, torch.tensor(model.eos_ids))
+        return [int(row.nonzero()[0]) + 1 if row.any() else len(row) for row in stops]
+
+    return answer
+
+
+def by_continuous_batching(
+    model: LanguageModel,
+    prompts: Sequence[Tensor],
+    tokens: int,
+    lengths: Sequence[int] | None = None,
+) -> Callable[[int], list[int]]:
+    """transformers' own continuous batching; with `lengths` each request's cap is its length."""
+    from transformers.generation import ContinuousBatchingConfig
+
+    asked = [prompt.tolist() for prompt in prompts]
+    caps = [tokens] * len(asked) if lengths is None else list(lengths)
+
+    config = plain_config(model, tokens, ends_at_eos=lengths is None)
+    blocks = batch = None  # as transformers chooses: on a CPU far more than this needs
+    if model.device.type == "cpu":
+        longest = max(len(ids) + cap for ids, cap in zip(asked, caps, strict=True))
+        blocks, batch = len(asked) * (longest // PAGE + 1), 1024
+
+    def answer(turn: int) -> list[int]:
+        deadline = time.monotonic() + RIVAL_SECONDS
+        with (
+            _generating_as(model.network, config),
+            model.network.continuous_batching_context_manager(
+                generation_config=config,
+                continuous_batching_config=ContinuousBatchingConfig(
+                    page_size=PAGE, num_blocks=blocks, max_batch_tokens=batch, seed=turn
+                ),
+                block=True,
+                timeout=5,
+            ) as manager,
+        ):
+            names = [
+                manager.add_request(ids, max_new_tokens=cap)
+                for ids, cap in zip(asked, caps, strict=True)
+            ]
+            results: dict[str, Any] = {}
+            while len(results) < len(names):
+                result = manager.get_result(timeout=1)
+                if result is not None and result.is_finished():
+                    results[result.request_id] = result
+                elif not manager.is_running():
+                    raise RuntimeError("its thread ended before the answers did")
+                elif time.monotonic() > deadline:
+                    raise RuntimeError(f"no answers after {RIVAL_SECONDS} s")
+        errors = [result.error for result in results.values() if result.error is not None]
+        if errors:
+            raise RuntimeError(f"{len(errors)} answers failed or were truncated: {errors[0]}")
+        found = [len(results[name].generated_tokens) for name in names]
+        if lengths is not None:
+            assert found == caps
+        return found
+
+    return answer
+
+
+def plain_config(model: LanguageModel, tokens: int, ends_at_eos: bool) -> Any:
+    from transformers import GenerationConfig
+
+    return GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=tokens,
+        eos_token_id=list(model.eos_ids) if ends_at_eos else None,
+        pad_token_id=model.pad_id,
+    )
+
+
+# ---------------------------------------------------------------- on a CPU
+
+
+def lab_phase(rounds: int, progress: Progress) -> dict[str, Any]:
+    """One step's rollouts of the lab's default run."""
+    from sodfast.model import to_ids
+    from sodfast.session import build_model, pick_device
+    from sodfast.tasks import build_task
+
+    config = load_config(None, ["device=cpu"])
+    progress("building the lab (cached after the first time)")
+    model = build_model(config, pick_device("cpu"))
+    torch.set_num_threads(config.threads or torch.get_num_threads())
+    questions = build_task(config.task).train[: config.rollout.prompts_per_step]
+    prompts = [
+        to_ids(model.encode_question(question))
+        for question in questions
+        for _ in range(config.rollout.samples_per_prompt)
+    ]
+    tokens = config.rollout.max_new_tokens
+    answers = {
+        "native": by_engine(NativeEngine(model, config.rollout.batch_size), prompts, tokens),
+        "generate": by_generate(model, prompts, tokens),
+        "hf": by_engine(HFEngine(model, config.rollout.batch_size), prompts, tokens),
+    }
+    cases = {name: as_turn(model.device, answer) for name, answer in answers.items()}
+    return take_turns(cases, rounds)
+
+
+def as_turn(device: torch.device, answer: Callable[[int], list[int]]) -> Turn:
+    return lambda turn: timed(device, lambda: answer(turn))
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Qwen3; the default is Qwen3-8B (its config.json)."""
+
+    hidden: int = 4096
+    inner: int = 12_288
+    layers: int = 36
+    heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    vocabulary: int = 151_936
+    positions: int = 40_960
+
+
+LAB_SHAPE = Shape(128, 384, 3, 4, 4, 32, 32, 1024)
+TINY_SHAPE = Shape(64, 128, 2, 4, 2, 32, 97, 512)
+
+
+def build(shape: Shape, device: torch.device, dtype: torch.dtype, spread: float) -> LanguageModel:
+    """Random weights of standard deviation `spread`, made on the device. EOS is token 1."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(
+        hidden_size=shape.hidden,
+        intermediate_size=shape.inner,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        vocab_size=shape.vocabulary,
+        max_position_embeddings=shape.positions,
+        initializer_range=spread,
+        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
+        tie_word_embeddings=False,
+        eos_token_id=1,
+        pad_token_id=0,
+        bos_token_id=None,
+    )
+    before = torch.get_default_dtype()
+    torch.manual_seed(0)
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            network = Qwen3ForCausalLM(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+    # Answers stay token ids here, so there is no tokenizer.
+    return LanguageModel(network, None, (1,), 0)
+
+
+def random_prompts(count: int, length: int, shape: Shape) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return list(torch.randint(2, shape.vocabulary, (count, length), generator=generator))
+
+
+@torch.no_grad()
+def long_tail(rounds: int, count: int = 64, shape: Shape = LAB_SHAPE) -> dict[str, Any]:
+    """Answers of geometric length, mean `shape.vocabulary`, cap ten times that."""
+    model = build(shape, torch.device("cpu"), torch.float32, 0.02)
+    model.head.zero_()
+    cap = 10 * shape.vocabulary
+    prompts = random_prompts(count, 12, shape)
+    ours = by_engine(NativeEngine(model, count), prompts, cap)
+    drawn: dict[int, list[int]] = {}  # the lengths of each turn, by the engine that goes first
+
+    def native(turn: int) -> tuple[float, int]:
+        start = clock(model.device)
+        drawn[turn] = ours(turn)
+        return clock(model.device) - start, sum(drawn[turn])
+
+    def forced(way: Callable[..., Callable[[int], list[int]]]) -> Turn:
+        def case(turn: int) -> tuple[float, int]:
+            answer = way(model, prompts, cap, drawn[turn])
+            return timed(model.device, lambda: answer(turn))
+
+        return case
+
+    rows = take_turns(
+        {
+            "native": native,
+            "generate": forced(by_generate),
+            "continuous batching": forced(by_continuous_batching),
+            "hf": as_turn(model.device, by_engine(HFEngine(model, count), prompts, cap)),
+        },
+        rounds,
+    )
+    measured = [drawn[turn] for turn in range(WARM_UP, WARM_UP + rounds)]
+    mean = sum(map(sum, measured)) / (count * rounds)
+    return {"mean_length": mean, "longest": [max(lengths) for lengths in measured], "cases": rows}
+
+
+def measure_cpu(progress: Progress, rounds: int = 9) -> dict[str, Any]:
+    lab = lab_phase(rounds, progress)
+    tail = long_tail(rounds)
+    for title, rows in (("lab", lab), ("long tail", tail["cases"])):
+        for name, row in rows.items():
+            progress(f"{title}: {name}: {json.dumps(row)}")
+    targets = [
+        target(f"{title}: native over generate", rows["generate"]["ours_is_faster"], least)
+        for (title, least), rows in zip(CPU_TARGETS.items(), (lab, tail["cases"]), strict=True)
+    ]
+    return {
+        "lab": lab,
+        "long_tail": tail,
+        "rounds": rounds,
+        "targets": targets,
+        "environment": environment(torch.get_num_threads(), "cpu"),
+    }
+
+
+def target(name: str, value: float, limit: float, at_most: bool = False) -> dict[str, Any]:
+    met = value <= limit if at_most else value >= limit
+    return {"target": name, "value": value, "limit": limit, "at_most": at_most, "met": met}
+
+
+# ---------------------------------------------------------------- on a GPU
+
+
+def bandwidth(device: torch.device, size: int) -> dict[str, float]:
+    """Bytes a second of a copy (read and written) and of a read, over buffers of `size` bytes."""
+    source = torch.ones(size // 2, dtype=torch.bfloat16, device=device)
+    result = torch.empty_like(source)
+    rates = {}
+    for name, moved, run in (
+        ("copy", 2 * size, lambda: result.copy_(source)),
+        ("read", size, lambda: source.view(-1, 4096).amax(1)),
+    ):
+        run()
+        times = []
+        for _ in range(7):
+            start = clock(device)
+            for _ in range(4):
+                run()
+            times.append((clock(device) - start) / 4)
+        rates[name] = moved / median(times)
+    return rates
+
+
+@torch.no_grad()
+def decode_step(
+    model: LanguageModel, slots: int, context: int, steps: int, rates: dict[str, float]
+) -> dict[str, Any]:
+    """A decode step with all slots alive, `context` positions cached on average."""
+    vocabulary = model.head.shape[0]
+    shape = Shape(vocabulary=vocabulary)
+    prompts = random_prompts(slots, context - steps // 2, shape)
+    calls = steps // 8 if model.device.type == "cuda" else steps
+    width = _width(context + 2 * steps)
+    sampling = Sampling(1.0, 1.0, width - len(prompts[0]))
+    # An id that no token has: a slot that idles would read the cache at a standstill.
+    endless = LanguageModel(model.network, None, (-1,), model.pad_id)
+    batch = _Batch(endless, slots, width, sampling, Draws(1, 1), None)
+    batch.admit(list(range(slots)), prompts, list(range(slots)))
+    batch.decode()  # captures the graph
+    before, start = int(batch.count[0]), clock(model.device)
+    cached = int(batch.cached[0])
+    for _ in range(calls):
+        batch.decode()
+    taken, drawn = clock(model.device) - start, int(batch.count[0]) - before
+    # What every step reads: all weights but the embedding's unused rows, and the filled cache.
+    weights = sum(p.numel() * p.element_size() for p in model.network.parameters())
+    embedding = model.network.get_input_embeddings().weight
+    if embedding is not model.head:
+        weights -= embedding.numel() * embedding.element_size()
+    positions = cached + (drawn + 1) / 2
+    read = weights + slots * positions * Cache.bytes_per_token(model.network)
+    step = taken / drawn
+    return {
+        "slots": slots,
+        "positions": positions,
+        "milliseconds": 1e3 * step,
+        "tokens_per_second": slots / step,
+        "bytes": read,
+        "share_of_roofline": read / max(rates.values()) / step,
+    }
+
+
+@torch.no_grad()
+def attention_cases(device: torch.device, slots: int, context: int, layers: int) -> dict[str, Any]:
+    """Milliseconds of one layer's decode attention, and its share of a read, by implementation.
+
+    `layers` caches take turns, so none of them is found in the GPU's L2."""
+    shape = Shape()
+    used = torch.full((slots,), context, dtype=torch.int32, device=device)
+    size = (slots, context, shape.kv_heads, shape.head_dim)
+    caches = [
+        tuple(torch.randn(size, device=device, dtype=torch.bfloat16) for _ in range(2))
+        for _ in range(layers)
+    ]
+    query = torch.randn(slots, shape.heads, shape.head_dim, device=device, dtype=torch.bfloat16)
+
+    def run() -> Tensor:
+        attention = SlotAttention(used, context, query.dtype)
+        attended = [attention(query, *cache, shape.head_dim**-0.5) for cache in caches]
+        return attended[-1]
+
+    expected = run()
+    rows = {"FA2": attention_time(run, device, layers, caches)}
+    if find_spec("flash_attn") is None or find_spec("flash_attn.cute") is None:
+        rows["FA4"] = {"failed": "flash-attn-4 is not installed"}
+        return rows
+    from torch.nn.attention import activate_flash_attention_impl, restore_flash_attention_impl
+
+    try:
+        activate_flash_attention_impl("FA4")
+        torch.testing.assert_close(run(), expected, rtol=2e-2, atol=2e-2)
+        rows["FA4"] = attention_time(run, device, layers, caches)
+    except Exception as reason:  # a pre-release: its fault is its result
+        rows["FA4"] = {"failed": f"{type(reason).__name__}: {reason}"[:300]}
+    finally:
+        restore_flash_attention_impl()
+    return rows
+
+
+def attention_time(
+    run: Callable[[], Tensor], device: torch.device, layers: int, caches: Sequence[Any]
+) -> dict[str, Any]:
+    run()
+    times = []
+    for _ in range(7):
+        start = clock(device)
+        run()
+        times.append((clock(device) - start) / layers)
+    taken = median(times)
+    moved = sum(tensor.numel() * tensor.element_size() for tensor in caches[0])
+    return {"milliseconds": 1e3 * taken, "gigabytes_per_second": moved / taken / 1e9}
+
+
+def whole_answers(
+    model: LanguageModel, slots: int, prompt: int, tokens: int, rounds: int
+) -> dict[str, Any]:
+    """Tokens a second of `slots` answers of `tokens` tokens after prompts of `prompt`."""
+    prompts = random_prompts(slots, prompt, Shape(vocabulary=model.head.shape[0]))
+    lengths = [tokens] * slots
+    endless = LanguageModel(model.network, None, (-1,), model.pad_id)
+    answers = {
+        "native": by_engine(NativeEngine(endless, slots), prompts, tokens),
+        "generate": by_generate(model, prompts, tokens, lengths),
+        "continuous batching": by_continuous_batching(model, prompts, tokens, lengths),
+    }
+    cases = {name: as_turn(model.device, answer) for name, answer in answers.items()}
+    return take_turns(cases, rounds)
+
+
+def check_equality(device: torch.device) -> list[dict[str, Any]]:
+    """Greedy tokens in fp32 against `generate`, and the error of sampled log-probs in bf16 against
+    that of transformers' own bf16 forward on the same tokens."""
+    model = build(TINY_SHAPE, device, torch.float32, 0.3)
+    prompts = [*random_prompts(7, 9, TINY_SHAPE), *random_prompts(6, 30, TINY_SHAPE)]
+    tokens = [
+        [
+            one.response
+            for one in engine.generate(prompts, range(13), Sampling(0.0, 1.0, 100), Draws(1, 1))
+        ]
+        for engine in (NativeEngine(model, 4), HFEngine(model, 16))
+    ]
+    equal = sum(a.equal(b) for a, b in zip(*tokens, strict=True)) / len(prompts)
+
+    half = build(TINY_SHAPE, device, torch.bfloat16, 0.3)
+    model.network.load_state_dict(half.network.state_dict())
+    samples = NativeEngine(half, 8).generate(
+        prompts, range(13), Sampling(1.0, 1.0, 100), Draws(1, 1)
+    )
+    ours, theirs = 0.0, 0.0
+    for one in samples:
+        exact, peer = (forced_logprob(which, one.prompt, one.response) for which in (model, half))
+        ours += float((one.logprob - exact).abs().sum())
+        theirs += float((peer - exact).abs().sum())
+    return [
+        target("greedy answers equal to generate's, fp32", equal, 1.0),
+        target("error of log-probs over transformers', bf16", ours / theirs, 2.0, at_most=True),
+    ]
+
+
+@torch.no_grad()
+def forced_logprob(model: LanguageModel, prompt: Tensor, response: Tensor) -> Tensor:
+    ids = torch.cat([prompt, response]).to(model.device)
+    logits_LV = model.network(ids[None]).logits[0, len(prompt) - 1 : -1].float()
+    return logits_LV.log_softmax(-1).gather(1, ids[len(prompt) :, None])[:, 0].cpu()
+
+
+def check_repeatability(device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """Samples in batches of one bucket, 40 of them alone, in another order, and among others."""
+    model = build(TINY_SHAPE, device, dtype, 0.3)
+    endless = LanguageModel(model.network, None, (-1,), model.pad_id)  # all end at the cap
+    prompts = random_prompts(60, 20, TINY_SHAPE)
+
+    def answers(order: Sequence[int]) -> dict[int, tuple[Tensor, Tensor]]:
+        samples = NativeEngine(endless, 64).generate(
+            [prompts[number] for number in order], order, Sampling(1.0, 0.9, 60), Draws(1, 1)
+        )
+        return {n: (one.response, one.logprob) for n, one in zip(order, samples, strict=True)}
+
+    alone = answers(range(40))
+    same = []
+    for other in (answers(range(39, -1, -1)), answers(range(60)), answers(range(40))):
+        for number, pair in alone.items():
+            same.append(all(a.equal(b) for a, b in zip(pair, other[number], strict=True)))
+    return [target("samples equal bit for bit in one bucket", sum(same) / len(same), 1.0)]
+
+
+def measure_gpu(progress: Progress) -> dict[str, Any]:
+    device = torch.device("cuda")
+    total = torch.cuda.get_device_properties(device).total_memory
+    if total > GPU_BYTES:
+        torch.cuda.set_per_process_memory_fraction(GPU_BYTES / total)
+    targets = check_equality(device) + check_repeatability(device, torch.bfloat16)
+    for row in targets:
+        progress(json.dumps(row))
+    rates = bandwidth(device, 4 << 30)
+    progress(f"bytes a second: {json.dumps(rates)}")
+    attention = attention_cases(device, 64, 2048, layers=8)
+    progress(f"decode attention, 64 × 2048: {json.dumps(attention)}")
+    torch.cuda.empty_cache()
+    model = build(Shape(), device, torch.bfloat16, 0.02)
+    steps = []
+    for slots, context in ((64, 2048), (128, 1536)):
+        row = decode_step(model, slots, context, 128, rates)
+        steps.append(row)
+        progress(json.dumps(row))
+        name = f"{slots} slots at {context}: share of the roofline"
+        targets.append(target(name, row["share_of_roofline"], ROOFLINE_SHARE))
+        torch.cuda.empty_cache()
+    answers = whole_answers(model, slots=64, prompt=256, tokens=256, rounds=2)
+    for name, row in answers.items():
+        progress(f"64 answers of 256 tokens: {name}: {json.dumps(row)}")
+        if "ours_is_faster" in row:
+            targets.append(target(f"native over {name}", row["ours_is_faster"], 1.0))
+    peak = torch.cuda.max_memory_reserved(device)
+    targets.append(target("peak bytes", peak, GPU_BYTES, at_most=True))
+    return {
+        "device": torch.cuda.get_device_name(device),
+        "bytes_per_second": rates,
+        "attention": attention,
+        "decode_steps": steps,
+        "whole_answers": answers,
+        "targets": targets,
+        "environment": environment(torch.get_num_threads(), "cuda"),
+    }
+
+
+@pytest.mark.benchmark(group="rollout")
+def test_rollout(benchmark: Any) -> None:
+    benchmark.extra_info.update(
+        benchmark.pedantic(measure_cpu, args=(lambda text: None, 3), rounds=1, iterations=1)
+    )
+
+
+def main() -> int:
+    def progress(text: str) -> None:
+        print(text, flush=True)
+
+    if torch.cuda.is_available():
+        result = measure_gpu(progress)
+        folder = Path(__file__).parent / "results" / result["device"].replace(" ", "-")
+        folder = Path(os.environ.get("OUT", folder))
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "rollout.json").write_text(json.dumps(result, indent=1))
+    else:
+        result = measure_cpu(progress)
+    for row in result["targets"]:
+        progress(f"{'met   ' if row['met'] else 'MISSED'} {row['target']:55} {row['value']:.4g}")
+    print(json.dumps(result))
+    return 0 if all(row["met"] for row in result["targets"]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
