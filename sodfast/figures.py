@@ -55,6 +55,7 @@ GATES = {"isolation": "#8A8A8A", "reward": "#E69F00", "length": "#0072B2"}
 REFRESH, COLLAPSE = "#000000", "#D55E00"
 
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 9.6, 0.82, 2.15, 0.14, 0.5  # inches
+UNLABELLED = 0.2  # the right margin without labels
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "DejaVu Sans",  # comes with matplotlib: the layout is the same everywhere
@@ -536,8 +537,9 @@ def lane_figure(
 
 @dataclass(frozen=True)
 class Timeline:
-    """One run's checks: the steps at which each gate blocked, `every` apart; a gate that is
-    switched off is in `inactive`."""
+    """One run's checks, `every` steps apart: the steps at which each gate blocked. `run` is its
+    name, empty where it needs none; `inactive` are the gates that are switched off.
+    """
 
     run: str
     every: int
@@ -553,7 +555,8 @@ def gate_figure(name: str, runs: Sequence[Timeline], steps: int) -> str:
     row = 0.34
     height = row * len(runs) + 0.95
     with _figure(name, WIDTH, height) as figure:
-        axes = _add_axes(figure, right=_right(runs), top=0.42)
+        named = [run.run for run in runs if run.run]
+        axes = _add_axes(figure, right=RIGHT if named else UNLABELLED, top=0.42)
         for index, run in enumerate(runs):
             for lane, (gate, color) in enumerate(GATES.items()):
                 top = index + 0.06 + 0.3 * lane
@@ -586,10 +589,8 @@ def gate_figure(name: str, runs: Sequence[Timeline], steps: int) -> str:
         axes.hlines(range(len(runs) + 1), 0, max(steps, 1), color=GRID, lw=0.7)
         axes.set_ylim(len(runs), 0)
         axes.yaxis.tick_right()
-        axes.set_yticks(
-            [index + 0.5 for index in range(len(runs))],
-            [_clip(run.run, 32) if len(runs) > 1 else "" for run in runs],
-        )
+        at = [index + 0.5 for index in range(len(runs))]
+        axes.set_yticks(at, [_clip(run.run, 32) for run in runs])
         _gate_legend(figure, height)
         return _svg(figure, name, "Gates that blocked, over steps")
 
@@ -717,7 +718,7 @@ def _add_axes(
 
 def _right(items: Collection[Any]) -> float:
     """The right margin: room for labels, where there are several things to tell apart."""
-    return RIGHT if len(items) > 1 else 0.2
+    return RIGHT if len(items) > 1 else UNLABELLED
 
 
 def _finish_steps(axes: Axes, steps: int, label: str, xlabel: bool = True) -> None:
@@ -770,15 +771,16 @@ def _label_ends(
     unit = 1 / width  # an inch
     for (y, x, text, _, style), center in zip(placed, centers, strict=True):
         start = 1 + 0.12 * unit
-        if leader:
+        if leader:  # unlike any curve
             axes.plot(
                 [min(x, 1.0), start],
                 [y, center],
-                color=style.color,
-                lw=0.6,
-                alpha=0.6,
+                color=FAINT,
+                lw=0.7,
+                ls=(0, (1, 1.6)),
                 transform=axes.transAxes,
                 clip_on=False,
+                zorder=1,
             )
         axes.plot(
             [start, start + 0.15 * unit, start + 0.3 * unit],

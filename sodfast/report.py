@@ -211,7 +211,8 @@ class Report:
             found.append(
                 f"Against {self._baseline_label()}, the interval of the paired difference of the "
                 f"final score lies above zero for {_listed(above, 5)} and below zero for "
-                f"{_listed(below, 5)} (each interval for itself, {len(compared)} comparisons)."
+                f"{_listed(below, 5)} (each interval for itself, "
+                f"{len(compared)} comparison{'s' if len(compared) > 1 else ''})."
             )
         return found
 
@@ -407,7 +408,7 @@ class Report:
             schedule = run.config.schedule
             if not isinstance(schedule, CGTRConfig):
                 raise UsageError(f"{run.path}: events.jsonl has gates but the schedule has none")
-            name = f"{group.label}, seed {run.config.seed}" if not self.single else group.label
+            name = "" if self.single else f"{group.label}, seed {run.config.seed}"
             rows.append(
                 figures.Timeline(
                     run=name,
@@ -471,7 +472,8 @@ class Report:
             )
         return Exhibit(
             "Distance of student and teacher, and refresh shock",
-            "Top: ‖θ − φ‖₂ over all parameters after a step's update and before a refresh (trust "
+            ("Top: " if known else "")
+            + "‖θ − φ‖₂ over all parameters after a step's update and before a refresh (trust "
             "region: to the initial weights). "
             + self._band_note()
             + self._bin_note()
@@ -530,8 +532,8 @@ class Report:
                     f"Mean divergence of the {SPIKE_STEPS} steps after a refresh over that of the "
                     f"{SPIKE_STEPS} steps up to it, logarithmic. Above 1 the divergence rises "
                     "after the refresh: the paper's corrective spike. "
-                    f"{count} of {total} refreshes have a ratio: none with another refresh within "
-                    "these steps has." + self._thin_note(known),
+                    f"{count} of {total} refreshes have one: those without another refresh, or "
+                    "the run's end, within these steps." + self._thin_note(known),
                     [
                         figures.scatter_figure(
                             "spikes", "spike ratio", self._in_order(drawn), self.steps, ratio=True
@@ -718,7 +720,7 @@ class Report:
             mark = self.source.runs[0].collapse_step is not None
             return "One run; the dotted line marks its collapse." if mark else "One run."
         if not self._several:
-            return "One run per group (n = 1): no bands and no intervals."
+            return "One run per group (n = 1): no bands and no intervals." + self._loose_note()
         if len(self.groups) > figures.PANELS:
             return f"Lightness: mean over seeds ({self._counts()}), finished runs only."
         others = (
@@ -726,9 +728,16 @@ class Report:
         )
         return (
             f"Line: mean over seeds ({self._counts()}); band: 95 % interval of the mean "
-            "(Student's t), at each point for itself and cut at the plot's edge. Thin lines: "
-            f"unfinished runs, and runs that outlast the first of their group.{others}"
+            f"(Student's t), at each point for itself and cut at the plot's edge."
+            f"{self._loose_note()}{others}"
         )
+
+    def _loose_note(self) -> str:
+        """Where thin lines are drawn, what they are."""
+        uneven = any(len({run.last_step for run in one.runs}) > 1 for one in self.comparisons)
+        if all(run.finished for run in self.source.runs) and not uneven:
+            return ""
+        return " Thin lines: unfinished runs, and runs that outlast the first of their group."
 
     def _bin_note(self) -> str:
         width = self._width()
