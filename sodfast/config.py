@@ -257,7 +257,7 @@ def load_config(source: str | None, overrides: list[str]) -> Config:
     without `=`, an unknown key or a value that its key does not take.
     """
     layer = _read(source or "lab")
-    for key, value in _parse_overrides(overrides):
+    for key, value in parse_overrides(overrides):
         _set(layer, key, value)
     return validate(layer)
 
@@ -281,7 +281,7 @@ def validate(layer: DictConfig | dict[str, Any]) -> Config:
 def read_overrides(path: Path, overrides: list[str]) -> DictConfig:
     """A stored configuration with overrides applied, not yet validated."""
     layer = _read(str(path))
-    for key, value in _parse_overrides(overrides):
+    for key, value in parse_overrides(overrides):
         _set(layer, key, value)
     return layer
 
@@ -302,7 +302,7 @@ def _read(source: str) -> DictConfig:
     return layer
 
 
-def _parse_overrides(overrides: list[str]) -> list[tuple[str, Any]]:
+def parse_overrides(overrides: list[str]) -> list[tuple[str, Any]]:
     pairs = []
     for text in overrides:
         key, equals, _ = text.partition("=")

@@ -14,6 +14,7 @@ earlier one, and so the length of a response is something that training can move
 Suffixes of numeric names: B rows, T tokens, V vocabulary.
 """
 
+import fcntl
 import hashlib
 import itertools
 import json
@@ -250,8 +251,11 @@ def build(
     tokenizer = build_tokenizer()
     model = _new_model(config)
     if not path.exists() or not _load(model, path, key):
-        _warm_start(model, config, progress)
-        _save(model, path, key)
+        # The trials of a sweep start together, and one warm start is enough for all.
+        with _alone(directory) as waited:
+            if not (waited and path.exists() and _load(model, path, key)):
+                _warm_start(model, config, progress)
+                _save(model, path, key)
     return model.eval(), tokenizer
 
 
@@ -408,6 +412,23 @@ def _load(model: "Qwen3ForCausalLM", path: Path, key: str) -> bool:
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
     return True
+
+
+@contextmanager
+def _alone(directory: Path) -> Iterator[bool]:
+    """Hold a lock on a directory; True where another process held it before."""
+    directory.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            waited = False
+        except BlockingIOError:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            waited = True
+        yield waited
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -57,6 +57,19 @@ class Sample:
     capped: bool
 
 
+@dataclass(frozen=True)
+class ForeignSample(Sample):
+    """A sample of an engine with numerics of its own: `logprob` and `entropy` are the student's,
+    `sampler_logprob` [L] fp32 is what the engine drew with."""
+
+    sampler_logprob: Tensor
+
+
+def sampler_logprob(sample: Sample) -> Tensor:
+    """Log-probs [L] of a response by the engine that sampled it."""
+    return sample.sampler_logprob if isinstance(sample, ForeignSample) else sample.logprob
+
+
 class Engine(Protocol):
     """Something that answers prompts with the student's current weights."""
 

@@ -36,7 +36,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from sodfast.config import PRESETS, Config, _parse_overrides, load_config
+from sodfast.config import PRESETS, Config, load_config, parse_overrides
 from sodfast.errors import UsageError
 
 STUDIES = PRESETS / "studies"
@@ -122,7 +122,7 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     if not (PRESETS / f"{study.base}.yaml").is_file():
         study = study.model_copy(update={"base": str((path.parent / study.base).absolute())})
     joined = dict(_flatten(study.overrides))
-    for key, value in _parse_overrides(list(overrides)):
+    for key, value in parse_overrides(list(overrides)):
         joined |= dict(_flatten({key: _plain(value)}))
     study = study.model_copy(update={"overrides": joined})
     try:

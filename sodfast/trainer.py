@@ -37,14 +37,13 @@ from sodfast.evaluate import evaluate
 from sodfast.interrupt import Interrupted, Interruption
 from sodfast.model import LanguageModel, micro_batches, response_hidden, to_ids
 from sodfast.objective import group_advantages, micro_batch_loss, sequence_weights
-from sodfast.rollout import Draws, Engine, Sample, Sampling
+from sodfast.rollout import Draws, Engine, Sample, Sampling, sampler_logprob
 from sodfast.rundir import RunDirectory, fingerprint
 from sodfast.schedule import StepStatistics, build_schedule
 from sodfast.sinks import Logger
 from sodfast.streams import PromptOrder, Stream, draw_key, generator
 from sodfast.tasks import Question, Task
 from sodfast.teacher import Teacher, TeacherContext, TeacherScores, choose_demonstrations
-from sodfast.vllm_engine import sampler_logprob
 
 Status = Literal["done", "collapsed", "interrupted", "failed"]
 

@@ -26,7 +26,6 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,7 +36,15 @@ from torch import Tensor
 from sodfast.config import RolloutConfig
 from sodfast.errors import RunFailed, UsageError
 from sodfast.model import LanguageModel, micro_batches, response_hidden
-from sodfast.rollout import Draws, Progress, Sample, Sampling, check_prompts, stop_length
+from sodfast.rollout import (
+    Draws,
+    ForeignSample,
+    Progress,
+    Sample,
+    Sampling,
+    check_prompts,
+    stop_length,
+)
 
 # vLLM's sleep mode is CUDA's virtual memory management.
 DEVICES = ("cuda",)
@@ -50,14 +57,6 @@ MIN_TEMPERATURE = 0.01
 FORWARD_TOKENS = 16_384
 
 
-@dataclass(frozen=True)
-class ForeignSample(Sample):
-    """A sample of an engine with numerics of its own: `logprob` and `entropy` are the student's,
-    `sampler_logprob` [L] fp32 is what the engine drew with."""
-
-    sampler_logprob: Tensor
-
-
 class _Drawn(NamedTuple):
     """One answer as vLLM gave it, cut at its stop string."""
 
@@ -65,11 +64,6 @@ class _Drawn(NamedTuple):
     response: Tensor  # [L]
     logprob: Tensor  # [L] fp32
     capped: bool
-
-
-def sampler_logprob(sample: Sample) -> Tensor:
-    """Log-probs [L] of a response by the engine that sampled it."""
-    return sample.sampler_logprob if isinstance(sample, ForeignSample) else sample.logprob
 
 
 class VLLMEngine:

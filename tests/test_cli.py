@@ -82,7 +82,7 @@ def refused(outcome: Outcome, *named: str) -> None:
 # ---------------------------------------------------------------- help, --dry-run
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "export"])
+@pytest.mark.parametrize("command", ["train", "eval", "export", "sweep", "report", "replay"])
 def test_every_command_has_help(cli: Command, command: str) -> None:
     assert command in cli("--help").out
     outcome = cli(command, "--help")

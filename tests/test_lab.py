@@ -216,6 +216,38 @@ def test_a_damaged_entry_is_reported_and_rebuilt(
     assert caplog.text == ""
 
 
+def test_builds_that_start_together_share_one_warm_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the trials of a sweep do. Each thread opens the directory itself, as a process would."""
+    warm_start, started = lab._warm_start, []
+
+    def slow(*arguments: Any) -> None:
+        started.append(1)
+        others.wait(timeout=60)  # until the others wait for the lock, or soon will
+        warm_start(*arguments)
+
+    others = threading.Barrier(3)
+    built: list[Any] = []
+
+    def build() -> None:
+        if threading.current_thread() is not first:
+            others.wait(timeout=60)
+        built.append(lab.build(TINY, tmp_path)[0])
+
+    monkeypatch.setattr(lab, "_warm_start", slow)
+    first, *rest = [threading.Thread(target=build) for _ in range(3)]
+    first.start()
+    while not started:
+        first.join(0.01)
+    for thread in rest:
+        thread.start()
+    for thread in (first, *rest):
+        thread.join()
+    assert len(started) == 1 and len(built) == 3
+    assert all(same_bits(built[0], other) for other in built[1:])
+
+
 def test_builds_that_race_leave_one_sound_entry(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -20,9 +20,17 @@ from sodfast.config import ObjectiveConfig, RolloutConfig
 from sodfast.errors import RunFailed, UsageError
 from sodfast.model import LanguageModel, to_ids
 from sodfast.objective import micro_batch_loss, sampler_mismatch
-from sodfast.rollout import Draws, HFEngine, Sample, Sampling, build_engine
+from sodfast.rollout import (
+    Draws,
+    ForeignSample,
+    HFEngine,
+    Sample,
+    Sampling,
+    build_engine,
+    sampler_logprob,
+)
 from sodfast.trainer import Trainer
-from sodfast.vllm_engine import ForeignSample, VLLMEngine, sample_seed, sampler_logprob
+from sodfast.vllm_engine import VLLMEngine, sample_seed
 
 PROMPTS = ["17*8+6=", "2*2+1=", "9*9", "11*7+3="]
 CONFIG = RolloutConfig(max_prompt_tokens=20, max_new_tokens=12, engine="vllm")
