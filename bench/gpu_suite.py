@@ -1,6 +1,9 @@
-"""Everything the kernels have to show on a GPU, in one command and less than ten minutes.
+"""Everything the kernels and the rollouts have to show on a GPU, in one command.
 
     python bench/gpu_suite.py
+
+No GPU has run it yet. Each part writes its JSON as it ends, so a time limit that cuts the command
+loses the rest only; `python bench/bench_rollout.py` runs the last part, the longest, alone.
 
 First the correctness that only a GPU can show (compiled kernels against the fp64 definition), then
 the benches of objective, parameters, sampling and rollouts. Writes objective.json, parameters.json,
