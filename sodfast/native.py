@@ -113,14 +113,17 @@ class NativeEngine:
             budget = int(self.cache_gib * 2**30)
         else:
             budget = int(_free_bytes(self.model.device) * MEMORY_SHARE[self.model.device.type])
-        slot = _width(tokens) * Cache.bytes_per_token(self.model.network)
-        if slot > budget:
+        step = CPU_ROWS if self.model.device.type == "cpu" else 1
+        least = step * _width(tokens) * Cache.bytes_per_token(self.model.network)
+        if least > budget:
+            count = f"{step} sequences" if step > 1 else "one sequence"
             raise UsageError(
-                f"rollout: the keys and values of one sequence of {tokens} tokens take "
-                f"{slot / 2**30:.2f} GiB and the cache may have {budget / 2**30:.2f} GiB: lower "
-                "rollout.max_new_tokens or rollout.max_prompt_tokens, or raise rollout.cache_gib"
+                f"rollout: the keys and values of {count} of {tokens} tokens, the least at a time, "
+                f"take {least / 2**30:.2f} GiB and the cache may have {budget / 2**30:.2f} GiB: "
+                "lower rollout.max_new_tokens or rollout.max_prompt_tokens, or raise "
+                "rollout.cache_gib"
             )
-        return min(self.max_slots, budget // slot)
+        return min(self.max_slots, budget // least * step)
 
 
 class _Batch:
@@ -140,6 +143,7 @@ class _Batch:
         self.device = model.device
         self.on_gpu = self.device.type == "cuda"
         self.width = width
+        self.slots = slots
         rows = self._bucket(slots)
         self.decoder = Decoder(model.network, width)
         self.cache = Cache(self.decoder, rows, width, memory)
@@ -309,7 +313,7 @@ class _Batch:
     def _bucket(self, rows: int) -> int:
         """How many rows are decoded when `rows` are in use."""
         if self.on_gpu:
-            return 1 << max(0, rows - 1).bit_length()
+            return min(1 << max(0, rows - 1).bit_length(), self.slots)
         return rows + self._padding(rows)
 
     def _padding(self, rows: int) -> int:

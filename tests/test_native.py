@@ -224,14 +224,15 @@ def test_old_cache_memory_changes_nothing() -> None:
 
 
 def test_a_short_budget_means_fewer_slots_and_the_same_answers() -> None:
-    model, prompts = tiny("qwen3"), ragged(10)
+    model, prompts = tiny("qwen3"), ragged(40)
     width = max(len(prompt) for prompt in prompts) + 30
     slot_gib = (width + -width % 32) * Cache.bytes_per_token(model.network) / 2**30
     free = answer(NativeEngine(model, 64), prompts, 30)
-    engine = NativeEngine(model, 64, cache_gib=3.5 * slot_gib)
-    assert engine.slots(width) == 3
+    engine = NativeEngine(model, 64, cache_gib=31.9 * slot_gib)
+    assert engine.slots(width) == 16
     assert equal_bits(answer(engine, prompts, 30), free)
-    small = NativeEngine(model, 64, cache_gib=0.9 * slot_gib)
+    assert engine.memory.nbytes <= 31.9 * slot_gib * 2**30
+    small = NativeEngine(model, 64, cache_gib=15.9 * slot_gib)
     with pytest.raises(UsageError, match=r"lower rollout.max_new_tokens.*rollout.cache_gib"):
         small.require(width)
     with pytest.raises(UsageError, match=rf"{width} tokens"):
