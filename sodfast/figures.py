@@ -507,14 +507,16 @@ def lane_figure(
     lanes: Mapping[str, Sequence[int]],
     steps: int,
     *,
+    labelled: bool,
     symbol: str = "|",
     color: str | None = None,
 ) -> str:
-    """Steps at which something happened, a lane per group; aligned with a curve figure."""
+    """Steps at which something happened, a lane per group. `labelled` says whether the curve
+    figure above it, with which it is aligned, has labels on its right; then the lanes have, too."""
     row = 0.17 if len(lanes) <= 60 else 12.0 / len(lanes)
     height = row * len(lanes) + TOP + BOTTOM
     with _figure(name, WIDTH, height) as figure:
-        axes = _add_axes(figure, right=_right(lanes))
+        axes = _add_axes(figure, right=RIGHT if labelled else UNLABELLED)
         for index, at in enumerate(lanes.values()):
             own = style_of(index).color if len(lanes) <= OVERLAID else INK
             axes.plot(
@@ -531,7 +533,7 @@ def lane_figure(
         axes.set_ylim(len(lanes) - 0.5, -0.5)
         axes.yaxis.set_label_position("right")
         axes.yaxis.tick_right()
-        _name_rows(axes, list(lanes) if len(lanes) > 1 else [""], row, width=32)
+        _name_rows(axes, list(lanes) if labelled else [""] * len(lanes), row, width=32)
         return _svg(figure, name, label)
 
 
@@ -868,3 +870,17 @@ def _svg(figure: Figure, name: str, label: str, css: str = "plot") -> str:
         f'xmlns:xlink="http://www.w3.org/1999/xlink">'
     )
     return re.sub(r"<svg[^>]*>", head, text, count=1).rstrip()
+
+
+def name_of(svg: str) -> str:
+    """The name that a figure was drawn under."""
+    found = re.search(r'data-name="([^"]*)"', svg)
+    assert found is not None
+    return found[1]
+
+
+def standalone(svg: str) -> str:
+    """A figure as a file of its own, with the page's font and a ground that any viewer shows."""
+    return (
+        svg.replace("<svg ", '<svg style="background: white; font-family: sans-serif" ', 1) + "\n"
+    )

@@ -42,6 +42,9 @@ def write_report(directory: Path, baseline: str | None = None) -> Path:
         (directory / "tables").mkdir(exist_ok=True)
         for table in report.tables:
             _replace(directory / "tables" / f"{table.name}.csv", table.to_csv())
+        (directory / "figures").mkdir(exist_ok=True)
+        for name, svg in report.figures.items():
+            _replace(directory / "figures" / f"{name}.svg", figures.standalone(svg))
         _replace(directory / "report.html", page)
     except OSError as error:
         raise UsageError(f"{directory} cannot be written: {error.strerror}") from error
@@ -85,6 +88,7 @@ class Report:
         overlaid = self.single or len(self.groups) <= figures.OVERLAID
         self.points = 300 if self.single else 60 if overlaid else 50
         self.tables: list[Table] = []
+        self.figures: dict[str, str] = {}
         members = {tuple(group.point.items()): group for group in self.groups}
         self.comparisons = []
         for group in self.groups:
@@ -131,6 +135,8 @@ class Report:
             self._announcement(),
             self._runs(),
         ]
+        svgs = [svg for section in sections for shown in section.exhibits for svg in shown.svgs]
+        self.figures = {figures.name_of(svg): svg for svg in svgs}
         environment = Environment(
             loader=PackageLoader("sodfast", "."),
             autoescape=True,
@@ -305,7 +311,6 @@ class Report:
             lambda run: run.scores,
             width=self._evaluation_width(),
             markers=True,
-            xlabel=not crossed,
         )
         more = ""
         if crossed:
@@ -315,6 +320,7 @@ class Report:
                     "Steps of collapses",
                     {label: steps for label, steps in collapsed.items() if steps},
                     self.steps,
+                    labelled=len(self.groups) > 1,
                     symbol="x",
                     color=figures.COLLAPSE,
                 )
@@ -499,7 +505,13 @@ class Report:
         )
         if lanes:
             svgs.append(
-                figures.lane_figure("marks", "Refreshes", self._in_order(marked), self.steps)
+                figures.lane_figure(
+                    "marks",
+                    "Refreshes",
+                    self._in_order(marked),
+                    self.steps,
+                    labelled=len(self.groups) > 1,
+                )
             )
         exhibits = [
             Exhibit(

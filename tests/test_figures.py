@@ -161,7 +161,7 @@ def test_scatters_lanes_and_forecasts() -> None:
     many = {f"g{index}": [(1, 0.5 + index)] for index in range(12)}
     assert set(many) <= set(texts(scatter_figure("s", "shock", many, 10)))
     assert {"a", "b", "none"} <= set(
-        texts(lane_figure("l", "refreshes", {"a": [1], "b": [], "none": []}, 9))
+        texts(lane_figure("l", "refreshes", {"a": [1], "b": [], "none": []}, 9, labelled=True))
     )
     roc = RocCurve("entropy rise", [0.0, 0.5, 1.0], [0.0, 1.0, 1.0], 0.75, [12, 30])
     assert "entropy rise  (AUC 0.75)" in "  ".join(texts(forecast_figure("f", [roc]))).replace(

@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 from math import sqrt
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from synthetic import SCHEDULES, lab_run, schedule_study, write_run, write_study
@@ -72,7 +73,11 @@ def read_table(directory: Path, name: str) -> list[dict[str, str]]:
 
 def files(directory: Path) -> dict[str, bytes]:
     """What a report has written."""
-    found = [directory / "report.html", *sorted((directory / "tables").glob("*"))]
+    found = [
+        directory / "report.html",
+        *sorted((directory / "tables").glob("*")),
+        *sorted((directory / "figures").glob("*")),
+    ]
     return {path.name: path.read_bytes() for path in found if path.is_file()}
 
 
@@ -197,6 +202,17 @@ def test_the_same_runs_give_the_same_bytes(study: Path, tmp_path: Path) -> None:
     write_report(tmp_path / study.name)
     assert files(tmp_path / study.name) == files(study)
     assert len(files(study)) >= 15
+
+
+def test_every_figure_is_also_a_file_of_its_own(study: Path) -> None:
+    page = (study / "report.html").read_text()
+    drawn = re.findall(r'data-name="([^"]+)"', page)
+    saved = {path.stem: path.read_text() for path in (study / "figures").glob("*.svg")}
+    assert "score" in saved and set(saved) <= set(drawn)
+    for name, text in saved.items():
+        root = ElementTree.fromstring(text)
+        assert root.tag == "{http://www.w3.org/2000/svg}svg" and root.get("data-name") == name
+        assert text.removeprefix("<svg ").partition(" data-name")[2].strip() in page
 
 
 def test_one_seed_has_no_interval_and_says_so(tmp_path: Path) -> None:
