@@ -81,7 +81,7 @@ class TeacherConfig(Section):
     """What the teacher sees and where it lives (arXiv 2601.20802: privileged context)."""
 
     context: Literal["demonstration", "none"] = "demonstration"
-    storage: Literal["device"] = "device"
+    storage: Literal["device", "host"] = "device"  # host: streamed layer by layer to the device
     success_reward: float = 0.5  # a rollout with at least this reward can be a demonstration
     feedback: bool = False  # show the teacher the task's feedback on this rollout, too
     max_prompt_tokens: Positive = 10_240  # longer: the demonstration is cut

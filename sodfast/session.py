@@ -22,6 +22,7 @@ from sodfast.rundir import (
     environment,
 )
 from sodfast.sinks import require_sinks
+from sodfast.streaming import decoder_layers
 from sodfast.tasks import build_task
 from sodfast.trainer import Trainer, fitting_questions
 
@@ -62,6 +63,8 @@ def build_trainer(config: Config, resume: Path | None, reporter: Reporter) -> Tr
     data = fitting_questions(config, model, task, reporter)
     engine = build_engine(config.rollout, model, reporter.message)
     engine.require(data.longest + config.rollout.max_new_tokens)
+    if config.teacher.storage == "host":
+        decoder_layers(model.network)  # refused here rather than after the run has begun
     if resume is None:
         found = environment(torch.get_num_threads(), str(device))
         run = RunDirectory.create(out, config, found)

@@ -2,22 +2,26 @@
 
 What it sees (arXiv 2601.20802): the prompt and, as privileged context, a successful attempt of a
 sibling rollout. Where it lives: nowhere of its own while it equals the student (an alias), a copy
-from the first update after that on. Nothing else in this project moves the teacher.
+from the first update after that on, on the device or in host memory (streaming.py). Nothing else in
+this project moves the teacher.
 """
 
 import copy
 import re
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from sodfast_kernels import ema_update_, parameter_distance
+from sodfast_kernels import ema_update_
 from torch import Tensor, nn
 
 from sodfast.config import ScheduleConfig, TeacherConfig
 from sodfast.errors import UsageError
 from sodfast.model import LanguageModel, micro_batches, output_head, response_hidden
 from sodfast.schedule import Decision
+from sodfast.streaming import HostCopy
 from sodfast.streams import Stream, generator
 from sodfast.tasks import Question
 
@@ -108,11 +112,23 @@ class Teacher:
 
     `weights` is None while the teacher equals the student. `prepare_update` must be called before
     the student's first update of a step, `apply` after its last.
+
+    With storage="host" `weights` are in host memory, in the student's dtype, and pass through the
+    device when they score or follow the student; all numbers are those of storage="device". Once
+    allocated, that memory is kept over refreshes and written again by `prepare_update`.
     """
 
-    def __init__(self, student: nn.Module, schedule: ScheduleConfig, seed: int) -> None:
+    def __init__(
+        self,
+        student: nn.Module,
+        schedule: ScheduleConfig,
+        seed: int,
+        storage: Literal["device", "host"] = "device",
+    ) -> None:
         self.student = student
         self.seed = seed
+        self.storage = storage
+        self.host: HostCopy | None = None
         # Trust region (arXiv 2601.20802): logits (1−τ)·initial + τ·student.
         self.mix = schedule.rate if schedule.kind == "trust_region" else None
         self.weights: nn.Module | None = None
@@ -135,8 +151,9 @@ class Teacher:
         region both models' hidden states stand side by side against both heads side by side:
         (1−τ)·h₀·W₀ᵀ + τ·h_θ·W_θᵀ is the mixture of the logits.
         """
-        hidden = self._score(self.network, contexts, responses, pad_id, micro_batch_tokens)
-        head = output_head(self.network).detach()
+        with self._on_device() as network:
+            hidden = self._score(network, contexts, responses, pad_id, micro_batch_tokens)
+            head = output_head(network).detach()
         if self.weights is None:
             head = head.clone()
         elif self.mix is not None:
@@ -147,6 +164,11 @@ class Teacher:
             ]
             head = torch.cat([head, output_head(self.student).detach()], 1)
         return TeacherScores(hidden, head)
+
+    def _on_device(self) -> AbstractContextManager[nn.Module]:
+        if self.weights is None or self.host is None:
+            return nullcontext(self.network)
+        return self.host.on_device()
 
     def _score(
         self,
@@ -175,8 +197,16 @@ class Teacher:
 
     def prepare_update(self) -> None:
         """The student is about to move: from here on the teacher needs weights of its own."""
-        if self.weights is None:
+        if self.weights is not None:
+            return
+        if self.storage == "device":
             self.weights = copy.deepcopy(self.student).requires_grad_(False)
+            return
+        if self.host is None:
+            self.host = HostCopy(self.student)
+        else:
+            self.host.copy_(self.student)
+        self.weights = self.host.network
 
     @torch.no_grad()
     def apply(self, decision: Decision, step: int) -> Tensor:
@@ -184,10 +214,12 @@ class Teacher:
         this is the refresh shock ‖θ_t − φ_{t−1}‖₂ (arXiv 2606.03532 §3.2)."""
         if self.weights is None:
             raise RuntimeError("prepare_update must run before the student moves")
-        teacher, student = list(self.weights.parameters()), list(self.student.parameters())
-        if decision.action == "average":
-            return ema_update_(teacher, student, decision.rate, seed=self.seed, step=step)
-        drift = parameter_distance(teacher, student)
+        rate = decision.rate if decision.action == "average" else 0.0
+        if self.host is None:
+            teacher, student = self.weights.parameters(), self.student.parameters()
+            drift = ema_update_(teacher, student, rate, seed=self.seed, step=step)
+        else:
+            drift = self.host.update_(self.student, rate, seed=self.seed, step=step)
         if decision.action == "copy":
             self.weights = None
         return drift

@@ -136,7 +136,7 @@ class Trainer:
         self.context = TeacherContext(config.teacher, model)
         self.data = data
 
-        self.teacher = Teacher(model.network, config.schedule, config.seed)
+        self.teacher = Teacher(model.network, config.schedule, config.seed, config.teacher.storage)
         self.optimizer = optimizer.build_optimizer(config.optimizer, model.network)
         self.schedule = build_schedule(config.schedule)
         self.prompts = PromptOrder(config.seed, len(data.train))

@@ -3,7 +3,9 @@
 Suffixes: N response tokens, V vocabulary.
 """
 
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -20,16 +22,20 @@ from sodfast.config import (
     ScheduleConfig,
     TeacherConfig,
     TrustRegionConfig,
+    load_config,
 )
+from sodfast.console import Reporter
 from sodfast.errors import UsageError
 from sodfast.model import LanguageModel
 from sodfast.schedule import Decision
+from sodfast.session import build_trainer
 from sodfast.tasks import Question
 from sodfast.teacher import Teacher, TeacherContext, choose_demonstrations
 
 KEEP, COPY = Decision("keep"), Decision("copy")
 CONTEXTS = [torch.tensor([3, 9, 4, 14]), None, torch.tensor([7])]
 RESPONSES = [torch.tensor([5, 6, 1]), torch.tensor([5]), torch.tensor([8, 1])]
+Storage = Literal["device", "host"]
 
 
 def weights(network: Any) -> Tensor:
@@ -73,9 +79,16 @@ def assert_close(left: list[Tensor | None], right: list[Tensor | None]) -> None:
 # ---------------------------------------------------------------- where it lives
 
 
-def test_the_teacher_is_the_student_until_the_first_update(model: LanguageModel) -> None:
+@pytest.fixture(params=["device", "host"])
+def storage(request: pytest.FixtureRequest) -> Storage:
+    return request.param  # type: ignore[no-any-return]
+
+
+def test_the_teacher_is_the_student_until_the_first_update(
+    model: LanguageModel, storage: Storage
+) -> None:
     student = model.network
-    teacher = Teacher(student, CGTRConfig(), 0)
+    teacher = Teacher(student, CGTRConfig(), 0, storage)
     assert teacher.weights is None and teacher.network is student
     assert_close(logits(teacher), direct_logits(student))
     start = weights(student)
@@ -97,8 +110,8 @@ def test_the_teacher_is_the_student_until_the_first_update(model: LanguageModel)
     assert weights(teacher.network).equal(refreshed)
 
 
-def test_the_teacher_does_not_move_between_copies(model: LanguageModel) -> None:
-    teacher, start = Teacher(model.network, FixedConfig(), 0), weights(model.network)
+def test_the_teacher_does_not_move_between_copies(model: LanguageModel, storage: Storage) -> None:
+    teacher, start = Teacher(model.network, FixedConfig(), 0, storage), weights(model.network)
     scores = logits(teacher)
     for step in range(1, 4):
         teacher.prepare_update()
@@ -110,8 +123,10 @@ def test_the_teacher_does_not_move_between_copies(model: LanguageModel) -> None:
     assert_close(logits(teacher), scores)
 
 
-def test_a_later_update_of_the_same_step_does_not_touch_the_teacher(model: LanguageModel) -> None:
-    teacher = Teacher(model.network, HardConfig(), 0)
+def test_a_later_update_of_the_same_step_does_not_touch_the_teacher(
+    model: LanguageModel, storage: Storage
+) -> None:
+    teacher = Teacher(model.network, HardConfig(), 0, storage)
     teacher.prepare_update()
     start = weights(teacher.network)
     for number in range(3):
@@ -121,8 +136,9 @@ def test_a_later_update_of_the_same_step_does_not_touch_the_teacher(model: Langu
 
 
 @pytest.mark.parametrize("rate", [0.04, 0.5, 1.0])
-def test_ema_follows_its_recursion(model: LanguageModel, rate: float) -> None:
-    teacher, average = Teacher(model.network, EMAConfig(rate=rate), 0), weights(model.network)
+def test_ema_follows_its_recursion(model: LanguageModel, storage: Storage, rate: float) -> None:
+    teacher = Teacher(model.network, EMAConfig(rate=rate), 0, storage)
+    average = weights(model.network)
     for step in range(1, 21):
         teacher.prepare_update()
         move(model.network, step)
@@ -133,8 +149,8 @@ def test_ema_follows_its_recursion(model: LanguageModel, rate: float) -> None:
         torch.testing.assert_close(weights(teacher.network), average, rtol=1e-5, atol=1e-6)
 
 
-def test_trust_region_mixes_the_logits(model: LanguageModel) -> None:
-    teacher = Teacher(model.network, TrustRegionConfig(rate=0.3), 0)
+def test_trust_region_mixes_the_logits(model: LanguageModel, storage: Storage) -> None:
+    teacher = Teacher(model.network, TrustRegionConfig(rate=0.3), 0, storage)
     initial = direct_logits(model.network)
     assert_close(logits(teacher), initial)
     for step in range(1, 4):
@@ -153,9 +169,9 @@ def test_trust_region_mixes_the_logits(model: LanguageModel) -> None:
 @pytest.mark.parametrize("schedule", [CGTRConfig(), TrustRegionConfig(rate=0.3)])
 @pytest.mark.parametrize("steps_before", [0, 2])
 def test_the_head_is_that_of_before_the_first_update(
-    model: LanguageModel, schedule: ScheduleConfig, steps_before: int
+    model: LanguageModel, storage: Storage, schedule: ScheduleConfig, steps_before: int
 ) -> None:
-    teacher = Teacher(model.network, schedule, 0)
+    teacher = Teacher(model.network, schedule, 0, storage)
     for step in range(steps_before):
         teacher.prepare_update()
         move(model.network, step)
@@ -170,28 +186,28 @@ def test_the_head_is_that_of_before_the_first_update(
 
 
 def test_rollouts_without_a_context_are_not_scored(
-    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+    model: LanguageModel, storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scores = Teacher(model.network, FixedConfig(), 0).score(CONTEXTS, RESPONSES, 0, 1)
+    scores = Teacher(model.network, FixedConfig(), 0, storage).score(CONTEXTS, RESPONSES, 0, 1)
     shapes = [None if rows is None else tuple(rows.shape) for rows in scores.hidden]
     assert shapes == [(3, 48), None, (2, 48)]
     monkeypatch.setattr("sodfast.teacher.response_hidden", None)
-    scores = Teacher(model.network, FixedConfig(), 0).score([None] * 3, RESPONSES, 0, 1)
+    scores = Teacher(model.network, FixedConfig(), 0, storage).score([None] * 3, RESPONSES, 0, 1)
     assert scores.hidden == [None, None, None]
 
 
-def test_apply_before_an_update_is_a_mistake(model: LanguageModel) -> None:
+def test_apply_before_an_update_is_a_mistake(model: LanguageModel, storage: Storage) -> None:
     with pytest.raises(RuntimeError, match="prepare_update"):
-        Teacher(model.network, FixedConfig(), 0).apply(KEEP, 1)
+        Teacher(model.network, FixedConfig(), 0, storage).apply(KEEP, 1)
 
 
-def test_stored_weights_are_the_teacher_again(model: LanguageModel) -> None:
-    teacher = Teacher(model.network, CGTRConfig(), 0)
+def test_stored_weights_are_the_teacher_again(model: LanguageModel, storage: Storage) -> None:
+    teacher = Teacher(model.network, CGTRConfig(), 0, storage)
     teacher.prepare_update()
     stored = {name: p.clone() for name, p in teacher.network.named_parameters()}
     start = weights(teacher.network)
     move(model.network, 1)
-    other = Teacher(model.network, CGTRConfig(), 0)
+    other = Teacher(model.network, CGTRConfig(), 0, storage)
     other.load_weights(stored)
     assert weights(other.network).equal(start)
     assert not weights(model.network).equal(start)
@@ -199,6 +215,78 @@ def test_stored_weights_are_the_teacher_again(model: LanguageModel) -> None:
     assert other.network is model.network
     with pytest.raises(ValueError, match="other parameters"):
         other.load_weights({"unknown": torch.zeros(1)})
+
+
+# ---------------------------------------------------------------- host and device
+
+SCHEDULES = {
+    "fixed": [],
+    "hard": ["schedule.every=7"],
+    "ema": ["schedule.rate=0.3"],
+    "trust_region": ["schedule.rate=0.3"],
+    "cgtr": [
+        "schedule.min_isolation=2",
+        "schedule.check_every=2",
+        "schedule.window=2",
+        "schedule.gates=[isolation]",
+    ],
+}
+RUN = ["steps=30", "eval.every=30", "eval.samples=1", "optimizer.updates_per_step=2"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_a_run_is_the_same_with_the_teacher_on_the_host(
+    train: Callable[..., Any], tmp_path: Path, kind: str
+) -> None:
+    """Every number of every line, under every schedule."""
+    device, host = (
+        train(tmp_path / s, f"schedule.kind={kind}", *SCHEDULES[kind], *RUN, f"teacher.storage={s}")
+        for s in ("device", "host")
+    )
+    assert len(host.lines) == 31 and host == device
+    if kind in ("hard", "cgtr"):
+        assert len(host.summary["refresh_steps"]) >= 4
+
+
+@pytest.mark.parametrize("kind", ["hard", "ema", "trust_region"])
+def test_a_run_resumes_with_its_teacher_on_the_host(
+    train: Callable[..., Any], tmp_path: Path, kind: str
+) -> None:
+    overrides = [f"schedule.kind={kind}", *SCHEDULES[kind], "teacher.storage=host"]
+    undisturbed = train(tmp_path / "undisturbed", *overrides, "steps=9")
+    train(tmp_path / "run", *overrides, "steps=5")
+    train(tmp_path / "run", "steps=7")
+    assert train(tmp_path / "run", "steps=9") == undisturbed
+
+
+@pytest.mark.slow
+def test_the_lab_is_the_same_with_the_teacher_on_the_host(
+    read_run: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    runs = []
+    for storage in ("device", "host"):
+        overrides = [f"out={tmp_path / storage}", f"teacher.storage={storage}", "steps=30"]
+        overrides += ["schedule.kind=hard", "schedule.every=8", "eval.every=30", "eval.samples=1"]
+        trainer = build_trainer(load_config("lab", overrides), None, Reporter())
+        try:
+            trainer.train()
+        finally:
+            trainer.run.close()
+        runs.append(read_run(tmp_path / storage))
+    assert runs[0] == runs[1] and runs[0].summary["refresh_steps"] == [8, 16, 24]
+
+
+def test_a_model_that_cannot_be_streamed_is_refused_before_the_run(
+    build: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(network: Any) -> None:
+        raise UsageError("set teacher.storage=device")
+
+    monkeypatch.setattr("sodfast.session.decoder_layers", refuse)
+    with pytest.raises(UsageError, match=r"teacher\.storage=device"):
+        build(tmp_path / "run", "teacher.storage=host")
+    assert not (tmp_path / "run").exists()
 
 
 # ---------------------------------------------------------------- demonstrations

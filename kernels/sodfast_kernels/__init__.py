@@ -6,13 +6,19 @@
 from sodfast_kernels import reference
 from sodfast_kernels.adamw import AdamW
 from sodfast_kernels.objective import distillation_loss, linear_distillation_loss
-from sodfast_kernels.parameters import copy_teacher_, ema_update_, parameter_distance
+from sodfast_kernels.parameters import (
+    ParameterUpdate,
+    copy_teacher_,
+    ema_update_,
+    parameter_distance,
+)
 from sodfast_kernels.reference import DistillationOutput
 from sodfast_kernels.sampling import SampledTokens, gumbel_noise, sample_tokens
 
 __all__ = [
     "AdamW",
     "DistillationOutput",
+    "ParameterUpdate",
     "SampledTokens",
     "copy_teacher_",
     "distillation_loss",

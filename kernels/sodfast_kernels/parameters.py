@@ -7,6 +7,7 @@
 θ is the student, φ the teacher (arXiv 2606.03532). All three return the distance before the update,
 measured in the same pass and never sent to the host. A 16-bit φ is rounded stochastically: at small
 rates rounding to nearest would return φ unchanged and lose most of the average's movement.
+`ParameterUpdate` does any of them in parts, for parameters that are streamed through the device.
 
 Shapes: P elements of one flattened parameter.
 """
@@ -56,9 +57,7 @@ def ema_update_(
     Returns ‖θ − φ_before‖₂, an fp32 scalar on the same device.
     Raises ValueError naming the argument when count, shape, dtype, device or rate do not fit.
     """
-    if not 0.0 <= rate <= 1.0:
-        raise ValueError(f"rate must be in [0, 1], got {rate}")
-    return _update_(teacher_params, student_params, float(rate), seed, step, backend)
+    return _update_(teacher_params, student_params, rate, seed, step, backend)
 
 
 def parameter_distance(
@@ -71,7 +70,53 @@ def parameter_distance(
     return _update_(teacher_params, student_params, 0.0, backend=backend)
 
 
-@torch.no_grad()
+class ParameterUpdate:
+    """φ ← φ + rate·(θ − φ) in parts: rate 0 the distance alone, 1 a copy.
+
+    Given all parameters in order, however they are cut into parts (between, not inside, tied ones),
+    the parameters become bit for bit what one call would make them. So does the distance on the
+    PyTorch path; Triton's fp64 sums are grouped by part, which may move the last bits of a sum that
+    is rounded to fp32 afterwards.
+
+    Raises ValueError for a rate outside [0, 1].
+    """
+
+    def __init__(self, rate: float, *, seed: int = 0, step: int = 0, backend: str = "auto") -> None:
+        if not 0.0 <= rate <= 1.0:
+            raise ValueError(f"rate must be in [0, 1], got {rate}")
+        self.rate, self.seed, self.step, self.backend = float(rate), seed, step, backend
+        self._offset = 0  # position of the next part's first element in the random stream
+        self._squares: list[Tensor] = []
+
+    @torch.no_grad()
+    def add(self, teacher_params: Iterable[Tensor], student_params: Iterable[Tensor]) -> None:
+        """Update one part. Arguments and errors as in `copy_teacher_`."""
+        pairs = _checked_pairs(teacher_params, student_params)
+        triton = uses_triton(self.backend, (tensor for pair in pairs for tensor in pair))
+        if not pairs:
+            return
+        work = []
+        for teacher, student in pairs:
+            work.append((teacher.reshape(-1), student.reshape(-1), self._offset))
+            self._offset += -(-teacher.numel() // GROUP) * GROUP
+        if triton:
+            from . import parameter_kernels
+
+            squares = [parameter_kernels.update(work, self.rate, self.seed, self.step)]
+        else:
+            squares = [_update_flat(*item, self.rate, self.seed, self.step) for item in work]
+        self._squares += squares
+        for (teacher, _), (teacher_P, _, _) in zip(pairs, work, strict=True):
+            if self.rate and not teacher.is_contiguous():  # then teacher_P is a copy
+                teacher.copy_(teacher_P.view(teacher.shape))
+
+    def distance(self) -> Tensor:
+        """‖θ − φ_before‖₂ of the parts so far, an fp32 scalar on their device."""
+        if not self._squares:
+            return torch.zeros(())
+        return torch.stack(self._squares).sum().sqrt().to(torch.float32)
+
+
 def _update_(
     teacher_params: Iterable[Tensor],
     student_params: Iterable[Tensor],
@@ -80,24 +125,9 @@ def _update_(
     step: int = 0,
     backend: str = "auto",
 ) -> Tensor:
-    pairs = _checked_pairs(teacher_params, student_params)
-    triton = uses_triton(backend, (tensor for pair in pairs for tensor in pair))
-    if not pairs:
-        return torch.zeros(())
-    work, offset = [], 0
-    for teacher, student in pairs:
-        work.append((teacher.reshape(-1), student.reshape(-1), offset))
-        offset += -(-teacher.numel() // GROUP) * GROUP
-    if triton:
-        from . import parameter_kernels
-
-        squares = parameter_kernels.update(work, rate, seed, step)
-    else:
-        squares = torch.stack([_update_flat(*item, rate, seed, step) for item in work]).sum()
-    for (teacher, _), (teacher_P, _, _) in zip(pairs, work, strict=True):
-        if rate and not teacher.is_contiguous():  # then teacher_P is a copy
-            teacher.copy_(teacher_P.view(teacher.shape))
-    return squares.sqrt().to(torch.float32)
+    update = ParameterUpdate(rate, seed=seed, step=step, backend=backend)
+    update.add(teacher_params, student_params)
+    return update.distance()
 
 
 def _update_flat(

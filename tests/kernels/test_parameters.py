@@ -1,11 +1,18 @@
 """Teacher copy, moving average and distance: values, key, tied tensors, errors."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sodfast_kernels import parameters
-from sodfast_kernels.parameters import copy_teacher_, ema_update_, parameter_distance
+from sodfast_kernels.parameters import (
+    ParameterUpdate,
+    copy_teacher_,
+    ema_update_,
+    parameter_distance,
+)
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -103,6 +110,21 @@ def test_chunks_do_not_change_the_result(monkeypatch):
         results.append((ema_update_(teacher, student, 0.3, seed=2), teacher[0]))
     assert results[0][0].item() == pytest.approx(results[1][0].item(), rel=1e-7)
     assert torch.equal(results[0][1], results[1][1])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    cuts=st.lists(st.integers(0, 5), max_size=4).map(sorted),
+    dtype=st.sampled_from(FLOATS),
+    rate=st.sampled_from([0.0, 0.04, 1.0]),
+)
+def test_an_update_in_parts_is_the_update(cuts, dtype, rate):
+    whole, student = tensors(8, dtype), tensors(9, torch.float32)
+    teacher, update = clones(whole), ParameterUpdate(rate, seed=4, step=6)
+    for start, stop in itertools.pairwise([0, *cuts, 5]):
+        update.add(teacher[start:stop], student[start:stop])
+    assert update.distance().equal(ema_update_(whole, student, rate, seed=4, step=6))
+    assert all(torch.equal(t, w) for t, w in zip(teacher, whole, strict=True))
 
 
 def test_tied_tensors_count_and_move_once():
