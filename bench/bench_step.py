@@ -78,7 +78,7 @@ def measure(directory: Path, progress: Callable[[str], None]) -> dict[str, Any]:
     progress("building the lab (cached after the first time)")
     run = build_trainer(config, None, Reporter())
     ledger = Ledger()
-    ledger.wrap(run.model.network, "generate", "generation")
+    ledger.wrap(run.engine, "generate", "generation")
     ledger.wrap(run.model.network.base_model, "forward", "forward")
     ledger.wrap(torch.Tensor, "backward", "backward")
     ledger.wrap(trainer_module, "micro_batch_loss", "objective")

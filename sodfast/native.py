@@ -16,6 +16,7 @@ Shapes: B rows, T packed prompt tokens, R rows that draw their first token, H hi
 V vocabulary.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
@@ -36,8 +37,8 @@ from sodfast.rollout import Draws, Sample, Sampling, check_prompts, stop_length
 CPU_ROWS = 16
 # A slot has a multiple of this many positions, and attention on a CPU covers the longest sequence
 # rounded up to such a multiple: what lies behind a sequence then changes no bit of it either
-# (with MKL, from a head size of 16 on; smaller ones keep their tokens, not all their bits).
-WIDTH_STEP = 32
+# (with MKL, from a head size of 32 on; smaller ones keep their tokens, not all their bits).
+WIDTH_STEP = 16
 # Decode steps between two looks of the host at what a GPU has finished: a look waits for it.
 GPU_STEPS_PER_LOOK = 8
 # Free slots are refilled once this share of all slots is free: a prefill costs about a step.
@@ -47,7 +48,7 @@ PREFILL_TOKENS = 16_384
 # Share of the free memory that the cache may take; the rest is for logits and activations.
 MEMORY_SHARE = {"cuda": 0.85, "cpu": 0.5}
 # Elements of noise drawn ahead at a time on a CPU, where one large call is cheaper than many.
-NOISE_ELEMENTS = 1 << 16
+NOISE_ELEMENTS = 1 << 14
 
 
 class NativeEngine:
@@ -210,16 +211,15 @@ class _Batch:
         """
         active = len(self.places)
         done, count = torch.stack([self.done[:active].long(), self.count[:active]]).tolist()
-        finished: dict[int, Sample] = {}
+        ended: list[tuple[int, int, int, bool]] = []  # row, place, tokens, by a stop string
         for row, place in enumerate(self.places):
-            if place is None:
-                continue
-            length = self._stopped(row, count[row])
-            if length is None and not done[row]:
-                continue
-            finished[place] = self._sample(row, length or count[row], length is not None)
-            self.places[row] = None
-            self.done[row] = True
+            if place is not None:
+                length = self._stopped(row, count[row])
+                if length is not None:
+                    ended.append((row, place, length, True))
+                elif done[row]:
+                    ended.append((row, place, count[row], False))
+        finished = self._samples(ended) if ended else {}
         if self._bucket(self.alive) < self._bucket(active):
             self._compact()
         return finished
@@ -349,16 +349,24 @@ class _Batch:
         searched, self.searched[row] = self.searched[row], count
         return stop_length(self.model, self.tokens[row, :count].cpu(), stop, searched)
 
-    def _sample(self, row: int, length: int, stopped: bool) -> Sample:
-        """The finished sample of a row, on the CPU."""
-        response, logprob, entropy = (
-            tensor[row, :length].cpu().clone()
-            for tensor in (self.tokens, self.logprob, self.entropy)
+    def _samples(self, ended: Sequence[tuple[int, int, int, bool]]) -> dict[int, Sample]:
+        """The samples of rows that have ended, on the CPU, by place; the rows idle from now on."""
+        rows = torch.tensor([row for row, *_ in ended], device=self.device)
+        longest = max(length for *_, length, _ in ended)
+        tokens, logprob, entropy = (
+            tensor[rows, :longest].cpu() for tensor in (self.tokens, self.logprob, self.entropy)
         )
-        if not torch.isfinite(entropy).all():
-            raise RunFailed("the model's logits are not finite")
-        capped = not stopped and int(response[-1]) not in self.model.eos_ids
-        return Sample(self.prompts[row], response, logprob, entropy, capped)
+        self.done[rows] = True
+        samples = {}
+        for index, (row, place, length, stopped) in enumerate(ended):
+            response = tokens[index, :length]
+            capped = not stopped and int(response[-1]) not in self.model.eos_ids
+            columns = (logprob[index, :length], entropy[index, :length])
+            if not math.isfinite(float(columns[1].sum())):
+                raise RunFailed("the model's logits are not finite")
+            samples[place] = Sample(self.prompts[row], response, *columns, capped)
+            self.places[row] = None
+        return samples
 
 
 def _packs(prompts: Sequence[Tensor], first: int) -> Iterator[list[tuple[Tensor, range]]]:

@@ -28,11 +28,11 @@ from sodfast.rollout import Draws, HFEngine, Sample, Sampling
 EOS = 0
 SHAPE: dict[str, Any] = {
     "vocab_size": 97,
-    "hidden_size": 48,
+    "hidden_size": 64,
     "intermediate_size": 80,
     "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
     "initializer_range": 0.15,
     "eos_token_id": EOS,
     "pad_token_id": 1,
@@ -43,7 +43,9 @@ NETWORKS: dict[str, Any] = {
     "qwen2-window": lambda: Qwen2ForCausalLM(
         Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=9, max_window_layers=1)
     ),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE, head_dim=20)),
+    "qwen3": lambda: Qwen3ForCausalLM(
+        Qwen3Config(**{**SHAPE, "num_attention_heads": 4, "num_key_value_heads": 2}, head_dim=40)
+    ),
     "llama": lambda: LlamaForCausalLM(
         LlamaConfig(
             **SHAPE,
@@ -205,7 +207,7 @@ def test_new_weights_are_used_at_once() -> None:
     after = answer(engine, prompts, 20)
     assert equal_bits(after, answer(NativeEngine(model, 4), prompts, 20))
     assert not equal_bits(after, before)
-    model.network.model.layers[0].self_attn.q_norm.weight = torch.nn.Parameter(torch.ones(20))
+    model.network.model.layers[0].self_attn.q_norm.weight = torch.nn.Parameter(torch.ones(40))
     assert not equal_bits(answer(engine, prompts, 20), after)
     theirs = answer(HFEngine(model, 8), prompts, 20)
     ours = answer(engine, prompts, 20)
@@ -226,7 +228,7 @@ def test_old_cache_memory_changes_nothing() -> None:
 def test_a_short_budget_means_fewer_slots_and_the_same_answers() -> None:
     model, prompts = tiny("qwen3"), ragged(40)
     width = max(len(prompt) for prompt in prompts) + 30
-    slot_gib = (width + -width % 32) * Cache.bytes_per_token(model.network) / 2**30
+    slot_gib = (width + -width % 16) * Cache.bytes_per_token(model.network) / 2**30
     free = answer(NativeEngine(model, 64), prompts, 30)
     engine = NativeEngine(model, 64, cache_gib=31.9 * slot_gib)
     assert engine.slots(width) == 16
