@@ -229,7 +229,8 @@ def plain_config(model: LanguageModel, tokens: int, ends_at_eos: bool) -> Any:
 
 
 def lab_phase(rounds: int, progress: Progress) -> dict[str, Any]:
-    """One step's rollouts of the lab's default run."""
+    """One step's rollouts of the lab's default run. `generate` draws tokens of its own; it is made
+    to answer at native's lengths, since a phase takes as long as its longest answer."""
     from sodfast.model import to_ids
     from sodfast.session import build_model, pick_device
     from sodfast.tasks import build_task
@@ -245,12 +246,19 @@ def lab_phase(rounds: int, progress: Progress) -> dict[str, Any]:
         for _ in range(config.rollout.samples_per_prompt)
     ]
     tokens = config.rollout.max_new_tokens
-    answers = {
-        "native": by_engine(NativeEngine(model, config.rollout.batch_size), prompts, tokens),
-        "generate": by_generate(model, prompts, tokens),
-        "hf": by_engine(HFEngine(model, config.rollout.batch_size), prompts, tokens),
+    native = by_engine(NativeEngine(model, config.rollout.batch_size), prompts, tokens)
+
+    def generate(turn: int) -> Any:
+        as_long = by_generate(model, prompts, tokens, native(turn))
+        return timed(model.device, lambda: as_long(turn))
+
+    cases = {
+        "native": as_turn(model.device, native),
+        "generate": generate,
+        "hf": as_turn(
+            model.device, by_engine(HFEngine(model, config.rollout.batch_size), prompts, tokens)
+        ),
     }
-    cases = {name: as_turn(model.device, answer) for name, answer in answers.items()}
     return take_turns(cases, rounds)
 
 
