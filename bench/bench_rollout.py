@@ -42,7 +42,7 @@ from sodfast.config import load_config
 from sodfast.decoder import Cache
 from sodfast.model import LanguageModel
 from sodfast.native import NativeEngine, _Batch, _width
-from sodfast.rollout import Draws, HFEngine, Sampling, _generating_as
+from sodfast.rollout import Draws, HFEngine, Sampling, _generating_as, left_padded
 from sodfast.rundir import environment
 
 Progress = Callable[[str], None]
@@ -126,12 +126,8 @@ def by_generate(
     is a token like others; without, it ends at an EOS token or the cap."""
     from transformers import StoppingCriteriaList
 
-    width = max(len(prompt) for prompt in prompts)
-    input_ids = torch.full((len(prompts), width), model.pad_id)
-    mask = torch.zeros_like(input_ids)
-    for row, prompt in enumerate(prompts):
-        input_ids[row, width - len(prompt) :] = prompt
-        mask[row, width - len(prompt) :] = 1
+    input_ids, mask = left_padded(prompts, model.pad_id)
+    width = input_ids.shape[1]
     ends = None if lengths is None else torch.tensor(lengths, device=model.device)
 
     def ended(input_ids: Tensor, scores: Tensor, **others: Any) -> Tensor:

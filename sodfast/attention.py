@@ -29,6 +29,11 @@ def varlen_attention(feature: str) -> Callable[..., Any] | None:
     return varlen_attn if feature in signature(varlen_attn).parameters else None
 
 
+def _sides(window: int | None) -> tuple[int, int]:
+    """FlashAttention's window: positions to the left (−1: all) and to the right."""
+    return (-1 if window is None else window - 1, 0)
+
+
 class PackedAttention:
     """Causal attention within each of the sequences of these `lengths`, which lie one after the
     other. Tokens after the last sequence are padding and come out as zeros."""
@@ -61,10 +66,9 @@ class PackedAttention:
 
         def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
             bounds, longest = self.bounds, self.longest
-            sides = (-1 if window is None else window - 1, 0)
             return varlen_attn(
                 q, k, v, bounds, bounds, longest, longest,
-                scale=scale, window_size=sides, enable_gqa=True,
+                scale=scale, window_size=_sides(window), enable_gqa=True,
             )  # fmt: skip
 
         return attend
@@ -76,10 +80,9 @@ class PackedAttention:
 
         def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
             bounds, longest = self.bounds, self.longest
-            sides = (-1 if window is None else window - 1, 0)
             return flash_attn_varlen_func(
                 q, k, v, bounds, bounds, longest, longest,
-                softmax_scale=scale, causal=True, window_size=sides,
+                softmax_scale=scale, causal=True, window_size=_sides(window),
             )  # fmt: skip
 
         return attend
@@ -145,10 +148,9 @@ class SlotAttention:
         ) -> Tensor:
             slot = keys_SWKD.shape[1]
             keys, values = (x[:count].flatten(0, 1) for x in (keys_SWKD, values_SWKD))
-            sides = (-1 if window is None else window - 1, 0)
             return varlen_attn(
                 q_BAD, keys, values, ends_B1, ends_B1 * slot, 1, slot,
-                scale=scale, window_size=sides, enable_gqa=True, seqused_k=self.used_B,
+                scale=scale, window_size=_sides(window), enable_gqa=True, seqused_k=self.used_B,
             )  # fmt: skip
 
         return attend
@@ -170,7 +172,7 @@ class SlotAttention:
                 cache_seqlens=self.used_B,
                 softmax_scale=scale,
                 causal=True,
-                window_size=(-1 if window is None else window - 1, 0),
+                window_size=_sides(window),
             )[:, 0]
 
         return attend

@@ -26,18 +26,11 @@ def evaluate(
     cannot change training. Returns the `eval/*` keys, fractions in [0, 1].
     """
     count = config.eval.samples
-    sampling = Sampling(
-        config.eval.temperature,
-        config.eval.top_p,
-        config.rollout.max_new_tokens,
-        config.eval.top_k,
-        config.task.stop,
-    )
     prompts = [to_ids(model.encode_question(question)) for question in questions]
     samples = engine.generate(
         [prompt for prompt in prompts for _ in range(count)],
         range(len(prompts) * count),
-        sampling,
+        Sampling.of(config, config.eval),
         Draws(draw_key(config.seed, Stream.EVAL), step),
         progress,
     )

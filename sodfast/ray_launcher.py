@@ -19,7 +19,8 @@ from typing import Any
 
 from sodfast.config import Config
 from sodfast.errors import RunFailed, UsageError
-from sodfast.study import Trial, is_held, lock_path
+from sodfast.files import is_held
+from sodfast.study import Trial, lock_path
 from sodfast.sweep import (
     POLL_SECONDS,
     Launch,

@@ -7,7 +7,6 @@ The same runs give the same bytes: nothing on the page depends on the clock. Onl
 """
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from sodfast import figures, tables
 from sodfast.config import CGTRConfig
 from sodfast.diagnostics import SPIKE_STEPS
 from sodfast.errors import UsageError
+from sodfast.files import replace_text
 from sodfast.forecast import MAX_FALSE_ALARM_RATE, Forecast, RunRecord, forecast
 from sodfast.report_data import Group, Run, Source, describe_schedule, group_runs, load
 from sodfast.statistics import Curve, Series, bin_width, group_curve
@@ -41,21 +41,14 @@ def write_report(directory: Path, baseline: str | None = None) -> Path:
     try:
         (directory / "tables").mkdir(exist_ok=True)
         for table in report.tables:
-            _replace(directory / "tables" / f"{table.name}.csv", table.to_csv())
+            replace_text(directory / "tables" / f"{table.name}.csv", table.to_csv())
         (directory / "figures").mkdir(exist_ok=True)
         for name, svg in report.figures.items():
-            _replace(directory / "figures" / f"{name}.svg", figures.standalone(svg))
-        _replace(directory / "report.html", page)
+            replace_text(directory / "figures" / f"{name}.svg", figures.standalone(svg))
+        replace_text(directory / "report.html", page)
     except OSError as error:
         raise UsageError(f"{directory} cannot be written: {error.strerror}") from error
     return directory / "report.html"
-
-
-def _replace(file: Path, text: str) -> None:
-    """A reader, or a crash, sees the old text or the new, never a part."""
-    aside = file.with_name(file.name + ".tmp")
-    aside.write_text(text)
-    os.replace(aside, file)
 
 
 @dataclass(frozen=True)

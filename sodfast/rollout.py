@@ -17,7 +17,7 @@ import torch
 from sodfast_kernels import sample_tokens
 from torch import Tensor
 
-from sodfast.config import RolloutConfig
+from sodfast.config import Config, EvalConfig, RolloutConfig
 from sodfast.errors import RunFailed, UsageError
 from sodfast.model import LanguageModel
 
@@ -34,6 +34,17 @@ class Sampling:
     max_new_tokens: int
     top_k: int | None = None
     stop: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, config: Config, section: RolloutConfig | EvalConfig) -> "Sampling":
+        """As `section`, of training or of evaluation, says; cap and stop strings are shared."""
+        return cls(
+            section.temperature,
+            section.top_p,
+            config.rollout.max_new_tokens,
+            section.top_k,
+            config.task.stop,
+        )
 
 
 @dataclass(frozen=True)
@@ -158,12 +169,8 @@ class HFEngine:
         from transformers import GenerationConfig, LogitsProcessorList
 
         model = self.model
-        width = max(len(prompt) for prompt in prompts)
-        input_ids = torch.full((len(prompts), width), model.pad_id)
-        mask = torch.zeros_like(input_ids)
-        for row, prompt in enumerate(prompts):
-            input_ids[row, width - len(prompt) :] = prompt
-            mask[row, width - len(prompt) :] = 1
+        input_ids, mask = left_padded(prompts, model.pad_id)
+        width = input_ids.shape[1]
         sampler = _Sampler(torch.tensor(samples, device=model.device), sampling, draws)
         greedy = GenerationConfig(
             do_sample=False,
@@ -199,6 +206,17 @@ class HFEngine:
                 )
             )
         return finished
+
+
+def left_padded(prompts: Sequence[Tensor], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask of a batch, each [B, longest] int64 on the CPU."""
+    width = max(len(prompt) for prompt in prompts)
+    input_ids = torch.full((len(prompts), width), pad_id)
+    mask = torch.zeros_like(input_ids)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, width - len(prompt) :] = prompt
+        mask[row, width - len(prompt) :] = 1
+    return input_ids, mask
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """A run directory: its lock, its lines, and what a resume may keep of them."""
 
 import datetime
-import fcntl
 import hashlib
 import json
 import os
@@ -18,6 +17,7 @@ from typing import IO, Any
 from sodfast import checkpoint
 from sodfast.config import Config, read_overrides, validate
 from sodfast.errors import RunFailed, UsageError
+from sodfast.files import replace_text, try_lock
 
 
 def fingerprint(config: Config) -> str:
@@ -220,11 +220,8 @@ def _processor() -> str:
 
 
 def _replace(file: Path, text: str) -> None:
-    """Write a file so that a reader, or a crash, sees the old text or the new, never a part."""
-    aside = file.with_name(file.name + ".tmp")
     with _writing(file):
-        aside.write_text(text)
-        os.replace(aside, file)
+        replace_text(file, text)
 
 
 @contextmanager
@@ -237,10 +234,7 @@ def _writing(file: Path) -> Iterator[None]:
 
 def _lock(path: Path) -> IO[str]:
     """Hold `path`/.lock; the kernel releases it when this process ends, however it ends."""
-    lock = (path / ".lock").open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        lock.close()
-        raise UsageError(f"{path} is being written by another process: wait for it") from error
+    lock = try_lock(path / ".lock")
+    if lock is None:
+        raise UsageError(f"{path} is being written by another process: wait for it")
     return lock

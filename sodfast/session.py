@@ -14,7 +14,7 @@ from sodfast.errors import UsageError
 from sodfast.evaluate import evaluate
 from sodfast.interrupt import Interrupted
 from sodfast.model import LanguageModel, load_model, wrap_model
-from sodfast.rollout import build_engine
+from sodfast.rollout import Engine, build_engine
 from sodfast.rundir import (
     RunDirectory,
     check_out,
@@ -23,8 +23,8 @@ from sodfast.rundir import (
 )
 from sodfast.sinks import require_sinks
 from sodfast.streaming import decoder_layers
-from sodfast.tasks import build_task
-from sodfast.trainer import Trainer, fitting_questions
+from sodfast.tasks import Task, build_task
+from sodfast.trainer import Questions, Trainer, fitting_questions
 
 
 def train_run(config: Config, resume: Path | None) -> None:
@@ -60,9 +60,7 @@ def build_trainer(config: Config, resume: Path | None, reporter: Reporter) -> Tr
     model = build_model(config, device, reporter.phase)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    data = fitting_questions(config, model, task, reporter)
-    engine = build_engine(config.rollout, model, reporter.message)
-    engine.require(data.longest + config.rollout.max_new_tokens)
+    data, engine = _questions_and_engine(config, model, task, reporter)
     if config.teacher.storage == "host":
         decoder_layers(model.network)  # refused here rather than after the run has begun
     if resume is None:
@@ -104,9 +102,7 @@ def evaluate_model(source: str, overrides: list[str]) -> dict[str, Any]:
         torch.set_num_threads(config.threads)
     reporter = build_reporter()
     try:
-        data = fitting_questions(config, model, task, reporter)
-        engine = build_engine(config.rollout, model, reporter.message)
-        engine.require(data.longest + config.rollout.max_new_tokens)
+        data, engine = _questions_and_engine(config, model, task, reporter)
         metrics = evaluate(
             model,
             engine,
@@ -142,6 +138,16 @@ def build_model(
 
     network, tokenizer = lab.build(config.lab, progress=progress)
     return wrap_model(network, tokenizer, device, name="the lab's model")
+
+
+def _questions_and_engine(
+    config: Config, model: LanguageModel, task: Task, reporter: Reporter
+) -> tuple[Questions, Engine]:
+    """The questions that fit, and an engine that can run the longest with its answer."""
+    data = fitting_questions(config, model, task, reporter)
+    engine = build_engine(config.rollout, model, reporter.message)
+    engine.require(data.longest + config.rollout.max_new_tokens)
+    return data, engine
 
 
 def pick_device(name: str) -> torch.device:

@@ -18,7 +18,7 @@ Nothing here starts a process. A study directory:
 """
 
 import csv
-import fcntl
+import io
 import itertools
 import json
 import os
@@ -38,6 +38,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sodfast.config import PRESETS, Config, load_config, parse_overrides
 from sodfast.errors import UsageError
+from sodfast.files import is_held, replace_text
 
 STUDIES = PRESETS / "studies"
 LAST_STEPS = 5  # the steps whose mean length the table gives
@@ -328,18 +329,6 @@ def finished_status(path: Path, config: Config) -> Literal["done", "collapsed"] 
     return "done" if summary["status"] == "done" and complete else None
 
 
-def is_held(lock: Path) -> bool:
-    """Whether a living process holds this lock."""
-    try:
-        with lock.open() as stream:
-            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
-
-
 def write_table(directory: Path) -> Path:
     """Write table.csv: a row per trial, in the study's order, nothing that depends on the clock.
 
@@ -349,15 +338,14 @@ def write_table(directory: Path) -> Path:
     study = open_study(directory)
     header = ["name", *study.axes, "status", *_MEASURES]
     path = directory / "table.csv"
-    aside = path.with_suffix(".tmp")
-    with aside.open("w", newline="") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(header)
-        for run in read_runs(directory):
-            measures = _measures(run)
-            cells = [measures.get(key) for key in _MEASURES]
-            writer.writerow([run.trial.name, *run.trial.point.values(), run.status, *cells])
-    os.replace(aside, path)
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(header)
+    for run in read_runs(directory):
+        measures = _measures(run)
+        cells = [measures.get(key) for key in _MEASURES]
+        writer.writerow([run.trial.name, *run.trial.point.values(), run.status, *cells])
+    replace_text(path, stream.getvalue())
     return path
 
 

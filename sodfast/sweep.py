@@ -6,7 +6,6 @@ directory, held by the sweep, and one per trial, which the trial's process inher
 before its first instruction until it has ended.
 """
 
-import fcntl
 import json
 import os
 import shlex
@@ -23,6 +22,7 @@ from typing import IO, Any, Literal
 
 from sodfast.config import PRESETS, Config
 from sodfast.errors import RunFailed, UsageError
+from sodfast.files import replace_text, try_lock
 from sodfast.study import (
     Study,
     Trial,
@@ -150,7 +150,8 @@ def _outcome(directory: Path, name: str, future: Future[Outcome]) -> Outcome:
 @contextmanager
 def _study_directory(directory: Path, study: Study) -> Iterator[None]:
     """Hold the directory's lock, its study written or found to be this one."""
-    ours = {".lock", "base.yaml", "base.tmp", "study.tmp"}  # a sweep killed while it began
+    # What a sweep killed while it began leaves.
+    ours = {".lock", "base.yaml", "base.yaml.tmp", "study.yaml.tmp"}
     try:
         if directory.exists() and not (directory / "study.yaml").exists():
             others = sorted(set(os.listdir(directory)) - ours)
@@ -169,9 +170,9 @@ def _study_directory(directory: Path, study: Study) -> Iterator[None]:
             _check_kept(directory, study)
         base = PRESETS / f"{study.base}.yaml"
         text = (base if base.is_file() else Path(study.base)).read_text()
-        _replace(directory / "base.yaml", text)
+        replace_text(directory / "base.yaml", text)
         stored = study.model_copy(update={"base": "base.yaml"})
-        _replace(directory / "study.yaml", stored.to_yaml())
+        replace_text(directory / "study.yaml", stored.to_yaml())
         for folder in ("runs", "logs"):
             (directory / folder).mkdir(exist_ok=True)
         yield
@@ -207,24 +208,6 @@ def _leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             leaves[prefix + key] = value
     return leaves
-
-
-def _replace(file: Path, text: str) -> None:
-    aside = file.with_suffix(".tmp")
-    aside.write_text(text)
-    os.replace(aside, file)
-
-
-def try_lock(path: Path) -> IO[str] | None:
-    """The lock, held until the file is closed in every process that inherited it; None: held by
-    another."""
-    lock = path.open("a")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        return None
-    return lock
 
 
 # ---------------------------------------------------------------- one trial

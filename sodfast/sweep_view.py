@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from sodfast.study import Trial, failure_path, is_held, lock_path, run_path
+from sodfast.files import is_held
+from sodfast.study import Trial, failure_path, lock_path, run_path
 
 PLAIN_SECONDS = 60.0  # plain output sums up this often
 

@@ -258,13 +258,7 @@ class Trainer:
         samples = self.engine.generate(
             [prompt for prompt in prompts for _ in range(count)],
             range(len(prompts) * count),
-            Sampling(
-                config.temperature,
-                config.top_p,
-                config.max_new_tokens,
-                config.top_k,
-                self.config.task.stop,
-            ),
+            Sampling.of(self.config, config),
             Draws(draw_key(self.config.seed, Stream.ROLLOUT), step),
             lambda done, total: self.reporter.phase("rollout", done, total),
         )

@@ -2,10 +2,12 @@
 
 import json
 import os
+import signal
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from sodfast import lab
+from sodfast.cli import main
 from sodfast.config import load_config
 from sodfast.console import Reporter
 from sodfast.model import LanguageModel, load_model
@@ -164,3 +167,31 @@ def train(build: Callable[..., Trainer]) -> Callable[..., Run]:
         return _read_run(out)
 
     return train
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Outcome]
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """`cli("train", "steps=3")` as on the command line, in this process."""
+
+    def run(*arguments: str) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["sodfast", *arguments])
+        terminate = signal.getsignal(signal.SIGTERM)
+        code: Any = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code or 0
+        finally:
+            signal.signal(signal.SIGTERM, terminate)
+        return Outcome(code, *capsys.readouterr())
+
+    return run

@@ -5,45 +5,17 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 import yaml
+from conftest import Command, Outcome
 
-from sodfast.cli import main
 from sodfast.config import load_config
 from sodfast.interrupt import Interrupted
 from sodfast.rundir import RunDirectory
 from sodfast.trainer import Trainer
-
-
-class Outcome(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Command = Callable[..., Outcome]
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """`cli("train", "steps=3")` as on the command line, in this process."""
-
-    def run(*arguments: str) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["sodfast", *arguments])
-        terminate = signal.getsignal(signal.SIGTERM)
-        code: Any = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code or 0
-        finally:
-            signal.signal(signal.SIGTERM, terminate)
-        return Outcome(code, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture(autouse=True)

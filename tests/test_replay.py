@@ -2,15 +2,12 @@
 
 import json
 import shutil
-import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sodfast.cli import main
 from sodfast.errors import UsageError
 from sodfast.replay import Replay, replay_run
 
@@ -215,27 +212,13 @@ def test_a_record_that_contradicts_its_configuration_is_refused(tmp_path: Path) 
 # ---------------------------------------------------------------- the command
 
 
-def test_the_command_ends_with_json_and_writes_nothing(
-    copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def command(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["sodfast", "replay", str(copy), *arguments])
-        terminate = signal.getsignal(signal.SIGTERM)
-        code: Any = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code or 0
-        finally:
-            signal.signal(signal.SIGTERM, terminate)
-        return code, *capsys.readouterr()
-
+def test_the_command_ends_with_json_and_writes_nothing(copy: Path, cli: Callable[..., Any]) -> None:
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
-    code, out, err = command("schedule.kind=hard", "schedule.every=3")
+    code, out, err = cli("replay", str(copy), "schedule.kind=hard", "schedule.every=3")
     assert (code, err) == (0, "")
     result = json.loads(out.splitlines()[-1])
     assert result["refreshes"] == [3, 6] and result["schedule"] == {"kind": "hard", "every": 3}
     assert result["recorded_schedule"]["kind"] == "cgtr" and result["steps"] == 6
-    code, out, err = command("seed=1")
+    code, out, err = cli("replay", str(copy), "seed=1")
     assert (code, out, err.count("\n")) == (2, "", 1) and err.startswith("sodfast: ")
     assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before

@@ -27,6 +27,7 @@ from rich.live import Live
 from sodfast import sweep as sweep_module
 from sodfast.config import Config, load_config
 from sodfast.errors import RunFailed, UsageError
+from sodfast.files import try_lock
 from sodfast.study import (
     failure_path,
     load_study,
@@ -36,7 +37,7 @@ from sodfast.study import (
     read_runs,
     run_path,
 )
-from sodfast.sweep import slots, sweep, try_lock
+from sodfast.sweep import slots, sweep
 from sodfast.sweep_view import LiveView, Progress, View
 
 # Takes the place of `sodfast train` in a trial's process. `log.project` says what happens to it:
@@ -51,6 +52,7 @@ if "sodfast.trial" in sys.orig_argv:
     from pathlib import Path
     from sodfast.config import load_config
     from sodfast.errors import UsageError
+    from sodfast.files import replace_text
 
     def stored_config(run, overrides):
         return load_config(str(run / "config.yaml"), overrides)
@@ -64,7 +66,7 @@ if "sodfast.trial" in sys.orig_argv:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails where two run at once
         with (run / "starts").open("a") as starts:
             print(os.environ["OMP_NUM_THREADS"], file=starts)
-        (run / "config.yaml").write_text(config.to_yaml())
+        replace_text(run / "config.yaml", config.to_yaml())
         metrics = run / "metrics.jsonl"
         done = len(metrics.read_text().splitlines()) if metrics.exists() else 0
         starts = len((run / "starts").read_text().splitlines())
@@ -470,6 +472,7 @@ def test_a_live_trial_never_runs_twice_under_any_kills(
         process = driver(study, out, "--jobs", "2")
         time.sleep(generator.uniform(0.5, 3.0))
         process.kill()
+        process.wait()
     assert {row["status"] for row in run(study, out)} == {"done"}
     for name in statuses(out):
         assert "Traceback" not in log_path(out, name).read_text()
