@@ -1,36 +1,100 @@
-"""Does 8-bit AdamW track torch's on the lab? `python bench/lab_adamw.py STATE SEED OUT [KEY=VALUE]`
+"""Does a run follow fp32 with bf16 weights? `python bench/lab_adamw.py OUT [KEY=VALUE...] > F`
 
-The lab's default run with the optimizer replaced by `sodfast_kernels.AdamW` in the given state
-("8bit", "fp32" or "exact"); compare with `sodfast train seed=SEED`, which uses torch.optim.AdamW.
-Collect the run directories with bench/collect_runs.py.
+The lab's run, the same seeds for each variant DTYPE-STATE (`model.dtype`, `optimizer.state`), each
+a `sodfast train` process in OUT/DTYPE-STATE-SEED; what is finished is kept, what was cut short is
+resumed. The last line is JSON:
+
+    variants   final mean@16 of each seed, their mean and its standard error, the mean curve, and
+               `moved`, ‖θ_30 − θ_0‖₂ of each seed (no teacher is refreshed before step 30)
+    gaps       variant − the first variant, seed by seed: mean and standard error of the final
+               mean@16, and of the mean over all evaluations after the first (less noisy)
+    runs       what collect_runs.py collects
+
+A run that follows fp32 has a gap of a few standard errors at most.
 """
 
+import argparse
+import json
+import subprocess
 import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from math import fsum, sqrt
+from pathlib import Path
 from typing import Any
 
-import sodfast_kernels
-from torch import nn
+from collect_runs import collect
 
-from sodfast import optimizer
-from sodfast.config import OptimizerConfig, load_config
-from sodfast.session import train_run
+from sodfast.rundir import read_lines
+
+VARIANTS = ("float32-torch", "bfloat16-8bit", "bfloat16-exact", "bfloat16-plain")
 
 
-def main(state: str, seed: str, out: str, *overrides: str) -> None:
-    def build(config: OptimizerConfig, network: nn.Module) -> Any:
-        return sodfast_kernels.AdamW(
-            network.parameters(),
-            config.lr,
-            config.betas,
-            config.eps,
-            config.weight_decay,
-            state=state,
-            seed=int(seed),
-        )
+def main() -> None:
+    parser = argparse.ArgumentParser(description="bf16 weights against fp32 on the lab")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    parser.add_argument("--variants", nargs="+", default=VARIANTS, metavar="DTYPE-STATE")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=2)
+    options = parser.parse_intermixed_args()
+    seeds = range(options.seeds)
+    paths = {v: [options.out / f"{v}-{seed}" for seed in seeds] for v in options.variants}
+    with ThreadPoolExecutor(options.jobs) as pool:
+        # Seed by seed, so that what a cut leaves can be compared.
+        todo = [(v, seed) for seed in seeds for v in options.variants]
+        list(pool.map(lambda item: train(paths[item[0]][item[1]], *item, options.overrides), todo))
+    print(json.dumps(compare(paths)))
 
-    optimizer.build_optimizer = build
-    train_run(load_config(None, [f"seed={seed}", f"out={out}", *overrides]), None)
+
+def train(path: Path, variant: str, seed: int, overrides: Sequence[str]) -> None:
+    summary = path / "summary.json"
+    if summary.exists() and json.loads(summary.read_text())["status"] in ("done", "collapsed"):
+        return
+    dtype, state = variant.split("-")
+    keys = [f"model.dtype={dtype}", f"optimizer.state={state}", f"seed={seed}", f"out={path}"]
+    resumes = (path / "config.yaml").exists()
+    arguments = ["--resume", str(path)] if resumes else [*keys, *overrides]
+    command = [sys.executable, "-m", "sodfast", "train", *arguments]
+    subprocess.run(command, check=True, stdout=sys.stderr)
+
+
+def compare(paths: dict[str, list[Path]]) -> dict[str, Any]:
+    """See the module; `paths`: variant → its runs, the same seeds in the same order."""
+    variants: dict[str, Any] = {}
+    finals: dict[str, list[float]] = {}
+    means: dict[str, list[float]] = {}
+    for variant, runs in paths.items():
+        lines = [read_lines(run / "metrics.jsonl") for run in runs]
+        curves = [
+            {line["step"]: line["eval/mean@16"] for line in run if "eval/mean@16" in line}
+            for run in lines
+        ]
+        finals[variant] = [curve[max(curve)] for curve in curves]
+        means[variant] = [fsum(curve[s] for s in curve if s) / (len(curve) - 1) for curve in curves]
+        variants[variant] = {
+            "final": finals[variant],
+            **estimate(finals[variant]),
+            "curve": {s: fsum(curve[s] for curve in curves) / len(curves) for s in curves[0]},
+            "moved": [run[min(30, len(run) - 1)]["teacher/drift"] for run in lines],
+        }
+    reference, *others = paths
+    gaps = {
+        variant: {
+            name: estimate([a - b for a, b in zip(of[variant], of[reference], strict=True)])
+            for name, of in (("final", finals), ("all evaluations", means))
+        }
+        for variant in others
+    }
+    runs = [collect(run) for group in paths.values() for run in group]
+    return {"variants": variants, "gaps": gaps, "runs": runs}
+
+
+def estimate(values: Sequence[float]) -> dict[str, float]:
+    mean = fsum(values) / len(values)
+    variance = fsum((value - mean) ** 2 for value in values) / max(1, len(values) - 1)
+    return {"mean": mean, "stderr": sqrt(variance / len(values))}
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -41,6 +41,16 @@ TopP = Annotated[float, Field(gt=0, le=1)]
 Temperature = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 
+# Pairs of model.dtype and optimizer.state that make no sense, and why.
+_REFUSED_STATES = {
+    ("float32", "exact"): "float32 weights are their own exact master; use fp32",
+    ("float32", "plain"): "plain is torch's AdamW on bfloat16 weights; use torch",
+    ("bfloat16", "torch"): (
+        "rounded to nearest, bfloat16 weights lose most of a small update; use 8bit, fp32 or "
+        "exact, or plain where that loss is the point"
+    ),
+}
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -48,6 +58,8 @@ class Section(BaseModel):
 
 class ModelConfig(Section):
     path: str | None = None  # Hugging Face id or directory; None: the embedded lab builds one
+    # Of the weights, and so of the teacher's and of the gradients.
+    dtype: Literal["float32", "bfloat16"] = "float32"
 
 
 class RolloutConfig(Section):
@@ -158,6 +170,11 @@ class OptimizerConfig(Section):
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     eps: Annotated[float, Field(gt=0)] = 1e-8
+    # Which AdamW. torch: torch's, on float32 weights. 8bit, fp32: the fused one, with moments of
+    # that size, which rounds bfloat16 weights stochastically. exact: fp32 moments and, beside
+    # bfloat16 weights, the 16 bits that make them fp32. plain: torch's on bfloat16 weights, a
+    # negative control. auto: torch for float32, 8bit for bfloat16.
+    state: Literal["auto", "torch", "8bit", "fp32", "exact", "plain"] = "auto"
     updates_per_step: Positive = 1
     micro_batch_tokens: Positive = 16_384  # padded positions of one forward and backward pass
 
@@ -230,6 +247,12 @@ class Config(Section):
             raise ValueError(
                 f"schedule.shards={self.length_shards} must divide the {prompts * samples} "
                 "rollouts of a step"
+            )
+        refused = _REFUSED_STATES.get((self.model.dtype, self.optimizer.state))
+        if refused:
+            raise ValueError(
+                f"optimizer.state={self.optimizer.state} does not go with "
+                f"model.dtype={self.model.dtype}: {refused}"
             )
         if self.model.path is None and not isinstance(self.task, ArithmeticConfig):
             raise ValueError(

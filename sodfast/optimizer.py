@@ -1,22 +1,47 @@
-"""AdamW, its warm-up, and one clipped update that refuses to step on a NaN."""
+"""AdamW, its warm-up, and one clipped update that refuses to step on a NaN.
+
+Gradients have the dtype of the weights. With bfloat16 a micro-batch's products are summed in fp32,
+but autograd rounds the running sum over the micro-batches to nearest; AdamW computes in fp32.
+"""
 
 from typing import cast
 
+import sodfast_kernels
 import torch
 from torch import Tensor, nn
 
 from sodfast.config import OptimizerConfig
 from sodfast.errors import RunFailed
+from sodfast.streams import Stream, draw_key
 
 
-def build_optimizer(config: OptimizerConfig, network: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(
-        network.parameters(),
+def build_optimizer(
+    config: OptimizerConfig, network: nn.Module, seed: int = 0
+) -> torch.optim.Optimizer:
+    """The AdamW that `config.state` names. `seed`: the run's, for what is rounded stochastically:
+    those bits are a function of (seed, number of the update, position of the element)."""
+    parameters = list(network.parameters())
+    state = config.state
+    if state == "auto":
+        state = "8bit" if parameters[0].dtype == torch.bfloat16 else "torch"
+    if state in ("torch", "plain"):
+        return torch.optim.AdamW(
+            parameters,
+            lr=config.lr,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+    return sodfast_kernels.AdamW(
+        parameters,
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,
         weight_decay=config.weight_decay,
-        fused=True,
+        state=state,
+        # The teacher's average rounds by the bare seed; shared bits would correlate the two.
+        seed=draw_key(seed, Stream.ROUNDING),
     )
 
 
@@ -34,12 +59,33 @@ def update(optimizer: torch.optim.Optimizer, lr: float, clip_norm: float, loss: 
     for parameter in parameters:
         if parameter.grad is None:  # no rollout of this update carried a gradient
             parameter.grad = torch.zeros_like(parameter)
-    norm = torch.nn.utils.get_total_norm([cast(Tensor, p.grad) for p in parameters])
-    if not (torch.isfinite(loss) & torch.isfinite(norm)):
-        raise RunFailed(f"loss {float(loss)}, gradient norm {float(norm)}: the update was not made")
-    torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    optimizer.step()
+    if isinstance(optimizer, sodfast_kernels.AdamW):
+        norm = _fused_step(optimizer, clip_norm, loss)
+    else:
+        norm = torch.nn.utils.get_total_norm([cast(Tensor, p.grad) for p in parameters])
+        _require_finite(loss, norm)
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return float(norm)
+
+
+def _fused_step(optimizer: sodfast_kernels.AdamW, clip_norm: float, loss: Tensor) -> Tensor:
+    """One pass measures the norm, clips and steps. Where the norm is not finite only the count of
+    steps goes on, and is taken back."""
+    _require_finite(loss)
+    norm = optimizer.step(clip_norm=clip_norm)
+    if not torch.isfinite(norm):
+        for state in optimizer.state.values():
+            state["step"] -= 1
+    _require_finite(loss, norm)
+    return norm
+
+
+def _require_finite(loss: Tensor, norm: Tensor | None = None) -> None:
+    found = {"loss": loss} if norm is None else {"loss": loss, "gradient norm": norm}
+    if not torch.stack([torch.isfinite(value) for value in found.values()]).all():
+        numbers = ", ".join(f"{name} {float(value)}" for name, value in found.items())
+        raise RunFailed(f"{numbers}: the update was not made")

@@ -13,7 +13,7 @@ from sodfast.console import Reporter, build_reporter, print_run
 from sodfast.errors import UsageError
 from sodfast.evaluate import evaluate
 from sodfast.interrupt import Interrupted
-from sodfast.model import LanguageModel, load_model, wrap_model
+from sodfast.model import LanguageModel, cast_weights, load_model, wrap_model
 from sodfast.rollout import Engine, build_engine
 from sodfast.rundir import (
     RunDirectory,
@@ -97,7 +97,7 @@ def evaluate_model(source: str, overrides: list[str]) -> dict[str, Any]:
         config = load_config(preset, [f"model.path={source}", *overrides])
         student = source
     task = build_task(config.task)
-    model = load_model(student, pick_device(config.device))
+    model = load_model(student, pick_device(config.device), getattr(torch, config.model.dtype))
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     reporter = build_reporter()
@@ -132,11 +132,13 @@ def build_model(
     config: Config, device: torch.device, progress: Any = lambda phase, done, total: None
 ) -> LanguageModel:
     """The configured model, or the lab's own."""
+    dtype = getattr(torch, config.model.dtype)
     if config.model.path is not None:
-        return load_model(config.model.path, device)
+        return load_model(config.model.path, device, dtype)
     from sodfast import lab
 
     network, tokenizer = lab.build(config.lab, progress=progress)
+    cast_weights(network, dtype)
     return wrap_model(network, tokenizer, device, name="the lab's model")
 
 

@@ -15,6 +15,7 @@ class Stream(IntEnum):
     EVAL = 2  # step, sample
     DEMONSTRATION = 3  # step, sample
     UPDATES = 4  # step
+    ROUNDING = 5  # update, element of the parameters
 
 
 def generator(seed: int, stream: Stream, *counters: int) -> np.random.Generator:

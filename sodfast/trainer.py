@@ -137,7 +137,7 @@ class Trainer:
         self.data = data
 
         self.teacher = Teacher(model.network, config.schedule, config.seed, config.teacher.storage)
-        self.optimizer = optimizer.build_optimizer(config.optimizer, model.network)
+        self.optimizer = optimizer.build_optimizer(config.optimizer, model.network, config.seed)
         self.schedule = build_schedule(config.schedule)
         self.prompts = PromptOrder(config.seed, len(data.train))
         self.gain = RewardGain()

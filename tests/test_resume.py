@@ -82,6 +82,24 @@ def test_stopping_twice_changes_nothing(
     assert [event["step"] for event in events] == [4, 7]
 
 
+@pytest.mark.parametrize("state", ["8bit", "fp32", "exact", "plain"])
+def test_bf16_weights_resume_bit_for_bit(train: Train, tmp_path: Path, state: str) -> None:
+    """Weights, teacher, moments and remainders, and the counts that key the rounding."""
+    overrides = [*SETTINGS, *SCHEDULES["ema"], "model.dtype=bfloat16", f"optimizer.state={state}"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    expected = train(whole, *overrides, "steps=6")
+    train(parts, *overrides, "steps=1")
+    train(parts, "steps=4")
+    assert train(parts, "steps=6") == expected
+    ends = [checkpoint.load(out / "checkpoints" / "step-6") for out in (whole, parts)]
+    for part in ("student", "teacher", "optimizer"):
+        ours, theirs = (getattr(end, part) for end in ends)
+        assert ours.keys() == theirs.keys() and len(ours) > 10
+        for name, tensor in ours.items():
+            assert tensor.dtype == theirs[name].dtype and tensor.equal(theirs[name])
+    assert ends[0].state == ends[1].state
+
+
 def test_resuming_a_finished_run_changes_nothing(train: Train, tmp_path: Path) -> None:
     out = tmp_path / "run"
     first = train(out, *SETTINGS, "steps=3")

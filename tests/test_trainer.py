@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from sodfast import checkpoint
 from sodfast.errors import RunFailed, UsageError
+from sodfast.model import LanguageModel, cast_weights, load_model
 from sodfast.rundir import read_lines
+from sodfast.session import evaluate_model, export_model
 from sodfast.tasks.arithmetic import question_pools
 from sodfast.trainer import Trainer
 
@@ -53,6 +56,7 @@ STEP = {
 }
 COPIES = {"teacher/age", "teacher/refreshed"}
 GATES = {"gate/reward_window", "gate/tail_window"}
+DTYPES = ["float32", "bfloat16"]
 # Beyond what other programs rely on.
 OURS = {"optim/loss", "policy/clip_fraction", "reward/snr"} | {
     f"policy/sampler_ratio_{name}" for name in ("mean", "min", "max")
@@ -85,10 +89,13 @@ def assert_close(left: list[dict[str, Any]], right: list[dict[str, Any]]) -> Non
 # ---------------------------------------------------------------- what a run writes
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", SCHEDULES)
-def test_the_lines_hold_the_keys_of_their_schedule(train: Train, tmp_path: Path, kind: str) -> None:
+def test_the_lines_hold_the_keys_of_their_schedule(
+    train: Train, tmp_path: Path, kind: str, dtype: str
+) -> None:
     out = tmp_path / "run"
-    train(out, *SCHEDULES[kind], "steps=5")
+    train(out, *SCHEDULES[kind], f"model.dtype={dtype}", "steps=5")
     lines = read_lines(out / "metrics.jsonl")
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4, 5]
     assert lines[0].keys() == {"step"} | EVALUATION
@@ -231,6 +238,100 @@ def test_the_seed_matters(runs: Train) -> None:
     assert runs("steps=3").lines[1] != runs("steps=3", "seed=1").lines[1]
 
 
+# ---------------------------------------------------------------- 16-bit weights
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("optimizer.state=8bit",),
+        ("optimizer.state=fp32", "schedule.kind=ema"),
+        ("optimizer.state=exact", "optimizer.updates_per_step=2"),
+        ("optimizer.state=plain", "schedule.kind=trust_region"),
+        ("rollout.engine=hf", "objective.top_k=5"),
+    ],
+)
+def test_a_bf16_run_repeats_itself(
+    train: Train, runs: Train, tmp_path: Path, overrides: tuple[str, ...]
+) -> None:
+    first = runs("model.dtype=bfloat16", *overrides, "steps=3")
+    assert first.summary["status"] == "done"
+    assert train(tmp_path / "run", "model.dtype=bfloat16", *overrides, "steps=3") == first
+
+
+def test_a_bf16_run_is_bf16_everywhere(build: Build, tmp_path: Path) -> None:
+    """Weights, teacher, what is stored, exported and evaluated; rotary frequencies stay fp32."""
+    out = tmp_path / "run"
+    trainer = build(out, "model.dtype=bfloat16", "schedule.kind=ema", "steps=2")
+    trainer.train()
+    trainer.run.close()
+    network, teacher = trainer.model.network, trainer.teacher.weights
+    assert teacher is not None
+    for module in (network, teacher):
+        assert {parameter.dtype for parameter in module.parameters()} == {torch.bfloat16}
+        assert {buffer.dtype for buffer in module.buffers()} == {torch.float32}
+    newest = checkpoint.latest(out / "checkpoints")
+    assert newest is not None
+    stored = checkpoint.load(newest)
+    for tensors in (stored.student, stored.teacher):
+        assert tensors is not None
+        assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    moments = {v.dtype for k, v in stored.optimizer.items() if not k.endswith(".step")}
+    assert moments == {torch.uint8}
+
+    metrics = {k: v for k, v in trainer.lines[-1].items() if k.startswith("eval/")}
+    assert evaluate_model(str(out), []) == {"step": 2, **metrics}
+    export_model(out, tmp_path / "exported")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype="auto")
+    for ours, theirs in zip(network.parameters(), exported.parameters(), strict=True):
+        assert theirs.dtype == torch.bfloat16 and torch.equal(ours, theirs)
+
+
+def test_weights_are_cast_as_they_are_loaded(tiny_model: Path, model: LanguageModel) -> None:
+    """The lab casts its warm start, a directory is read as bf16: the same weights and ties."""
+    loaded = load_model(str(tiny_model), model.device, torch.bfloat16).network
+    cast_weights(model.network, torch.bfloat16)
+    assert model.head is model.network.get_input_embeddings().weight
+    for kind in ("named_parameters", "named_buffers"):
+        ours, theirs = (dict(getattr(network, kind)()) for network in (model.network, loaded))
+        assert ours.keys() == theirs.keys() and ours
+        for name, tensor in ours.items():
+            assert tensor.dtype == theirs[name].dtype and torch.equal(tensor, theirs[name])
+
+
+def gradient(build: Build, out: Path, rollouts: Any, *overrides: str) -> torch.Tensor:
+    """The first step's gradient on given rollouts."""
+    trainer = build(out, *overrides)
+    trainer.run.close()
+    accumulate, grads = trainer._accumulate_gradients, []
+
+    def stop(*arguments: Any) -> torch.Tensor:
+        loss = accumulate(*arguments)
+        found = [p.grad for p in trainer.model.network.parameters()]
+        assert all(grad.dtype == trainer.model.head.dtype for grad in found)
+        grads.append(torch.cat([grad.double().flatten() for grad in found]))
+        return loss
+
+    trainer._accumulate_gradients = stop  # type: ignore[method-assign]
+    trainer._update(1, rollouts, trainer._score(rollouts), before_first=lambda: None)
+    return grads[0]
+
+
+def test_bf16_gradients_point_where_fp32_ones_do(build: Build, tmp_path: Path) -> None:
+    """However a step is cut: each of the 16 sums over micro-batches rounds at 2⁻⁹."""
+    trainer = build(tmp_path / "rollouts")
+    trainer.run.close()
+    rollouts = trainer._rollout(1)
+    exact = gradient(build, tmp_path / "fp32", rollouts)
+    bf16 = ("model.dtype=bfloat16",)
+    whole = gradient(build, tmp_path / "bf16", rollouts, *bf16)
+    cut = gradient(build, tmp_path / "cut", rollouts, *bf16, "optimizer.micro_batch_tokens=1")
+    for ours, oracle, bound in ((whole, exact, 0.99), (cut, exact, 0.99), (cut, whole, 0.999)):
+        cosine = torch.cosine_similarity(ours, oracle, dim=0)
+        assert cosine > bound
+        assert ours.norm() == pytest.approx(float(oracle.norm()), rel=0.03)
+
+
 # ---------------------------------------------------------------- the objective's switches
 
 
@@ -322,11 +423,13 @@ def test_several_updates_per_step(runs: Train, updates: int) -> None:
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["hard", "ema"])
 def test_a_nan_names_its_step_and_the_last_good_state_is_saved(
-    build: Build, train: Train, runs: Train, tmp_path: Path, where: str, kind: str
+    build: Build, train: Train, runs: Train, tmp_path: Path, where: str, kind: str, dtype: str
 ) -> None:
-    trainer = build(tmp_path / "run", *SCHEDULES[kind], "steps=5", "checkpoint.every=99")
+    overrides = [*SCHEDULES[kind], f"model.dtype={dtype}", "steps=5"]
+    trainer = build(tmp_path / "run", *overrides, "checkpoint.every=99")
     accumulate = trainer._accumulate_gradients
 
     def poisoned(*arguments: Any) -> torch.Tensor:
@@ -347,8 +450,7 @@ def test_a_nan_names_its_step_and_the_last_good_state_is_saved(
     assert checkpoint.latest(out / "checkpoints") == out / "checkpoints" / "step-2"
     assert [line["step"] for line in read_lines(out / "metrics.jsonl")] == [0, 1, 2]
     # The state is that of step 2: from there on, all is as if nothing had happened.
-    resumed, undisturbed = train(out), runs(*SCHEDULES[kind], "steps=5")
-    assert resumed == undisturbed
+    assert train(out) == runs(*overrides)
 
 
 def test_a_nan_in_a_later_update_of_a_step_keeps_the_checkpoint_before(
@@ -370,11 +472,13 @@ def test_a_nan_in_a_later_update_of_a_step_keeps_the_checkpoint_before(
     assert train(out).summary["status"] == "done"
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_weights_that_are_not_finite_name_their_step(
-    build: Build, train: Train, tmp_path: Path
+    build: Build, train: Train, tmp_path: Path, dtype: str
 ) -> None:
     out = tmp_path / "run"
-    trainer = build(out, "optimizer.lr=1e38", "optimizer.warmup_steps=0", "steps=5")
+    overrides = ["optimizer.lr=1e38", "optimizer.warmup_steps=0", f"model.dtype={dtype}"]
+    trainer = build(out, *overrides, "steps=5")
     with pytest.raises(RunFailed, match=r"^step 1: .*not finite.*optimizer\.lr"):
         trainer.train()
     trainer.run.close()
