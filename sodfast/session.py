@@ -1,5 +1,6 @@
 """From a configuration to a finished command: builds the parts and hands them to each other."""
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,10 @@ def build_trainer(config: Config, resume: Path | None, reporter: Reporter) -> Tr
     disable_progress_bar()  # transformers' own bars would tear ours apart
     require_sinks(config.log.sinks)
     device = pick_device(config.device)
+    if device.type == "cuda" and config.rollout.engine != "vllm":
+        # Phases ask for blocks of different sizes. Read when CUDA's allocator starts, after this
+        # line; vLLM has an allocator of its own that knows no such segments.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     out = Path(config.out or default_out(config)) if resume is None else resume
     if resume is None:
         check_out(out)

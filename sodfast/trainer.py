@@ -9,10 +9,8 @@ the teacher's context). A step commits as a whole: whatever ends a run before a 
 optimizer update leaves the state of the step before.
 """
 
-import resource
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any, Literal
@@ -37,6 +35,7 @@ from sodfast.evaluate import evaluate
 from sodfast.interrupt import Interrupted, Interruption
 from sodfast.model import LanguageModel, micro_batches, response_hidden, to_ids
 from sodfast.objective import group_advantages, micro_batch_loss, sequence_weights
+from sodfast.phases import PhaseClock, explained
 from sodfast.rollout import Draws, Engine, Sample, Sampling, sampler_logprob
 from sodfast.rundir import RunDirectory, fingerprint
 from sodfast.schedule import StepStatistics, build_schedule
@@ -146,6 +145,7 @@ class Trainer:
         )
         self.lines: list[dict[str, Any]] = []
         self.step = 0
+        self.moved = False  # whether the weights may be others than those of `step`
         self.state = self._state()
         self.clock = PhaseClock(model.device)
 
@@ -154,9 +154,9 @@ class Trainer:
     def train(self) -> Status:
         """Run to `steps`, or to the collapse detector's stop, or to an interruption.
 
-        Raises `RunFailed` when a loss or gradient is not finite or the disk refuses, and
-        summary.json says "failed". The state before the step is checkpointed first, unless an
-        earlier update of the step has moved the weights: then the last checkpoint stands.
+        Raises `RunFailed` when a loss or gradient is not finite, memory runs out or the disk
+        refuses, and summary.json says "failed". The state before the step is checkpointed first,
+        unless an update of the step has moved the weights: then the last checkpoint stands.
         """
         logger = Logger(self.config, self.run.path)
         interruption = Interruption()
@@ -176,8 +176,10 @@ class Trainer:
                 self._save()
             status = "interrupted"
         except RunFailed as error:
-            with suppress(RunFailed):  # a full disk refuses the summary, too
+            with suppress(RunFailed):  # a full disk refuses these, too
                 self.run.write_summary(self.summary("failed"))
+                if self.lines and not self.moved:
+                    self._save()
             raise RunFailed(f"step {step}: {error}") from error
         finally:
             logger.close()
@@ -221,6 +223,7 @@ class Trainer:
 
     def _train_step(self, step: int, interruption: Interruption, logger: Logger) -> None:
         self.clock.reset()
+        self.moved = False
         with self.clock("rollout"):
             rollouts = self._rollout(step)
         with self.clock("teacher"):
@@ -354,11 +357,11 @@ class Trainer:
             if number == 0:
                 before_first()
                 self.teacher.prepare_update()
+            self.moved = True
             try:
                 norms.append(optimizer.update(self.optimizer, lr, config.optimizer.clip_norm, loss))
             except RunFailed:
-                if number == 0:  # the parameters are still those of the step before
-                    self._save()
+                self.moved = number > 0  # this update was not made
                 raise
         return {
             **totals.metrics(),
@@ -419,7 +422,8 @@ class Trainer:
         decision = self.schedule.observe(
             StepStatistics(step, line["reward/mean"], line[prefix + "mean"], line[prefix + "max"])
         )
-        drift = float(self.teacher.apply(decision, step))
+        with explained("refresh"):
+            drift = float(self.teacher.apply(decision, step))
         if not isfinite(drift):
             raise RunFailed("the update made weights that are not finite: lower optimizer.lr")
         copied = decision.action == "copy"
@@ -467,15 +471,16 @@ class Trainer:
     # ---------------------------------------------------------------- small parts
 
     def _evaluate(self, step: int) -> dict[str, float]:
-        return evaluate(
-            self.model,
-            self.engine,
-            self.task,
-            self.data.test,
-            self.config,
-            step,
-            lambda done, total: self.reporter.phase("evaluate", done, total),
-        )
+        with explained("evaluate"):
+            return evaluate(
+                self.model,
+                self.engine,
+                self.task,
+                self.data.test,
+                self.config,
+                step,
+                lambda done, total: self.reporter.phase("evaluate", done, total),
+            )
 
     def _stopped(self) -> bool:
         return self.config.collapse.stop and self.collapse.step is not None
@@ -523,45 +528,6 @@ class Trainer:
             "schedule": self.config.schedule.kind,
             "dropped_prompts": self.data.dropped,
         }
-
-
-class PhaseClock:
-    """Seconds per phase of a step; `time/step` runs from `reset`."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.reset()
-
-    def reset(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self.began = time.perf_counter()
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        start = self._now()
-        yield
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + self._now() - start
-
-    def metrics(self, tokens: int) -> dict[str, float]:
-        """`tokens`: the step's response tokens."""
-        step = self._now() - self.began
-        if self.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(self.device)
-        else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return {
-            **{f"time/{phase}": seconds for phase, seconds in self.seconds.items()},
-            "time/step": step,
-            "time/tokens_per_second": tokens / step,
-            "memory/peak_bytes": peak,
-        }
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
 
 
 class _Totals:

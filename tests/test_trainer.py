@@ -472,6 +472,51 @@ def test_a_nan_in_a_later_update_of_a_step_keeps_the_checkpoint_before(
     assert train(out).summary["status"] == "done"
 
 
+@pytest.mark.parametrize(
+    ("phase", "remedy"),
+    [
+        ("rollout", "rollout.cache_gib"),
+        ("teacher", "teacher.storage=host"),
+        ("train", "optimizer.micro_batch_tokens"),
+        ("refresh", "teacher.storage=host"),
+        ("evaluate", "rollout.cache_gib"),
+    ],
+)
+def test_a_lack_of_memory_names_its_phase_and_the_key(
+    build: Build, train: Train, runs: Train, tmp_path: Path, phase: str, remedy: str
+) -> None:
+    """At step 3, in whatever phase; what was saved carries on as if nothing had happened."""
+    out = tmp_path / "run"
+    trainer = build(out, "steps=5", "eval.every=3", "checkpoint.every=2")
+    owner, name = {
+        "rollout": (trainer.engine, "generate"),
+        "teacher": (trainer.teacher, "score"),
+        "train": (trainer, "_accumulate_gradients"),
+        "refresh": (trainer.teacher, "apply"),
+        "evaluate": (trainer.engine, "generate"),
+    }[phase]
+    original = getattr(owner, name)
+    evaluates = phase == "evaluate"
+
+    def scarce(*arguments: Any) -> Any:
+        # The evaluation of step 3 is the one whose stream of draws is not the rollouts'.
+        if trainer.step < 2 or (
+            evaluates and trainer.clock.peaks.keys() != {"rollout", "teacher", "train"}
+        ):
+            return original(*arguments)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has")
+
+    setattr(owner, name, scarce)
+    expected = rf"^step 3: out of GPU memory in phase {phase}: 2.50 GiB wanted.*{remedy}.*plan"
+    with pytest.raises(RunFailed, match=expected):
+        trainer.train()
+    trainer.run.close()
+    assert json.loads((out / "summary.json").read_text())["status"] == "failed"
+    assert checkpoint.latest(out / "checkpoints") == out / "checkpoints" / "step-2"
+    assert [line["step"] for line in read_lines(out / "metrics.jsonl")] == [0, 1, 2]
+    assert train(out) == runs("steps=5", "eval.every=3", "checkpoint.every=2")
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_weights_that_are_not_finite_name_their_step(
     build: Build, train: Train, tmp_path: Path, dtype: str
