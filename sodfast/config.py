@@ -1,9 +1,10 @@
 """The whole configuration, typed: a preset or file, then dotted overrides, then validation.
 
-Layers are merged by OmegaConf and checked by pydantic, so an unknown key, a wrong type and an
-impossible combination are all found before any work. Two groups are unions told apart by a key:
-`schedule` by `kind` and `task` by `name`. A layer that changes that key starts the group afresh,
-because the keys of one kind mean nothing to another.
+A file may be built on another: its key `base` names the preset or file (from its own folder) whose
+values hold where it gives none. Layers are merged by OmegaConf and checked by pydantic, so an
+unknown key, a wrong type and an impossible combination are all found before any work. Two groups
+are unions told apart by a key: `schedule` by `kind` and `task` by `name`. A layer that changes that
+key starts the group afresh, because the keys of one kind mean nothing to another.
 
 Defaults follow Table 9 and Appendix A of the CGTR paper (arXiv 2606.03532) where it gives them.
 """
@@ -215,6 +216,8 @@ class Config(Section):
     steps: Positive = 150
     threads: Positive | None = None  # CPU threads of the run; None: torch's choice
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    # What a GPU's allocator may hand out, GiB; null: all of it. `sodfast plan` then assumes 78.
+    memory_gib: Annotated[float, Field(gt=0)] | None = None
     model: ModelConfig = ModelConfig()
     lab: LabConfig = LabConfig()
     task: TaskConfig = ArithmeticConfig()
@@ -309,20 +312,51 @@ def read_overrides(path: Path, overrides: list[str]) -> DictConfig:
     return layer
 
 
-def _read(source: str) -> DictConfig:
-    path = PRESETS / f"{source}.yaml"
+def _read(source: str, above: tuple[Path, ...] = ()) -> DictConfig:
+    """A preset's or file's layer over its base. `above`: the files that are built on it."""
+    path = _preset(source)
     if not os.path.isfile(path):
         path = Path(source)
     if not os.path.isfile(path):
         names = ", ".join(sorted(preset.stem for preset in PRESETS.glob("*.yaml")))
         raise UsageError(f"no configuration file {source!r} and no such preset (presets: {names})")
+    if path.resolve() in above:
+        raise UsageError(f"{path} is built on itself: change its base or that of {above[-1]}")
     try:
         layer = OmegaConf.load(path)
     except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} cannot be read as YAML: {_first_line(error)}") from error
     if not isinstance(layer, DictConfig) or not layer:
         raise UsageError(f"{path} must hold a mapping with at least one configuration key")
-    return layer
+    return _on_base(layer, path, above)
+
+
+def _on_base(layer: DictConfig, path: Path, above: tuple[Path, ...]) -> DictConfig:
+    """The layer over the preset or file that its key `base` names, a path from the layer's own."""
+    try:
+        base = layer.pop("base", None)
+        if base is None:
+            return layer
+        if not isinstance(base, str):
+            raise TypeError(f"base must be a preset's name or a file, not {base!r}")
+        if not _preset(base).is_file():
+            base = str(path.parent / base)
+        below = _read(base, (*above, path.resolve()))
+        for group, (key, default) in _DISCRIMINATORS.items():
+            ours, theirs = layer.get(group), below.get(group)
+            if isinstance(ours, DictConfig) and isinstance(theirs, DictConfig):
+                kind = theirs.get(key, default)
+                if ours.get(key, kind) != kind:
+                    del below[group]
+        merged = OmegaConf.merge(below, layer)
+    except (OmegaConfBaseException, AttributeError, TypeError, ValueError) as error:
+        raise UsageError(f"{path}: {_first_line(error)}") from error
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _preset(name: str) -> Path:
+    return PRESETS / f"{name}.yaml"
 
 
 def parse_overrides(overrides: list[str]) -> list[tuple[str, Any]]:

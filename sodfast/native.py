@@ -392,5 +392,9 @@ def _width(tokens: int) -> int:
 
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # What the allocator keeps for reuse is free to the cache; a limit may lie below the card.
+        free, total = torch.cuda.mem_get_info(device)
+        limit = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+        mine = torch.cuda.memory_reserved(device)
+        return min(free + mine, limit) - torch.cuda.memory_allocated(device)
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -57,6 +57,7 @@ def build_trainer(config: Config, resume: Path | None, reporter: Reporter) -> Tr
         # Phases ask for blocks of different sizes. Read when CUDA's allocator starts, after this
         # line; vLLM has an allocator of its own that knows no such segments.
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    limit_memory(device, config.memory_gib)
     out = Path(config.out or default_out(config)) if resume is None else resume
     if resume is None:
         check_out(out)
@@ -164,6 +165,23 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"device={name}: this machine has {torch.cuda.device_count()} GPUs")
     return device
+
+
+def limit_memory(device: torch.device, gib: float | None) -> None:
+    """Let the allocator hand out at most `gib` GiB of a GPU, so that a larger card stands for a
+    smaller one and no step takes more than `sodfast plan` was asked about.
+
+    Raises `UsageError` where the GPU has less.
+    """
+    if gib is None or device.type != "cuda":
+        return
+    total = torch.cuda.get_device_properties(device).total_memory
+    if gib * 2**30 > total:
+        raise UsageError(
+            f"memory_gib={gib:g}: this GPU has {total / 2**30:.1f} GiB: lower memory_gib and ask "
+            "`sodfast plan` what fits"
+        )
+    torch.cuda.set_per_process_memory_fraction(gib * 2**30 / total, device)
 
 
 def _newest(run: Path) -> tuple[int, Path]:

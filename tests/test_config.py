@@ -7,7 +7,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from sodfast.config import PRESETS, CGTRConfig, Config, HardConfig, load_config
+from sodfast.config import PRESETS, CGTRConfig, Config, EMAConfig, HardConfig, load_config
 from sodfast.errors import UsageError
 
 
@@ -456,3 +456,98 @@ def test_parts_must_fit(overrides: list[str], named: list[str], repaired: list[s
 
 def test_a_number_of_shards_that_is_not_used_need_not_divide() -> None:
     assert lab("schedule.shards=5").schedule.length_unit == "sequence"
+
+
+# ---------------------------------------------------------------- a file built on another
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text)
+    return str(path)
+
+
+def test_a_base_gives_what_the_file_leaves_open(tmp_path: Path) -> None:
+    write(tmp_path / "below.yaml", "base: lab\nsteps: 7\neval: {every: 3, samples: 2}\n")
+    file = write(tmp_path / "above.yaml", "base: below.yaml\neval: {samples: 4}\n")
+    config = load_config(file, ["eval.temperature=0"])
+    assert config.steps == 7
+    assert (config.eval.every, config.eval.samples, config.eval.temperature) == (3, 4, 0)
+    assert config.rollout == lab().rollout
+    assert "base" not in config.to_yaml()  # what a run stores stands alone
+
+
+def test_a_list_and_a_null_replace_those_of_the_base(tmp_path: Path) -> None:
+    write(tmp_path / "below.yaml", "objective: {top_k: 20, clip_range: [0.1, 0.1]}\n")
+    text = "base: below.yaml\nobjective: {top_k: null, clip_range: [0.3, 0.4]}\n"
+    objective = load_config(write(tmp_path / "above.yaml", text), []).objective
+    assert objective.top_k is None and objective.clip_range == (0.3, 0.4)
+
+
+def test_another_kind_starts_the_bases_group_afresh(tmp_path: Path) -> None:
+    write(tmp_path / "below.yaml", "schedule: {kind: hard, every: 7}\n")
+    same = write(tmp_path / "same.yaml", "base: below.yaml\nschedule: {every: 9}\n")
+    other = write(tmp_path / "other.yaml", "base: below.yaml\nschedule: {kind: ema}\n")
+    assert load_config(same, []).schedule == HardConfig(every=9)
+    assert load_config(other, []).schedule == EMAConfig()
+    write(tmp_path / "below.yaml", "schedule: {check_every: 7}\n")  # of cgtr, the default
+    assert load_config(other, []).schedule == EMAConfig()
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("base: nope", "nope"),
+        ("base: [lab]", "base must be a preset's name or a file"),
+        ("base: 3", "base must be a preset's name or a file"),
+        ("base: ${steps}", "steps"),
+        ("base: file.yaml", "is built on itself"),
+        ("base: other.yaml", "is built on itself"),
+        ("base: empty.yaml", "must hold a mapping"),
+        ("base: lab\nrollout: 3", "rollout"),
+        ("base: lab\nzebra: 3", "unknown key zebra"),
+    ],
+)
+def test_unusable_bases(text: str, named: str, tmp_path: Path) -> None:
+    write(tmp_path / "other.yaml", "base: file.yaml\n")
+    write(tmp_path / "empty.yaml", "{}\n")
+    file = write(tmp_path / "file.yaml", text + "\n")
+    assert named in refusal(source=file)
+
+
+def test_base_is_a_key_of_files_only() -> None:
+    assert refusal("base=lab").startswith("unknown key base")
+
+
+# ---------------------------------------------------------------- the presets for one 80 GB GPU
+
+
+def test_the_8b_preset_is_the_papers_setting() -> None:
+    config = load_config("qwen3_8b_80gb", [])
+    rollout, objective, optimizer = config.rollout, config.objective, config.optimizer
+    assert (config.model.path, config.model.dtype) == ("Qwen/Qwen3-8B", "bfloat16")
+    assert (config.steps, config.device, config.memory_gib) == (300, "cuda", 78)
+    assert (rollout.prompts_per_step, rollout.samples_per_prompt) == (16, 4)
+    assert (rollout.max_prompt_tokens, rollout.max_new_tokens) == (2048, 8192)
+    assert (objective.alpha, objective.top_k, objective.add_tail) == (0.5, 20, True)
+    assert (optimizer.lr, optimizer.warmup_steps, optimizer.updates_per_step) == (1e-5, 10, 4)
+    assert optimizer.state == "auto"  # 8-bit moments for bfloat16 weights
+    assert (config.eval.every, config.eval.samples) == (10, 16)
+    assert config.teacher.storage == "host"
+    assert config.schedule == CGTRConfig()
+    assert config.task.name == "multiple_choice"
+
+
+@pytest.mark.parametrize(
+    ("preset", "path", "top_k"),
+    [
+        ("qwen3_8b_80gb_full_vocabulary", "Qwen/Qwen3-8B", None),
+        ("qwen3_4b_80gb", "Qwen/Qwen3-4B", 20),
+        ("qwen3_1_7b_80gb", "Qwen/Qwen3-1.7B", 20),
+        ("qwen3_0_6b_80gb", "Qwen/Qwen3-0.6B", 20),
+    ],
+)
+def test_its_siblings_differ_in_one_key(preset: str, path: str, top_k: int | None) -> None:
+    config = load_config(preset, [])
+    assert (config.model.path, config.objective.top_k) == (path, top_k)
+    same = [f"model.path={path}", f"objective.top_k={'null' if top_k is None else top_k}"]
+    assert config == load_config("qwen3_8b_80gb", same)
