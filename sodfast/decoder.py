@@ -135,8 +135,12 @@ class Decoder:
         return x_TH
 
     def logits(self, x_TH: Tensor) -> Tensor:
-        """Logits [T, V] of hidden states of `forward`."""
-        return F.linear(F.rms_norm(x_TH, x_TH.shape[1:], self.norm, self.eps), self.head)
+        """Logits [T, V] of hidden states of `forward`, fp32 whatever the weights are, as in the
+        objective: rounded to 16 bits they would move the policy's ratios by percents."""
+        x_TH = F.rms_norm(x_TH, x_TH.shape[1:], self.norm, self.eps)
+        if x_TH.is_cuda and x_TH.dtype != torch.float32:
+            return torch.mm(x_TH, self.head.t(), out_dtype=torch.float32)
+        return F.linear(x_TH.float(), self.head.float())
 
 
 def _linear_into(out_TN: Tensor, x_TH: Tensor, linear: nn.Linear) -> None:

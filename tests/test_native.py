@@ -197,6 +197,17 @@ def test_long_prompts_are_prefilled_in_several_forwards(monkeypatch: pytest.Monk
     assert equal_bits(answer(NativeEngine(model, 64), prompts, 12), whole)
 
 
+def test_logits_of_16_bit_weights_are_not_rounded_to_16_bits() -> None:
+    network = NETWORKS["qwen3"]().bfloat16()
+    decoder = Decoder(network, 16)
+    hidden_TH = 30 * torch.randn(5, SHAPE["hidden_size"]).bfloat16()
+    logits_TV = decoder.logits(hidden_TH)
+    normed_TH = network.model.norm(hidden_TH).detach()
+    exact_TV = normed_TH.double() @ network.lm_head.weight.detach().double().T
+    assert logits_TV.dtype == torch.float32
+    torch.testing.assert_close(logits_TV.double(), exact_TV, rtol=1e-5, atol=1e-5)
+
+
 def test_new_weights_are_used_at_once() -> None:
     """In place as an optimizer writes them, or a parameter replaced as a whole."""
     model, prompts = tiny("qwen3"), ragged(6)
