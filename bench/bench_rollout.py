@@ -42,6 +42,7 @@ from sodfast.config import load_config
 from sodfast.decoder import Cache
 from sodfast.model import LanguageModel
 from sodfast.native import NativeEngine, _Batch, _width
+from sodfast.packing import own_attention
 from sodfast.rollout import Draws, HFEngine, Sampling, _generating_as, left_padded
 from sodfast.rundir import environment
 
@@ -137,7 +138,7 @@ def by_generate(
 
     def answer(turn: int) -> list[int]:
         torch.manual_seed(turn)
-        with _generating_as(model.network, config):
+        with own_attention(model.network), _generating_as(model.network, config):
             found = model.network.generate(
                 input_ids=input_ids.to(model.device),
                 attention_mask=mask.to(model.device),
@@ -173,6 +174,7 @@ def by_continuous_batching(
     def answer(turn: int) -> list[int]:
         deadline = time.monotonic() + RIVAL_SECONDS
         with (
+            own_attention(model.network),
             _generating_as(model.network, config),
             model.network.continuous_batching_context_manager(
                 generation_config=config,

@@ -2,17 +2,20 @@
 
 On a GPU, in 16 bits: torch's own FlashAttention (`varlen_attn`) where the installed torch has what
 is needed, else the `flash-attn` package where that is installed. On a GPU otherwise, since
-FlashAttention knows 16 bits only: sdpa. On a CPU: sdpa sequence by
-sequence, and two batched matrix products for one token of each sequence.
+FlashAttention knows 16 bits only: sdpa. On a CPU: sdpa over runs of equally long
+sequences, and two batched matrix products for one token of each sequence.
 
 Shapes: T tokens of packed sequences, B sequences with one new token each, S slots of W positions,
 A query heads, K key-value heads, D head size. `window`: a token attends to this many last
-positions, itself included; None: to all.
+positions, itself included; None: to all. `softcap`: scores s become softcap·tanh(s / softcap)
+before the softmax (Gemma 2); torch's `varlen_attn` does not know it, `flash-attn` does, and else
+there is plain arithmetic.
 """
 
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from inspect import signature
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -36,25 +39,37 @@ def _sides(window: int | None) -> tuple[int, int]:
 
 class PackedAttention:
     """Causal attention within each of the sequences of these `lengths`, which lie one after the
-    other. Tokens after the last sequence are padding and come out as zeros."""
+    other. Tokens after the last sequence are padding and come out as zeros. Differentiable.
+
+    Equally long neighbours share a call on the CPU, so order the sequences by length.
+    """
 
     def __init__(self, lengths: Sequence[int], device: torch.device, dtype: torch.dtype) -> None:
         self.lengths = list(lengths)
         self.tokens, self.longest = sum(lengths), max(lengths)
         ends = torch.tensor([0, *lengths]).cumsum(0)
         self.bounds = ends.to(device, torch.int32)
-        self.flash: Callable[..., Tensor] | None = None
+        self.attend: Callable[..., Tensor] = self._sdpa
+        self.attend_capped: Callable[..., Tensor] = self._sdpa
         if device.type == "cuda" and dtype.itemsize == 2:
-            self.flash = self._torch_flash() or self._package_flash()
+            package = self._package_flash()
+            self.attend = self._torch_flash() or package or self._sdpa
+            self.attend_capped = package or self._sdpa
 
     def __call__(
-        self, q_TAD: Tensor, k_TKD: Tensor, v_TKD: Tensor, scale: float, window: int | None = None
+        self,
+        q_TAD: Tensor,
+        k_TKD: Tensor,
+        v_TKD: Tensor,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
     ) -> Tensor:
         """Attended values [T, A, D]."""
-        attend = self._sdpa if self.flash is None else self.flash
+        attend = self.attend if softcap is None else self.attend_capped
         q_TAD, padding = q_TAD.split([self.tokens, len(q_TAD) - self.tokens])
         k_TKD, v_TKD = k_TKD[: self.tokens], v_TKD[: self.tokens]
-        attended_TAD = attend(q_TAD, k_TKD, v_TKD, scale, window)
+        attended_TAD = attend(q_TAD, k_TKD, v_TKD, scale, window, softcap)
         return (
             torch.cat([attended_TAD, torch.zeros_like(padding)]) if len(padding) else attended_TAD
         )
@@ -64,7 +79,9 @@ class PackedAttention:
         if varlen_attn is None:
             return None
 
-        def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+        def attend(
+            q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, _: None
+        ) -> Tensor:
             bounds, longest = self.bounds, self.longest
             return varlen_attn(
                 q, k, v, bounds, bounds, longest, longest,
@@ -78,38 +95,66 @@ class PackedAttention:
             return None
         from flash_attn import flash_attn_varlen_func
 
-        def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+        def attend(
+            q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, cap: float | None
+        ) -> Tensor:
             bounds, longest = self.bounds, self.longest
             return flash_attn_varlen_func(
                 q, k, v, bounds, bounds, longest, longest,
-                softmax_scale=scale, causal=True, window_size=_sides(window),
+                softmax_scale=scale, causal=True, window_size=_sides(window), softcap=cap or 0.0,
             )  # fmt: skip
 
         return attend
 
-    def _sdpa(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+    def _sdpa(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        runs = [(length, len(list(run))) for length, run in groupby(self.lengths)]
+        tokens = [length * count for length, count in runs]
         parts = []
-        for q_LAD, k_LKD, v_LKD in zip(*(x.split(self.lengths) for x in (q, k, v)), strict=True):
-            attended_1ALD = F.scaled_dot_product_attention(
-                q_LAD.transpose(0, 1)[None],
-                k_LKD.transpose(0, 1)[None],
-                v_LKD.transpose(0, 1)[None],
-                attn_mask=_band(len(q_LAD), window, q.device),
-                is_causal=window is None or window >= len(q_LAD),
-                scale=scale,
-                enable_gqa=q.shape[1] != k.shape[1],
-            )
-            parts.append(attended_1ALD[0].transpose(0, 1))
+        for (length, count), *qkv in zip(runs, *(x.split(tokens) for x in (q, k, v)), strict=True):
+            q_BALD, k_BKLD, v_BKLD = (x.unflatten(0, (count, length)).transpose(1, 2) for x in qkv)
+            if softcap is not None:
+                seen_LL = _band(length, window or length, q.device)
+                attended_BALD = _capped(q_BALD, k_BKLD, v_BKLD, scale, seen_LL, softcap)
+            else:
+                cut = window is not None and window < length
+                attended_BALD = F.scaled_dot_product_attention(
+                    q_BALD,
+                    k_BKLD,
+                    v_BKLD,
+                    attn_mask=_band(length, window or length, q.device) if cut else None,
+                    is_causal=not cut,
+                    scale=scale,
+                    enable_gqa=q.shape[1] != k.shape[1],
+                )
+            parts.append(attended_BALD.transpose(1, 2).flatten(0, 1))
         return torch.cat(parts)
 
 
-def _band(length: int, window: int | None, device: torch.device) -> Tensor | None:
-    """Which positions each of `length` tokens sees; None where that is all the earlier ones."""
-    if window is None or window >= length:
-        return None
+def _band(length: int, window: int, device: torch.device) -> Tensor:
+    """Which positions [L, L] each of `length` tokens sees."""
     position_L = torch.arange(length, device=device)
     back_LL = position_L[:, None] - position_L
     return (back_LL >= 0) & (back_LL < window)
+
+
+def _capped(
+    q_BALD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, scale: float, seen_LL: Tensor, softcap: float
+) -> Tensor:
+    """Attention with capped scores, its softmax in fp32."""
+    k_BALD, v_BALD = (
+        x.repeat_interleave(q_BALD.shape[1] // x.shape[1], 1) for x in (k_BKLD, v_BKLD)
+    )
+    scores_BALL = softcap * torch.tanh(q_BALD @ k_BALD.mT * (scale / softcap))
+    weights_BALL = scores_BALL.masked_fill(~seen_LL, -torch.inf).softmax(-1, torch.float32)
+    return weights_BALL.to(v_BALD.dtype) @ v_BALD
 
 
 class SlotAttention:

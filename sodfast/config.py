@@ -61,6 +61,8 @@ class ModelConfig(Section):
     path: str | None = None  # Hugging Face id or directory; None: the embedded lab builds one
     # Of the weights, and so of the teacher's and of the gradients.
     dtype: Literal["float32", "bfloat16"] = "float32"
+    # Keep a decoder layer's input only and run it again in the backward pass.
+    gradient_checkpointing: bool = False
 
 
 class RolloutConfig(Section):
@@ -177,7 +179,7 @@ class OptimizerConfig(Section):
     # negative control. auto: torch for float32, 8bit for bfloat16.
     state: Literal["auto", "torch", "8bit", "fp32", "exact", "plain"] = "auto"
     updates_per_step: Positive = 1
-    micro_batch_tokens: Positive = 16_384  # padded positions of one forward and backward pass
+    micro_batch_tokens: Positive = 16_384  # of one forward and backward pass, prompts included
 
 
 class EvalConfig(Section):

@@ -1,10 +1,7 @@
-"""Language models: loading, prompts, and forward passes that stop at the last hidden state.
-
-Shapes: B sequences, S padded positions, N response tokens, H hidden size, V vocabulary.
-"""
+"""Language models: loading, checks that this project can train them, prompts, decoder layers."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +10,10 @@ import torch
 from jinja2 import TemplateError
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sodfast.errors import UsageError
+from sodfast.packing import can_pack, own_attention, packed_hidden, use_packed_attention
 from sodfast.tasks import Question
 
 logger = logging.getLogger(__name__)
@@ -115,7 +114,8 @@ def load_model(
 
 
 def wrap_model(network: Any, tokenizer: Any, device: torch.device, name: str) -> LanguageModel:
-    """Move a loaded network to `device` and check that this project can train it."""
+    """Move a loaded network to `device`, have it run packed sequences, and check that this project
+    can train it. Raises `UsageError` where it cannot."""
     rows = network.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise UsageError(f"{name}: the tokenizer has {len(tokenizer)} tokens, the model {rows}")
@@ -127,7 +127,13 @@ def wrap_model(network: Any, tokenizer: Any, device: torch.device, name: str) ->
     pad_id = eos_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     # Dropout would make teacher and student differ where their weights agree: always eval mode.
     model = LanguageModel(network.to(device).eval(), tokenizer, eos_ids, pad_id)
-    _require_plain_head(model, name)
+    if not can_pack(model.network):
+        raise UsageError(
+            f"{name}: sequences of a {type(model.network).__name__} cannot be packed, since "
+            "transformers has no FlashAttention for all of its layers: choose another model"
+        )
+    use_packed_attention(model.network)
+    _require_plain_forward(model, name)
     return model
 
 
@@ -146,46 +152,44 @@ def output_head(network: Any) -> Tensor:
     return network.get_output_embeddings().weight
 
 
-def last_hidden(network: Any, input_ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
-    """Last hidden states [B, S, H] after the final norm, without logits and without a cache."""
-    return network.base_model(
-        input_ids=input_ids_BS, attention_mask=mask_BS, use_cache=False
-    ).last_hidden_state
+def decoder_layers(network: Any) -> list[nn.Module]:
+    """The layers that a forward pass runs through once, in order.
 
-
-def response_hidden(
-    network: nn.Module, contexts: Sequence[Tensor], responses: Sequence[Tensor], pad_id: int
-) -> Tensor:
-    """Hidden states [N, H] whose logits predict the response tokens, sequences concatenated.
-
-    Row p of the logits predicts token p+1, so the last response token is never an input.
+    Raises `UsageError` where the model's body does not hold exactly one list of layers that share
+    no weights.
     """
-    device = output_head(network).device
-    inputs = [
-        torch.cat([context, response[:-1]])
-        for context, response in zip(contexts, responses, strict=True)
-    ]
-    width = max(len(row) for row in inputs)
-    input_ids_BS = torch.full((len(inputs), width), pad_id)
-    mask_BS = torch.zeros((len(inputs), width), dtype=torch.int64)
-    wanted_BS = torch.zeros((len(inputs), width), dtype=torch.bool)
-    for index, (row, context) in enumerate(zip(inputs, contexts, strict=True)):
-        input_ids_BS[index, : len(row)] = row
-        mask_BS[index, : len(row)] = 1
-        wanted_BS[index, len(context) - 1 : len(row)] = True
-    hidden_BSH = last_hidden(network, input_ids_BS.to(device), mask_BS.to(device))
-    return hidden_BSH.flatten(0, 1)[wanted_BS.flatten().nonzero().squeeze(1).to(device)]
+    lists = [m for m in network.base_model.children() if isinstance(m, nn.ModuleList)]
+    layers = list(lists[0]) if len(lists) == 1 else []
+    parameters = [id(p) for layer in layers for p in layer.parameters()]
+    if not parameters or len(set(parameters)) < len(parameters):
+        raise UsageError(
+            f"a {type(network).__name__} is not one list of decoder layers with weights of their "
+            "own: set teacher.storage=device and model.gradient_checkpointing=false"
+        )
+    return layers
 
 
-def micro_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Indices grouped so that rows × longest row ≤ budget, longest first (so an oversized batch
-    fails at once); a single row may exceed the budget."""
-    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    start = 0
-    while start < len(order):
-        rows = max(1, budget // max(1, lengths[order[start]]))
-        yield order[start : start + rows]
-        start += rows
+def recompute_layers(network: Any) -> None:
+    """Gradient checkpointing: a decoder layer keeps its input only, and the backward pass runs it
+    again. (transformers' own switch works in train mode only, and this project's networks are
+    always in eval mode.) Copies of the network do the same with their own weights.
+
+    Raises `UsageError` as `decoder_layers` does.
+    """
+    for layer in decoder_layers(network):
+        layer.__class__ = _recomputed(type(layer))
+
+
+def _recomputed(kind: type[Any]) -> type[Any]:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return kind.forward(self, *args, **kwargs)
+        return checkpoint(
+            kind.forward, self, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
+        )
+
+    # The forward rather than the call: hooks, which bring a layer's weights, run outside.
+    return type(kind.__name__, (kind,), {"forward": forward})
 
 
 def _require_files(path: Path) -> None:
@@ -204,17 +208,30 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.tx
 
 
 @torch.no_grad()
-def _require_plain_head(model: LanguageModel, name: str) -> None:
-    """The objective computes logits as hidden @ head.T; refuse a model that does otherwise."""
-    ids = torch.arange(min(4, model.head.shape[0]), device=model.device)[None]
-    mask = torch.ones_like(ids)
-    expected = model.network(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    logits = last_hidden(model.network, ids, mask) @ model.head.T
+def _require_plain_forward(model: LanguageModel, name: str) -> None:
+    """Refuse a model whose logits are not hidden @ head.T, as the objective computes them, or whose
+    packed sequences differ from the same ones apart."""
+    network = model.network
+    ids = torch.arange(min(4, model.head.shape[0]), device=model.device)
+    ids_BS = torch.stack([ids, ids.flip(0)])
+    batch = {"input_ids": ids_BS, "attention_mask": torch.ones_like(ids_BS)}
+    with own_attention(network):
+        expected = network(**batch, use_cache=False).logits
+        apart = network.base_model(**batch, use_cache=False).last_hidden_state
+    logits = apart @ model.head.T
     if model.softcap is not None:
         logits = model.softcap * torch.tanh(logits / model.softcap)
-    tolerance = 1e-3 if logits.dtype == torch.float32 else 2e-2  # a few units of bf16's last place
+    exact = logits.dtype == torch.float32
+    tolerance = 1e-3 if exact else 2e-2  # a few units of bf16's last place
     if not torch.allclose(logits.float(), expected.float(), rtol=tolerance, atol=tolerance):
         raise UsageError(
             f"{name}: its logits are not hidden states times output weights "
             "(a head with a bias or a logit scale), which the fused objective needs"
+        )
+    error = packed_hidden(network, list(ids_BS)) - apart.flatten(0, 1)
+    # Other kernels round otherwise, in bf16 by percents over many layers.
+    if not error.float().norm() <= (1e-3 if exact else 0.1) * apart.float().norm():
+        raise UsageError(
+            f"{name}: packed sequences of a {type(network).__name__} come out otherwise than apart "
+            "(something beside attention joins positions): choose another model"
         )

@@ -20,6 +20,7 @@ from torch import Tensor
 from sodfast.config import Config, EvalConfig, RolloutConfig
 from sodfast.errors import RunFailed, UsageError
 from sodfast.model import LanguageModel
+from sodfast.packing import own_attention
 
 Progress = Callable[[int, int], None]  # sequences done, of how many
 
@@ -178,7 +179,7 @@ class HFEngine:
             eos_token_id=list(model.eos_ids),
             pad_token_id=model.pad_id,
         )
-        with _generating_as(model.network, greedy):
+        with own_attention(model.network), _generating_as(model.network, greedy):
             tokens = model.network.generate(
                 input_ids=input_ids.to(model.device),
                 attention_mask=mask.to(model.device),

@@ -14,7 +14,14 @@ from sodfast.console import Reporter, build_reporter, print_run
 from sodfast.errors import UsageError
 from sodfast.evaluate import evaluate
 from sodfast.interrupt import Interrupted
-from sodfast.model import LanguageModel, cast_weights, load_model, wrap_model
+from sodfast.model import (
+    LanguageModel,
+    cast_weights,
+    decoder_layers,
+    load_model,
+    recompute_layers,
+    wrap_model,
+)
 from sodfast.rollout import Engine, build_engine
 from sodfast.rundir import (
     RunDirectory,
@@ -23,7 +30,6 @@ from sodfast.rundir import (
     environment,
 )
 from sodfast.sinks import require_sinks
-from sodfast.streaming import decoder_layers
 from sodfast.tasks import Task, build_task
 from sodfast.trainer import Questions, Trainer, fitting_questions
 
@@ -137,15 +143,19 @@ def export_model(run: Path, out: Path) -> None:
 def build_model(
     config: Config, device: torch.device, progress: Any = lambda phase, done, total: None
 ) -> LanguageModel:
-    """The configured model, or the lab's own."""
+    """The configured model, or the lab's own, set up for training."""
     dtype = getattr(torch, config.model.dtype)
     if config.model.path is not None:
-        return load_model(config.model.path, device, dtype)
-    from sodfast import lab
+        model = load_model(config.model.path, device, dtype)
+    else:
+        from sodfast import lab
 
-    network, tokenizer = lab.build(config.lab, progress=progress)
-    cast_weights(network, dtype)
-    return wrap_model(network, tokenizer, device, name="the lab's model")
+        network, tokenizer = lab.build(config.lab, progress=progress)
+        cast_weights(network, dtype)
+        model = wrap_model(network, tokenizer, device, name="the lab's model")
+    if config.model.gradient_checkpointing:
+        recompute_layers(model.network)
+    return model
 
 
 def _questions_and_engine(

@@ -34,28 +34,10 @@ import torch
 from sodfast_kernels import ParameterUpdate
 from torch import Tensor, nn
 
-from sodfast.errors import UsageError
-from sodfast.model import output_head
+from sodfast.model import decoder_layers, output_head
 
 SLOTS = 3  # the layer in use and two ahead of it
 ALIGNMENT = 512  # bytes, that of the CUDA allocator: kernels see the addresses they see elsewhere
-
-
-def decoder_layers(network: Any) -> list[nn.Module]:
-    """The layers that a forward pass runs through once, in order.
-
-    Raises `UsageError` where the model's body does not hold exactly one list of layers that share
-    no weights.
-    """
-    lists = [m for m in network.base_model.children() if isinstance(m, nn.ModuleList)]
-    layers = list(lists[0]) if len(lists) == 1 else []
-    parameters = [id(p) for layer in layers for p in layer.parameters()]
-    if not parameters or len(set(parameters)) < len(parameters):
-        raise UsageError(
-            f"teacher.storage=host cannot stream a {type(network).__name__}, which is not one list "
-            "of decoder layers with weights of their own: set teacher.storage=device"
-        )
-    return layers
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from sodfast.config import ScheduleConfig, TeacherConfig
 from sodfast.errors import UsageError
-from sodfast.model import LanguageModel, micro_batches, output_head, response_hidden
+from sodfast.model import LanguageModel, output_head
+from sodfast.packing import micro_batches, response_hidden
 from sodfast.schedule import Decision
 from sodfast.streaming import HostCopy
 from sodfast.streams import Stream, generator
@@ -142,7 +143,6 @@ class Teacher:
         self,
         contexts: Sequence[Tensor | None],
         responses: Sequence[Tensor],
-        pad_id: int,
         micro_batch_tokens: int,
     ) -> TeacherScores:
         """Score the step's rollouts; only hidden states and the head outlive this phase.
@@ -152,12 +152,12 @@ class Teacher:
         (1−τ)·h₀·W₀ᵀ + τ·h_θ·W_θᵀ is the mixture of the logits.
         """
         with self._on_device() as network:
-            hidden = self._score(network, contexts, responses, pad_id, micro_batch_tokens)
+            hidden = self._score(network, contexts, responses, micro_batch_tokens)
             head = output_head(network).detach()
         if self.weights is None:
             head = head.clone()
         elif self.mix is not None:
-            live = self._score(self.student, contexts, responses, pad_id, micro_batch_tokens)
+            live = self._score(self.student, contexts, responses, micro_batch_tokens)
             hidden = [
                 None if a is None or b is None else torch.cat([(1 - self.mix) * a, self.mix * b], 1)
                 for a, b in zip(hidden, live, strict=True)
@@ -175,7 +175,6 @@ class Teacher:
         network: nn.Module,
         contexts: Sequence[Tensor | None],
         responses: Sequence[Tensor],
-        pad_id: int,
         micro_batch_tokens: int,
     ) -> list[Tensor | None]:
         chosen = {index: context for index, context in enumerate(contexts) if context is not None}
@@ -188,7 +187,6 @@ class Teacher:
                 network,
                 [chosen[index] for index in indices],
                 [responses[index] for index in indices],
-                pad_id,
             )
             parts = rows_NH.split([len(responses[index]) for index in indices])
             for index, part in zip(indices, parts, strict=True):

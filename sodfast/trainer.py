@@ -33,8 +33,9 @@ from sodfast.diagnostics import (
 from sodfast.errors import RunFailed, UsageError
 from sodfast.evaluate import evaluate
 from sodfast.interrupt import Interrupted, Interruption
-from sodfast.model import LanguageModel, micro_batches, response_hidden, to_ids
+from sodfast.model import LanguageModel, to_ids
 from sodfast.objective import group_advantages, micro_batch_loss, sequence_weights
+from sodfast.packing import micro_batches, response_hidden
 from sodfast.phases import PhaseClock, explained
 from sodfast.rollout import Draws, Engine, Sample, Sampling, sampler_logprob
 from sodfast.rundir import RunDirectory, fingerprint
@@ -306,7 +307,6 @@ class Trainer:
         return self.teacher.score(
             [None] * len(rollouts.contexts) if unread else rollouts.contexts,
             [sample.response for sample in rollouts.samples],
-            self.model.pad_id,
             self.config.optimizer.micro_batch_tokens,
         )
 
@@ -397,7 +397,6 @@ class Trainer:
                 self.model.network,
                 [sample.prompt for sample in part],
                 [sample.response for sample in part],
-                self.model.pad_id,
             )
             output = micro_batch_loss(
                 config.objective,

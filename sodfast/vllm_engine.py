@@ -35,7 +35,8 @@ from torch import Tensor
 
 from sodfast.config import RolloutConfig
 from sodfast.errors import RunFailed, UsageError
-from sodfast.model import LanguageModel, micro_batches, response_hidden
+from sodfast.model import LanguageModel
+from sodfast.packing import micro_batches, response_hidden
 from sodfast.rollout import (
     Draws,
     ForeignSample,
@@ -53,7 +54,7 @@ DEVICES = ("cuda",)
 MEMORY_SHARE = 0.6
 # vLLM silently raises a lower temperature to this one.
 MIN_TEMPERATURE = 0.01
-# Padded positions of one teacher-forced forward.
+# Tokens of one teacher-forced forward.
 FORWARD_TOKENS = 16_384
 
 
@@ -290,7 +291,7 @@ def student_scores(
 
     Raises `RunFailed` where the logits are not finite.
     """
-    hidden_NH = response_hidden(model.network, prompts, responses, model.pad_id)
+    hidden_NH = response_hidden(model.network, prompts, responses)
     nothing = hidden_NH.new_zeros(len(hidden_NH), dtype=torch.float32)
     output = linear_distillation_loss(
         hidden_NH,

@@ -14,6 +14,7 @@ from conftest import Command, Outcome
 
 from sodfast.config import load_config
 from sodfast.interrupt import Interrupted
+from sodfast.packing import own_attention
 from sodfast.rundir import RunDirectory
 from sodfast.trainer import Trainer
 
@@ -319,7 +320,7 @@ def test_export_keeps_the_logits(cli: Command, build: Callable[..., Trainer], he
     tokenizer = AutoTokenizer.from_pretrained("exported")
     ids = tokenizer("17*8+6=", return_tensors="pt").input_ids
     assert ids[0].tolist() == trainer.model.encode("17*8+6=")
-    with torch.no_grad():
+    with torch.no_grad(), own_attention(trainer.model.network):
         assert network(ids).logits.equal(trainer.model.network(ids).logits)
 
 

@@ -1,7 +1,4 @@
-"""Loading, prompts and forward passes.
-
-Suffixes: N response tokens, H hidden size, V vocabulary.
-"""
+"""Loading, prompts, and which models are refused."""
 
 import json
 import pickle
@@ -11,17 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from sodfast import lab
 from sodfast.errors import UsageError
 from sodfast.model import (
     LanguageModel,
     load_model,
-    micro_batches,
-    response_hidden,
     to_ids,
     wrap_model,
 )
@@ -56,62 +49,6 @@ def wrap(network: Any, **changes: Any) -> LanguageModel:
     for name, value in changes.items():
         setattr(tokenizer, name, value)
     return wrap_model(network, tokenizer, CPU, "the model")
-
-
-# ---------------------------------------------------------------- forward passes
-
-
-@pytest.mark.parametrize("architecture", ["qwen3", "llama"])
-def test_hidden_rows_equal_those_of_each_sequence_alone(
-    architecture: str, model: LanguageModel
-) -> None:
-    model = model if architecture == "qwen3" else wrap(tiny_llama())
-    rng = torch.Generator().manual_seed(0)
-    sizes = [(7, 3), (1, 1), (12, 9), (2, 30), (30, 1)]
-    pairs = [[torch.randint(1, 18, (n,), generator=rng) for n in size] for size in sizes]
-    contexts, responses = (list(column) for column in zip(*pairs, strict=True))
-    with torch.no_grad():
-        hidden_NH = response_hidden(model.network, contexts, responses, model.pad_id)
-        start = 0
-        for context, response in pairs:
-            ids = torch.cat([context, response])[None]
-            output = model.network(ids, output_hidden_states=True)
-            expected_NH = output.hidden_states[-1][0, len(context) - 1 : -1]
-            rows_NH = hidden_NH[start : start + len(response)]
-            torch.testing.assert_close(rows_NH, expected_NH, rtol=0, atol=1e-5)
-            logits_NV = rows_NH @ model.head.T
-            expected_NV = output.logits[0, len(context) - 1 : -1]
-            torch.testing.assert_close(logits_NV, expected_NV, rtol=0, atol=1e-4)
-            start += len(response)
-    assert start == len(hidden_NH)
-
-
-def test_the_padding_token_may_occur_in_a_prompt(model: LanguageModel) -> None:
-    pair = to_ids([model.pad_id, 5, model.pad_id]), to_ids([model.pad_id, 6])
-    other = to_ids([4] * 9), to_ids([8] * 9)
-    with torch.no_grad():
-        alone = response_hidden(model.network, [pair[0]], [pair[1]], model.pad_id)
-        both = response_hidden(
-            model.network, [other[0], pair[0]], [other[1], pair[1]], model.pad_id
-        )
-    torch.testing.assert_close(both[9:], alone, rtol=0, atol=1e-5)
-
-
-@given(st.lists(st.integers(1, 60)), st.integers(1, 200))
-def test_micro_batches_cover_each_index_once_within_the_budget(
-    lengths: list[int], budget: int
-) -> None:
-    batches = list(micro_batches(lengths, budget))
-    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
-    for batch in batches:
-        width = max(lengths[index] for index in batch)
-        assert len(batch) == 1 or len(batch) * width <= budget
-    widths = [max(lengths[index] for index in batch) for batch in batches]
-    assert widths == sorted(widths, reverse=True)
-
-
-def test_micro_batches_are_as_large_as_the_budget_allows() -> None:
-    assert list(micro_batches([2, 5, 2, 3, 9], 9)) == [[4], [1], [3, 0, 2]]
 
 
 # ---------------------------------------------------------------- prompts
@@ -305,6 +242,32 @@ def test_a_logit_scale_is_refused() -> None:
     )
     with pytest.raises(UsageError, match="logit scale"):
         wrap(CohereForCausalLM(config))
+
+
+def test_a_model_that_transformers_cannot_pack_is_refused() -> None:
+    config = BloomConfig(vocab_size=18, hidden_size=16, n_layer=1, n_head=2, eos_token_id=1)
+    with pytest.raises(UsageError, match="BloomForCausalLM cannot be packed"):
+        wrap(BloomForCausalLM(config))
+
+
+def test_a_model_whose_layers_join_positions_by_themselves_is_refused() -> None:
+    class Shift(torch.nn.Module):
+        """What a convolution or a recurrent state does: it looks at the position before."""
+
+        def forward(self, hidden_BSH: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.pad(hidden_BSH, (0, 0, 1, 0))[:, :-1]
+
+    network = tiny_llama()
+    network.model.layers[1].mlp = Shift()
+    with pytest.raises(UsageError, match="otherwise than apart"):
+        wrap(network)
+
+
+def test_layers_of_an_unknown_kind_are_refused() -> None:
+    network = tiny_llama()
+    network.config.layer_types = ["full_attention", "chunked_attention"]
+    with pytest.raises(UsageError, match="cannot be packed"):
+        wrap(network)
 
 
 def test_a_soft_cap_is_known_to_the_objective() -> None:

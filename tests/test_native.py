@@ -315,32 +315,48 @@ def test_a_gpu_repeats_itself_within_a_bucket(dtype: torch.dtype) -> None:
 # ---------------------------------------------------------------- attention
 
 
-def attend_plainly(q: Tensor, k: Tensor, v: Tensor, scale: float, seen: Tensor) -> Tensor:
+def attend_plainly(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, seen: Tensor, softcap: float | None = None
+) -> Tensor:
     """softmax(q·k·scale) v in fp64: q [Q, A, D], k and v [L, K, D], seen [Q, L]."""
     k, v = (x.double().repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     scores = torch.einsum("qad,lad->aql", q.double(), k) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
     return torch.einsum("aql,lad->qad", weights, v)
 
 
+@pytest.mark.parametrize("softcap", [None, 0.5])
 @pytest.mark.parametrize("window", [None, 1, 3, 100])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_packed_attention_keeps_sequences_apart(kv_heads: int, window: int | None) -> None:
+def test_packed_attention_keeps_sequences_apart(
+    kv_heads: int, window: int | None, softcap: float | None
+) -> None:
+    """Values and gradients; lengths that stand alone and runs of equal ones."""
     generator = torch.Generator().manual_seed(3)
-    lengths, padding = [5, 1, 9, 2], 3
+    lengths, padding = [5, 1, 9, 9, 9, 2, 2, 5], 3
     total = sum(lengths) + padding
-    q = torch.randn(total, 4, 8, generator=generator)
-    k, v = torch.randn(2, total, kv_heads, 8, generator=generator)
-    attended = PackedAttention(lengths, torch.device("cpu"), q.dtype)(q, k, v, 0.3, window)
+    q = torch.randn(total, 4, 8, generator=generator).requires_grad_()
+    k, v = torch.randn(2, total, kv_heads, 8, generator=generator).requires_grad_()
+    attention = PackedAttention(lengths, torch.device("cpu"), q.dtype)
+    attended = attention(q, k, v, 0.3, window, softcap)
     assert attended.shape == q.shape and not attended[sum(lengths) :].any()
-    start = 0
+    parts, start = [], 0
     for length in lengths:
         part = slice(start, start + length)
         back = torch.arange(length)[:, None] - torch.arange(length)
         seen = (back >= 0) & (back < (window or length))
-        expected = attend_plainly(q[part], k[part], v[part], 0.3, seen)
-        torch.testing.assert_close(attended[part].double(), expected, rtol=0, atol=1e-5)
+        parts.append(attend_plainly(q[part], k[part], v[part], 0.3, seen, softcap))
         start += length
+    expected = torch.cat(parts)
+    torch.testing.assert_close(attended[:start].double(), expected, rtol=0, atol=1e-5)
+    upstream = torch.randn(expected.shape, generator=generator)
+    inputs = q, k, v
+    found = torch.autograd.grad(attended[:start], inputs, upstream, retain_graph=True)
+    exact = torch.autograd.grad(expected, inputs, upstream.double())
+    for gradient, reference in zip(found, exact, strict=True):
+        torch.testing.assert_close(gradient, reference, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 100])

@@ -1,7 +1,4 @@
-"""A copy in host memory computes and follows as one on the device, through a few buffers.
-
-Suffixes: B sequences, S positions.
-"""
+"""A copy in host memory computes and follows as one on the device, through a few buffers."""
 
 import copy
 from contextlib import AbstractContextManager, nullcontext
@@ -21,8 +18,9 @@ from transformers import (
 )
 
 from sodfast.errors import UsageError
-from sodfast.model import last_hidden, output_head
-from sodfast.streaming import ALIGNMENT, SLOTS, HostCopy, decoder_layers
+from sodfast.model import decoder_layers, output_head
+from sodfast.packing import packed_hidden, use_packed_attention
+from sodfast.streaming import ALIGNMENT, SLOTS, HostCopy
 
 SIZES: dict[str, Any] = {
     "vocab_size": 31,
@@ -43,14 +41,13 @@ MODELS: dict[str, PretrainedConfig] = {
 
 def build(config: PretrainedConfig, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config).to(device, dtype).eval()
+    network = AutoModelForCausalLM.from_config(config).to(device, dtype).eval()
+    use_packed_attention(network)
+    return network
 
 
-def inputs(device: str = "cpu") -> tuple[Tensor, Tensor]:
-    ids_BS = torch.arange(2 * 9).view(2, 9) % 29 + 1
-    mask_BS = torch.ones_like(ids_BS)
-    mask_BS[1, 6:] = 0
-    return ids_BS.to(device), mask_BS.to(device)
+def inputs() -> list[Tensor]:
+    return [torch.arange(9) + 1, torch.arange(6) + 10]
 
 
 @torch.no_grad()
@@ -77,13 +74,13 @@ def storage(tensor: Tensor) -> int:
 @pytest.mark.parametrize("name", MODELS)
 def test_hidden_states_are_those_of_the_source(name: str) -> None:
     source = build(MODELS[name])
-    host, ids_mask = HostCopy(source), inputs()
+    host, sequences = HostCopy(source), inputs()
     assert_equal(host.network, source)
     with torch.no_grad():
-        expected = last_hidden(source, *ids_mask)
+        expected = packed_hidden(source, sequences)
         with host.on_device() as network:
             for _ in range(3):  # the layers come round again
-                assert last_hidden(network, *ids_mask).equal(expected)
+                assert packed_hidden(network, sequences).equal(expected)
             head = output_head(network).detach()
         assert head.equal(output_head(source))
     assert_equal(host.network, source)
@@ -151,7 +148,7 @@ def test_only_a_few_layers_are_on_the_device() -> None:
         for layer in decoder_layers(network):  # hooks run in the order of their registration
             layer.register_forward_pre_hook(look)
         for _ in range(2):
-            last_hidden(network, *inputs())
+            packed_hidden(network, inputs())
         head = output_head(network).detach()
 
     layer_bytes = sum(p.nbytes for p in decoder_layers(source)[0].parameters())
@@ -172,11 +169,11 @@ def test_a_failed_forward_leaves_the_weights_at_home() -> None:
 
     hook = decoder_layers(host.network)[2].register_forward_hook(fail)
     with pytest.raises(torch.OutOfMemoryError), torch.no_grad(), host.on_device() as network:
-        last_hidden(network, *inputs())
+        packed_hidden(network, inputs())
     hook.remove()
     assert_equal(host.network, source)
     with host.on_device() as network, torch.no_grad():
-        assert last_hidden(network, *inputs()).equal(last_hidden(source, *inputs()))
+        assert packed_hidden(network, inputs()).equal(packed_hidden(source, inputs()))
     assert not any(layer._forward_pre_hooks for layer in decoder_layers(host.network))
 
 
@@ -185,7 +182,7 @@ def test_layers_out_of_order_are_refused() -> None:
     with host.on_device() as network, torch.no_grad():
         network.base_model.layers = nn.ModuleList(reversed(network.base_model.layers))
         with pytest.raises(RuntimeError, match="in order"):
-            last_hidden(network, *inputs())
+            packed_hidden(network, inputs())
 
 
 def test_a_model_without_a_list_of_layers_is_refused() -> None:
@@ -306,7 +303,7 @@ def test_device_memory_holds_a_few_layers() -> None:
     torch.cuda.reset_peak_memory_stats()
     with host.on_device() as network, torch.no_grad():
         for _ in range(2):
-            hidden = last_hidden(network, *inputs("cuda"))
+            hidden = packed_hidden(network, inputs())
     assert torch.cuda.max_memory_allocated() - start < bound
     del hidden, network
     assert torch.cuda.memory_allocated() - start < slack
@@ -324,7 +321,7 @@ def test_whichever_stream_is_slow_the_bits_are_the_same(
     move(resident, 2)
     host.copy_(resident)
     with torch.no_grad():
-        expected = last_hidden(resident, *inputs("cuda"))
+        expected = packed_hidden(resident, inputs())
 
     def sleep(*_: Any) -> None:
         torch.cuda._sleep(2_000_000)  # about a millisecond
@@ -343,7 +340,7 @@ def test_whichever_stream_is_slow_the_bits_are_the_same(
         monkeypatch.setattr(host._copies, "wait_event", wait_and_sleep)
     with host.on_device() as network, torch.no_grad():
         for _ in range(3):
-            assert last_hidden(network, *inputs("cuda")).equal(expected)
+            assert packed_hidden(network, inputs()).equal(expected)
     parameters = list(resident.parameters()), list(source.parameters())
     distance = ema_update_(*parameters, 0.3, seed=1, step=2)
     torch.testing.assert_close(

@@ -27,6 +27,7 @@ from sodfast.config import (
 from sodfast.console import Reporter
 from sodfast.errors import UsageError
 from sodfast.model import LanguageModel
+from sodfast.packing import own_attention
 from sodfast.schedule import Decision
 from sodfast.session import build_trainer
 from sodfast.tasks import Question
@@ -51,7 +52,7 @@ def move(network: Any, seed: int, size: float = 0.01) -> None:
 
 
 def logits(teacher: Teacher) -> list[Tensor | None]:
-    scores = teacher.score(CONTEXTS, RESPONSES, 0, 100)
+    scores = teacher.score(CONTEXTS, RESPONSES, 100)
     return [None if rows is None else rows @ scores.head.T for rows in scores.hidden]
 
 
@@ -62,7 +63,7 @@ def direct_logits(network: Any) -> list[Tensor | None]:
         if context is None:
             found.append(None)
             continue
-        with torch.no_grad():
+        with torch.no_grad(), own_attention(network):
             output = network(torch.cat([context, response])[None]).logits
         found.append(output[0, len(context) - 1 : -1])
     return found
@@ -176,7 +177,7 @@ def test_the_head_is_that_of_before_the_first_update(
         teacher.prepare_update()
         move(model.network, step)
         teacher.apply(KEEP, step)
-    scores = teacher.score(CONTEXTS, RESPONSES, 0, 100)
+    scores = teacher.score(CONTEXTS, RESPONSES, 100)
     before = scores.head.clone()
     teacher.prepare_update()
     move(model.network, 9)
@@ -188,11 +189,11 @@ def test_the_head_is_that_of_before_the_first_update(
 def test_rollouts_without_a_context_are_not_scored(
     model: LanguageModel, storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scores = Teacher(model.network, FixedConfig(), 0, storage).score(CONTEXTS, RESPONSES, 0, 1)
+    scores = Teacher(model.network, FixedConfig(), 0, storage).score(CONTEXTS, RESPONSES, 1)
     shapes = [None if rows is None else tuple(rows.shape) for rows in scores.hidden]
     assert shapes == [(3, 48), None, (2, 48)]
     monkeypatch.setattr("sodfast.teacher.response_hidden", None)
-    scores = Teacher(model.network, FixedConfig(), 0, storage).score([None] * 3, RESPONSES, 0, 1)
+    scores = Teacher(model.network, FixedConfig(), 0, storage).score([None] * 3, RESPONSES, 1)
     assert scores.hidden == [None, None, None]
 
 

@@ -20,6 +20,7 @@ from sodfast.config import ObjectiveConfig, RolloutConfig
 from sodfast.errors import RunFailed, UsageError
 from sodfast.model import LanguageModel, to_ids
 from sodfast.objective import micro_batch_loss, sampler_mismatch
+from sodfast.packing import own_attention
 from sodfast.rollout import (
     Draws,
     ForeignSample,
@@ -192,7 +193,7 @@ def test_logprobs_are_the_students_and_vllms_are_kept(
 ) -> None:
     for one in ask(engine, model, temperature=temperature):
         ids = torch.cat([one.prompt, one.response])
-        with torch.no_grad():
+        with torch.no_grad(), own_attention(model.network):
             logits_LV = model.network(ids[None]).logits[0, len(one.prompt) - 1 : -1].double()
         logprob_LV = torch.log_softmax(logits_LV / temperature, -1)
         expected = logprob_LV.gather(1, one.response[:, None])[:, 0].float()
