@@ -16,6 +16,7 @@ from sodfast.config import RolloutConfig
 from sodfast.errors import RunFailed, UsageError
 from sodfast.model import LanguageModel, load_model, to_ids, wrap_model
 from sodfast.native import NativeEngine
+from sodfast.packing import own_attention
 from sodfast.rollout import Draws, Engine, HFEngine, Sample, Sampling, build_engine, stop_length
 
 PROMPTS = ["17*8+6=", "2*2+1=", "9*9", "11*7+3=", "+", "5*5+5=10*2+"]
@@ -114,7 +115,7 @@ def test_logprob_and_entropy_are_those_of_a_teacher_forced_forward(
     engine = build(engine_name, any_model)
     for drawn in sample(engine, temperature=temperature, top_p=0.9):
         ids = torch.cat([drawn.prompt, drawn.response])
-        with torch.no_grad():
+        with torch.no_grad(), own_attention(any_model.network):
             logits_BV = any_model.network(ids[None]).logits[0, len(drawn.prompt) - 1 : -1]
         if temperature == 0:
             assert drawn.response.equal(logits_BV.argmax(-1))
