@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
 
 from sodfast.attention import PackedAttention
 
@@ -51,9 +50,6 @@ def _attend(
     return packed(q_TAD, k_TKD, v_TKD, scale, sliding_window, softcap)[None], None
 
 
-AttentionInterface.register(ATTENTION, _attend)
-
-
 def can_pack(network: Any) -> bool:
     """Whether transformers runs this network with FlashAttention, whose contract ours is: every
     layer passes its window on and needs no mask."""
@@ -67,6 +63,9 @@ def can_pack(network: Any) -> bool:
 
 def use_packed_attention(network: Any) -> None:
     """From here on `network` runs packed, and within `own_attention` only otherwise."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION, _attend)
     network.set_attn_implementation(ATTENTION)
 
 
