@@ -63,6 +63,8 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     # Keep a decoder layer's input only and run it again in the backward pass.
     gradient_checkpointing: bool = False
+    # Liger's kernels for RMSNorm, RoPE and the gated MLP; auto: on a GPU where it knows the model.
+    liger: bool | Literal["auto"] = "auto"  # YAML reads on and off as true and false
 
 
 class RolloutConfig(Section):

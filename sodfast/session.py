@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from sodfast.console import Reporter, build_reporter, print_run
 from sodfast.errors import UsageError
 from sodfast.evaluate import evaluate
 from sodfast.interrupt import Interrupted
+from sodfast.liger import use_liger
 from sodfast.model import (
     LanguageModel,
     cast_weights,
@@ -69,7 +71,7 @@ def build_trainer(config: Config, resume: Path | None, reporter: Reporter) -> Tr
         check_out(out)
     config = config.model_copy(update={"out": str(out)})
     task = build_task(config.task)
-    model = build_model(config, device, reporter.phase)
+    model = build_model(config, device, reporter.phase, reporter.message)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     data, engine = _questions_and_engine(config, model, task, reporter)
@@ -141,7 +143,10 @@ def export_model(run: Path, out: Path) -> None:
 
 
 def build_model(
-    config: Config, device: torch.device, progress: Any = lambda phase, done, total: None
+    config: Config,
+    device: torch.device,
+    progress: Any = lambda phase, done, total: None,
+    message: Callable[[str], object] = lambda text: None,
 ) -> LanguageModel:
     """The configured model, or the lab's own, set up for training."""
     dtype = getattr(torch, config.model.dtype)
@@ -153,6 +158,7 @@ def build_model(
         network, tokenizer = lab.build(config.lab, progress=progress)
         cast_weights(network, dtype)
         model = wrap_model(network, tokenizer, device, name="the lab's model")
+    use_liger(model.network, config.model.liger, message)
     if config.model.gradient_checkpointing:
         recompute_layers(model.network)
     return model

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from sodfast import checkpoint
 from sodfast.errors import RunFailed, UsageError
-from sodfast.model import LanguageModel, cast_weights, load_model
+from sodfast.model import LanguageModel, cast_weights, decoder_layers, load_model
 from sodfast.rundir import read_lines
 from sodfast.session import evaluate_model, export_model
 from sodfast.tasks.arithmetic import question_pools
@@ -232,6 +232,29 @@ def test_a_longer_run_starts_with_the_shorter_one(runs: Train) -> None:
 def test_how_a_step_is_cut_changes_only_the_rounding(runs: Train, reduction: str, cut: str) -> None:
     whole = runs(f"objective.reduction={reduction}", "steps=3")
     assert_close(runs(f"objective.reduction={reduction}", "steps=3", cut).lines, whole.lines)
+
+
+def test_recomputed_layers_change_no_bit(runs: Train) -> None:
+    assert runs("model.gradient_checkpointing=true") == runs()
+
+
+def test_layers_are_recomputed_where_the_key_says_so(build: Build, tmp_path: Path) -> None:
+    counts = []
+    for recompute in ("false", "true"):
+        run = build(tmp_path / recompute, "steps=1", f"model.gradient_checkpointing={recompute}")
+        passes: list[int] = []
+        layer = decoder_layers(run.model.network)[0]
+        layer.mlp.register_forward_pre_hook(lambda *_, passes=passes: passes.append(1))  # type: ignore[union-attr,operator]
+        run.train()
+        run.run.close()
+        counts.append(len(passes))
+    assert counts[1] > counts[0] > 0
+
+
+def test_ligers_kernels_are_refused_without_a_gpu(build: Build, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"model\.liger=true"):
+        build(tmp_path / "run", "device=cpu", "model.liger=on")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_seed_matters(runs: Train) -> None:

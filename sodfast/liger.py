@@ -1,0 +1,94 @@
+"""Liger's Triton kernels for RMSNorm, RoPE and the gated MLP of one network.
+
+Liger patches in two ways at once. On the instance it binds a forward to each norm and MLP, which is
+what is wanted here: copies of the network take it along. In transformers' module of that
+architecture it replaces the classes and `apply_rotary_pos_emb`, and so changes every other network
+of the process, now or later; that is undone here. RoPE has no instance to patch, since attention
+reads the function from its module, so this network's attention gets a forward that reads Liger's.
+"""
+
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from inspect import signature
+from types import FunctionType, MethodType
+from typing import Any, Literal
+
+from sodfast.errors import UsageError
+
+_ROPE = "apply_rotary_pos_emb"
+
+
+def use_liger(
+    network: Any, wanted: bool | Literal["auto"], message: Callable[[str], object]
+) -> None:
+    """As `model.liger` says; `message` hears that the kernels are on, or, with "auto" on a GPU, why
+    they are not.
+
+    Raises `UsageError` when they are wanted and not possible.
+    """
+    if wanted is False:
+        return
+    reason = _unsupported(network)
+    if reason is None:
+        patch(network)
+        message("model.liger: Liger's kernels for RMSNorm, RoPE and the gated MLP")
+    elif wanted is True:
+        raise UsageError(f"model.liger=true is not possible: {reason}; use auto or false")
+    elif network.device.type == "cuda":
+        message(f"model.liger: false (slower), since {reason}")
+
+
+def patch(network: Any) -> None:
+    """Let `network`, and no other, compute with Liger's kernels."""
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    apply = MODEL_TYPE_TO_APPLY_LIGER_FN[network.config.model_type]
+    # The objective is not Liger's, and no loss is asked of the network.
+    losses = {"cross_entropy", "fused_linear_cross_entropy"} & signature(apply).parameters.keys()
+    names = vars(sys.modules[type(network).__module__])
+    before = dict(names)
+    try:
+        apply(model=network, **dict.fromkeys(losses, False))
+        rope = names.get(_ROPE)  # the original where Liger leaves it alone
+    finally:
+        names.update(before)
+    for module in network.modules():
+        forward = type(module).forward
+        if _reads_rope(forward, names):
+            module.forward = MethodType(_with_globals(forward, **{_ROPE: rope}), module)
+
+
+def _unsupported(network: Any) -> str | None:
+    """Why Liger cannot run this network; None where it can."""
+    if network.device.type != "cuda":
+        return f"Liger's kernels need a GPU, not {network.device}"
+    if find_spec("liger_kernel") is None:
+        return "liger-kernel is not installed: pip install 'sodfast[gpu]'"
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    kind = network.config.model_type
+    if kind not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        return f"Liger does not know models of type {kind}"
+    return None
+
+
+def _reads_rope(forward: Any, names: dict[str, Any]) -> bool:
+    """Whether this is a plain function of the module with these names that calls its RoPE."""
+    return (
+        isinstance(forward, FunctionType)
+        and forward.__globals__ is names
+        and _ROPE in forward.__code__.co_names
+    )
+
+
+def _with_globals(function: FunctionType, **changes: Any) -> FunctionType:
+    changed = FunctionType(
+        function.__code__,
+        function.__globals__ | changes,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    changed.__kwdefaults__ = function.__kwdefaults__
+    return changed
