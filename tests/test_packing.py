@@ -25,8 +25,10 @@ from transformers import (
     Qwen3Config,
 )
 
+from sodfast.attention import PackedAttention
 from sodfast.config import EMAConfig
-from sodfast.model import decoder_layers, output_head, recompute_layers
+from sodfast.liger import patch
+from sodfast.model import cast_weights, decoder_layers, output_head, recompute_layers
 from sodfast.packing import (
     ATTENTION,
     micro_batches,
@@ -50,16 +52,16 @@ SIZES: dict[str, Any] = {
     "bos_token_id": None,
 }
 MODELS: dict[str, PretrainedConfig] = {
-    "qwen3": Qwen3Config(**SIZES, head_dim=12, tie_word_embeddings=True),
+    "qwen3": Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True),
     "llama": LlamaConfig(**SIZES, attention_bias=True),
     # Soft caps low enough to bite; a window, in every other layer, that most sequences exceed.
     "gemma2": Gemma2Config(
         **SIZES,
-        head_dim=12,
+        head_dim=16,
         sliding_window=5,
         attn_logit_softcapping=1.5,
         final_logit_softcapping=2.0,
-        query_pre_attn_scalar=12,
+        query_pre_attn_scalar=16,
     ),
     "qwen2-window": Qwen2Config(
         **SIZES, use_sliding_window=True, sliding_window=4, max_window_layers=1
@@ -118,6 +120,7 @@ def gradients(network: Any, hidden_NH: Tensor) -> dict[str, Tensor]:
     cap = getattr(network.config, "final_logit_softcapping", None) or 100.0
     generator = torch.Generator().manual_seed(5)
     upstream_NV = torch.randn(logits_NV.shape, generator=generator) / len(logits_NV)
+    upstream_NV = upstream_NV.to(logits_NV.device)
     (cap * torch.tanh(logits_NV / cap) * upstream_NV).sum().backward()
     found = {name: p.grad for name, p in network.named_parameters()}
     assert all(gradient is not None and gradient.any() for gradient in found.values())
@@ -339,3 +342,49 @@ def test_micro_batches_fill_what_is_left() -> None:
     assert list(micro_batches([2, 5, 2, 3, 9, 12], 9)) == [[5], [4], [1, 3], [0, 2]]
     assert list(micro_batches([2, 5, 2, 3, 1], 9)) == [[1, 3, 4], [0, 2]]
     assert list(micro_batches([], 9)) == []
+
+
+# ---------------------------------------------------------------- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("window", [None, 7])
+def test_flash_attention_is_as_exact_as_sdpa(window: int | None, softcap: float | None) -> None:
+    """Values and gradients in bf16: at most twice sdpa's error against fp64."""
+    lengths = [300, 41, 41, 1]
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(383, heads, 64) for heads in (8, 2, 2, 8)]
+    *qkv, upstream = (torch.randn(shape, generator=generator).bfloat16() for shape in shapes)
+
+    def run(kernel: str, device: str, dtype: torch.dtype) -> list[Tensor]:
+        attention = PackedAttention(lengths, torch.device(device), dtype)
+        inputs = [x.to(device, dtype).requires_grad_() for x in qkv]
+        attend = attention._sdpa if kernel == "sdpa" else attention
+        attended = attend(*inputs, 0.125, window, softcap)
+        found = torch.autograd.grad(attended, inputs, upstream.to(device, dtype))
+        return [x.double().cpu() for x in (attended.detach(), *found)]
+
+    exact = run("sdpa", "cpu", torch.float64)
+    flash, sdpa = (run(kernel, "cuda", torch.bfloat16) for kernel in ("flash", "sdpa"))
+    for ours, theirs, reference in zip(flash, sdpa, exact, strict=True):
+        assert (ours - reference).norm() <= 2 * (theirs - reference).norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("name", ["qwen3", "llama", "gemma2"])
+def test_on_a_gpu_bf16_gradients_point_where_fp32_ones_do(name: str, fused: bool) -> None:
+    """With recomputed layers, and with Liger's kernels where they are installed."""
+    if fused:
+        pytest.importorskip("liger_kernel", reason="needs liger-kernel")
+    network, pairs = build(name), random_pairs(SIZES_OF_PAIRS)
+    expected = gradients(network, each_alone(network, pairs))
+    student = packed(network).to("cuda")
+    cast_weights(student, torch.bfloat16)
+    if fused:
+        patch(student)
+    recompute_layers(student)
+    found = gradients(student, hidden_of(student, pairs))
+    both = [torch.cat([g.float().cpu().flatten() for g in x.values()]) for x in (found, expected)]
+    assert torch.cosine_similarity(*both, dim=0) > 0.99
