@@ -1,10 +1,12 @@
 """Checkpoints: safetensors and JSON only, written aside and renamed, the last few kept.
 
     checkpoints/step-N/
-        student/               a Hugging Face directory (weights, config, tokenizer)
-        teacher.safetensors    absent while the teacher equals the student
+        student/               a Hugging Face directory (weights, config, tokenizer); under LoRA
+                               the adapter in peft's format, for the frozen base in `model.path`
+        teacher.safetensors    the teacher's own weights; absent while it equals the student
         optimizer.safetensors  one tensor per parameter and moment: NAME.MOMENT
-        state.json             step, schedule, collapse detector, reward memory, cursor, fingerprint
+        state.json             step, schedule, collapse detector, reward memory, cursor,
+                               fingerprint, a hash of the base
 
 A directory named step-N is complete: it gets its name only after everything in it is on disk.
 """
@@ -23,7 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sodfast.errors import RunFailed, UsageError
-from sodfast.model import LanguageModel
+from sodfast.lora import peft_name, save_adapters
+from sodfast.model import LanguageModel, trained_parameters
 
 _STEP = re.compile(r"step-(\d+)")
 
@@ -59,11 +62,17 @@ def save(
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        model.network.save_pretrained(aside / "student")
+        if model.base is None:
+            model.network.save_pretrained(aside / "student")
+        else:
+            save_adapters(model.network, aside / "student")
         model.tokenizer.save_pretrained(aside / "student")
         if teacher is not None:
-            named = {name: p.detach().contiguous() for name, p in teacher.named_parameters()}
-            save_file(named, aside / "teacher.safetensors")
+            trained = trained_parameters(model.network).keys()
+            own = {
+                n: p.detach().contiguous() for n, p in teacher.named_parameters() if n in trained
+            }
+            save_file(own, aside / "teacher.safetensors")
         save_file(_optimizer_tensors(model.network, optimizer), aside / "optimizer.safetensors")
         (aside / "state.json").write_text(json.dumps({"step": step, **state}))
         for path in [*aside.rglob("*"), aside]:
@@ -125,18 +134,34 @@ def _damaged(path: Path, error: Exception) -> UsageError:
     return UsageError(f"checkpoint {path} is damaged ({error}): delete it to use the one before")
 
 
-def restore_student(model: LanguageModel, tensors: dict[str, Tensor]) -> None:
-    """Copy stored weights in; parameters tied to another may be absent, nothing else."""
-    missing, unexpected = model.network.load_state_dict(tensors, strict=False)
+def restore_student(
+    model: LanguageModel, tensors: dict[str, Tensor], base: str | None = None
+) -> None:
+    """Copy stored weights in; what is frozen or tied to another may be absent, nothing else.
+
+    `base`: the `model.base` that adapters were stored with. Raises `UsageError` where the model's
+    is another one.
+    """
+    if base != model.base:
+        raise UsageError(
+            "the checkpoint's adapters belong to other base weights than the present ones: let "
+            "model.path and model.dtype give what the run began with"
+        )
+    trained = trained_parameters(model.network)
+    own = {peft_name(name): name for name in trained}
+    missing, unexpected = model.network.load_state_dict(
+        {own.get(name, name): tensor for name, tensor in tensors.items()}, strict=False
+    )
     tied = set(getattr(model.network, "all_tied_weights_keys", {}) or {})
-    if unexpected or set(missing) - tied:
+    frozen = {name for name, _ in model.network.named_parameters()} - trained.keys()
+    if unexpected or set(missing) - tied - frozen:
         raise UsageError(
             f"the checkpoint's student is another model: missing {missing}, extra {unexpected}"
         )
 
 
 def _optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    names = [name for name, _ in network.named_parameters()]
+    names = list(trained_parameters(network))
     return {
         f"{names[index]}.{key}": value.contiguous()
         for index, moments in optimizer.state_dict()["state"].items()
@@ -147,7 +172,7 @@ def _optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> 
 def restore_optimizer(
     network: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
 ) -> None:
-    indices = {name: index for index, (name, _) in enumerate(network.named_parameters())}
+    indices = {name: index for index, name in enumerate(trained_parameters(network))}
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         name, _, moment = key.rpartition(".")

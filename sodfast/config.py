@@ -14,7 +14,7 @@ import json
 import os
 from pathlib import Path
 from string import Formatter
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal, Union, get_args
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -57,6 +57,16 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+class LoRAConfig(Section):
+    """Low-rank adapters on frozen weights instead of full fine-tuning (arXiv 2106.09685)."""
+
+    rank: Positive = 16
+    alpha: Positive = 32  # an adapter's product is scaled by alpha / rank
+    # Names of linear layers, such as q_proj; null: all of the decoder's. Embedding and head stay
+    # frozen: the objective multiplies by the head's own weight.
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+
+
 class ModelConfig(Section):
     path: str | None = None  # Hugging Face id or directory; None: the embedded lab builds one
     # Of the weights, and so of the teacher's and of the gradients.
@@ -65,6 +75,7 @@ class ModelConfig(Section):
     gradient_checkpointing: bool = False
     # Liger's kernels for RMSNorm, RoPE and the gated MLP; auto: on a GPU where it knows the model.
     liger: bool | Literal["auto"] = "auto"  # YAML reads on and off as true and false
+    lora: LoRAConfig | None = None  # null: all weights are trained
 
 
 class RolloutConfig(Section):
@@ -178,7 +189,7 @@ class OptimizerConfig(Section):
     # Which AdamW. torch: torch's, on float32 weights. 8bit, fp32: the fused one, with moments of
     # that size, which rounds bfloat16 weights stochastically. exact: fp32 moments and, beside
     # bfloat16 weights, the 16 bits that make them fp32. plain: torch's on bfloat16 weights, a
-    # negative control. auto: torch for float32, 8bit for bfloat16.
+    # negative control. auto: torch for float32, 8bit for bfloat16. LoRA's adapters are float32.
     state: Literal["auto", "torch", "8bit", "fp32", "exact", "plain"] = "auto"
     updates_per_step: Positive = 1
     micro_batch_tokens: Positive = 16_384  # of one forward and backward pass, prompts included
@@ -255,11 +266,23 @@ class Config(Section):
                 f"schedule.shards={self.length_shards} must divide the {prompts * samples} "
                 "rollouts of a step"
             )
-        refused = _REFUSED_STATES.get((self.model.dtype, self.optimizer.state))
+        lora = self.model.lora is not None
+        trained = "float32" if lora else self.model.dtype
+        refused = _REFUSED_STATES.get((trained, self.optimizer.state))
         if refused:
             raise ValueError(
                 f"optimizer.state={self.optimizer.state} does not go with "
-                f"model.dtype={self.model.dtype}: {refused}"
+                f"{'the adapters of model.lora' if lora else f'model.dtype={trained}'}: {refused}"
+            )
+        if lora and self.teacher.storage == "host":
+            raise ValueError(
+                "teacher.storage=host does not go with model.lora, whose teacher is a few adapters "
+                "on the student's own base: set teacher.storage=device"
+            )
+        if lora and self.rollout.engine == "vllm":
+            raise ValueError(
+                "rollout.engine=vllm does not go with model.lora, since it copies plain weights: "
+                "set rollout.engine to native or hf"
             )
         if self.model.path is None and not isinstance(self.task, ArithmeticConfig):
             raise ValueError(
@@ -411,15 +434,17 @@ def _explain(error: Any) -> str:
 
 
 def _known_keys(parents: list[str], location: tuple[Any, ...]) -> list[str]:
-    if not parents:
-        return list(Config.model_fields)
-    group = parents[0]
+    group = parents[0] if parents else None
     if group in _DISCRIMINATORS:
         key, _ = _DISCRIMINATORS[group]
         members = _union_members(Config.model_fields[group].annotation)
         models = {member.model_fields[key].default: member for member in members}
         return list(models[location[1]].model_fields)
-    return list(getattr(Config.model_fields[group].annotation, "model_fields", []))
+    section: Any = Config
+    for parent in parents:
+        annotation = section.model_fields[parent].annotation
+        section = next(iter(get_args(annotation)), annotation)  # the first of `section | None`
+    return list(getattr(section, "model_fields", []))
 
 
 def _union_members(annotation: Any) -> tuple[Any, ...]:

@@ -43,23 +43,25 @@ def unsupported(network: Any) -> str | None:
     if rope not in ROPE_TYPES:
         return f"its rotary embedding is of type {rope}, not one of {', '.join(ROPE_TYPES)}"
     for path, module in network.named_modules():
-        if path.endswith(("_proj", "lm_head")) and type(module) is not nn.Linear:
+        linear = getattr(module, "base_layer", module)  # what an adapter of peft wraps
+        if path.endswith(("_proj", "lm_head")) and type(linear) is not nn.Linear:
             return f"{path} is a {type(module).__name__}, not a plain linear layer"
     return None
 
 
 @dataclass(frozen=True)
 class Layer:
-    """References to one block's weights; nothing is copied but the gains of the head norms."""
+    """References to one block's weights; nothing is copied but the gains of the head norms. A
+    projection is a plain linear layer or one with an adapter."""
 
     attention_norm: Tensor  # [H]
-    projections: tuple[nn.Linear, nn.Linear, nn.Linear]  # to queries, keys, values
+    projections: tuple[nn.Module, nn.Module, nn.Module]  # to queries, keys, values
     head_gain: Tensor | None  # [A + K, D]: Qwen3 normalises every query and key head
-    output: nn.Linear
+    output: nn.Module
     mlp_norm: Tensor
-    gate: nn.Linear
-    up: nn.Linear
-    down: nn.Linear
+    gate: nn.Module
+    up: nn.Module
+    down: nn.Module
     window: int | None  # attends to this many last positions, itself included; None: to all
 
 
@@ -143,15 +145,19 @@ class Decoder:
         return F.linear(x_TH.float(), self.head.float())
 
 
-def _linear_into(out_TN: Tensor, x_TH: Tensor, linear: nn.Linear) -> None:
-    if linear.bias is None:
+def _linear_into(out_TN: Tensor, x_TH: Tensor, linear: nn.Module) -> None:
+    if not isinstance(linear, nn.Linear):  # one with an adapter
+        out_TN.copy_(linear(x_TH))
+    elif linear.bias is None:
         torch.mm(x_TH, linear.weight.t(), out=out_TN)
     else:
         torch.addmm(linear.bias, x_TH, linear.weight.t(), out=out_TN)
 
 
-def _add_linear(residual_TH: Tensor, x_TI: Tensor, linear: nn.Linear) -> Tensor:
+def _add_linear(residual_TH: Tensor, x_TI: Tensor, linear: nn.Module) -> Tensor:
     """residual + linear(x), the sum inside the matrix product."""
+    if not isinstance(linear, nn.Linear):
+        return residual_TH + linear(x_TI)
     sum_TH = torch.addmm(residual_TH, x_TI, linear.weight.t())
     return sum_TH if linear.bias is None else sum_TH.add_(linear.bias)
 

@@ -27,6 +27,7 @@ class LanguageModel:
     tokenizer: Any
     eos_ids: tuple[int, ...]
     pad_id: int
+    base: str | None = None  # what tells the frozen weights from others; None: all are trained
 
     @property
     def device(self) -> torch.device:
@@ -146,6 +147,11 @@ def cast_weights(network: nn.Module, dtype: torch.dtype) -> None:
 
 def to_ids(tokens: Sequence[int]) -> Tensor:
     return torch.tensor(tokens, dtype=torch.int64)
+
+
+def trained_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
+    """What the optimizer moves, by name: every parameter, or the adapters on a frozen base."""
+    return {name: p for name, p in network.named_parameters() if p.requires_grad}
 
 
 def output_head(network: Any) -> Tensor:

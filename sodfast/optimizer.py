@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sodfast.config import OptimizerConfig
 from sodfast.errors import RunFailed
+from sodfast.model import trained_parameters
 from sodfast.streams import Stream, draw_key
 
 
@@ -20,7 +21,7 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """The AdamW that `config.state` names. `seed`: the run's, for what is rounded stochastically:
     those bits are a function of (seed, number of the update, position of the element)."""
-    parameters = list(network.parameters())
+    parameters = list(trained_parameters(network).values())
     state = config.state
     if state == "auto":
         state = "8bit" if parameters[0].dtype == torch.bfloat16 else "torch"

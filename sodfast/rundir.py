@@ -176,7 +176,8 @@ def stored_config(path: Path, overrides: list[str]) -> Config:
 
 def environment(threads: int, device: str) -> dict[str, Any]:
     """Versions, commit, hardware and threads: what a figure must be quoted with."""
-    packages = ["sodfast", "torch", "triton", "transformers", "tokenizers", "numpy", "pydantic"]
+    packages = ["sodfast", "torch", "triton", "transformers", "peft", "tokenizers"]
+    packages += ["numpy", "pydantic"]
     return {
         "versions": {"python": platform.python_version(), **_versions(packages)},
         "commit": _commit(),

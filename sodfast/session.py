@@ -16,6 +16,7 @@ from sodfast.errors import UsageError
 from sodfast.evaluate import evaluate
 from sodfast.interrupt import Interrupted
 from sodfast.liger import use_liger
+from sodfast.lora import add_adapters, merge_adapters, require_peft
 from sodfast.model import (
     LanguageModel,
     cast_weights,
@@ -101,17 +102,21 @@ def evaluate_model(source: str, overrides: list[str]) -> dict[str, Any]:
     the limits of the preset `base` rather than the lab's.
     """
     disable_progress_bar()
-    run, step = Path(source), 0
+    run, step, path = Path(source), 0, None
     if (run / "config.yaml").is_file():
         config = validate(read_overrides(run / "config.yaml", overrides))
+        if config.model.lora != validate(read_overrides(run / "config.yaml", [])).model.lora:
+            raise UsageError("model.lora is a property of the run: leave it out")
         step, path = _newest(run)
-        student = str(path / "student")
     else:
         preset = "base" if any(text.startswith("task.name=") for text in overrides) else "lab"
         config = load_config(preset, [f"model.path={source}", *overrides])
-        student = source
     task = build_task(config.task)
-    model = load_model(student, pick_device(config.device), getattr(torch, config.model.dtype))
+    device = pick_device(config.device)
+    if path is None:
+        model = load_model(source, device, getattr(torch, config.model.dtype))
+    else:
+        model = _student(config, path, device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     reporter = build_reporter()
@@ -132,12 +137,21 @@ def evaluate_model(source: str, overrides: list[str]) -> dict[str, Any]:
 
 
 def export_model(run: Path, out: Path) -> None:
-    """Copy the newest checkpoint's student, already a Hugging Face directory, to `out`."""
+    """Write the newest checkpoint's student to `out`, a Hugging Face directory: the checkpoint's
+    own or, under LoRA, the base with the adapters merged into its weights."""
     if out.exists():
         raise UsageError(f"{out} exists: choose another directory")
     _, path = _newest(run)
+    config = validate(read_overrides(run / "config.yaml", []))
     try:
-        shutil.copytree(path / "student", out)
+        if config.model.lora is None:
+            shutil.copytree(path / "student", out)
+        else:
+            disable_progress_bar()
+            student = _student(config, path, torch.device("cpu"))
+            merge_adapters(student.network)
+            student.network.save_pretrained(out)
+            student.tokenizer.save_pretrained(out)
     except OSError as error:
         raise UsageError(f"{out} cannot be written: {error}") from error
 
@@ -148,7 +162,20 @@ def build_model(
     progress: Any = lambda phase, done, total: None,
     message: Callable[[str], object] = lambda text: None,
 ) -> LanguageModel:
-    """The configured model, or the lab's own, set up for training."""
+    """The student of a new run, set up for training."""
+    model = _untrained(config, device, progress)
+    use_liger(model.network, config.model.liger, message)
+    if config.model.gradient_checkpointing:
+        recompute_layers(model.network)
+    return model
+
+
+def _untrained(
+    config: Config, device: torch.device, progress: Any = lambda phase, done, total: None
+) -> LanguageModel:
+    """The configured model or the lab's own, with new adapters where they are configured."""
+    if config.model.lora is not None:
+        require_peft()
     dtype = getattr(torch, config.model.dtype)
     if config.model.path is not None:
         model = load_model(config.model.path, device, dtype)
@@ -158,9 +185,18 @@ def build_model(
         network, tokenizer = lab.build(config.lab, progress=progress)
         cast_weights(network, dtype)
         model = wrap_model(network, tokenizer, device, name="the lab's model")
-    use_liger(model.network, config.model.liger, message)
-    if config.model.gradient_checkpointing:
-        recompute_layers(model.network)
+    if config.model.lora is None:
+        return model
+    return add_adapters(model, config.model.lora, config.seed)
+
+
+def _student(config: Config, path: Path, device: torch.device) -> LanguageModel:
+    """The student of the checkpoint `path`."""
+    if config.model.lora is None:
+        return load_model(str(path / "student"), device, getattr(torch, config.model.dtype))
+    model = _untrained(config, device)
+    stored = checkpoint.load(path)
+    checkpoint.restore_student(model, stored.student, stored.state.get("base"))
     return model
 
 

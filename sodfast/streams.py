@@ -16,6 +16,7 @@ class Stream(IntEnum):
     DEMONSTRATION = 3  # step, sample
     UPDATES = 4  # step
     ROUNDING = 5  # update, element of the parameters
+    ADAPTERS = 6  # none
 
 
 def generator(seed: int, stream: Stream, *counters: int) -> np.random.Generator:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sodfast.config import ScheduleConfig, TeacherConfig
 from sodfast.errors import UsageError
-from sodfast.model import LanguageModel, output_head
+from sodfast.model import LanguageModel, output_head, trained_parameters
 from sodfast.packing import micro_batches, response_hidden
 from sodfast.schedule import Decision
 from sodfast.streaming import HostCopy
@@ -138,6 +138,11 @@ class Teacher:
     def network(self) -> nn.Module:
         return self.student if self.weights is None else self.weights
 
+    def own(self) -> dict[str, nn.Parameter]:
+        """The teacher's counterparts of the parameters that the student trains."""
+        named = dict(self.network.named_parameters())
+        return {name: named[name] for name in trained_parameters(self.student)}
+
     @torch.no_grad()
     def score(
         self,
@@ -155,7 +160,8 @@ class Teacher:
             hidden = self._score(network, contexts, responses, micro_batch_tokens)
             head = output_head(network).detach()
         if self.weights is None:
-            head = head.clone()
+            if output_head(self.student).requires_grad:
+                head = head.clone()
         elif self.mix is not None:
             live = self._score(self.student, contexts, responses, micro_batch_tokens)
             hidden = [
@@ -198,7 +204,9 @@ class Teacher:
         if self.weights is not None:
             return
         if self.storage == "device":
-            self.weights = copy.deepcopy(self.student).requires_grad_(False)
+            # What is frozen is the same tensor in both.
+            frozen = {id(p): p for p in self.student.parameters() if not p.requires_grad}
+            self.weights = copy.deepcopy(self.student, frozen).requires_grad_(False)
             return
         if self.host is None:
             self.host = HostCopy(self.student)
@@ -214,7 +222,7 @@ class Teacher:
             raise RuntimeError("prepare_update must run before the student moves")
         rate = decision.rate if decision.action == "average" else 0.0
         if self.host is None:
-            teacher, student = self.weights.parameters(), self.student.parameters()
+            teacher, student = self.own().values(), trained_parameters(self.student).values()
             drift = ema_update_(teacher, student, rate, seed=self.seed, step=step)
         else:
             drift = self.host.update_(self.student, rate, seed=self.seed, step=step)
@@ -227,7 +235,7 @@ class Teacher:
         self.weights = None
         if tensors is not None:
             self.prepare_update()
-            named = dict(self.network.named_parameters())
+            named = self.own()
             if named.keys() != tensors.keys():
                 raise ValueError("the stored teacher has other parameters than the student")
             with torch.no_grad():

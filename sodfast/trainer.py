@@ -197,7 +197,7 @@ class Trainer:
             return
         stored = checkpoint.load(path)
         self.step = stored.step
-        checkpoint.restore_student(self.model, stored.student)
+        checkpoint.restore_student(self.model, stored.student, stored.state.get("base"))
         self.teacher.load_weights(stored.teacher)
         checkpoint.restore_optimizer(self.model.network, self.optimizer, stored.optimizer)
         self.schedule.load_state_dict(stored.state["schedule"])
@@ -494,6 +494,7 @@ class Trainer:
         """
         return {
             "fingerprint": fingerprint(self.config),
+            "base": self.model.base,
             "schedule": self.schedule.state_dict(),
             "collapse": self.collapse.state_dict(),
             "reward_memory": dict(self.gain.last),

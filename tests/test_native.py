@@ -19,9 +19,11 @@ from transformers import (
 
 from sodfast import native
 from sodfast.attention import PackedAttention, SlotAttention
+from sodfast.config import LoRAConfig
 from sodfast.decoder import Cache, Decoder, unsupported
 from sodfast.errors import UsageError
-from sodfast.model import LanguageModel
+from sodfast.lora import add_adapters
+from sodfast.model import LanguageModel, trained_parameters
 from sodfast.native import NativeEngine
 from sodfast.rollout import Draws, HFEngine, Sample, Sampling
 
@@ -223,6 +225,43 @@ def test_new_weights_are_used_at_once() -> None:
     theirs = answer(HFEngine(model, 8), prompts, 20)
     ours = answer(engine, prompts, 20)
     assert all(a.response.equal(b.response) for a, b in zip(ours, theirs, strict=True))
+
+
+def with_adapters(model: LanguageModel, rank: int = 4) -> LanguageModel:
+    model = add_adapters(model, LoRAConfig(rank=rank), 0)
+    move_adapters(model, 0)
+    return model
+
+
+def move_adapters(model: LanguageModel, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in trained_parameters(model.network).values():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+
+
+def test_adapters_are_heard(any_model: LanguageModel) -> None:
+    """Under LoRA, too, as `generate` answers, and with the adapters as they are now."""
+    prompts = ragged(6)
+    before = answer(NativeEngine(any_model, 3), prompts, 30)
+    model = with_adapters(any_model)
+    assert unsupported(model.network) is None
+    engine = NativeEngine(model, 3)
+    for seed in (1, 2):
+        ours = answer(engine, prompts, 30)
+        for a, b in zip(ours, answer(HFEngine(model, 8), prompts, 30), strict=True):
+            assert a.response.equal(b.response)
+            torch.testing.assert_close(a.logprob, b.logprob, rtol=1e-4, atol=1e-4)
+        assert not equal_bits(ours, before)
+        before = ours
+        move_adapters(model, seed)
+
+
+@pytest.mark.parametrize("rank", [1, 4, 5])
+def test_adapters_answer_the_same_in_other_company(rank: int) -> None:
+    model, prompts = with_adapters(tiny("qwen3"), rank), ragged(20)
+    together = answer(NativeEngine(model, 64), prompts, 30)
+    assert equal_bits(answer(NativeEngine(model, 5), prompts, 30), together)
 
 
 def test_old_cache_memory_changes_nothing() -> None:
