@@ -107,13 +107,13 @@ def peft_name(name: str) -> str:
 
 @torch.no_grad()
 def merge_adapters(network: Any) -> None:
-    """W ← W + alpha/rank · B·A, summed in fp32 and rounded to the dtype of W; the network is a
-    plain one again."""
+    """W ← W + alpha/rank · B·A, summed in fp32 and rounded once to the dtype of W; the network is
+    a plain one again."""
     from peft.tuners.lora import LoraLayer
 
     for path, module in list(network.named_modules()):
         if isinstance(module, LoraLayer):
             linear = module.get_base_layer()
-            linear.weight.copy_(linear.weight.float() + module.get_delta_weight(ADAPTER))
+            linear.weight += module.get_delta_weight(ADAPTER)
             setattr(network.get_submodule(path.rpartition(".")[0]), _last(path), linear)
     del network.peft_config

@@ -154,7 +154,7 @@ def test_merged_weights_compute_the_same(model: LanguageModel, settings: dict[st
 
 
 def test_a_merge_rounds_once(tiny_model: Path) -> None:
-    """bfloat16: W + scale·B·A as fp32, rounded at the end, rather than each part for itself."""
+    """bfloat16: B·A reaches the sum in fp32."""
     model = load_model(str(tiny_model), torch.device("cpu"), torch.bfloat16)
     network = adapted(model).network
     layer = network.model.layers[1].mlp.up_proj
@@ -408,6 +408,15 @@ def test_a_checkpoint_holds_adapters_that_peft_reads(finished: tuple[Path, Train
     assert stored.teacher.keys() == trained_parameters(trainer.model.network).keys()
     assert stored.state["base"] == trainer.model.base
     assert {key.rpartition(".")[0] for key in stored.optimizer} == stored.teacher.keys()
+
+
+def test_adapters_that_are_not_whole_are_refused(finished: tuple[Path, Trainer]) -> None:
+    out, trainer = finished
+    student = checkpoint.load(out / "checkpoints" / "step-4").student
+    for name in student:
+        rest = {key: tensor for key, tensor in student.items() if key != name}
+        with pytest.raises(UsageError, match="another model"):
+            checkpoint.restore_student(trainer.model, rest, trainer.model.base)
 
 
 def test_export_is_a_plain_model_with_the_same_logits(
