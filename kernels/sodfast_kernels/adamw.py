@@ -70,8 +70,11 @@ class AdamW(torch.optim.Optimizer):
     seed: of the stochastic rounding; the same seed, parameters and gradients give the same bits.
     backend: "auto" (Triton on CUDA, PyTorch elsewhere), "triton" or "torch": the same bits.
 
-    `state`, `seed` and the rest may differ between parameter groups. Raises ValueError naming the
-    argument that does not fit.
+    `state`, `seed` and the rest may differ between parameter groups. A group may also say where its
+    parameters stand in the stream of random bits: `positions`, a multiple of GROUP for each, where
+    by default all parameters stand one after the other (see `places`). Then a part of a parameter
+    is rounded as it is in the whole, if it begins at a multiple of GROUP, with 8-bit moments of
+    BLOCK. Raises ValueError naming the argument that does not fit.
     """
 
     def __init__(
@@ -93,6 +96,7 @@ class AdamW(torch.optim.Optimizer):
             "weight_decay": weight_decay,
             "state": state,
             "seed": seed,
+            "positions": None,
         }
         if backend not in BACKENDS:
             raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
@@ -115,15 +119,25 @@ class AdamW(torch.optim.Optimizer):
         for param in group["params"]:
             if param.dtype not in allowed:
                 raise ValueError(f"params: {param.dtype} does not work with {group['state']!r}")
+        positions = group["positions"]
+        if positions is not None and (
+            len(positions) != len(group["params"]) or any(p % GROUP for p in positions)
+        ):
+            raise ValueError(f"positions must be a multiple of {GROUP} for each of the params")
 
     @torch.no_grad()
     def step(  # type: ignore[override]
-        self, closure: Callable[[], float] | None = None, *, clip_norm: float | None = None
+        self,
+        closure: Callable[[], float] | None = None,
+        *,
+        clip_norm: float | None = None,
+        norm: Tensor | None = None,
     ) -> Tensor:
         """One update of every parameter that has a gradient.
 
         clip_norm: scale the gradients so that their global norm does not exceed it.
-        Returns that norm before clipping, an fp32 scalar on the parameters' device. Where it is not
+        norm: that norm, an fp32 scalar, where these parameters are only some of those it is of.
+        Returns the norm before clipping, an fp32 scalar on the parameters' device. Where it is not
         finite, weights and moments stay as they were (only the count of steps goes on, because
         nothing is sent to the host to find out).
         """
@@ -132,14 +146,16 @@ class AdamW(torch.optim.Optimizer):
         if clip_norm is not None and not clip_norm > 0.0:
             raise ValueError(f"clip_norm must be > 0, got {clip_norm}")
         items: list[Item] = []
-        offset = 0
+        following = 0
         for group in self.param_groups:
-            for param in group["params"]:
+            params = group["params"]
+            positions, following = places([param.numel() for param in params], following)
+            for param, position in zip(params, group["positions"] or positions, strict=True):
                 if param.grad is not None and param.numel():
-                    items.append(self._item(param, group, offset))
-                offset += -(-param.numel() // GROUP) * GROUP
+                    items.append(self._item(param, group, position))
         if not items:
-            return torch.zeros((), device=self.param_groups[0]["params"][0].device)
+            device = self.param_groups[0]["params"][0].device
+            return torch.zeros((), device=device) if norm is None else norm
         devices = {item.weight_P.device for item in items}
         if len(devices) > 1:
             raise ValueError(f"params must be on one device, got {sorted(map(str, devices))}")
@@ -148,7 +164,8 @@ class AdamW(torch.optim.Optimizer):
             from . import parameter_kernels
 
             squares, update = parameter_kernels.gradient_squares, parameter_kernels.update_adamw
-        norm = squares([item.grad_P for item in items]).sqrt().to(torch.float32)
+        if norm is None:
+            norm = squares([item.grad_P for item in items]).sqrt().to(torch.float32)
         # A NaN factor is the sign not to update at all.
         factor = torch.ones_like(norm).masked_fill(~norm.isfinite(), torch.nan)
         if clip_norm is not None:
@@ -204,6 +221,16 @@ class AdamW(torch.optim.Optimizer):
                     )
                 empty.copy_(value)
             self.state[param] = state
+
+
+def places(sizes: Iterable[int], first: int = 0) -> tuple[list[int], int]:
+    """Where parameters of so many elements, one after the other from `first` on, begin in the
+    stream of random bits, each at a multiple of GROUP; and where what follows them does."""
+    positions = []
+    for size in sizes:
+        positions.append(first)
+        first += -(-size // GROUP) * GROUP
+    return positions, first
 
 
 def empty_state(param: Tensor, kind: str) -> dict[str, Tensor]:

@@ -89,8 +89,21 @@ class ParameterUpdate:
         self._squares: list[Tensor] = []
 
     @torch.no_grad()
-    def add(self, teacher_params: Iterable[Tensor], student_params: Iterable[Tensor]) -> None:
-        """Update one part. Arguments and errors as in `copy_teacher_`."""
+    def add(
+        self,
+        teacher_params: Iterable[Tensor],
+        student_params: Iterable[Tensor],
+        position: int | None = None,
+    ) -> None:
+        """Update one part. Arguments and errors as in `copy_teacher_`.
+
+        position: of the part's first element in the stream of random bits, a multiple of GROUP;
+        None: after the part before.
+        """
+        if position is not None:
+            if position % GROUP:
+                raise ValueError(f"position must be a multiple of {GROUP}, got {position}")
+            self._offset = position
         pairs = _checked_pairs(teacher_params, student_params)
         triton = uses_triton(self.backend, (tensor for pair in pairs for tensor in pair))
         if not pairs:

@@ -289,3 +289,32 @@ def test_parameters_and_calls_that_do_not_fit_are_named():
     turned.grad = torch.ones(2, 4)
     with pytest.raises(ValueError, match="not contiguous"):
         AdamW([turned]).step()
+
+
+@pytest.mark.parametrize("state", ["8bit", "fp32", "exact"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parts_are_stepped_as_in_the_whole(state, dtype):
+    """Cut at blocks, given their positions and the norm of all gradients: bit for bit."""
+    whole = [nn.Parameter(torch.linspace(-1, 1, n).to(dtype)) for n in (1000, 31)]
+    set_gradients(whole, 0)
+    cuts = [(0, slice(0, 512)), (0, slice(512, 1000)), (1, slice(0, 31))]
+    parts = [nn.Parameter(whole[index].detach()[cut].clone()) for index, cut in cuts]
+    for part, (index, cut) in zip(parts, cuts, strict=True):
+        part.grad = whole[index].grad[cut].clone()
+    positions, _ = adamw.places([1000, 31])
+    optimizer = AdamW(whole, 0.1, state=state, seed=3)
+    norm = optimizer.step(clip_norm=0.01)
+    own = [positions[index] + cut.start for index, cut in cuts]
+    for part, position in zip(parts, own, strict=True):  # each by an optimizer of its own
+        group = {"params": [part], "positions": [position]}
+        stepped = AdamW([group], 0.1, state=state, seed=3)
+        assert stepped.step(clip_norm=0.01, norm=norm) is norm
+    assert torch.equal(torch.cat([parts[0], parts[1]]), whole[0])
+    assert torch.equal(parts[2], whole[1])
+
+
+@pytest.mark.parametrize("positions", [[0], [0, 4], [0, 8, 16]])
+def test_positions_that_do_not_fit_are_refused(positions):
+    params = [nn.Parameter(torch.zeros(8)) for _ in range(2)]
+    with pytest.raises(ValueError, match="positions must be a multiple of 8 for each"):
+        AdamW([{"params": params, "positions": positions}])

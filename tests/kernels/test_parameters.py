@@ -219,3 +219,19 @@ def test_a_bf16_teacher_follows_the_exact_average(lr):
 
     assert 0.99 < kept(stochastic[0]) < 1.01
     assert kept(nearest) < 0.7
+
+
+def test_a_part_at_its_position_is_rounded_as_in_the_whole():
+    student = torch.linspace(-1, 1, 1000)
+    whole = student.flip(0).bfloat16()
+    halves = [whole[:496].clone(), whole[496:].clone()]
+    distance = ema_update_([whole], [student], 0.3, seed=5, step=2)
+    squares = 0.0
+    for half, part, position in zip(halves, (student[:496], student[496:]), (0, 496), strict=True):
+        update = ParameterUpdate(0.3, seed=5, step=2)
+        update.add([half], [part], position)
+        squares += update.distance().double().square()
+    assert torch.equal(torch.cat(halves), whole)
+    assert squares.sqrt().float().item() == pytest.approx(distance.item(), rel=1e-6)
+    with pytest.raises(ValueError, match="multiple of 8"):
+        ParameterUpdate(0.3).add([whole], [student], 4)
