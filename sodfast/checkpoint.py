@@ -46,13 +46,16 @@ def save(
     directory: Path,
     step: int,
     model: LanguageModel,
-    teacher: nn.Module | None,
-    optimizer: torch.optim.Optimizer,
+    student: dict[str, Tensor],
+    teacher: dict[str, Tensor] | None,
+    optimizer: dict[str, Tensor],
     state: dict[str, Any],
     keep: int,
 ) -> Path:
     """Write checkpoint `step` and delete all but the last `keep`.
 
+    `student`: the state dict of `model`'s network; `teacher`: its own parameters by name, None
+    while it equals the student; `optimizer`: as `optimizer_tensors` gives it.
     Raises `RunFailed` when the disk refuses; earlier checkpoints are untouched then.
     """
     final = directory / f"step-{step}"
@@ -63,17 +66,14 @@ def save(
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         if model.base is None:
-            model.network.save_pretrained(aside / "student")
+            model.network.save_pretrained(aside / "student", state_dict=student)
         else:
             save_adapters(model.network, aside / "student")
         model.tokenizer.save_pretrained(aside / "student")
         if teacher is not None:
-            trained = trained_parameters(model.network).keys()
-            own = {
-                n: p.detach().contiguous() for n, p in teacher.named_parameters() if n in trained
-            }
-            save_file(own, aside / "teacher.safetensors")
-        save_file(_optimizer_tensors(model.network, optimizer), aside / "optimizer.safetensors")
+            named = {name: tensor.detach().contiguous() for name, tensor in teacher.items()}
+            save_file(named, aside / "teacher.safetensors")
+        save_file(optimizer, aside / "optimizer.safetensors")
         (aside / "state.json").write_text(json.dumps({"step": step, **state}))
         for path in [*aside.rglob("*"), aside]:
             _sync(path)
@@ -160,7 +160,8 @@ def restore_student(
         )
 
 
-def _optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state by NAME.MOMENT."""
     names = list(trained_parameters(network))
     return {
         f"{names[index]}.{key}": value.contiguous()

@@ -158,13 +158,15 @@ def main() -> None:
     except UsageError as error:
         _stop(str(error), 2)
     except RunFailed as error:
-        _stop(str(error), 1)
+        _stop(str(error), 1, error.alone)
     except (Interrupted, KeyboardInterrupt):
         sys.exit(130)
 
 
-def _stop(message: str, code: int) -> None:
-    print("sodfast: " + " ".join(message.split()), file=sys.stderr)
+def _stop(message: str, code: int, alone: bool = False) -> None:
+    # The ranks that torchrun starts end alike, unless alone; the first one says why.
+    if alone or "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["RANK"] == "0":
+        print("sodfast: " + " ".join(message.split()), file=sys.stderr)
     sys.exit(code)
 
 

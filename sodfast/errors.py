@@ -7,3 +7,5 @@ class UsageError(Exception):
 
 class RunFailed(Exception):
     """A run broke after it began (a NaN loss, a full disk). The CLI exits 1."""
+
+    alone = False  # on one of several ranks, without the others' knowledge

@@ -1,7 +1,7 @@
 """SIGINT and SIGTERM as an exception that never tears a step apart."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -13,9 +13,14 @@ class Interrupted(BaseException):
 
 class Interruption:
     """While entered, a signal raises `Interrupted`: at once in code that changes nothing lasting,
-    after the block in `shielded` code."""
+    after the block in `shielded` code.
 
-    def __init__(self) -> None:
+    With `agree`, which tells whether any of several ranks says True, it is raised at the next
+    `boundary` and on all ranks: one that left on its own would leave the others waiting.
+    """
+
+    def __init__(self, agree: Callable[[bool], bool] | None = None) -> None:
+        self._agree = agree
         self._shielded = False
         self._pending = False
 
@@ -37,12 +42,18 @@ class Interruption:
             yield
         finally:
             self._shielded = False
-        if self._pending:
+        if self._pending and self._agree is None:
+            self._pending = False
+            raise Interrupted
+
+    def boundary(self) -> None:
+        """A point between two phases that all ranks reach and at which they may stop."""
+        if self._agree is not None and self._agree(self._pending):
             self._pending = False
             raise Interrupted
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._shielded:
+        if self._shielded or self._agree is not None:
             self._pending = True
         else:
             raise Interrupted

@@ -8,23 +8,23 @@ from typing import cast
 
 import sodfast_kernels
 import torch
-from torch import Tensor, nn
+from sodfast_kernels.formats import BLOCK
+from sodfast_kernels.philox import GROUP
+from torch import Tensor
 
 from sodfast.config import OptimizerConfig
 from sodfast.errors import RunFailed
-from sodfast.model import trained_parameters
+from sodfast.sharding import Weights
 from sodfast.streams import Stream, draw_key
 
 
 def build_optimizer(
-    config: OptimizerConfig, network: nn.Module, seed: int = 0
+    config: OptimizerConfig, weights: Weights, seed: int = 0
 ) -> torch.optim.Optimizer:
     """The AdamW that `config.state` names. `seed`: the run's, for what is rounded stochastically:
     those bits are a function of (seed, number of the update, position of the element)."""
-    parameters = list(trained_parameters(network).values())
-    state = config.state
-    if state == "auto":
-        state = "8bit" if parameters[0].dtype == torch.bfloat16 else "torch"
+    parameters = weights.parameters
+    state = _state(config, parameters[0].dtype)
     if state in ("torch", "plain"):
         return torch.optim.AdamW(
             parameters,
@@ -35,7 +35,7 @@ def build_optimizer(
             fused=True,
         )
     return sodfast_kernels.AdamW(
-        parameters,
+        [{"params": parameters, "positions": weights.positions}],
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,
@@ -46,15 +46,33 @@ def build_optimizer(
     )
 
 
+def alignment(config: OptimizerConfig, dtype: torch.dtype) -> int:
+    """Elements that the state of weights of `dtype` cannot part: see `sodfast.sharding`."""
+    return BLOCK if _state(config, dtype) == "8bit" else GROUP
+
+
+def _state(config: OptimizerConfig, dtype: torch.dtype) -> str:
+    if config.state != "auto":
+        return config.state
+    return "8bit" if dtype == torch.bfloat16 else "torch"
+
+
 def learning_rate(config: OptimizerConfig, step: int) -> float:
     """Linear warm-up over the first `warmup_steps` steps (1, 2, …), constant afterwards."""
     return config.lr * min(1.0, step / config.warmup_steps) if config.warmup_steps else config.lr
 
 
-def update(optimizer: torch.optim.Optimizer, lr: float, clip_norm: float, loss: Tensor) -> float:
+def update(
+    optimizer: torch.optim.Optimizer,
+    lr: float,
+    clip_norm: float,
+    loss: Tensor,
+    norm: Tensor | None = None,
+) -> float:
     """Clip the accumulated gradients to a global norm and step; returns the norm before clipping.
 
-    Raises `RunFailed` when loss or gradient is not finite, before any parameter has moved.
+    `norm`: that norm, where the optimizer's parameters are a part of the model only. Raises
+    `RunFailed` when loss or gradient is not finite, before any parameter has moved.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for parameter in parameters:
@@ -63,9 +81,10 @@ def update(optimizer: torch.optim.Optimizer, lr: float, clip_norm: float, loss: 
     for group in optimizer.param_groups:
         group["lr"] = lr
     if isinstance(optimizer, sodfast_kernels.AdamW):
-        norm = _fused_step(optimizer, clip_norm, loss)
+        norm = _fused_step(optimizer, clip_norm, loss, norm)
     else:
-        norm = torch.nn.utils.get_total_norm([cast(Tensor, p.grad) for p in parameters])
+        if norm is None:
+            norm = torch.nn.utils.get_total_norm([cast(Tensor, p.grad) for p in parameters])
         _require_finite(loss, norm)
         torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
         optimizer.step()
@@ -73,11 +92,13 @@ def update(optimizer: torch.optim.Optimizer, lr: float, clip_norm: float, loss: 
     return float(norm)
 
 
-def _fused_step(optimizer: sodfast_kernels.AdamW, clip_norm: float, loss: Tensor) -> Tensor:
+def _fused_step(
+    optimizer: sodfast_kernels.AdamW, clip_norm: float, loss: Tensor, norm: Tensor | None
+) -> Tensor:
     """One pass measures the norm, clips and steps. Where the norm is not finite only the count of
     steps goes on, and is taken back."""
     _require_finite(loss)
-    norm = optimizer.step(clip_norm=clip_norm)
+    norm = optimizer.step(clip_norm=clip_norm, norm=norm)
     if not torch.isfinite(norm):
         for state in optimizer.state.values():
             state["step"] -= 1

@@ -68,6 +68,11 @@ class Sample:
     entropy: Tensor
     capped: bool
 
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and response."""
+        return len(self.prompt) + len(self.response)
+
 
 @dataclass(frozen=True)
 class ForeignSample(Sample):

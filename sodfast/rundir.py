@@ -54,9 +54,12 @@ def check_out(path: Path) -> None:
 
 
 class RunDirectory:
-    """The files of one run, locked against a second writer until `close` (or death)."""
+    """The files of one run, locked against a second writer until `close` (or death).
 
-    def __init__(self, path: Path, lock: IO[str]) -> None:
+    Without a lock, as on all ranks of a run but the first, it reads and never writes.
+    """
+
+    def __init__(self, path: Path, lock: IO[str] | None) -> None:
         self.path = path
         self._lock = lock
 
@@ -80,7 +83,8 @@ class RunDirectory:
         return cls(path, _lock(path))
 
     def close(self) -> None:
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
     @property
     def checkpoints(self) -> Path:
@@ -97,15 +101,22 @@ class RunDirectory:
     def append(self, file: Path, line: dict[str, Any]) -> None:
         """Add a line. Raises `RunFailed` when the disk refuses, as all writing of a run does."""
         text = json.dumps(line, allow_nan=False) + "\n"
-        with _writing(file), file.open("a") as stream:
-            stream.write(text)
+        if self._lock is not None:
+            with _writing(file), file.open("a") as stream:
+                stream.write(text)
 
     def sync(self) -> None:
         """Force the lines to disk; a checkpoint must not outlive the lines before it."""
         for file in (self.metrics, self.events):
-            if file.exists():
+            if self._lock is not None and file.exists():
                 with _writing(file), file.open("a") as stream:
                     os.fsync(stream.fileno())
+
+    def clear(self) -> None:
+        """Delete the lines of a run that starts over."""
+        for file in (self.metrics, self.events):
+            if self._lock is not None:
+                file.unlink(missing_ok=True)
 
     def rewind(self, step: int, extra_evaluation: bool) -> list[dict[str, Any]]:
         """Drop lines and events after `step`; returns the metrics lines that stay.
@@ -127,15 +138,20 @@ class RunDirectory:
                 event for event in events if (event["step"], event.get("reason")) != (step, "eval")
             ]
         for file, kept in ((self.metrics, lines), (self.events, events)):
-            _replace(file, "".join(json.dumps(line) + "\n" for line in kept))
+            self._replace(file, "".join(json.dumps(line) + "\n" for line in kept))
         return lines
 
     def write_config(self, config: Config) -> None:
-        _replace(self.path / "config.yaml", config.to_yaml())
+        self._replace(self.path / "config.yaml", config.to_yaml())
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
-        _replace(self.path / "summary.json", text)
+        self._replace(self.path / "summary.json", text)
+
+    def _replace(self, file: Path, text: str) -> None:
+        if self._lock is not None:
+            with _writing(file):
+                replace_text(file, text)
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
@@ -174,8 +190,8 @@ def stored_config(path: Path, overrides: list[str]) -> Config:
     return config
 
 
-def environment(threads: int, device: str) -> dict[str, Any]:
-    """Versions, commit, hardware and threads: what a figure must be quoted with."""
+def environment(threads: int, device: str, ranks: int = 1) -> dict[str, Any]:
+    """Versions, commit, hardware, processes and threads: what a figure must be quoted with."""
     packages = ["sodfast", "torch", "triton", "transformers", "peft", "tokenizers"]
     packages += ["numpy", "pydantic"]
     return {
@@ -186,6 +202,7 @@ def environment(threads: int, device: str) -> dict[str, Any]:
         "platform": platform.platform(),
         "processor": _processor(),
         "cores": os.cpu_count(),
+        "ranks": ranks,
         "threads": threads,
         "device": device,
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -218,11 +235,6 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor()
-
-
-def _replace(file: Path, text: str) -> None:
-    with _writing(file):
-        replace_text(file, text)
 
 
 @contextmanager

@@ -10,8 +10,9 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from sodfast import checkpoint
-from sodfast.config import Config, load_config, read_overrides, validate
+from sodfast.config import Config, LogConfig, load_config, read_overrides, validate
 from sodfast.console import Reporter, build_reporter, print_run
+from sodfast.distributed import ALONE, Ranks, join
 from sodfast.errors import UsageError
 from sodfast.evaluate import evaluate
 from sodfast.interrupt import Interrupted
@@ -39,21 +40,28 @@ from sodfast.trainer import Questions, Trainer, fitting_questions
 
 def train_run(config: Config, resume: Path | None) -> None:
     """Start a run, or continue the one in `resume`. Raises `Interrupted` after saving."""
-    reporter = build_reporter()
-    try:
-        trainer = build_trainer(config, resume, reporter)
+    with join() as ranks:
+        reporter = build_reporter() if ranks.main else Reporter()
         try:
-            status = trainer.train()
+            trainer = build_trainer(config, resume, reporter, ranks)
+            try:
+                status = trainer.train()
+            finally:
+                trainer.run.close()
         finally:
-            trainer.run.close()
-    finally:
-        reporter.stop()
-    print_run(trainer.run.path, trainer.summary(status), trainer.lines)
+            reporter.stop()
+    if ranks.main:
+        print_run(trainer.run.path, trainer.summary(status), trainer.lines)
     if status == "interrupted":
         raise Interrupted
 
 
-def build_trainer(config: Config, resume: Path | None, reporter: Reporter) -> Trainer:
+def build_trainer(
+    config: Config,
+    resume: Path | None,
+    reporter: Reporter,
+    ranks: Ranks = ALONE,
+) -> Trainer:
     """A trainer ready to `train`, its run directory created (or, with `resume`, opened) and
     locked. Everything that a user can have got wrong is found before anything is written.
 
@@ -61,37 +69,47 @@ def build_trainer(config: Config, resume: Path | None, reporter: Reporter) -> Tr
     """
     disable_progress_bar()  # transformers' own bars would tear ours apart
     require_sinks(config.log.sinks)
-    device = pick_device(config.device)
+    _require_shardable(config, ranks)
+    device = pick_device(config.device, ranks)
     if device.type == "cuda" and config.rollout.engine != "vllm":
         # Phases ask for blocks of different sizes. Read when CUDA's allocator starts, after this
         # line; vLLM has an allocator of its own that knows no such segments.
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+        if ranks.size > 1:
+            torch.cuda.set_device(device)  # on which NCCL and FSDP work
     limit_memory(device, config.memory_gib)
-    out = Path(config.out or default_out(config)) if resume is None else resume
-    if resume is None:
-        check_out(out)
+    # Ranks that name a new directory by the clock may not name the same one.
+    out = Path(ranks.gather(config.out or default_out(config))[0]) if resume is None else resume
     config = config.model_copy(update={"out": str(out)})
-    task = build_task(config.task)
-    model = build_model(config, device, reporter.phase, reporter.message)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    data, engine = _questions_and_engine(config, model, task, reporter)
-    if config.teacher.storage == "host":
-        decoder_layers(model.network)  # refused here rather than after the run has begun
-    if resume is None:
-        found = environment(torch.get_num_threads(), str(device))
-        run = RunDirectory.create(out, config, found)
-    else:
-        run = RunDirectory.open(out)
+    with ranks.together():
+        if resume is None and ranks.main:
+            check_out(out)
+        task = build_task(config.task)
+        model = build_model(config, device, reporter.phase, reporter.message)
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        data, engine = _questions_and_engine(config, model, task, reporter)
+        if config.teacher.storage == "host" or ranks.size > 1:
+            decoder_layers(model.network)  # refused here rather than after the run has begun
+    with ranks.together():
+        if not ranks.main:
+            run = RunDirectory(out, None)
+            config = config.model_copy(update={"log": LogConfig()})
+        elif resume is None:
+            found = environment(torch.get_num_threads(), str(device), ranks.size)
+            run = RunDirectory.create(out, config, found)
+        else:
+            run = RunDirectory.open(out)
     try:
-        trainer = Trainer(config, model, engine, task, data, run, reporter)
+        trainer = Trainer(config, model, engine, task, data, run, reporter, ranks)
         if resume is not None:
             trainer.resume()
             run.write_config(config)  # `steps` may be a new one
     except BaseException:
         run.close()
         raise
-    reporter.message(f"{out}: {config.schedule.kind}, seed {config.seed}, {device}")
+    place = str(device) if ranks.size == 1 else f"{ranks.size} × {device.type}"
+    reporter.message(f"{out}: {config.schedule.kind}, seed {config.seed}, {place}")
     return trainer
 
 
@@ -210,12 +228,19 @@ def _questions_and_engine(
     return data, engine
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name: str, ranks: Ranks = ALONE) -> torch.device:
+    """The device that `name` means; with several ranks a GPU of its own for each of a machine's."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"device={name}: this machine has {torch.cuda.device_count()} GPUs")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device, gpus = torch.device(name), torch.cuda.device_count()
+    if ranks.size > 1 and device.type == "cuda":
+        if device.index is not None:
+            raise UsageError(f"device={name}: with several ranks each has its own; set device=cuda")
+        if int(os.environ["LOCAL_WORLD_SIZE"]) > gpus:
+            raise UsageError(f"this machine has {gpus} GPUs: lower torchrun's --nproc-per-node")
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    elif device.type == "cuda" and (device.index or 0) >= gpus:
+        raise UsageError(f"device={name}: this machine has {gpus} GPUs")
     return device
 
 
@@ -234,6 +259,21 @@ def limit_memory(device: torch.device, gib: float | None) -> None:
             "`sodfast plan` what fits"
         )
     torch.cuda.set_per_process_memory_fraction(gib * 2**30 / total, device)
+
+
+def _require_shardable(config: Config, ranks: Ranks) -> None:
+    """Raise `UsageError` for what runs in one process only."""
+    if ranks.size == 1:
+        return
+    if config.rollout.engine == "vllm":
+        raise UsageError(
+            f"rollout.engine=vllm runs in one process, not in {ranks.size}: set rollout.engine=auto"
+        )
+    if config.model.lora is not None:
+        raise UsageError(
+            f"model.lora runs in one process, not in {ranks.size}: leave torchrun out, or set "
+            "model.lora=null"
+        )
 
 
 def _newest(run: Path) -> tuple[int, Path]:

@@ -8,8 +8,8 @@ this project moves the teacher.
 
 import copy
 import re
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,6 +22,7 @@ from sodfast.errors import UsageError
 from sodfast.model import LanguageModel, output_head, trained_parameters
 from sodfast.packing import micro_batches, response_hidden
 from sodfast.schedule import Decision
+from sodfast.sharding import ShardedCopy, ShardedWeights, Weights
 from sodfast.streaming import HostCopy
 from sodfast.streams import Stream, generator
 from sodfast.tasks import Question
@@ -116,7 +117,10 @@ class Teacher:
 
     With storage="host" `weights` are in host memory, in the student's dtype, and pass through the
     device when they score or follow the student; all numbers are those of storage="device". Once
-    allocated, that memory is kept over refreshes and written again by `prepare_update`.
+    allocated, host memory is kept over refreshes and written again by `prepare_update`.
+
+    Where the student is sharded (`student_weights`) the teacher is, too, and takes its place to
+    score.
     """
 
     def __init__(
@@ -125,23 +129,28 @@ class Teacher:
         schedule: ScheduleConfig,
         seed: int,
         storage: Literal["device", "host"] = "device",
+        student_weights: Weights | None = None,
     ) -> None:
         self.student = student
+        self.student_weights = student_weights or Weights(student)
         self.seed = seed
         self.storage = storage
-        self.host: HostCopy | None = None
+        self.store: HostCopy | ShardedCopy | None = None
         # Trust region (arXiv 2601.20802): logits (1−τ)·initial + τ·student.
         self.mix = schedule.rate if schedule.kind == "trust_region" else None
-        self.weights: nn.Module | None = None
+        self.weights: nn.Module | ShardedCopy | None = None
 
     @property
     def network(self) -> nn.Module:
-        return self.student if self.weights is None else self.weights
+        return self.weights if isinstance(self.weights, nn.Module) else self.student
 
-    def own(self) -> dict[str, nn.Parameter]:
-        """The teacher's counterparts of the parameters that the student trains."""
+    def own(self) -> dict[str, Tensor]:
+        """The teacher's counterparts of the parameters that the student trains, or this rank's
+        chunks of them."""
+        if isinstance(self.weights, ShardedCopy):
+            return self.weights.chunks
         named = dict(self.network.named_parameters())
-        return {name: named[name] for name in trained_parameters(self.student)}
+        return {name: named[name].detach() for name in trained_parameters(self.student)}
 
     @torch.no_grad()
     def score(
@@ -159,22 +168,26 @@ class Teacher:
         with self._on_device() as network:
             hidden = self._score(network, contexts, responses, micro_batch_tokens)
             head = output_head(network).detach()
-        if self.weights is None:
-            if output_head(self.student).requires_grad:
+            if network is self.student and output_head(network).requires_grad:
                 head = head.clone()
-        elif self.mix is not None:
-            live = self._score(self.student, contexts, responses, micro_batch_tokens)
+        if self.weights is not None and self.mix is not None:
+            with self.student_weights.whole():
+                live = self._score(self.student, contexts, responses, micro_batch_tokens)
+                head = torch.cat([head, output_head(self.student).detach()], 1)
             hidden = [
                 None if a is None or b is None else torch.cat([(1 - self.mix) * a, self.mix * b], 1)
                 for a, b in zip(hidden, live, strict=True)
             ]
-            head = torch.cat([head, output_head(self.student).detach()], 1)
         return TeacherScores(hidden, head)
 
-    def _on_device(self) -> AbstractContextManager[nn.Module]:
-        if self.weights is None or self.host is None:
-            return nullcontext(self.network)
-        return self.host.on_device()
+    @contextmanager
+    def _on_device(self) -> Iterator[nn.Module]:
+        with ExitStack() as stack:
+            network = self.network
+            if self.weights is not None and self.store is not None:
+                network = stack.enter_context(self.store.on_device())
+            stack.enter_context(self.student_weights.whole())
+            yield network
 
     def _score(
         self,
@@ -203,16 +216,18 @@ class Teacher:
         """The student is about to move: from here on the teacher needs weights of its own."""
         if self.weights is not None:
             return
-        if self.storage == "device":
+        if self.store is not None:
+            self.store.copy_(self.student)
+        elif isinstance(self.student_weights, ShardedWeights):
+            self.store = ShardedCopy(self.student_weights, self.storage)
+        elif self.storage == "host":
+            self.store = HostCopy(self.student)
+        else:
             # What is frozen is the same tensor in both.
             frozen = {id(p): p for p in self.student.parameters() if not p.requires_grad}
             self.weights = copy.deepcopy(self.student, frozen).requires_grad_(False)
             return
-        if self.host is None:
-            self.host = HostCopy(self.student)
-        else:
-            self.host.copy_(self.student)
-        self.weights = self.host.network
+        self.weights = self.store.network if isinstance(self.store, HostCopy) else self.store
 
     @torch.no_grad()
     def apply(self, decision: Decision, step: int) -> Tensor:
@@ -221,23 +236,24 @@ class Teacher:
         if self.weights is None:
             raise RuntimeError("prepare_update must run before the student moves")
         rate = decision.rate if decision.action == "average" else 0.0
-        if self.host is None:
-            teacher, student = self.own().values(), trained_parameters(self.student).values()
-            drift = ema_update_(teacher, student, rate, seed=self.seed, step=step)
+        if self.store is not None:
+            drift = self.store.update_(self.student, rate, seed=self.seed, step=step)
         else:
-            drift = self.host.update_(self.student, rate, seed=self.seed, step=step)
+            teacher, student = self.own(), trained_parameters(self.student)
+            drift = ema_update_(teacher.values(), student.values(), rate, seed=self.seed, step=step)
         if decision.action == "copy":
             self.weights = None
+            if self.storage == "device":
+                self.store = None
         return drift
 
     def load_weights(self, tensors: dict[str, Tensor] | None) -> None:
-        """Restore the teacher from a checkpoint; None: it equals the student."""
+        """Restore the teacher from what `own` was at a checkpoint; None: it equals the student."""
         self.weights = None
         if tensors is not None:
             self.prepare_update()
-            named = self.own()
-            if named.keys() != tensors.keys():
+            own = self.own()
+            if own.keys() != tensors.keys():
                 raise ValueError("the stored teacher has other parameters than the student")
-            with torch.no_grad():
-                for name, parameter in named.items():
-                    parameter.copy_(tensors[name])
+            for name, weight in own.items():
+                weight.copy_(tensors[name])

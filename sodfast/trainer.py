@@ -10,14 +10,15 @@ optimizer update leaves the state of the step before.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from math import isfinite
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from sodfast_kernels import DistillationOutput
-from torch import Tensor
+from torch import OutOfMemoryError, Tensor
 
 from sodfast import checkpoint, optimizer
 from sodfast.config import Config
@@ -30,6 +31,7 @@ from sodfast.diagnostics import (
     reward_metrics,
     summarize,
 )
+from sodfast.distributed import ALONE, Ranks, SharedEngine
 from sodfast.errors import RunFailed, UsageError
 from sodfast.evaluate import evaluate
 from sodfast.interrupt import Interrupted, Interruption
@@ -40,6 +42,7 @@ from sodfast.phases import PhaseClock, explained
 from sodfast.rollout import Draws, Engine, Sample, Sampling, sampler_logprob
 from sodfast.rundir import RunDirectory, fingerprint
 from sodfast.schedule import StepStatistics, build_schedule
+from sodfast.sharding import ShardedWeights, Weights
 from sodfast.sinks import Logger
 from sodfast.streams import PromptOrder, Stream, draw_key, generator
 from sodfast.tasks import Question, Task
@@ -114,8 +117,22 @@ class Rollouts:
     contexts: list[Tensor | None]  # the teacher's prompt; None: m_i = 0
 
 
+@dataclass(frozen=True)
+class Update:
+    """One optimizer update: the rollouts (indices) that have a gradient and that this rank runs,
+    their (distill, policy, advantage), and how many passes each rank makes for its part."""
+
+    rows: list[int]
+    weights: list[tuple[float, float, float]]
+    passes: int
+
+
 class Trainer:
-    """One run. `train` runs it to its end; everything it keeps is in its run directory."""
+    """One run. `train` runs it to its end; everything it keeps is in its run directory.
+
+    With several ranks each has a trainer; they are alike but for the rollouts that they run and
+    the chunks of weights that they hold.
+    """
 
     def __init__(
         self,
@@ -126,18 +143,27 @@ class Trainer:
         data: Questions,
         run: RunDirectory,
         reporter: Reporter,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.config = config
         self.model = model
         self.engine = engine
+        self.ranks = ranks
+        self.weights = Weights(model.network)
+        if ranks.size > 1:
+            alignment = optimizer.alignment(config.optimizer, model.head.dtype)
+            self.weights = ShardedWeights(model.network, ranks, alignment)
+            self.engine = SharedEngine(engine, ranks, self.weights.whole)
         self.task = task
         self.run = run
         self.reporter = reporter
         self.context = TeacherContext(config.teacher, model)
         self.data = data
 
-        self.teacher = Teacher(model.network, config.schedule, config.seed, config.teacher.storage)
-        self.optimizer = optimizer.build_optimizer(config.optimizer, model.network, config.seed)
+        self.teacher = Teacher(
+            model.network, config.schedule, config.seed, config.teacher.storage, self.weights
+        )
+        self.optimizer = optimizer.build_optimizer(config.optimizer, self.weights, config.seed)
         self.schedule = build_schedule(config.schedule)
         self.prompts = PromptOrder(config.seed, len(data.train))
         self.gain = RewardGain()
@@ -157,10 +183,11 @@ class Trainer:
 
         Raises `RunFailed` when a loss or gradient is not finite, memory runs out or the disk
         refuses, and summary.json says "failed". The state before the step is checkpointed first,
-        unless an update of the step has moved the weights: then the last checkpoint stands.
+        unless an update of the step has moved the weights, or one rank of several has run out of
+        memory, since the others wait for it elsewhere: then the last checkpoint stands.
         """
         logger = Logger(self.config, self.run.path)
-        interruption = Interruption()
+        interruption = Interruption(self.ranks.any if self.ranks.size > 1 else None)
         step = self.step
         try:
             with interruption:
@@ -177,11 +204,14 @@ class Trainer:
                 self._save()
             status = "interrupted"
         except RunFailed as error:
+            failed = RunFailed(f"step {step}: {error}")
+            failed.alone = self.ranks.size > 1 and isinstance(error.__cause__, OutOfMemoryError)
             with suppress(RunFailed):  # a full disk refuses these, too
-                self.run.write_summary(self.summary("failed"))
-                if self.lines and not self.moved:
+                with nullcontext() if failed.alone else self.ranks.together():
+                    self.run.write_summary(self.summary("failed"))
+                if self.lines and not self.moved and not failed.alone:
                     self._save()
-            raise RunFailed(f"step {step}: {error}") from error
+            raise failed from error
         finally:
             logger.close()
         self.run.write_summary(self.summary(status))
@@ -191,15 +221,18 @@ class Trainer:
         """Continue from the newest checkpoint, or from the start where there is none yet."""
         path = checkpoint.latest(self.run.checkpoints)
         if path is None:
-            for file in (self.run.metrics, self.run.events):
-                file.unlink(missing_ok=True)
+            self.run.clear()
             self.reporter.message("no checkpoint yet: starting over at step 0")
             return
         stored = checkpoint.load(path)
         self.step = stored.step
-        checkpoint.restore_student(self.model, stored.student, stored.state.get("base"))
-        self.teacher.load_weights(stored.teacher)
-        checkpoint.restore_optimizer(self.model.network, self.optimizer, stored.optimizer)
+        checkpoint.restore_student(
+            self.model, self.weights.loadable(stored.student), stored.state.get("base")
+        )
+        own = None if stored.teacher is None else self.weights.cut(stored.teacher)
+        self.teacher.load_weights(own)
+        moments = self.weights.cut(stored.optimizer)
+        checkpoint.restore_optimizer(self.model.network, self.optimizer, moments)
         self.schedule.load_state_dict(stored.state["schedule"])
         self.collapse.load_state_dict(stored.state["collapse"])
         self.gain.last = stored.state["reward_memory"]
@@ -210,7 +243,7 @@ class Trainer:
         if not continues and not due:  # the stored state is that of before this evaluation
             kept = {k: v for k, v in self.lines[-1].items() if k.startswith("eval/")}
             self.collapse.observe({"step": self.step, **kept})
-        self.run.append(self.run.events, {"step": self.step, "event": "resume"})
+        self._event(self.step, "resume")
 
     def _evaluate_start(self, interruption: Interruption, logger: Logger) -> None:
         line = {"step": 0, **self._evaluate(0)}
@@ -225,10 +258,14 @@ class Trainer:
     def _train_step(self, step: int, interruption: Interruption, logger: Logger) -> None:
         self.clock.reset()
         self.moved = False
+        interruption.boundary()
         with self.clock("rollout"):
             rollouts = self._rollout(step)
+        updates = self._updates(step, rollouts)
+        interruption.boundary()
         with self.clock("teacher"):
-            scores = self._score(rollouts)
+            scores = self._score(rollouts, updates)
+        interruption.boundary()
         line: dict[str, Any] = {"step": step, **self._statistics(rollouts)}
 
         with ExitStack() as shield:
@@ -237,6 +274,7 @@ class Trainer:
                 line |= self._update(
                     step,
                     rollouts,
+                    updates,
                     scores,
                     before_first=lambda: shield.enter_context(interruption.shielded()),
                 )
@@ -301,13 +339,50 @@ class Trainer:
                 contexts.append(to_ids(self.context.render(question, demonstration, feedback)))
         return contexts
 
-    def _score(self, rollouts: Rollouts) -> TeacherScores:
+    def _updates(self, step: int, rollouts: Rollouts) -> list[Update]:
+        """The step's prompts are cut into `updates_per_step` equal parts in an order keyed by
+        (seed, step); each part is one update with denominators of its own."""
+        config = self.config
+        count = config.rollout.samples_per_prompt
+        advantages = group_advantages(rollouts.rewards, count, config.objective.normalize_advantage)
+        groups = len(rollouts.questions)
+        order = generator(config.seed, Stream.UPDATES, step).permutation(groups).tolist()
+        size = groups // config.optimizer.updates_per_step
+        updates = []
+        for start in range(0, groups, size):
+            rows = [
+                group * count + sample
+                for group in sorted(order[start : start + size])
+                for sample in range(count)
+            ]
+            weights = sequence_weights(
+                config.objective,
+                [len(rollouts.samples[row].response) for row in rows],
+                [rollouts.contexts[row] is not None for row in rows],
+                [advantages[row] for row in rows],
+            )
+            trained = [index for index in range(len(rows)) if weights.matters(index)]
+            lengths = [rollouts.samples[rows[index]].length for index in trained]
+            shares = self.ranks.deal(lengths)
+            passes = [
+                len(list(micro_batches([lengths[i] for i in share], self._budget)))
+                for share in shares
+            ]
+            own = [trained[i] for i in shares[self.ranks.rank]]
+            updates.append(
+                Update([rows[i] for i in own], [weights.of(i) for i in own], max(passes))
+            )
+        return updates
+
+    def _score(self, rollouts: Rollouts, updates: Sequence[Update]) -> TeacherScores:
         self.reporter.phase("teacher")
-        unread = self.config.objective.distill_coef == 0
+        read = {row for update in updates for row in update.rows}
+        if self.config.objective.distill_coef == 0:
+            read.clear()
         return self.teacher.score(
-            [None] * len(rollouts.contexts) if unread else rollouts.contexts,
+            [context if row in read else None for row, context in enumerate(rollouts.contexts)],
             [sample.response for sample in rollouts.samples],
-            self.config.optimizer.micro_batch_tokens,
+            self._budget,
         )
 
     def _statistics(self, rollouts: Rollouts) -> dict[str, Any]:
@@ -328,43 +403,32 @@ class Trainer:
         self,
         step: int,
         rollouts: Rollouts,
+        updates: Sequence[Update],
         scores: TeacherScores,
         before_first: Callable[[], object],
     ) -> dict[str, float]:
-        """All optimizer updates of a step; `before_first` runs when the student is about to move.
-
-        The step's prompts are cut into `updates_per_step` equal parts in an order keyed by
-        (seed, step); each part is one update with denominators of its own.
-        """
+        """All updates of a step; `before_first` runs when the student is about to move."""
         config = self.config
-        count = config.rollout.samples_per_prompt
-        advantages = group_advantages(rollouts.rewards, count, config.objective.normalize_advantage)
-        groups = len(rollouts.questions)
-        order = generator(config.seed, Stream.UPDATES, step).permutation(groups).tolist()
-        size = groups // config.optimizer.updates_per_step
         lr = optimizer.learning_rate(config.optimizer, step)
         totals = _Totals(self.model.device, config.objective.clip_range)
         norms = []
-        for number, start in enumerate(range(0, groups, size)):
-            self.reporter.phase("train", number, config.optimizer.updates_per_step)
-            rows = [
-                group * count + sample
-                for group in sorted(order[start : start + size])
-                for sample in range(count)
-            ]
-            loss = self._accumulate_gradients(rows, rollouts, scores, advantages, totals)
+        for number, update in enumerate(updates):
+            self.reporter.phase("train", number, len(updates))
+            loss = self._accumulate_gradients(update, rollouts, scores, totals)
+            norm = self.weights.gradient_norm()
             totals.sampled_by_these_weights = False
             if number == 0:
                 before_first()
                 self.teacher.prepare_update()
             self.moved = True
             try:
-                norms.append(optimizer.update(self.optimizer, lr, config.optimizer.clip_norm, loss))
+                clip_norm = config.optimizer.clip_norm
+                norms.append(optimizer.update(self.optimizer, lr, clip_norm, loss, norm))
             except RunFailed:
                 self.moved = number > 0  # this update was not made
                 raise
         return {
-            **totals.metrics(),
+            **totals.over(self.ranks).metrics(),
             "optim/loss": float(totals.loss) / len(norms),
             "optim/grad_norm": sum(norms) / len(norms),
             "optim/lr": lr,
@@ -372,27 +436,19 @@ class Trainer:
 
     def _accumulate_gradients(
         self,
-        rows: Sequence[int],
+        update: Update,
         rollouts: Rollouts,
         scores: TeacherScores,
-        advantages: Sequence[float],
         totals: "_Totals",
     ) -> Tensor:
-        """Gradients of one update over the rollouts `rows`, micro-batch by micro-batch."""
+        """Gradients of one update, micro-batch by micro-batch; returns its loss over all ranks."""
         config = self.config
-        samples = [rollouts.samples[row] for row in rows]
-        weights = sequence_weights(
-            config.objective,
-            [len(sample.response) for sample in samples],
-            [scores.hidden[row] is not None for row in rows],
-            [advantages[row] for row in rows],
-        )
-        trained = [index for index in range(len(rows)) if weights.matters(index)]
-        lengths = [len(samples[index].prompt) + len(samples[index].response) for index in trained]
+        samples = [rollouts.samples[row] for row in update.rows]
+        teacher = [scores.hidden[row] for row in update.rows]
         loss = torch.zeros((), device=self.model.device)
-        for batch in micro_batches(lengths, config.optimizer.micro_batch_tokens):
-            chosen = [trained[position] for position in batch]
-            part = [samples[index] for index in chosen]
+        batches = list(micro_batches([sample.length for sample in samples], self._budget))
+        for batch in batches:
+            part = [samples[index] for index in batch]
             hidden_NH = response_hidden(
                 self.model.network,
                 [sample.prompt for sample in part],
@@ -404,14 +460,17 @@ class Trainer:
                 self.model.softcap,
                 hidden_NH,
                 self.model.head,
-                [scores.hidden[rows[index]] for index in chosen],
+                [teacher[index] for index in batch],
                 scores.head,
                 part,
-                [weights.of(index) for index in chosen],
+                [update.weights[index] for index in batch],
             )
             output.loss.backward()
             loss += output.loss.detach()
-            totals.add(output, part, [scores.hidden[rows[i]] is not None for i in chosen])
+            totals.add(output, part, [teacher[index] is not None for index in batch])
+        for _ in range(update.passes - len(batches)):
+            self.weights.idle_pass()
+        loss = self.ranks.sum(loss)
         totals.loss += loss
         return loss
 
@@ -463,7 +522,7 @@ class Trainer:
 
     def _commit(self, line: dict[str, Any], logger: Logger) -> None:
         self.lines.append(line)
-        self.run.append(self.run.metrics, line)
+        self._append(self.run.metrics, line)
         logger.log(line)
         self.reporter.line(line)
 
@@ -481,11 +540,19 @@ class Trainer:
                 lambda done, total: self.reporter.phase("evaluate", done, total),
             )
 
+    @property
+    def _budget(self) -> int:
+        return self.config.optimizer.micro_batch_tokens
+
     def _stopped(self) -> bool:
         return self.config.collapse.stop and self.collapse.step is not None
 
     def _event(self, step: int, event: str, **fields: Any) -> None:
-        self.run.append(self.run.events, {"step": step, "event": event, **fields})
+        self._append(self.run.events, {"step": step, "event": event, **fields})
+
+    def _append(self, file: Path, line: dict[str, Any]) -> None:
+        with self.ranks.together():
+            self.run.append(file, line)
 
     def _state(self) -> dict[str, Any]:
         """The JSON half of a checkpoint, as of the last finished step.
@@ -505,18 +572,26 @@ class Trainer:
 
     def _save(self) -> None:
         self.reporter.phase("checkpoint")
-        if self.step in checkpoint.steps(self.run.checkpoints):
+        if self.ranks.any(self.step in checkpoint.steps(self.run.checkpoints)):
             return
-        self.run.sync()
-        checkpoint.save(
-            self.run.checkpoints,
-            self.step,
-            self.model,
-            self.teacher.weights,
-            self.optimizer,
-            self.state,
-            self.config.checkpoint.keep,
-        )
+        student = self.weights.state_dict()
+        same = self.teacher.weights is None
+        teacher = None if same else self.weights.join(self.teacher.own())
+        moments = checkpoint.optimizer_tensors(self.model.network, self.optimizer)
+        moments = self.weights.join(moments)
+        with self.ranks.together():
+            if self.ranks.main:
+                self.run.sync()
+                checkpoint.save(
+                    self.run.checkpoints,
+                    self.step,
+                    self.model,
+                    student,
+                    teacher,
+                    moments,
+                    self.state,
+                    self.config.checkpoint.keep,
+                )
         self._event(self.step, "checkpoint")
 
     def summary(self, status: Status) -> dict[str, Any]:
@@ -561,6 +636,16 @@ class _Totals:
         for sample, m in zip(samples, distilled, strict=True):
             self.tokens += len(sample.response)
             self.distilled_tokens += len(sample.response) if m else 0
+
+    def over(self, ranks: Ranks) -> "_Totals":
+        """These sums over all ranks."""
+        for tensor in (self.divergence, self.ratio, self.clipped):
+            ranks.sum(tensor)
+        own = self.tokens, self.distilled_tokens, [ratio_N.cpu() for ratio_N in self.sampler_ratios]
+        tokens, distilled_tokens, sampler_ratios = zip(*ranks.gather(own), strict=True)
+        self.tokens, self.distilled_tokens = sum(tokens), sum(distilled_tokens)
+        self.sampler_ratios = [ratio_N for part in sampler_ratios for ratio_N in part]
+        return self
 
     def metrics(self) -> dict[str, float]:
         """Means over the tokens that carried a gradient; left out where there were none."""

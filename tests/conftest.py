@@ -4,7 +4,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from pair import Pair
 from transformers.utils.logging import disable_progress_bar
 
 from sodfast import lab
@@ -110,6 +111,14 @@ def tiny_run(tiny_model: Path) -> list[str]:
         "eval.samples=2",
         "checkpoint.every=3",
     ]
+
+
+@pytest.fixture(scope="session")
+def pair() -> Iterator[Pair]:
+    """Two ranks: `pair(function, ...)` calls `function(ranks, ...)` on both."""
+    pair = Pair()
+    yield pair
+    pair.close()
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from sodfast.config import OptimizerConfig
 from sodfast.errors import RunFailed, UsageError
 from sodfast.model import LanguageModel, load_model
 from sodfast.optimizer import build_optimizer
+from sodfast.sharding import Weights
 from sodfast.trainer import Trainer
 
 STATE = {"fingerprint": "f", "schedule": {"x": 0.1}}
@@ -41,8 +42,10 @@ def save(
 ) -> Path:
     teacher = options.pop("teacher", None)
     state = {**STATE, "teacher_is_student": teacher is None}
+    student = model.network.state_dict()
+    moments = checkpoint.optimizer_tensors(model.network, optimizer)
     return checkpoint.save(
-        directory, step, model, teacher, optimizer, state, **{"keep": 9, **options}
+        directory, step, model, student, teacher, moments, state, **{"keep": 9, **options}
     )
 
 
@@ -56,7 +59,7 @@ def equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 
 @pytest.fixture
 def optimizer(model: LanguageModel) -> torch.optim.Optimizer:
-    optimizer = build_optimizer(OptimizerConfig(lr=1e-2), model.network)
+    optimizer = build_optimizer(OptimizerConfig(lr=1e-2), Weights(model.network))
     update(model, optimizer, 0)
     return optimizer
 
@@ -65,14 +68,14 @@ def test_a_round_trip_is_exact(
     model: LanguageModel, optimizer: torch.optim.Optimizer, tiny_model: Path, tmp_path: Path
 ) -> None:
     teacher = load_model(str(tiny_model), torch.device("cpu")).network
-    path = save(tmp_path, 7, model, optimizer, teacher=teacher)
+    path = save(tmp_path, 7, model, optimizer, teacher=tensors(teacher))
     stored = checkpoint.load(path)
     assert stored.step == 7
     assert stored.state == {"step": 7, "teacher_is_student": False, **STATE}
     assert stored.teacher is not None and equal(stored.teacher, tensors(teacher))
 
     other = load_model(str(tiny_model), torch.device("cpu"))
-    other_optimizer = build_optimizer(OptimizerConfig(lr=1e-2), other.network)
+    other_optimizer = build_optimizer(OptimizerConfig(lr=1e-2), Weights(other.network))
     assert not equal(tensors(other.network), tensors(model.network))
     checkpoint.restore_student(other, stored.student)
     checkpoint.restore_optimizer(other.network, other_optimizer, stored.optimizer)
@@ -98,7 +101,7 @@ def test_the_student_is_a_hugging_face_directory(
 
 
 def test_an_untouched_optimizer_can_be_stored(model: LanguageModel, tmp_path: Path) -> None:
-    fresh = build_optimizer(OptimizerConfig(), model.network)
+    fresh = build_optimizer(OptimizerConfig(), Weights(model.network))
     stored = checkpoint.load(save(tmp_path, 0, model, fresh))
     checkpoint.restore_optimizer(model.network, fresh, stored.optimizer)
     assert fresh.state_dict()["state"] == {}
@@ -176,7 +179,7 @@ def test_a_refusing_disk_leaves_the_checkpoint_before(
     with monkeypatch.context() as broken:
         broken.setattr(target, fault)
         with pytest.raises(RunFailed, match=r"step 2 could not be written.*No space"):
-            save(tmp_path, 2, model, optimizer, teacher=model.network, keep=1)
+            save(tmp_path, 2, model, optimizer, teacher=tensors(model.network), keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
     assert equal(checkpoint.load(tmp_path / "step-1").student, before.student)
     # Once there is space again the same step can be saved.
@@ -240,7 +243,7 @@ def test_a_full_disk_while_training(
 def test_a_damaged_checkpoint_is_named(
     model: LanguageModel, optimizer: torch.optim.Optimizer, tmp_path: Path, name: str, damage: str
 ) -> None:
-    path = save(tmp_path, 1, model, optimizer, teacher=model.network)
+    path = save(tmp_path, 1, model, optimizer, teacher=tensors(model.network))
     file = path / name
     whole = file.read_bytes()
     file.write_bytes({"truncated": whole[:-10], "garbage": b"\xff{" * 99}.get(damage, b""))

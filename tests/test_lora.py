@@ -192,7 +192,9 @@ def test_gradients_follow_from_those_of_the_full_weights(
     for one in (trainer, full):
         one.run.close()
         with pytest.raises(Stop):
-            one._update(1, rollouts, one._score(rollouts), before_first=lambda: None)
+            updates = one._updates(1, rollouts)
+            scores = one._score(rollouts, updates)
+            one._update(1, rollouts, updates, scores, before_first=lambda: None)
     whole = {name: p.grad for name, p in full.model.network.named_parameters()}
     checked = 0
     for path, module in network.named_modules():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sodfast.config import OptimizerConfig, load_config
 from sodfast.errors import RunFailed, UsageError
 from sodfast.optimizer import build_optimizer, update
+from sodfast.sharding import Weights
 
 FUSED = ("8bit", "fp32", "exact")
 
@@ -63,7 +64,7 @@ def equal(left: list[Tensor], right: list[Tensor]) -> bool:
 def test_the_configuration_names_an_adamw(dtype: str, state: str, expected: str) -> None:
     overrides = [f"model.dtype={dtype}", f"optimizer.state={state}", "optimizer.eps=1e-7"]
     config = load_config("lab", overrides).optimizer
-    optimizer = build_optimizer(config, network(dtype))
+    optimizer = build_optimizer(config, Weights(network(dtype)))
     (group,) = optimizer.param_groups
     if expected == "torch":
         assert type(optimizer) is torch.optim.AdamW and group["fused"]
@@ -107,8 +108,8 @@ def test_the_fused_update_is_torchs_on_fp32_weights(
     ours, oracle = network(dtype), network("float32")
     for mine, theirs in zip(ours.parameters(), oracle.parameters(), strict=True):
         theirs.data = mine.detach().float()
-    fused = build_optimizer(OptimizerConfig(state=state), ours)
-    torchs = build_optimizer(OptimizerConfig(), oracle)
+    fused = build_optimizer(OptimizerConfig(state=state), Weights(ours))
+    torchs = build_optimizer(OptimizerConfig(), Weights(oracle))
     for step in range(1, 6):
         lr = 1e-3 * step
         give_gradients(ours, step)
@@ -131,7 +132,7 @@ def test_updates_below_the_weights_spacing(state: str) -> None:
     model = nn.Linear(64, 64, bias=False).bfloat16()
     nn.init.ones_(model.weight)
     config = OptimizerConfig(state=state, weight_decay=0.0)
-    optimizer = build_optimizer(config, model)
+    optimizer = build_optimizer(config, Weights(model))
     for _ in range(150):
         model.weight.grad = torch.ones_like(model.weight)
         update(optimizer, spacing / 50, 1e9, torch.zeros(()))
@@ -147,7 +148,7 @@ def test_updates_below_the_weights_spacing(state: str) -> None:
 def test_a_parameter_without_a_gradient_is_updated_too() -> None:
     """Its momentum goes on and it decays, as with torch's AdamW."""
     model = network("bfloat16")
-    optimizer = build_optimizer(OptimizerConfig(state="exact", weight_decay=0.5), model)
+    optimizer = build_optimizer(OptimizerConfig(state="exact", weight_decay=0.5), Weights(model))
     give_gradients(model, 1)
     first, *_ = model.parameters()
     first.grad, before = None, first.detach().abs().sum()
@@ -164,7 +165,7 @@ def test_bits_are_a_function_of_the_seed(state: str) -> None:
     def train(seed: int) -> list[Tensor]:
         model = network("bfloat16")
         config = OptimizerConfig(state=state)
-        optimizer = build_optimizer(config, model, seed)
+        optimizer = build_optimizer(config, Weights(model), seed)
         for step in range(3):
             give_gradients(model, step)
             update(optimizer, 1e-4, 1.0, torch.zeros(()))
@@ -176,7 +177,8 @@ def test_bits_are_a_function_of_the_seed(state: str) -> None:
 
 def test_weights_and_the_teachers_average_round_by_different_bits() -> None:
     """`Teacher.apply` keys its average with the run's seed and the step, as AdamW counts them."""
-    (group,) = build_optimizer(OptimizerConfig(state="8bit"), network("bfloat16"), 5).param_groups
+    config = OptimizerConfig(state="8bit")
+    (group,) = build_optimizer(config, Weights(network("bfloat16")), 5).param_groups
     place = {"step": 1, "offset": 0, "device": torch.device("cpu")}
     bits = [random_bits(4096, seed=seed, **place).double() for seed in (5, group["seed"])]
     assert abs(torch.corrcoef(torch.stack(bits))[0, 1]) < 0.08  # 5 standard errors
@@ -197,7 +199,7 @@ def test_an_update_that_fails_never_happened(
     """Nothing has moved, and what follows is what would have been: counts of steps included."""
     model = network(dtype)
     config = OptimizerConfig(state=state)
-    optimizer = build_optimizer(config, model)
+    optimizer = build_optimizer(config, Weights(model))
 
     def step(number: int) -> None:
         give_gradients(model, number)
@@ -219,7 +221,7 @@ def test_an_update_that_fails_never_happened(
 
     for parameter, weight in zip(model.parameters(), weights, strict=True):
         parameter.data.copy_(weight)
-    optimizer = build_optimizer(config, model)
+    optimizer = build_optimizer(config, Weights(model))
     optimizer.load_state_dict(kept)
     step(7)
     assert equal(after, everything(model, optimizer))

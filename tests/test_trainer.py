@@ -336,7 +336,9 @@ def gradient(build: Build, out: Path, rollouts: Any, *overrides: str) -> torch.T
         return loss
 
     trainer._accumulate_gradients = stop  # type: ignore[method-assign]
-    trainer._update(1, rollouts, trainer._score(rollouts), before_first=lambda: None)
+    updates = trainer._updates(1, rollouts)
+    scores = trainer._score(rollouts, updates)
+    trainer._update(1, rollouts, updates, scores, before_first=lambda: None)
     return grads[0]
 
 
