@@ -97,6 +97,21 @@ def evaluate(
     print(json.dumps(evaluate_model(source, overrides or [])))
 
 
+@app.command("plan")
+def plan_memory(arguments: Arguments = None) -> None:
+    """Say whether a run fits into a GPU's memory, without weights, GPU or network. The last line is
+    JSON; exit code 1: it does not fit."""
+    from sodfast.config import load_config
+
+    config = load_config(*_split(arguments or []))
+    from sodfast.plan import report
+
+    result = report(config)
+    print(json.dumps(result))
+    if not result["fits"]:
+        raise typer.Exit(1)
+
+
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN_DIR")],

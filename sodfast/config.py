@@ -339,6 +339,14 @@ def read_overrides(path: Path, overrides: list[str]) -> DictConfig:
     return layer
 
 
+def override(config: Config, overrides: list[str]) -> Config:
+    """`config` with `key=value` texts applied; raises `UsageError` as `load_config` does."""
+    layer = OmegaConf.create(config.model_dump(mode="json"))
+    for key, value in parse_overrides(overrides):
+        _set(layer, key, value)
+    return validate(layer)
+
+
 def _read(source: str, above: tuple[Path, ...] = ()) -> DictConfig:
     """A preset's or file's layer over its base. `above`: the files that are built on it."""
     path = _preset(source)

@@ -10,6 +10,7 @@ cache, W positions of a slot, A query heads, K key-value heads, D head size, H h
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from math import prod
 from typing import Any
 
@@ -209,14 +210,12 @@ class Cache:
         other; each prompt's keys and values go to the slots of its entry of `copies`. Tokens
         after the last prompt attend to nothing."""
         device = self.decoder.embedding.device
-        slot_S = torch.tensor([slot for slots in copies for slot in slots])
-        prompt_S = torch.tensor([number for number, slots in enumerate(copies) for _ in slots])
-        length_P = torch.tensor(lengths)
-        length_S, start_S = length_P[prompt_S], (length_P.cumsum(0) - length_P)[prompt_S]
-        position_N = torch.cat([torch.arange(length) for length in length_S.tolist()])
-        token_N = (start_S.repeat_interleave(length_S) + position_N).to(device)
-        slot_N = slot_S.repeat_interleave(length_S).to(device)
-        position_N = position_N.to(device)
+        starts = [end - length for end, length in zip(accumulate(lengths), lengths, strict=True)]
+        sources = list(zip(starts, lengths, copies, strict=True))
+        spans = [(first, n, slot) for first, n, slots in sources for slot in slots]
+        token_N = torch.cat([torch.arange(first, first + n) for first, n, _ in spans]).to(device)
+        position_N = torch.cat([torch.arange(n) for _, n, _ in spans]).to(device)
+        slot_N = torch.cat([torch.full((n,), slot) for _, n, slot in spans]).to(device)
         packed = PackedAttention(lengths, device, self.decoder.embedding.dtype)
 
         def attend(index: int, q_TAD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ from sodfast.tasks.arithmetic import ADDENDS, LEFT_FACTORS, RIGHT_FACTORS, quest
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
+    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 # Part of the cache key: raise it when a change to this file changes the warm-started weights.
 CODE_VERSION = 3
@@ -277,11 +277,11 @@ def build_tokenizer() -> "PreTrainedTokenizerFast":
     )
 
 
-def _new_model(config: LabConfig) -> "Qwen3ForCausalLM":
-    import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+def architecture(config: LabConfig) -> "Qwen3Config":
+    """What the lab's model is built from."""
+    from transformers import Qwen3Config
 
-    qwen3 = Qwen3Config(
+    return Qwen3Config(
         vocab_size=len(_VOCABULARY),
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
@@ -296,9 +296,15 @@ def _new_model(config: LabConfig) -> "Qwen3ForCausalLM":
         eos_token_id=_VOCABULARY[_EOS],
         bos_token_id=None,
     )
+
+
+def _new_model(config: LabConfig) -> "Qwen3ForCausalLM":
+    import torch
+    from transformers import Qwen3ForCausalLM
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return Qwen3ForCausalLM(qwen3).float()
+        return Qwen3ForCausalLM(architecture(config)).float()
 
 
 def _warm_start(model: "Qwen3ForCausalLM", config: LabConfig, progress: Progress | None) -> None:

@@ -14,6 +14,8 @@ from inspect import signature
 from types import FunctionType, MethodType
 from typing import Any, Literal
 
+import torch
+
 from sodfast.errors import UsageError
 
 _ROPE = "apply_rotary_pos_emb"
@@ -29,7 +31,7 @@ def use_liger(
     """
     if wanted is False:
         return
-    reason = _unsupported(network)
+    reason = unsupported(network, network.device)
     if reason is None:
         patch(network)
         message("model.liger: Liger's kernels for RMSNorm, RoPE and the gated MLP")
@@ -59,10 +61,10 @@ def patch(network: Any) -> None:
             module.forward = MethodType(_with_globals(forward, **{_ROPE: rope}), module)
 
 
-def _unsupported(network: Any) -> str | None:
-    """Why Liger cannot run this network; None where it can."""
-    if network.device.type != "cuda":
-        return f"Liger's kernels need a GPU, not {network.device}"
+def unsupported(network: Any, device: torch.device) -> str | None:
+    """Why Liger cannot run this network on `device`; None where it can."""
+    if device.type != "cuda":
+        return f"Liger's kernels need a GPU, not {device}"
     if find_spec("liger_kernel") is None:
         return "liger-kernel is not installed: pip install 'sodfast[gpu]'"
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN

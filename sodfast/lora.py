@@ -43,9 +43,15 @@ def add_adapters(model: LanguageModel, config: LoRAConfig, seed: int) -> Languag
     A is drawn on the CPU by a stream keyed by `seed`, so it is the same on every device. Raises
     `UsageError` for a target that the model does not have.
     """
+    base = weights_hash(model.network)
+    inject_adapters(model.network, config, seed)
+    return replace(model, base=base)
+
+
+def inject_adapters(network: Any, config: LoRAConfig, seed: int) -> None:
+    """What `add_adapters` does to the network."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    network = model.network
     settings = LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
@@ -53,7 +59,6 @@ def add_adapters(model: LanguageModel, config: LoRAConfig, seed: int) -> Languag
         target_modules=_target_paths(network, config.targets),
         base_model_name_or_path=network.name_or_path or None,
     )
-    base = weights_hash(network)
     network.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(draw_key(seed, Stream.ADAPTERS))
@@ -61,7 +66,6 @@ def add_adapters(model: LanguageModel, config: LoRAConfig, seed: int) -> Languag
     for parameter in trained_parameters(network).values():
         parameter.data = parameter.data.float()  # peft gives them the base's dtype
     network.eval()
-    return replace(model, base=base)
 
 
 def _target_paths(network: Any, names: tuple[str, ...] | None) -> list[str]:

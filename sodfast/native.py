@@ -20,6 +20,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -115,7 +116,7 @@ class NativeEngine:
         else:
             budget = int(_free_bytes(self.model.device) * MEMORY_SHARE[self.model.device.type])
         step = CPU_ROWS if self.model.device.type == "cpu" else 1
-        least = step * _width(tokens) * Cache.bytes_per_token(self.model.network)
+        least = step * slot_bytes(self.model.network, tokens)
         if least > budget:
             count = f"{step} sequences" if step > 1 else "one sequence"
             raise UsageError(
@@ -384,6 +385,17 @@ def _packs(prompts: Sequence[Tensor], first: int) -> Iterator[list[tuple[Tensor,
         pack.append((torch.tensor(prompt), rows))
         tokens += len(prompt)
     yield pack
+
+
+def slot_bytes(network: Any, tokens: int) -> int:
+    """Bytes of the keys and values of one slot for sequences of so many tokens."""
+    return _width(tokens) * Cache.bytes_per_token(network)
+
+
+def state_bytes(rows: int, max_new_tokens: int) -> int:
+    """Bytes of what a batch of so many rows notes about them beside the cache."""
+    columns = 16 * (max_new_tokens + 1)  # token, log-prob, entropy
+    return (rows + CPU_ROWS) * (columns + 29)
 
 
 def _width(tokens: int) -> int:

@@ -110,7 +110,7 @@ def micro_batch_loss(
     device = student_hidden_NH.device
     lengths = torch.tensor([len(sample.response) for sample in samples], device=device)
     per_token = torch.tensor(weights, dtype=torch.float32, device=device).repeat_interleave(
-        lengths, dim=0
+        lengths, dim=0, output_size=len(student_hidden_NH)
     )
     mismatch_N = sampler_mismatch(samples).to(device)
     unread = student_hidden_NH.new_zeros(1, teacher_head.shape[1])

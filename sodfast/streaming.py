@@ -40,6 +40,21 @@ SLOTS = 3  # the layer in use and two ahead of it
 ALIGNMENT = 512  # bytes, that of the CUDA allocator: kernels see the addresses they see elsewhere
 
 
+def blocks(network: Any) -> list[tuple[nn.Module | None, list[nn.Parameter]]]:
+    """A network's parameters in order, those of a decoder layer together, and the runs between.
+
+    Raises `UsageError` as `decoder_layers` does.
+    """
+    owner = {id(p): layer for layer in decoder_layers(network) for p in layer.parameters()}
+    runs = groupby(network.parameters(), lambda parameter: owner.get(id(parameter)))
+    return [(layer, list(run)) for layer, run in runs]
+
+
+def block_bytes(parameters: Sequence[Tensor]) -> int:
+    """Bytes of a block's memory."""
+    return sum(_aligned(parameter.nbytes) for parameter in parameters)
+
+
 @dataclass(frozen=True)
 class Block:
     """Parameters that travel together: a decoder layer's, or some that belong to no layer.
@@ -73,13 +88,10 @@ class HostCopy:
         self._backend = torch.get_device_module(self.device)  # torch.cuda or torch.cpu
         pinned = self.device.type == "cuda"
         self._copies = self._backend.Stream(self.device) if pinned else self._backend.Stream()
-        owner = {id(p): layer for layer in decoder_layers(source) for p in layer.parameters()}
         copies: dict[int, Any] = {}
         parts = []
-        for layer, run in groupby(source.parameters(), lambda p: owner.get(id(p))):
-            originals = list(run)
-            size = sum(_aligned(p.nbytes) for p in originals)
-            memory = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+        for layer, originals in blocks(source):
+            memory = torch.empty(block_bytes(originals), dtype=torch.uint8, pin_memory=pinned)
             views = _views(memory, originals)
             parts.append((layer, [nn.Parameter(v, requires_grad=False) for v in views], memory))
             copies |= {id(p): c for p, c in zip(originals, parts[-1][1], strict=True)}

@@ -5,7 +5,11 @@
 
 from sodfast_kernels import reference
 from sodfast_kernels.adamw import AdamW
-from sodfast_kernels.objective import distillation_loss, linear_distillation_loss
+from sodfast_kernels.objective import (
+    distillation_loss,
+    linear_distillation_loss,
+    linear_scratch_bytes,
+)
 from sodfast_kernels.parameters import (
     ParameterUpdate,
     copy_teacher_,
@@ -25,6 +29,7 @@ __all__ = [
     "ema_update_",
     "gumbel_noise",
     "linear_distillation_loss",
+    "linear_scratch_bytes",
     "parameter_distance",
     "reference",
     "sample_tokens",

@@ -277,10 +277,11 @@ def update_adamw(items: list[Item], factor: Tensor) -> None:
         return
     for item in items:
         for start in range(0, item.weight_P.numel(), CHUNK):
-            _update_chunk(item, start, factor)
+            update_chunk(item, start, factor)
 
 
-def _update_chunk(item: Item, start: int, factor: Tensor) -> None:
+def update_chunk(item: Item, start: int, factor: Tensor) -> None:
+    """Update CHUNK elements from `start` on."""
     scalars = item.coefficients
     weight_P = item.weight_P[start : start + CHUNK]
     part = slice(start, start + weight_P.numel())

@@ -64,7 +64,8 @@ def evaluate(
     d_student = student.new_zeros(student.shape if want_student else 0, dtype=saved)
     # A 16-bit head's gradient is summed over the tiles in fp32.
     d_head = student.new_zeros(head.shape if head is not None and want_head else 0, dtype=dtype)
-    step, block = _tile_rows(sides, settings, want_head and saved != dtype, max_scratch_bytes)
+    sums_head = want_head and saved != dtype
+    step, block, *_ = _sizes(sides, settings, sums_head, max_scratch_bytes)
     for start in range(0, rows, step):
         part = slice(start, min(start + step, rows))
         own = tokens.rows(part)
@@ -92,10 +93,16 @@ def evaluate(
     return stats, d_student, d_head.to(saved)
 
 
-def _tile_rows(
+def scratch_bytes(sides: Sides, settings: Settings) -> int:
+    """What a call without `max_scratch_bytes` that wants both gradients takes beside them."""
+    step, _, a_row, fixed = _sizes(sides, settings, sides.student.dtype == torch.bfloat16, None)
+    return fixed + min(step, sides.student.shape[0]) * a_row
+
+
+def _sizes(
     sides: Sides, settings: Settings, sums_head: bool, max_scratch_bytes: int | None
-) -> tuple[int, int]:
-    """Rows of a tile and columns of the vocabulary converted at a time."""
+) -> tuple[int, int, int, int]:
+    """Rows of a tile, columns converted at a time, bytes of a tile's row and of the rest."""
     dtype = torch.promote_types(sides.student.dtype, torch.float32)
     size, vocabulary = dtype.itemsize, sides.vocabulary
     tiles = FULL_TILES if settings.top_k is None and sides.stored_ids is None else TOP_K_TILES
@@ -112,12 +119,12 @@ def _tile_rows(
     if sums_head and sides.student_head is not None:
         fixed += size * sides.student_head.numel()
     if max_scratch_bytes is None:
-        return max(1, budget // a_row), block
+        return max(1, budget // a_row), block, a_row, fixed
     if budget < fixed + a_row:
         raise ValueError(
             f"max_scratch_bytes={max_scratch_bytes} is too small: one row needs {fixed + a_row}"
         )
-    return (budget - fixed) // a_row, block
+    return (budget - fixed) // a_row, block, a_row, fixed
 
 
 def _active(tokens: Tokens) -> Tensor:

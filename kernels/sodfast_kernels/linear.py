@@ -169,6 +169,15 @@ def _linear_form(
     return stats, d_hidden_NH, d_head_VH
 
 
+def scratch_bytes(sides: Sides, settings: Settings) -> int:
+    """What a call without `max_scratch_bytes` that wants both gradients takes beside them."""
+    assert sides.student_head is not None
+    rows, width = sides.student.shape[0], _ceil(sides.vocabulary, PAD) * PAD
+    d_dtype = torch.bfloat16 if sides.student.dtype == torch.bfloat16 else torch.float32
+    tile, slab = _sizes(rows, width, sides, settings, d_dtype, True, True, None)
+    return _scratch(tile, slab, rows, width, sides, settings, d_dtype, True, True)
+
+
 def _sizes(
     rows: int,
     width: int,
@@ -180,25 +189,16 @@ def _sizes(
     max_scratch_bytes: int | None,
 ) -> tuple[int, int]:
     """Rows of a tile and of a slab."""
-    hidden = sides.student.shape[1]
     tile = max(1, min(TILE_ROWS, rows))
     # Only the head's gradient gains from more rows in one product.
-    slab = max(1, min(rows, 2 * hidden if want_head else tile))
+    slab = max(1, min(rows, 2 * sides.student.shape[1] if want_head else tile))
     if max_scratch_bytes is None:
         return tile, slab
-    tile_row = width * 4 * (1 if sides.teacher is None else 2)
-    if settings.top_k is not None:
-        tile_row += 12 * _capacity(settings.top_k)
-    slab_row = width * d_dtype.itemsize if wants else 0
-    slab_row += hidden * d_dtype.itemsize if want_head else 0
-    fixed = 4 * WIDENED_ROWS * hidden if sides.student.dtype == torch.float16 and wants else 0
 
-    def fits(slab_rows: int) -> bool:
-        sums = (
-            want_head and slab_rows < rows and gradient_dtype(sides.student.dtype) != torch.float32
+    def fits(slab: int) -> bool:
+        return max_scratch_bytes >= _scratch(
+            min(tile, slab), slab, rows, width, sides, settings, d_dtype, wants, want_head
         )
-        total = fixed + min(tile, slab_rows) * tile_row + slab_rows * slab_row
-        return total + (4 * hidden * width if sums else 0) <= max_scratch_bytes
 
     while slab > 1 and not fits(slab):
         slab = _ceil(slab, 2)
@@ -207,6 +207,30 @@ def _sizes(
             f"max_scratch_bytes={max_scratch_bytes} is too small for one row of this call; raise it"
         )
     return min(tile, slab), slab
+
+
+def _scratch(
+    tile: int,
+    slab: int,
+    rows: int,
+    width: int,
+    sides: Sides,
+    settings: Settings,
+    d_dtype: torch.dtype,
+    wants: bool,
+    want_head: bool,
+) -> int:
+    """Bytes of the buffers for tiles and slabs of so many rows."""
+    hidden, dtype = sides.student.shape[1], sides.student.dtype
+    tile_row = width * 4 * (1 if sides.teacher is None else 2)
+    if settings.top_k is not None:
+        tile_row += 12 * _capacity(settings.top_k)
+    slab_row = width * d_dtype.itemsize if wants else 0
+    slab_row += hidden * d_dtype.itemsize if want_head else 0
+    fixed = 4 * WIDENED_ROWS * hidden if dtype == torch.float16 and wants else 0
+    if want_head and slab < rows and gradient_dtype(dtype) != torch.float32:
+        fixed += 4 * hidden * width
+    return fixed + tile * tile_row + slab * slab_row
 
 
 def _project(hidden_nH: Tensor, head_VH: Tensor, out_nV: Tensor) -> None:

@@ -100,6 +100,40 @@ def linear_distillation_loss(
     )
 
 
+def linear_scratch_bytes(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: Tensor,
+    *,
+    softcap: float | None = None,
+    top_k: int | None = None,
+    backend: str,
+) -> int:
+    """Temporary memory of `linear_distillation_loss` where nothing bounds it and both gradients are
+    wanted, beside them and [N] vectors. Arguments as there; of the tensors only shapes are read.
+
+    With "torch" an upper bound, with "triton" all buffers.
+    """
+    sides = Sides(student_hidden, student_head, teacher_hidden, teacher_head, None, None)
+    settings = check_settings(
+        vocabulary=sides.vocabulary,
+        alpha=0.5,
+        temperature=1.0,
+        softcap=softcap,
+        top_k=top_k,
+        add_tail=True,
+        clip_range=(0.0, 0.0),
+        ratio_cap=None,
+        teacher_topk=None,
+    )
+    if backend == "triton":
+        from .linear import scratch_bytes
+    else:
+        scratch_bytes = chunked.scratch_bytes
+    return scratch_bytes(sides, settings)
+
+
 def distillation_loss(
     student_logits: Tensor,
     teacher_logits: Tensor | None = None,

@@ -117,7 +117,7 @@ class ParameterUpdate:
 
             squares = [parameter_kernels.update(work, self.rate, self.seed, self.step)]
         else:
-            squares = [_update_flat(*item, self.rate, self.seed, self.step) for item in work]
+            squares = [update_flat(*item, self.rate, self.seed, self.step) for item in work]
         self._squares += squares
         for (teacher, _), (teacher_P, _, _) in zip(pairs, work, strict=True):
             if self.rate and not teacher.is_contiguous():  # then teacher_P is a copy
@@ -143,7 +143,7 @@ def _update_(
     return update.distance()
 
 
-def _update_flat(
+def update_flat(
     teacher_P: Tensor, student_P: Tensor, offset: int, rate: float, seed: int, step: int
 ) -> Tensor:
     """Update one flat tensor; returns ‖θ − φ_before‖² in fp64, where squares of fp32 are exact."""
