@@ -10,7 +10,8 @@ resumed. The last line is JSON:
                mean@16, and of the mean over all evaluations after the first (less noisy)
     runs       what collect_runs.py collects
 
-A run that follows fp32 has a gap of a few standard errors at most.
+A run that follows fp32 has a gap of a few standard errors at most. `--figure FILE.svg` draws the
+curves with their bands over seeds.
 """
 
 import argparse
@@ -23,9 +24,12 @@ from math import fsum, sqrt
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from collect_runs import collect
 
+from sodfast import figures
 from sodfast.rundir import read_lines
+from sodfast.statistics import Series, group_curve
 
 VARIANTS = ("float32-torch", "bfloat16-8bit", "bfloat16-exact", "bfloat16-plain")
 
@@ -37,6 +41,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=VARIANTS, metavar="DTYPE-STATE")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--figure", type=Path, metavar="FILE.svg")
     options = parser.parse_intermixed_args()
     seeds = range(options.seeds)
     paths = {v: [options.out / f"{v}-{seed}" for seed in seeds] for v in options.variants}
@@ -44,6 +49,8 @@ def main() -> None:
         # Seed by seed, so that what a cut leaves can be compared.
         todo = [(v, seed) for seed in seeds for v in options.variants]
         list(pool.map(lambda item: train(paths[item[0]][item[1]], *item, options.overrides), todo))
+    if options.figure is not None:
+        options.figure.write_text(draw(paths))
     print(json.dumps(compare(paths)))
 
 
@@ -88,6 +95,21 @@ def compare(paths: dict[str, list[Path]]) -> dict[str, Any]:
     }
     runs = [collect(run) for group in paths.values() for run in group]
     return {"variants": variants, "gaps": gaps, "runs": runs}
+
+
+def draw(paths: dict[str, list[Path]]) -> str:
+    """mean@16 of each variant over the steps, with 95 % bands over its seeds, as SVG."""
+    curves, steps = {}, 0
+    for variant, runs in paths.items():
+        series = []
+        for run in runs:
+            lines = [line for line in read_lines(run / "metrics.jsonl") if "eval/mean@16" in line]
+            points = ([line[key] for line in lines] for key in ("step", "eval/mean@16"))
+            series.append(Series(*map(np.array, points)))
+            steps = max(steps, lines[-1]["step"])
+        curves[variant] = group_curve(series, [], 1)
+    svg = figures.curve_figure("lab_bf16", "mean@16 on the test questions", curves, steps)
+    return figures.standalone(svg)
 
 
 def estimate(values: Sequence[float]) -> dict[str, float]:
