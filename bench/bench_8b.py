@@ -50,12 +50,13 @@ from sodfast.model import LanguageModel, recompute_layers, wrap_model
 from sodfast.native import NativeEngine
 from sodfast.packing import micro_batches, response_hidden
 from sodfast.plan import plan
+from sodfast.questions import Questions
 from sodfast.rundir import RunDirectory, environment
 from sodfast.sinks import Logger
 from sodfast.streaming import HostCopy
 from sodfast.tasks import Question
 from sodfast.teacher import Teacher
-from sodfast.trainer import Questions, Rollouts, Trainer
+from sodfast.trainer import Rollouts, Trainer
 
 Progress = Callable[[str], None]
 GIB = 2**30

@@ -8,8 +8,13 @@ from collections.abc import Mapping, Sequence
 from math import fsum, sqrt
 from typing import Any
 
+import torch
+from sodfast_kernels import DistillationOutput
+from torch import Tensor
+
 from sodfast.config import CollapseConfig
-from sodfast.rollout import Sample
+from sodfast.distributed import Ranks
+from sodfast.rollout import Sample, sampler_logprob
 
 SPIKE_STEPS = 5  # steps on either side of a refresh that the spike ratio compares
 
@@ -77,6 +82,64 @@ class RewardGain:
         mean_gain = fsum(gains) / len(gains)
         std = sqrt(fsum((gain - mean_gain) ** 2 for gain in gains) / len(gains))
         return {"reward/snr": mean_gain / std} if std > 0 else {}
+
+
+class TokenTotals:
+    """Sums over a step's tokens, kept on the device so that no micro-batch waits for the host."""
+
+    def __init__(self, device: torch.device, clip_range: tuple[float, float]) -> None:
+        self.clip_range = clip_range
+        self.loss = torch.zeros((), device=device)
+        self.divergence = torch.zeros((), dtype=torch.float64, device=device)
+        self.ratio = torch.zeros((), dtype=torch.float64, device=device)
+        self.clipped = torch.zeros((), dtype=torch.int64, device=device)
+        # Until the first update, training and sampling differ in their numerics alone.
+        self.sampled_by_these_weights = True
+        self.sampler_ratios: list[Tensor] = []
+        self.distilled_tokens = 0
+        self.tokens = 0
+
+    def add(
+        self, output: DistillationOutput, samples: Sequence[Sample], distilled: Sequence[bool]
+    ) -> None:
+        assert output.student_logprob is not None
+        old = torch.cat([sample.logprob for sample in samples]).to(self.ratio.device)
+        self.divergence += output.divergence.sum(dtype=torch.float64)
+        ratio = (output.student_logprob - old).clamp(-20, 20).exp()
+        low, high = self.clip_range
+        self.ratio += ratio.sum(dtype=torch.float64)
+        self.clipped += ((ratio < 1 - low) | (ratio > 1 + high)).sum()
+        if self.sampled_by_these_weights:
+            sampler = torch.cat([sampler_logprob(sample) for sample in samples]).to(old.device)
+            self.sampler_ratios.append((output.student_logprob - sampler).clamp(-20, 20).exp())
+        for sample, m in zip(samples, distilled, strict=True):
+            self.tokens += len(sample.response)
+            self.distilled_tokens += len(sample.response) if m else 0
+
+    def over(self, ranks: Ranks) -> "TokenTotals":
+        """These sums over all ranks."""
+        for tensor in (self.divergence, self.ratio, self.clipped):
+            ranks.sum(tensor)
+        own = self.tokens, self.distilled_tokens, [ratio_N.cpu() for ratio_N in self.sampler_ratios]
+        tokens, distilled_tokens, sampler_ratios = zip(*ranks.gather(own), strict=True)
+        self.tokens, self.distilled_tokens = sum(tokens), sum(distilled_tokens)
+        self.sampler_ratios = [ratio_N for part in sampler_ratios for ratio_N in part]
+        return self
+
+    def metrics(self) -> dict[str, float]:
+        """Means over the tokens that carried a gradient; left out where there were none."""
+        metrics = {}
+        if self.distilled_tokens:
+            metrics["distill/divergence"] = float(self.divergence) / self.distilled_tokens
+        if self.tokens:
+            metrics["policy/ratio_mean"] = float(self.ratio) / self.tokens
+            metrics["policy/clip_fraction"] = int(self.clipped) / self.tokens
+        if self.sampler_ratios:
+            ratio_N = torch.cat(self.sampler_ratios).double()
+            metrics["policy/sampler_ratio_mean"] = float(ratio_N.mean())
+            metrics["policy/sampler_ratio_min"] = float(ratio_N.min())
+            metrics["policy/sampler_ratio_max"] = float(ratio_N.max())
+        return metrics
 
 
 class CollapseDetector:

@@ -26,6 +26,7 @@ from sodfast.model import (
     recompute_layers,
     wrap_model,
 )
+from sodfast.questions import Questions, fitting_questions
 from sodfast.rollout import Engine, build_engine
 from sodfast.rundir import (
     RunDirectory,
@@ -35,7 +36,7 @@ from sodfast.rundir import (
 )
 from sodfast.sinks import require_sinks
 from sodfast.tasks import Task, build_task
-from sodfast.trainer import Questions, Trainer, fitting_questions
+from sodfast.trainer import Trainer
 
 
 def train_run(config: Config, resume: Path | None) -> None:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from sodfast_kernels import DistillationOutput
 from torch import OutOfMemoryError, Tensor
 
 from sodfast import checkpoint, optimizer
@@ -26,20 +25,22 @@ from sodfast.console import Reporter
 from sodfast.diagnostics import (
     CollapseDetector,
     RewardGain,
+    TokenTotals,
     length_metrics,
     mean_entropy,
     reward_metrics,
     summarize,
 )
 from sodfast.distributed import ALONE, Ranks, SharedEngine
-from sodfast.errors import RunFailed, UsageError
+from sodfast.errors import RunFailed
 from sodfast.evaluate import evaluate
 from sodfast.interrupt import Interrupted, Interruption
 from sodfast.model import LanguageModel, to_ids
 from sodfast.objective import group_advantages, micro_batch_loss, sequence_weights
 from sodfast.packing import micro_batches, response_hidden
 from sodfast.phases import PhaseClock, explained
-from sodfast.rollout import Draws, Engine, Sample, Sampling, sampler_logprob
+from sodfast.questions import Questions
+from sodfast.rollout import Draws, Engine, Sample, Sampling
 from sodfast.rundir import RunDirectory, fingerprint
 from sodfast.schedule import StepStatistics, build_schedule
 from sodfast.sharding import ShardedWeights, Weights
@@ -49,61 +50,6 @@ from sodfast.tasks import Question, Task
 from sodfast.teacher import Teacher, TeacherContext, TeacherScores, choose_demonstrations
 
 Status = Literal["done", "collapsed", "interrupted", "failed"]
-
-
-@dataclass(frozen=True)
-class Questions:
-    """The questions whose prompts fit, how many of train and test together do not, and the
-    tokens of the longest prompt that does."""
-
-    train: list[Question]
-    test: list[Question]
-    dropped: int
-    longest: int
-
-
-def fitting_questions(
-    config: Config, model: LanguageModel, task: Task, reporter: Reporter
-) -> Questions:
-    """Drop questions whose prompt exceeds the student's or the teacher's limit.
-
-    Raises `UsageError` where none is left, or where a prompt and its answer can exceed what the
-    model was made for.
-    """
-    limit = config.rollout.max_prompt_tokens
-    longest = 0
-    context = TeacherContext(config.teacher, model)
-    kept: dict[str, list[Question]] = {}
-    for key, questions in (("task.train", task.train), ("task.test", task.test)):
-        kept[key] = []
-        for question in questions:
-            length = len(model.encode_question(question))
-            if length <= limit and context.fits(question):
-                kept[key].append(question)
-                longest = max(longest, length)
-        if not kept[key]:
-            raise UsageError(
-                f"{key}: all {len(questions)} prompts are longer than "
-                f"rollout.max_prompt_tokens={limit} or leave no room for a demonstration in "
-                f"teacher.max_prompt_tokens={config.teacher.max_prompt_tokens}: raise them"
-            )
-        dropped = len(questions) - len(kept[key])
-        if dropped:
-            reporter.message(f"{key}: dropped {dropped} of {len(questions)} prompts as too long")
-    positions = model.network.config.max_position_embeddings
-    if longest + config.rollout.max_new_tokens > positions:
-        raise UsageError(
-            f"a prompt of {longest} tokens and rollout.max_new_tokens="
-            f"{config.rollout.max_new_tokens} exceed the model's {positions} positions: lower "
-            "rollout.max_new_tokens or rollout.max_prompt_tokens"
-        )
-    total = len(task.train) + len(task.test)
-    return Questions(
-        train=kept["task.train"],
-        test=kept["task.test"],
-        dropped=total - len(kept["task.train"]) - len(kept["task.test"]),
-        longest=longest,
-    )
 
 
 @dataclass(frozen=True)
@@ -410,7 +356,7 @@ class Trainer:
         """All updates of a step; `before_first` runs when the student is about to move."""
         config = self.config
         lr = optimizer.learning_rate(config.optimizer, step)
-        totals = _Totals(self.model.device, config.objective.clip_range)
+        totals = TokenTotals(self.model.device, config.objective.clip_range)
         norms = []
         for number, update in enumerate(updates):
             self.reporter.phase("train", number, len(updates))
@@ -439,7 +385,7 @@ class Trainer:
         update: Update,
         rollouts: Rollouts,
         scores: TeacherScores,
-        totals: "_Totals",
+        totals: TokenTotals,
     ) -> Tensor:
         """Gradients of one update, micro-batch by micro-batch; returns its loss over all ranks."""
         config = self.config
@@ -603,61 +549,3 @@ class Trainer:
             "schedule": self.config.schedule.kind,
             "dropped_prompts": self.data.dropped,
         }
-
-
-class _Totals:
-    """Sums over a step's tokens, kept on the device so that no micro-batch waits for the host."""
-
-    def __init__(self, device: torch.device, clip_range: tuple[float, float]) -> None:
-        self.clip_range = clip_range
-        self.loss = torch.zeros((), device=device)
-        self.divergence = torch.zeros((), dtype=torch.float64, device=device)
-        self.ratio = torch.zeros((), dtype=torch.float64, device=device)
-        self.clipped = torch.zeros((), dtype=torch.int64, device=device)
-        # Until the first update, training and sampling differ in their numerics alone.
-        self.sampled_by_these_weights = True
-        self.sampler_ratios: list[Tensor] = []
-        self.distilled_tokens = 0
-        self.tokens = 0
-
-    def add(
-        self, output: DistillationOutput, samples: Sequence[Sample], distilled: Sequence[bool]
-    ) -> None:
-        assert output.student_logprob is not None
-        old = torch.cat([sample.logprob for sample in samples]).to(self.ratio.device)
-        self.divergence += output.divergence.sum(dtype=torch.float64)
-        ratio = (output.student_logprob - old).clamp(-20, 20).exp()
-        low, high = self.clip_range
-        self.ratio += ratio.sum(dtype=torch.float64)
-        self.clipped += ((ratio < 1 - low) | (ratio > 1 + high)).sum()
-        if self.sampled_by_these_weights:
-            sampler = torch.cat([sampler_logprob(sample) for sample in samples]).to(old.device)
-            self.sampler_ratios.append((output.student_logprob - sampler).clamp(-20, 20).exp())
-        for sample, m in zip(samples, distilled, strict=True):
-            self.tokens += len(sample.response)
-            self.distilled_tokens += len(sample.response) if m else 0
-
-    def over(self, ranks: Ranks) -> "_Totals":
-        """These sums over all ranks."""
-        for tensor in (self.divergence, self.ratio, self.clipped):
-            ranks.sum(tensor)
-        own = self.tokens, self.distilled_tokens, [ratio_N.cpu() for ratio_N in self.sampler_ratios]
-        tokens, distilled_tokens, sampler_ratios = zip(*ranks.gather(own), strict=True)
-        self.tokens, self.distilled_tokens = sum(tokens), sum(distilled_tokens)
-        self.sampler_ratios = [ratio_N for part in sampler_ratios for ratio_N in part]
-        return self
-
-    def metrics(self) -> dict[str, float]:
-        """Means over the tokens that carried a gradient; left out where there were none."""
-        metrics = {}
-        if self.distilled_tokens:
-            metrics["distill/divergence"] = float(self.divergence) / self.distilled_tokens
-        if self.tokens:
-            metrics["policy/ratio_mean"] = float(self.ratio) / self.tokens
-            metrics["policy/clip_fraction"] = int(self.clipped) / self.tokens
-        if self.sampler_ratios:
-            ratio_N = torch.cat(self.sampler_ratios).double()
-            metrics["policy/sampler_ratio_mean"] = float(ratio_N.mean())
-            metrics["policy/sampler_ratio_min"] = float(ratio_N.min())
-            metrics["policy/sampler_ratio_max"] = float(ratio_N.max())
-        return metrics
