@@ -2,11 +2,13 @@
 
 import os
 import socket
+import sys
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 SIZE = 2
@@ -48,6 +50,8 @@ class Pair:
 
 
 def _serve(pipe: Connection, rank: int, port: int) -> None:
+    # pytest names a test's module from here, without having the folder on its path.
+    sys.path.append(str(Path(__file__).parents[1]))
     os.environ |= environment(rank, port)
     import torch
     from transformers.utils.logging import disable_progress_bar
