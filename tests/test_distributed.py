@@ -132,8 +132,7 @@ def test_two_ranks_train_as_one_does(
         assert any(name.startswith("teacher") for name in right)
 
 
-@pytest.mark.parametrize("kind", ["ema", "cgtr"])
-@pytest.mark.parametrize("first", [1, 2])
+@pytest.mark.parametrize(("first", "kind"), [(1, "ema"), (2, "cgtr")])
 def test_a_checkpoint_moves_between_one_rank_and_two(
     pair: Pair,
     settings: list[str],

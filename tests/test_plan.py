@@ -61,7 +61,7 @@ def started(untrained: Path, tmp_path: Path) -> Callable[..., Trainer]:
                 "task.train=48",
                 "task.test=8",
                 "steps=1",
-                "rollout.max_new_tokens=48",
+                "rollout.max_new_tokens=20",
                 "eval.samples=2",
                 "teacher.context=none",  # every rollout is scored
                 "schedule.kind=fixed",
