@@ -37,14 +37,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from sodfast.attention import SlotAttention
 from sodfast.config import load_config
-from sodfast.decoder import Cache
-from sodfast.model import LanguageModel
-from sodfast.native import NativeEngine, _Batch, _width
-from sodfast.packing import own_attention
-from sodfast.rollout import Draws, HFEngine, Sampling, _generating_as, left_padded
-from sodfast.rundir import environment
+from sodfast.model.attention import SlotAttention
+from sodfast.model.load import LanguageModel
+from sodfast.model.packing import own_attention
+from sodfast.rollout.decoder import Cache
+from sodfast.rollout.engine import Draws, Sampling
+from sodfast.rollout.hf import HFEngine, _generating_as, left_padded
+from sodfast.rollout.native import NativeEngine, _Batch, _width
+from sodfast.run.environment import environment
 
 Progress = Callable[[str], None]
 # What one turn of a case gives: its seconds and the tokens it answered with.
@@ -229,8 +230,8 @@ def plain_config(model: LanguageModel, tokens: int, ends_at_eos: bool) -> Any:
 def lab_phase(rounds: int, progress: Progress) -> dict[str, Any]:
     """One step's rollouts of the lab's default run. `generate` draws tokens of its own; it is made
     to answer at native's lengths, since a phase takes as long as its longest answer."""
-    from sodfast.model import to_ids
-    from sodfast.session import build_model, pick_device
+    from sodfast.commands import build_model, pick_device
+    from sodfast.model.load import to_ids
     from sodfast.tasks import build_task
 
     config = load_config(None, ["device=cpu"])

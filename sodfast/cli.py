@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from sodfast.errors import RunFailed, UsageError
-from sodfast.interrupt import Interrupted
+from sodfast.run.interrupt import Interrupted
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__
@@ -45,7 +45,7 @@ def train(
 
     arguments = arguments or []
     if resume is not None:
-        from sodfast.rundir import stored_config
+        from sodfast.run.directory import stored_config
 
         config = stored_config(resume, arguments)
     else:
@@ -54,7 +54,7 @@ def train(
         print(config.to_yaml(), end="")
         return
 
-    from sodfast.session import train_run
+    from sodfast.commands import train_run
 
     train_run(config, resume)
 
@@ -80,10 +80,20 @@ def sweep(
     ] = None,
 ) -> None:
     """Run every trial of a study, skipping what is finished and resuming what is not."""
-    from sodfast.sweep import sweep as run_sweep
+    from sodfast.study.sweep import sweep as run_sweep
 
-    table = run_sweep(study, overrides or [], launcher, jobs, address)
+    table = run_sweep(study, overrides or [], launcher, jobs, address, _print_report)
     print(f"table: {table}")
+
+
+def _print_report(directory: Path) -> None:
+    """The report of whatever there is: a study whose trials all failed has nothing to show."""
+    from sodfast.report.page import write_report
+
+    try:
+        print(f"report: {write_report(directory)}")
+    except UsageError as error:
+        print(f"no report: {error}")
 
 
 @app.command("eval")
@@ -92,7 +102,7 @@ def evaluate(
     overrides: Overrides = None,
 ) -> None:
     """Evaluate a run's newest checkpoint, or any model. The last line is JSON."""
-    from sodfast.session import evaluate_model
+    from sodfast.commands import evaluate_model
 
     print(json.dumps(evaluate_model(source, overrides or [])))
 
@@ -104,7 +114,7 @@ def plan_memory(arguments: Arguments = None) -> None:
     from sodfast.config import load_config
 
     config = load_config(*_split(arguments or []))
-    from sodfast.plan import report
+    from sodfast.memory.plan import report
 
     result = report(config)
     print(json.dumps(result))
@@ -118,7 +128,7 @@ def export(
     out: Annotated[Path, typer.Argument(metavar="OUT_DIR")],
 ) -> None:
     """Write a run's newest student as a Hugging Face directory: safetensors and tokenizer."""
-    from sodfast.session import export_model
+    from sodfast.commands import export_model
 
     export_model(run, out)
     print(f"wrote {out}")
@@ -133,7 +143,7 @@ def replay_schedule(
     ] = None,
 ) -> None:
     """Say when another schedule would have refreshed on a run's metrics. The last line is JSON."""
-    from sodfast.replay import replay_run
+    from sodfast.report.replay import replay_run
 
     result = replay_run(run, overrides or [])
     for line in result.text():
@@ -150,7 +160,7 @@ def report_directory(
     ] = None,
 ) -> None:
     """Write report.html, a page with every figure, and tables/*.csv into a run or a study."""
-    from sodfast.report import write_report
+    from sodfast.report.page import write_report
 
     print(write_report(directory, baseline))
 

@@ -30,8 +30,6 @@ from pydantic import (
 )
 
 from sodfast.errors import UsageError
-from sodfast.lab import LabConfig
-from sodfast.tasks.config import ArithmeticConfig, TaskConfig
 
 PRESETS = Path(__file__).parent / "configs"
 _DISCRIMINATORS = {"schedule": ("kind", "cgtr"), "task": ("name", "arithmetic")}
@@ -76,6 +74,68 @@ class ModelConfig(Section):
     # Liger's kernels for RMSNorm, RoPE and the gated MLP; auto: on a GPU where it knows the model.
     liger: bool | Literal["auto"] = "auto"  # YAML reads on and off as true and false
     lora: LoRAConfig | None = None  # null: all weights are trained
+
+
+class LabConfig(Section):
+    """The lab's model, its misconceptions and its warm start."""
+
+    seed: int = Field(0, ge=0, lt=2**63)
+    hidden_size: int = Field(128, ge=8)
+    layers: int = Field(3, ge=1)
+    heads: int = Field(4, ge=1)
+    intermediate_size: int = Field(384, ge=8)
+    batches: int = Field(700, ge=1)
+    rows: int = Field(6, ge=1)
+    lr: float = Field(3e-3, gt=0)
+    warmup_batches: int = Field(30, ge=1)
+    demonstrated_fraction: float = Field(0.35, ge=0, le=1)
+    product_error: tuple[float, float] = (0.05, 0.9)
+    sum_error: tuple[float, float] = (0.0, 0.6)
+    error_decay: float = Field(0.8, gt=0, le=1)
+    passes: tuple[float, ...] = (0.55, 0.35, 0.10)
+    long_fraction: float = Field(0.05, ge=0, le=1)
+    long_passes: int = Field(8, ge=1)
+
+
+Subject = Literal["biology", "chemistry", "material", "physics"]
+
+
+class _TaskConfig(Section):
+    # A response ends with the token that completes one of these, as it does with an EOS token.
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+
+
+class ArithmeticConfig(_TaskConfig):
+    """The lab's generated task; `train` and `test` count its questions."""
+
+    name: Literal["arithmetic"] = "arithmetic"
+    train: int = Field(default=1024, ge=1)
+    test: int = Field(default=64, ge=1)
+
+
+class MultipleChoiceConfig(_TaskConfig):
+    """`train` and `test` are JSONL files or hub ids; a hub id without `test` is split 9:1.
+
+    A hub id must have the columns of SciKnowEval; `subject` selects its domain.
+    """
+
+    name: Literal["multiple_choice"] = "multiple_choice"
+    train: str
+    test: str | None = None
+    subject: Subject = "chemistry"
+
+
+class ToolUseConfig(_TaskConfig):
+    """`train` and `test` are JSONL files or hub ids; a hub id without `test` is split 9:1."""
+
+    name: Literal["tool_use"] = "tool_use"
+    train: str
+    test: str | None = None
+
+
+TaskConfig = Annotated[
+    ArithmeticConfig | MultipleChoiceConfig | ToolUseConfig, Field(discriminator="name")
+]
 
 
 class RolloutConfig(Section):

@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 from math import comb, fsum
 
 from sodfast.config import Config
-from sodfast.model import LanguageModel, to_ids
-from sodfast.rollout import Draws, Engine, Sampling
-from sodfast.streams import Stream, draw_key
-from sodfast.tasks import Question, Task
+from sodfast.model.load import LanguageModel, to_ids
+from sodfast.rng import Stream, draw_key
+from sodfast.rollout.engine import Draws, Engine, Sampling
+from sodfast.tasks.base import Question, Task
 
 
 def evaluate(

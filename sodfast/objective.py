@@ -22,7 +22,7 @@ from sodfast_kernels import DistillationOutput, linear_distillation_loss
 from torch import Tensor
 
 from sodfast.config import ObjectiveConfig
-from sodfast.rollout import Sample, sampler_logprob
+from sodfast.rollout.engine import Sample, sampler_logprob
 
 # Bounds of the sampler's mismatch, arXiv 2601.20802.
 MAX_LOG_RATIO, MAX_MISMATCH = 20.0, 2.0

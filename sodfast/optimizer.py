@@ -14,8 +14,8 @@ from torch import Tensor
 
 from sodfast.config import OptimizerConfig
 from sodfast.errors import RunFailed
-from sodfast.sharding import Weights
-from sodfast.streams import Stream, draw_key
+from sodfast.parallel.fsdp import Weights
+from sodfast.rng import Stream, draw_key
 
 
 def build_optimizer(
@@ -47,7 +47,7 @@ def build_optimizer(
 
 
 def alignment(config: OptimizerConfig, dtype: torch.dtype) -> int:
-    """Elements that the state of weights of `dtype` cannot part: see `sodfast.sharding`."""
+    """Elements that the state of weights of `dtype` cannot part: see `sodfast.parallel.fsdp`."""
     return BLOCK if _state(config, dtype) == "8bit" else GROUP
 
 

@@ -19,11 +19,13 @@ from typing import Any, Literal
 import torch
 from torch import OutOfMemoryError, Tensor
 
-from sodfast import checkpoint, optimizer
+from sodfast import optimizer
+from sodfast.collapse import CollapseDetector
 from sodfast.config import Config
-from sodfast.console import Reporter
-from sodfast.diagnostics import (
-    CollapseDetector,
+from sodfast.context import Questions, TeacherContext, choose_demonstrations
+from sodfast.errors import RunFailed
+from sodfast.evaluate import evaluate
+from sodfast.metrics import (
     RewardGain,
     TokenTotals,
     length_metrics,
@@ -31,23 +33,23 @@ from sodfast.diagnostics import (
     reward_metrics,
     summarize,
 )
-from sodfast.distributed import ALONE, Ranks, SharedEngine
-from sodfast.errors import RunFailed
-from sodfast.evaluate import evaluate
-from sodfast.interrupt import Interrupted, Interruption
-from sodfast.model import LanguageModel, to_ids
+from sodfast.model.load import LanguageModel, to_ids
+from sodfast.model.packing import micro_batches, response_hidden
 from sodfast.objective import group_advantages, micro_batch_loss, sequence_weights
-from sodfast.packing import micro_batches, response_hidden
-from sodfast.phases import PhaseClock, explained
-from sodfast.questions import Questions
-from sodfast.rollout import Draws, Engine, Sample, Sampling
-from sodfast.rundir import RunDirectory, fingerprint
+from sodfast.parallel.fsdp import ShardedWeights, Weights
+from sodfast.parallel.ranks import ALONE, Ranks
+from sodfast.rng import PromptOrder, Stream, draw_key, generator
+from sodfast.rollout.engine import Draws, Engine, Sample, Sampling
+from sodfast.rollout.shared import SharedEngine
+from sodfast.run import checkpoint
+from sodfast.run.console import Reporter
+from sodfast.run.directory import RunDirectory, fingerprint
+from sodfast.run.interrupt import Interrupted, Interruption
+from sodfast.run.loggers import Logger
+from sodfast.run.phases import PhaseClock, explained
 from sodfast.schedule import StepStatistics, build_schedule
-from sodfast.sharding import ShardedWeights, Weights
-from sodfast.sinks import Logger
-from sodfast.streams import PromptOrder, Stream, draw_key, generator
-from sodfast.tasks import Question, Task
-from sodfast.teacher import Teacher, TeacherContext, TeacherScores, choose_demonstrations
+from sodfast.tasks.base import Question, Task
+from sodfast.teacher import Teacher, TeacherScores
 
 Status = Literal["done", "collapsed", "interrupted", "failed"]
 

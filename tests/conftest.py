@@ -15,14 +15,14 @@ import torch
 from pair import Pair
 from transformers.utils.logging import disable_progress_bar
 
-from sodfast import lab
 from sodfast.cli import main
-from sodfast.config import load_config
-from sodfast.console import Reporter
-from sodfast.model import LanguageModel, load_model
-from sodfast.rundir import read_lines, stored_config
-from sodfast.session import build_trainer
-from sodfast.tasks import ArithmeticConfig
+from sodfast.commands import build_trainer
+from sodfast.config import ArithmeticConfig, load_config
+from sodfast.lab.model import build_tokenizer
+from sodfast.model.load import LanguageModel, load_model
+from sodfast.run.console import Reporter
+from sodfast.run.directory import stored_config
+from sodfast.run.files import read_lines
 from sodfast.tasks.arithmetic import ArithmeticTask
 from sodfast.trainer import Trainer
 
@@ -51,7 +51,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     `TASK` by heart and gets about every second one wrong."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    tokenizer = lab.build_tokenizer()
+    tokenizer = build_tokenizer()
     torch.manual_seed(0)
     network = Qwen3ForCausalLM(
         Qwen3Config(

@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sodfast import evaluate as evaluation
-from sodfast.config import Config, EvalConfig
+from sodfast.config import ArithmeticConfig, Config, EvalConfig
 from sodfast.evaluate import best_at_k, evaluation_metrics, majority_at_k
-from sodfast.rollout import Draws, Sample, Sampling
-from sodfast.streams import Stream, draw_key
-from sodfast.tasks import ArithmeticConfig, Question
+from sodfast.rng import Stream, draw_key
+from sodfast.rollout.engine import Draws, Sample, Sampling
+from sodfast.tasks.base import Question
 
 REWARDS = st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0, -1.0]), min_size=1, max_size=8)
 

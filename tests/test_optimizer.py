@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sodfast.config import OptimizerConfig, load_config
 from sodfast.errors import RunFailed, UsageError
 from sodfast.optimizer import build_optimizer, update
-from sodfast.sharding import Weights
+from sodfast.parallel.fsdp import Weights
 
 FUSED = ("8bit", "fp32", "exact")
 

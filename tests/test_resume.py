@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from sodfast import checkpoint
 from sodfast.errors import UsageError
-from sodfast.interrupt import Interrupted
-from sodfast.rundir import read_lines
+from sodfast.run import checkpoint
+from sodfast.run.files import read_lines
+from sodfast.run.interrupt import Interrupted
 from sodfast.trainer import Trainer
 
 Train = Callable[..., Any]

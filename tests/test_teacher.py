@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sodfast import lab
+from sodfast.commands import build_trainer
 from sodfast.config import (
     CGTRConfig,
     EMAConfig,
@@ -24,14 +24,15 @@ from sodfast.config import (
     TrustRegionConfig,
     load_config,
 )
-from sodfast.console import Reporter
+from sodfast.context import TeacherContext, choose_demonstrations
 from sodfast.errors import UsageError
-from sodfast.model import LanguageModel
-from sodfast.packing import own_attention
+from sodfast.lab.model import build_tokenizer
+from sodfast.model.load import LanguageModel
+from sodfast.model.packing import own_attention
+from sodfast.run.console import Reporter
 from sodfast.schedule import Decision
-from sodfast.session import build_trainer
-from sodfast.tasks import Question
-from sodfast.teacher import Teacher, TeacherContext, choose_demonstrations
+from sodfast.tasks.base import Question
+from sodfast.teacher import Teacher
 
 KEEP, COPY = Decision("keep"), Decision("copy")
 CONTEXTS = [torch.tensor([3, 9, 4, 14]), None, torch.tensor([7])]
@@ -284,7 +285,7 @@ def test_a_model_that_cannot_be_streamed_is_refused_before_the_run(
     def refuse(network: Any) -> None:
         raise UsageError("set teacher.storage=device")
 
-    monkeypatch.setattr("sodfast.session.decoder_layers", refuse)
+    monkeypatch.setattr("sodfast.commands.decoder_layers", refuse)
     with pytest.raises(UsageError, match=r"teacher\.storage=device"):
         build(tmp_path / "run", "teacher.storage=host")
     assert not (tmp_path / "run").exists()
@@ -345,7 +346,7 @@ TEMPLATES = {
 
 
 def context(chat: bool, **changes: Any) -> TeacherContext:
-    tokenizer = lab.build_tokenizer()
+    tokenizer = build_tokenizer()
     tokenizer.chat_template = CHAT if chat else None
     model = LanguageModel(None, tokenizer, (1,), 0)
     return TeacherContext(TeacherConfig(**{**TEMPLATES, **changes}), model)

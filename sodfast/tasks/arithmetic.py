@@ -10,8 +10,9 @@ from functools import cache
 
 import numpy as np
 
+from sodfast.config import ArithmeticConfig
 from sodfast.errors import UsageError
-from sodfast.tasks import ArithmeticConfig, Question
+from sodfast.tasks.base import Question
 
 LEFT_FACTORS = range(2, 20)
 RIGHT_FACTORS = range(2, 10)

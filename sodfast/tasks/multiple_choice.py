@@ -2,9 +2,9 @@
 
 import re
 
+from sodfast.config import MultipleChoiceConfig
 from sodfast.errors import UsageError
-from sodfast.tasks import Question
-from sodfast.tasks.config import MultipleChoiceConfig
+from sodfast.tasks.base import Question
 from sodfast.tasks.rows import Row, load_questions
 
 SYSTEM = """\

@@ -5,9 +5,9 @@ import re
 from collections import Counter
 from typing import Any, NamedTuple
 
+from sodfast.config import ToolUseConfig
 from sodfast.errors import UsageError
-from sodfast.tasks import Question
-from sodfast.tasks.config import ToolUseConfig
+from sodfast.tasks.base import Question
 from sodfast.tasks.rows import load_questions, strict_json
 
 _MARKER = re.compile(r"Action Input:|Action:([^\r\n]*)")

@@ -1,0 +1,420 @@
+"""The native engine against `generate`, against itself in other company, and its refusals."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from sodfast.config import LoRAConfig
+from sodfast.errors import UsageError
+from sodfast.model.attention import PackedAttention, SlotAttention
+from sodfast.model.load import LanguageModel, trained_parameters
+from sodfast.model.lora import add_adapters
+from sodfast.rollout import native
+from sodfast.rollout.decoder import Cache, Decoder, unsupported
+from sodfast.rollout.engine import Draws, Sample, Sampling
+from sodfast.rollout.hf import HFEngine
+from sodfast.rollout.native import NativeEngine
+
+EOS = 0
+SHAPE: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "initializer_range": 0.15,
+    "eos_token_id": EOS,
+    "pad_token_id": 1,
+    "bos_token_id": None,
+}
+NETWORKS: dict[str, Any] = {
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE, tie_word_embeddings=True)),
+    "qwen2-window": lambda: Qwen2ForCausalLM(
+        Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=9, max_window_layers=1)
+    ),
+    "qwen3": lambda: Qwen3ForCausalLM(
+        Qwen3Config(**{**SHAPE, "num_attention_heads": 4, "num_key_value_heads": 2}, head_dim=40)
+    ),
+    "llama": lambda: LlamaForCausalLM(
+        LlamaConfig(
+            **SHAPE,
+            attention_bias=True,
+            mlp_bias=True,
+            rope_parameters={
+                "rope_type": "llama3",
+                "rope_theta": 10_000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            },
+        )
+    ),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=None)),
+    "mistral-window": lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=11)),
+}
+
+
+def tiny(name: str) -> LanguageModel:
+    torch.manual_seed(0)
+    network = NETWORKS[name]()
+    with torch.no_grad():
+        for path, parameter in network.named_parameters():
+            if path.endswith("bias") or "norm" in path:  # ones and zeros would hide a mistake
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return LanguageModel(network.eval(), None, (EOS,), 1)
+
+
+@pytest.fixture(params=NETWORKS)
+def any_model(request: pytest.FixtureRequest) -> LanguageModel:
+    return tiny(request.param)
+
+
+def ragged(count: int, longest: int = 23) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(count)
+    lengths = torch.randint(1, longest + 1, (count,), generator=generator).tolist()
+    return [torch.randint(2, 97, (length,), generator=generator) for length in lengths]
+
+
+def answer(engine: Any, prompts: Sequence[Tensor], cap: int, **sampling: Any) -> list[Sample]:
+    wanted = Sampling(**{"temperature": 1.0, "top_p": 1.0, "max_new_tokens": cap, **sampling})
+    return engine.generate(prompts, range(len(prompts)), wanted, Draws(2**63 + 11, 4))
+
+
+def equal_bits(left: Sequence[Sample], right: Sequence[Sample]) -> bool:
+    return len(left) == len(right) and all(
+        a.response.equal(b.response)
+        and a.logprob.equal(b.logprob)
+        and a.entropy.equal(b.entropy)
+        and a.capped == b.capped
+        for a, b in zip(left, right, strict=True)
+    )
+
+
+def test_greedy_is_generate_token_for_token(any_model: LanguageModel) -> None:
+    """Ragged prompts, 200 new tokens, 3 slots that are refilled. Random networks repeat
+    themselves, which would hide a wrong position; an entropy above 0.5 nats says they do not."""
+    prompts = ragged(8)
+    greedy = answer(NativeEngine(any_model, 3), prompts, 200, temperature=0.0)
+    for prompt, sample in zip(prompts, greedy, strict=True):
+        expected = any_model.network.generate(
+            input_ids=prompt[None],
+            attention_mask=torch.ones_like(prompt)[None],
+            do_sample=False,
+            max_new_tokens=200,
+            eos_token_id=EOS,
+            pad_token_id=1,
+        )[0, len(prompt) :]
+        assert sample.response.equal(expected)
+    assert max(len(sample.response) for sample in greedy) == 200
+    assert torch.cat([sample.entropy for sample in greedy]).mean() > 0.5
+
+
+def test_samples_and_logprobs_are_those_of_hf_and_of_a_teacher_forced_forward(
+    any_model: LanguageModel,
+) -> None:
+    prompts = ragged(20)
+    ours = answer(NativeEngine(any_model, 7), prompts, 60, temperature=0.8)
+    theirs = answer(HFEngine(any_model, 64), prompts, 60, temperature=0.8)
+    assert len({len(sample.response) for sample in ours}) > 5
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.response.equal(b.response) and a.capped == b.capped
+        ids = torch.cat([a.prompt, a.response])
+        with torch.no_grad():
+            logits = any_model.network(ids[None]).logits[0, len(a.prompt) - 1 : -1].double() / 0.8
+        logprob = logits.log_softmax(-1)
+        expected = logprob.gather(1, a.response[:, None])[:, 0]
+        torch.testing.assert_close(a.logprob.double(), expected, rtol=0, atol=1e-5)
+        entropy = -(logprob.exp() * logprob).sum(-1)
+        torch.testing.assert_close(a.entropy.double(), entropy, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama", "mistral-window"])
+def test_company_and_order_change_no_bit(name: str) -> None:
+    """Alone, among 64, in few slots, in another order, with another width of cache."""
+    model = tiny(name)
+    prompts = [prompt for prompt in ragged(16) for _ in range(4)]
+    together = answer(NativeEngine(model, 64), prompts, 40)
+    assert len({len(sample.response) for sample in together}) > 10
+    for slots in (1, 5, 16, 33):
+        assert equal_bits(answer(NativeEngine(model, slots), prompts, 40), together)
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(1)).tolist()
+    shuffled = NativeEngine(model, 64).generate(
+        [prompts[index] for index in order], order, Sampling(1.0, 1.0, 40), Draws(2**63 + 11, 4)
+    )
+    assert equal_bits(shuffled, [together[index] for index in order])
+    for index in (0, 17, 63):
+        alone = NativeEngine(model, 64).generate(
+            [prompts[index]], [index], Sampling(1.0, 1.0, 40), Draws(2**63 + 11, 4)
+        )
+        assert equal_bits(alone, [together[index]])
+    longer = answer(NativeEngine(model, 64), prompts, 90)
+    for short, long in zip(together, longer, strict=True):
+        assert long.logprob[: len(short.logprob)].equal(short.logprob)
+
+
+def test_a_truncated_draw_is_the_same_in_any_company() -> None:
+    model = tiny("qwen3")
+    prompts = [prompt for prompt in ragged(6) for _ in range(5)]
+    for truncation in ({"top_p": 0.8}, {"top_k": 7}, {"top_p": 0.9, "top_k": 20}):
+        together = answer(NativeEngine(model, 64), prompts, 30, temperature=0.6, **truncation)
+        apart = answer(NativeEngine(model, 3), prompts, 30, temperature=0.6, **truncation)
+        assert equal_bits(together, apart)
+
+
+def test_a_prompt_is_prefilled_once_for_the_samples_that_start_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, seen = tiny("qwen3"), []
+    forward = Decoder.forward
+
+    def counting(self: Decoder, token: Tensor, position: Tensor, attend: Any) -> Tensor:
+        seen.append(len(token))
+        return forward(self, token, position, attend)
+
+    monkeypatch.setattr(Decoder, "forward", counting)
+    prompts = [prompt for prompt in ragged(4) for _ in range(8)]
+    answer(NativeEngine(model, 64), prompts, 2)
+    tokens = sum(len(prompt) for prompt in prompts[::8])
+    assert seen[0] == tokens + -tokens % native.CPU_ROWS
+
+
+def test_long_prompts_are_prefilled_in_several_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompts = tiny("llama"), ragged(9, longest=30)
+    whole = answer(NativeEngine(model, 64), prompts, 12)
+    monkeypatch.setattr(native, "PREFILL_TOKENS", 20)
+    assert equal_bits(answer(NativeEngine(model, 64), prompts, 12), whole)
+
+
+def test_logits_of_16_bit_weights_are_not_rounded_to_16_bits() -> None:
+    network = NETWORKS["qwen3"]().bfloat16()
+    decoder = Decoder(network, 16)
+    hidden_TH = 30 * torch.randn(5, SHAPE["hidden_size"]).bfloat16()
+    logits_TV = decoder.logits(hidden_TH)
+    normed_TH = network.model.norm(hidden_TH).detach()
+    exact_TV = normed_TH.double() @ network.lm_head.weight.detach().double().T
+    assert logits_TV.dtype == torch.float32
+    torch.testing.assert_close(logits_TV.double(), exact_TV, rtol=1e-5, atol=1e-5)
+
+
+def test_new_weights_are_used_at_once() -> None:
+    """In place as an optimizer writes them, or a parameter replaced as a whole."""
+    model, prompts = tiny("qwen3"), ragged(6)
+    engine = NativeEngine(model, 4)
+    before = answer(engine, prompts, 20)
+    with torch.no_grad():
+        model.network.model.layers[1].mlp.down_proj.weight.mul_(1.5)
+    after = answer(engine, prompts, 20)
+    assert equal_bits(after, answer(NativeEngine(model, 4), prompts, 20))
+    assert not equal_bits(after, before)
+    model.network.model.layers[0].self_attn.q_norm.weight = torch.nn.Parameter(torch.ones(40))
+    assert not equal_bits(answer(engine, prompts, 20), after)
+    theirs = answer(HFEngine(model, 8), prompts, 20)
+    ours = answer(engine, prompts, 20)
+    assert all(a.response.equal(b.response) for a, b in zip(ours, theirs, strict=True))
+
+
+def with_adapters(model: LanguageModel, rank: int = 4) -> LanguageModel:
+    model = add_adapters(model, LoRAConfig(rank=rank), 0)
+    move_adapters(model, 0)
+    return model
+
+
+def move_adapters(model: LanguageModel, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in trained_parameters(model.network).values():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+
+
+def test_adapters_are_heard(any_model: LanguageModel) -> None:
+    """Under LoRA, too, as `generate` answers, and with the adapters as they are now."""
+    prompts = ragged(6)
+    before = answer(NativeEngine(any_model, 3), prompts, 30)
+    model = with_adapters(any_model)
+    assert unsupported(model.network) is None
+    engine = NativeEngine(model, 3)
+    for seed in (1, 2):
+        ours = answer(engine, prompts, 30)
+        for a, b in zip(ours, answer(HFEngine(model, 8), prompts, 30), strict=True):
+            assert a.response.equal(b.response)
+            torch.testing.assert_close(a.logprob, b.logprob, rtol=1e-4, atol=1e-4)
+        assert not equal_bits(ours, before)
+        before = ours
+        move_adapters(model, seed)
+
+
+@pytest.mark.parametrize("rank", [1, 4, 5])
+def test_adapters_answer_the_same_in_other_company(rank: int) -> None:
+    model, prompts = with_adapters(tiny("qwen3"), rank), ragged(20)
+    together = answer(NativeEngine(model, 64), prompts, 30)
+    assert equal_bits(answer(NativeEngine(model, 5), prompts, 30), together)
+
+
+def test_old_cache_memory_changes_nothing() -> None:
+    """A CPU keeps the cache's memory from call to call, with what stood in it."""
+    model = tiny("mistral")
+    engine = NativeEngine(model, 64)
+    answer(engine, ragged(40, longest=50), 60)
+    engine.memory.fill_(1e3)
+    assert equal_bits(
+        answer(engine, ragged(12), 30), answer(NativeEngine(model, 64), ragged(12), 30)
+    )
+
+
+def test_a_short_budget_means_fewer_slots_and_the_same_answers() -> None:
+    model, prompts = tiny("qwen3"), ragged(40)
+    width = max(len(prompt) for prompt in prompts) + 30
+    slot_gib = (width + -width % 16) * Cache.bytes_per_token(model.network) / 2**30
+    free = answer(NativeEngine(model, 64), prompts, 30)
+    engine = NativeEngine(model, 64, cache_gib=31.9 * slot_gib)
+    assert engine.slots(width) == 16
+    assert equal_bits(answer(engine, prompts, 30), free)
+    assert engine.memory.nbytes <= 31.9 * slot_gib * 2**30
+    small = NativeEngine(model, 64, cache_gib=15.9 * slot_gib)
+    with pytest.raises(UsageError, match=r"lower rollout.max_new_tokens.*rollout.cache_gib"):
+        small.require(width)
+    with pytest.raises(UsageError, match=rf"{width} tokens"):
+        answer(small, prompts, 30)
+
+
+def test_bytes_per_token_are_those_of_the_cache(any_model: LanguageModel) -> None:
+    cache = Cache(Decoder(any_model.network, 8), 5, 8)
+    assert cache.memory.nbytes == 5 * 8 * Cache.bytes_per_token(any_model.network)
+
+
+def test_what_the_forward_does_not_know_is_named() -> None:
+    assert unsupported(tiny("qwen3").network) is None
+    network = tiny("llama").network
+    network.config.hidden_act = "gelu"
+    assert "gelu" in str(unsupported(network))
+    network = tiny("llama").network
+    network.model.rotary_emb.rope_type = "dynamic"
+    assert "dynamic" in str(unsupported(network))
+    network = tiny("llama").network
+    network.model.layers[1].mlp.up_proj = torch.nn.Sequential(network.model.layers[1].mlp.up_proj)
+    assert "model.layers.1.mlp.up_proj is a Sequential" in str(unsupported(network))
+
+
+# ---------------------------------------------------------------- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_gpu_in_fp32_draws_what_generate_draws_there(name: str) -> None:
+    model = tiny(name)
+    model.network.to("cuda")
+    prompts = ragged(20)
+    for sampling in ({"temperature": 0.0}, {"temperature": 0.8}, {"top_p": 0.9}):
+        ours = answer(NativeEngine(model, 7), prompts, 60, **sampling)
+        theirs = answer(HFEngine(model, 64), prompts, 60, **sampling)
+        for a, b in zip(ours, theirs, strict=True):
+            assert a.response.equal(b.response)
+            torch.testing.assert_close(a.logprob, b.logprob, rtol=0, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_repeats_itself_within_a_bucket(dtype: torch.dtype) -> None:
+    """8 slots throughout: the same graph, whichever the company. In bf16 FlashAttention runs,
+    and a teacher-forced forward agrees to its rounding."""
+    model = tiny("qwen3")
+    model.network.to("cuda", dtype)
+    prompts = [prompt for prompt in ragged(16, longest=40) for _ in range(2)]
+    together = answer(NativeEngine(model, 8), prompts, 50)
+    assert equal_bits(answer(NativeEngine(model, 8), prompts, 50), together)
+    order = torch.randperm(32, generator=torch.Generator().manual_seed(1)).tolist()
+    shuffled = NativeEngine(model, 8).generate(
+        [prompts[index] for index in order], order, Sampling(1.0, 1.0, 50), Draws(2**63 + 11, 4)
+    )
+    same = [a.response.equal(together[i].response) for a, i in zip(shuffled, order, strict=True)]
+    assert sum(same) >= (32 if dtype == torch.float32 else 24)
+    for sample in together[:8]:
+        ids = torch.cat([sample.prompt, sample.response]).cuda()
+        with torch.no_grad():
+            logits = model.network(ids[None]).logits[0, len(sample.prompt) - 1 : -1].float()
+        expected = logits.log_softmax(-1).gather(1, sample.response.cuda()[:, None])[:, 0].cpu()
+        atol = 1e-4 if dtype == torch.float32 else 0.1
+        torch.testing.assert_close(sample.logprob, expected, rtol=0, atol=atol)
+
+
+# ---------------------------------------------------------------- attention
+
+
+def attend_plainly(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, seen: Tensor, softcap: float | None = None
+) -> Tensor:
+    """softmax(q·k·scale) v in fp64: q [Q, A, D], k and v [L, K, D], seen [Q, L]."""
+    k, v = (x.double().repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    scores = torch.einsum("qad,lad->aql", q.double(), k) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    return torch.einsum("aql,lad->qad", weights, v)
+
+
+@pytest.mark.parametrize("softcap", [None, 0.5])
+@pytest.mark.parametrize("window", [None, 1, 3, 100])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_packed_attention_keeps_sequences_apart(
+    kv_heads: int, window: int | None, softcap: float | None
+) -> None:
+    """Values and gradients; lengths that stand alone and runs of equal ones."""
+    generator = torch.Generator().manual_seed(3)
+    lengths, padding = [5, 1, 9, 9, 9, 2, 2, 5], 3
+    total = sum(lengths) + padding
+    q = torch.randn(total, 4, 8, generator=generator).requires_grad_()
+    k, v = torch.randn(2, total, kv_heads, 8, generator=generator).requires_grad_()
+    attention = PackedAttention(lengths, torch.device("cpu"), q.dtype)
+    attended = attention(q, k, v, 0.3, window, softcap)
+    assert attended.shape == q.shape and not attended[sum(lengths) :].any()
+    parts, start = [], 0
+    for length in lengths:
+        part = slice(start, start + length)
+        back = torch.arange(length)[:, None] - torch.arange(length)
+        seen = (back >= 0) & (back < (window or length))
+        parts.append(attend_plainly(q[part], k[part], v[part], 0.3, seen, softcap))
+        start += length
+    expected = torch.cat(parts)
+    torch.testing.assert_close(attended[:start].double(), expected, rtol=0, atol=1e-5)
+    upstream = torch.randn(expected.shape, generator=generator)
+    inputs = q, k, v
+    found = torch.autograd.grad(attended[:start], inputs, upstream, retain_graph=True)
+    exact = torch.autograd.grad(expected, inputs, upstream.double())
+    for gradient, reference in zip(found, exact, strict=True):
+        torch.testing.assert_close(gradient, reference, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 100])
+@pytest.mark.parametrize("kernel", ["_products", "_sdpa"])
+def test_slot_attention_sees_what_is_cached(kernel: str, window: int | None) -> None:
+    """Both on the memory order of a CPU's cache; `_sdpa` is what a GPU without FlashAttention
+    runs."""
+    generator = torch.Generator().manual_seed(4)
+    used = torch.tensor([1, 4, 11, 7], dtype=torch.int32)
+    keys = torch.randn(6, 2, 8, 16, generator=generator).permute(0, 3, 1, 2)
+    values = torch.randn(6, 2, 16, 8, generator=generator).transpose(1, 2)
+    q = torch.randn(4, 4, 8, generator=generator)
+    attention = SlotAttention(used, 12, q.dtype)
+    attention.attend = getattr(attention, kernel)
+    attended = attention(q, keys, values, 0.4, window)
+    for row, count in enumerate(used.tolist()):
+        seen = torch.arange(count)[None] >= count - (window or count)
+        expected = attend_plainly(
+            q[row : row + 1], keys[row, :count], values[row, :count], 0.4, seen
+        )
+        torch.testing.assert_close(attended[row : row + 1].double(), expected, rtol=0, atol=1e-5)

@@ -1,0 +1,455 @@
+"""Study files: how they expand, what they are called, what is refused, and the table."""
+
+import csv
+import fcntl
+import itertools
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sodfast.config import load_config
+from sodfast.errors import UsageError
+from sodfast.study.definition import (
+    LAST_STEPS,
+    STUDIES,
+    Study,
+    failure_path,
+    find_study,
+    load_study,
+    lock_path,
+    open_study,
+    read_runs,
+    run_path,
+    write_table,
+)
+
+SCHEDULES = [{"kind": "fixed"}, {"kind": "hard", "every": 50}, {"kind": "ema", "rate": 0.04}]
+
+
+def write(folder: Path, **study: Any) -> Path:
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump({"base": "lab", **study}, sort_keys=False))
+    return path
+
+
+def names(study: Study) -> list[str]:
+    return [trial.name for trial in study.trials()]
+
+
+# ---------------------------------------------------------------- expansion
+
+
+def test_trials_are_the_product_in_file_order(tmp_path: Path) -> None:
+    axes = {"schedule": SCHEDULES, "seed": [3, 1]}
+    study = load_study(write(tmp_path, axes=axes, overrides={"steps": 7}))
+    assert names(study) == [
+        "fixed,seed3",
+        "fixed,seed1",
+        "hard-every50,seed3",
+        "hard-every50,seed1",
+        "ema-rate0.04,seed3",
+        "ema-rate0.04,seed1",
+    ]
+    third = study.trials()[2]
+    assert third.point == {"schedule": "hard-every50", "seed": "3"}
+    assert load_config("lab", third.overrides) == third.config
+    assert third.config == load_config(
+        "lab", ["steps=7", "schedule.kind=hard", "schedule.every=50", "seed=3"]
+    )
+
+
+def test_overrides_may_be_nested_or_dotted_and_change_only_what_they_name(tmp_path: Path) -> None:
+    nested = {"optimizer": {"lr": 1e-3}, "schedule": {"kind": "hard", "every": 3}}
+    dotted = {"optimizer.lr": 1e-3, "schedule.kind": "hard", "schedule.every": 3}
+    (first,) = load_study(write(tmp_path, overrides=nested, axes={"seed": [0]})).trials()
+    (second,) = load_study(write(tmp_path, overrides=dotted, axes={"seed": [0]})).trials()
+    assert first == second and first.config == second.config
+    plain = load_config("lab", [])
+    assert first.config.optimizer == plain.optimizer.model_copy(update={"lr": 1e-3})
+
+
+def test_texts_of_the_command_line_join_the_overrides(tmp_path: Path) -> None:
+    path = write(tmp_path, overrides={"steps": 7, "eval.every": 3}, axes={"seed": [0]})
+    (trial,) = load_study(path, ["steps=9", "optimizer.lr=1e-5", "log.sinks=[]"]).trials()
+    assert (trial.config.steps, trial.config.eval.every) == (9, 3)
+    assert trial.config.optimizer.lr == 1e-5
+
+
+def test_a_base_file_lies_beside_the_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "studies"
+    folder.mkdir()
+    (folder / "mine.yaml").write_text("steps: 11\ntask: {name: arithmetic}\n")
+    write(folder, base="mine.yaml", axes={"seed": [0]})
+    monkeypatch.chdir(tmp_path)
+    (trial,) = load_study(Path("studies/study.yaml")).trials()
+    assert trial.config.steps == 11
+
+
+def test_a_later_axis_may_refine_the_group_of_an_earlier_one(tmp_path: Path) -> None:
+    axes = {"schedule": [{"kind": "ema"}, {"kind": "trust_region"}], "schedule.rate": [0.1, 0.2]}
+    study = load_study(write(tmp_path, axes=axes))
+    assert names(study)[:2] == ["ema,rate0.1", "ema,rate0.2"]
+    assert [trial.config.schedule.rate for trial in study.trials()] == [0.1, 0.2] * 2  # type: ignore[union-attr]
+
+
+values = {
+    "seed": st.integers(0, 2**63 - 1),
+    "optimizer.lr": st.floats(0, 1e3),
+    "collapse.eval_floor": st.floats(0, 1),
+    "objective.top_k": st.none() | st.integers(1, 9),
+    "collapse.stop": st.booleans(),
+    "log.project": st.text(st.characters(exclude_categories=("Cs", "Cc"), exclude_characters="$")),
+    "schedule": st.fixed_dictionaries({"kind": st.just("hard"), "every": st.integers(1, 99)}),
+}
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.sampled_from(sorted(values)), min_size=1, max_size=3, unique=True).flatmap(
+        lambda keys: st.fixed_dictionaries(
+            {key: st.lists(values[key], min_size=1, max_size=2, unique_by=repr) for key in keys}
+        )
+    )
+)
+def test_every_value_arrives_unchanged_and_every_name_is_a_distinct_folder(
+    axes: dict[str, list[Any]],
+) -> None:
+    study = Study(base="lab", axes=axes)
+    try:
+        trials = study.trials()
+    except UsageError as error:  # labels that differ only in characters no folder should have
+        assert "two trials are named" in str(error) or "too long" in str(error)
+        return
+    assert len({trial.name for trial in trials}) == len(trials)
+    for trial, point in zip(trials, itertools.product(*axes.values()), strict=True):
+        assert "/" not in trial.name and not trial.name.startswith((".", "-"))
+        assert "=" not in trial.name and trial.name.isascii()
+        for key, value in zip(axes, point, strict=True):
+            found: Any = trial.config.model_dump(mode="json")
+            for part in key.split("."):
+                found = found[part]
+            assert found == value
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.lists(st.integers(0, 99), min_size=1, max_size=4, unique=True), st.integers(100, 200))
+def test_more_values_leave_the_names_of_the_others(seeds: list[int], more: int) -> None:
+    fewer = Study(base="lab", axes={"seed": seeds, "schedule": SCHEDULES[:1]})
+    longer = Study(base="lab", axes={"seed": [*seeds, more], "schedule": SCHEDULES})
+    assert {trial.name: trial.config for trial in fewer.trials()}.items() <= {
+        trial.name: trial.config for trial in longer.trials()
+    }.items()
+
+
+NAMES = {
+    "a group": ({"optimizer": [{"lr": 0.1, "clip_norm": 2.0}]}, "lr0.1-clip_norm2.0"),
+    "a whole default": ({"eval": [{}]}, "eval-default"),
+    "words": ({"teacher.context": ["none"]}, "context-none"),
+    "a list": ({"schedule.gates": [["reward", "length"]]}, "gates-reward+length"),
+    "an empty list": ({"schedule.gates": [[]]}, "gates-none"),
+    "nothing": ({"objective.top_k": [None]}, "top_k-null"),
+    "the same last word": (
+        {"eval.temperature": [0.5], "rollout.temperature": [1.0]},
+        "eval.temperature0.5,rollout.temperature1.0",
+    ),
+    "a path": ({"log.project": ["a/b c"]}, "project-a-b-c"),
+    "a nested group": (
+        {"schedule": [{"kind": "cgtr", "gates": ["reward"]}]},
+        "cgtr-gates-reward",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NAMES)
+def test_names_say_what_is_varied(tmp_path: Path, case: str) -> None:
+    axes, name = NAMES[case]
+    assert names(load_study(write(tmp_path, axes=axes))) == [name]
+
+
+def test_long_values_are_told_apart(tmp_path: Path) -> None:
+    study = load_study(write(tmp_path, axes={"log.project": ["x" * 99 + "a", "x" * 99 + "b"]}))
+    first, second = names(study)
+    assert first != second and max(len(first), len(second)) <= 60
+
+
+# ---------------------------------------------------------------- refusals
+
+
+MISTAKES: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "an axis that names no key": ({"axes": {"optimizer.lrr": [1]}}, ["optimizer.lrr", "lr?"]),
+    "an axis of no group": ({"axes": {"sede": [1]}}, ["sede", "seed"]),
+    "an empty axis": ({"axes": {"seed": []}}, ["axes.seed", "empty"]),
+    "no axes": ({"axes": {}}, ["axes", "empty"]),
+    "axes left out": ({}, ["axes"]),
+    "a value for a list": ({"axes": {"seed": 3}}, ["axes.seed", "list", "3"]),
+    "a nested axis": ({"axes": {"optimizer": {"lr": [1]}}}, ["axes.optimizer", "dotted"]),
+    "a wrong type": ({"axes": {"seed": [0, "one"]}}, ["seed", "one"]),
+    "an unknown section": ({"axis": {"seed": [0]}, "axes": {"seed": [0]}}, ["axis", "axes"]),
+    "an unknown override": (
+        {"overrides": {"stepz": 3}, "axes": {"seed": [0]}},
+        ["stepz", "steps"],
+    ),
+    "a value twice": ({"axes": {"seed": [4, 4]}}, ["seed4", "seed=4"]),
+    "two spellings of one value": (
+        {"axes": {"optimizer.lr": [1, 1.0]}},
+        ["lr1 ", "lr1.0", "same configuration"],
+    ),
+    "values that differ in a slash": (
+        {"axes": {"log.project": ["a/b", "a b"]}},
+        ["project-a-b", "a/b", "a b"],
+    ),
+    "values that differ in case": (
+        {"axes": {"log.project": ["a", "A"]}},
+        ["named project-A", 'project="a"', 'project="A"'],
+    ),
+    "a default spelled out": (
+        {"axes": {"schedule": [{"kind": "hard"}, {"kind": "hard", "every": 50}]}},
+        ["hard ", "hard-every50", "same configuration"],
+    ),
+    "an axis that is overridden": (
+        {"axes": {"seed": [0]}, "overrides": {"seed": 1}},
+        ["seed", "axis", "override"],
+    ),
+    "a group over its own override": (
+        {"axes": {"schedule": SCHEDULES}, "overrides": {"schedule": {"min_isolation": 3}}},
+        ["axis schedule", "schedule.min_isolation"],
+    ),
+    "a group after its own key": (
+        {"axes": {"schedule.every": [1, 2], "schedule": SCHEDULES[1:2]}},
+        ["axis schedule", "schedule.every"],
+    ),
+    "out as an axis": ({"axes": {"out": ["a", "b"]}}, ["out="]),
+    "out as an override": ({"axes": {"seed": [0]}, "overrides": {"out": "a"}}, ["out="]),
+    "a missing base": ({"base": "nowhere.yaml", "axes": {"seed": [0]}}, ["nowhere.yaml"]),
+    "an impossible combination": (
+        {"axes": {"rollout.samples_per_prompt": [4, 1]}},
+        ["samples_per_prompt1", "teacher.context"],
+    ),
+    "a key of another kind": (
+        {"axes": {"schedule.kind": ["hard", "fixed"]}, "overrides": {"schedule.every": 2}},
+        ["schedule.every"],
+    ),
+    "too many long values": (
+        {"axes": {f"teacher.{k}template": ["{" + n + "}" + "x" * 99] for k, n in (
+            ("demonstration_", "demonstration"), ("feedback_", "feedback"))}
+            | {"log.project": ["y" * 99], "model.path": ["z" * 99]}},
+        ["too long"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_is_one_line(tmp_path: Path, case: str) -> None:
+    study, named = MISTAKES[case]
+    path = write(tmp_path, **study)
+    with pytest.raises(UsageError) as caught:
+        load_study(path)
+    message = str(caught.value)
+    assert message.startswith(str(path)) and "\n" not in message
+    for text in named:
+        assert text in message
+
+
+TEXTS = {
+    "empty": "",
+    "a list": "- base\n",
+    "broken": "base: [lab\naxes: }",
+    "a key twice": "base: lab\naxes: {seed: [0], seed: [1]}\n",
+    "bytes": "base: lab\naxes: {log.project: [!!binary aGk=]}\n",
+    "numbers as keys": "base: lab\naxes: {1: [0]}\n",
+    "an unknown reference": "base: lab\naxes: {seed: ['${nothing}']}\n",
+}
+
+
+@pytest.mark.parametrize("case", TEXTS)
+def test_a_file_that_is_no_study(tmp_path: Path, case: str) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text(TEXTS[case])
+    with pytest.raises(UsageError, match=r"study\.yaml"):
+        load_study(path)
+
+
+@pytest.mark.parametrize("text", ["seed=3", "steps", "stepz=3", "out=x"])
+def test_a_text_that_cannot_join(tmp_path: Path, text: str) -> None:
+    with pytest.raises(UsageError, match=text.partition("=")[0]):
+        load_study(write(tmp_path, axes={"seed": [0, 1]}), [text])
+
+
+def test_find_study(tmp_path: Path) -> None:
+    path = write(tmp_path, axes={"seed": [0]})
+    assert find_study(str(path)) == path
+    for name in ("nowhere", str(tmp_path)):
+        with pytest.raises(UsageError, match="no study file"):
+            find_study(name)
+
+
+@pytest.mark.parametrize("path", sorted(STUDIES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_studies_are_found_by_name(path: Path) -> None:
+    assert find_study(path.stem) == path
+
+
+def test_expanding_needs_no_torch() -> None:
+    code = (
+        "import sodfast.study.definition, sodfast.study.sweep, sys; print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+# ---------------------------------------------------------------- a study directory
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """A study directory of four trials without any run."""
+    out = tmp_path / "out"
+    (out / "logs").mkdir(parents=True)
+    axes = {"schedule": SCHEDULES[1:], "seed": [0, 1]}
+    write(out, axes=axes, overrides={"steps": 8, "eval.samples": 2})
+    return out
+
+
+Fill = Callable[..., None]
+
+
+@pytest.fixture
+def fill(directory: Path) -> Fill:
+    """Write a run by hand: rewards of no interest, lengths 10 t, an evaluation every 4 steps."""
+
+    def fill(name: str, steps: int, refreshes: bool, **summary: Any) -> None:
+        run = run_path(directory, name)
+        run.mkdir(parents=True)
+        lines: list[dict[str, Any]] = [{"step": 0, "eval/mean@2": 0.25}]
+        for step in range(1, steps + 1):
+            line = {"step": step, "length/mean": 10.0 * step, "policy/entropy": float(step)}
+            if refreshes:
+                line["teacher/refreshed"] = int(step % 3 == 0)
+            if step % 4 == 0:
+                line["eval/mean@2"] = 0.5 if step == 4 else 0.375
+            line["time/step"] = step * 0.1
+            lines.append(line)
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (run / "config.yaml").write_text("steps: 8\n")
+        if summary:
+            (run / "summary.json").write_text(json.dumps({"steps": steps, **summary}))
+
+    return fill
+
+
+def table(directory: Path) -> list[dict[str, str]]:
+    with write_table(directory).open() as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_the_table_holds_hand_computed_numbers(directory: Path, fill: Fill) -> None:
+    fill("hard-every50,seed0", 8, True, status="done")
+    fill("ema-rate0.04,seed1", 8, False, status="collapsed")
+    collapse = {"step": 7, "event": "collapse", "reason": "length"}
+    events = [{"step": 3, "event": "gate"}, collapse]
+    (run_path(directory, "ema-rate0.04,seed1") / "events.jsonl").write_text(
+        "".join(json.dumps(event) + "\n" for event in events)
+    )
+    first, missing, _, collapsed = table(directory)
+    assert LAST_STEPS == 5
+    assert first == {
+        "name": "hard-every50,seed0",
+        "schedule": "hard-every50",
+        "seed": "0",
+        "status": "done",
+        "steps": "8",
+        "final": "0.375",
+        "peak": "0.5",
+        "peak_step": "4",
+        "refreshes": "2",
+        "refresh_steps": "3 6",
+        "collapse_step": "",
+        "entropy_mean": "4.5",
+        "entropy_final": "8.0",
+        "length_last5": "60.0",
+    }
+    assert missing["status"] == "missing" and missing["steps"] == missing["final"] == ""
+    assert collapsed["status"] == "collapsed" and collapsed["collapse_step"] == "7"
+    assert collapsed["refreshes"] == collapsed["refresh_steps"] == ""  # it never copies
+
+
+def test_the_table_does_not_depend_on_the_clock(directory: Path, fill: Fill) -> None:
+    fill("hard-every50,seed0", 8, True, status="done")
+    before = write_table(directory).read_bytes()
+    metrics = run_path(directory, "hard-every50,seed0") / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"time/step": 0.1', '"time/step": 9.9'))
+    assert write_table(directory).read_bytes() == before
+
+
+def test_statuses(directory: Path, fill: Fill) -> None:
+    def status() -> str:
+        return read_runs(directory)[0].status
+
+    name = read_runs(directory)[0].trial.name
+    assert status() == "missing"
+    run_path(directory, name).mkdir(parents=True)
+    assert status() == "missing"  # killed before there was anything to resume
+    run_path(directory, name).rmdir()
+    fill(name, 4, True)
+    summary = run_path(directory, name) / "summary.json"
+    assert status() == "interrupted"
+    for text, expected in (
+        ({"steps": 4, "status": "interrupted"}, "interrupted"),
+        ({"steps": 4, "status": "failed"}, "interrupted"),  # the next sweep tries it again
+        ({"steps": 4, "status": "done"}, "interrupted"),  # of a shorter run
+        ({"steps": 4, "status": "collapsed"}, "interrupted"),  # collapse.stop is false
+        ({"steps": 8, "status": "collapsed"}, "collapsed"),
+        ({"steps": 8, "status": "done"}, "done"),
+    ):
+        summary.write_text(json.dumps(text))
+        assert status() == expected
+    failure_path(directory, name).write_text("why")
+    assert status() == "failed"
+    with lock_path(directory, name).open("w") as lock:
+        assert status() == "failed"
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert status() == "running"
+    assert status() == "failed"
+
+
+def test_a_run_that_its_detector_stopped_is_finished(directory: Path, fill: Fill) -> None:
+    write(directory, axes={"seed": [0]}, overrides={"steps": 8, "collapse.stop": True})
+    fill("seed0", 5, True, status="collapsed")
+    assert [run.status for run in read_runs(directory)] == ["collapsed"]
+
+
+def test_a_cut_last_line_is_left_out_and_a_damaged_one_is_named(
+    directory: Path, fill: Fill
+) -> None:
+    fill("hard-every50,seed0", 5, True)
+    run = read_runs(directory)[0]
+    metrics = run.path / "metrics.jsonl"
+    with metrics.open("a") as stream:
+        stream.write('{"step": 6, "len')
+    assert [line["step"] for line in run.lines()] == [0, 1, 2, 3, 4, 5]
+    assert table(directory)[0]["steps"] == "5"
+    with metrics.open("a") as stream:
+        stream.write('\n{"step": 7}\n')
+    with pytest.raises(UsageError, match=r"metrics.jsonl:7"):
+        write_table(directory)
+
+
+def test_a_directory_without_a_study(tmp_path: Path) -> None:
+    for read in (open_study, read_runs, write_table):
+        with pytest.raises(UsageError, match=r"study\.yaml"):
+            read(tmp_path)
+
+
+def test_a_resolved_study_reads_back(tmp_path: Path) -> None:
+    path = write(tmp_path, axes={"seed": [0], "schedule": SCHEDULES})
+    study = load_study(path, ["eval.every=2", "optimizer.lr=1e-5", "log.project='1e5'"])
+    path.write_text(study.to_yaml())
+    again = load_study(path)
+    assert again == study and again.trials() == study.trials()
