@@ -517,7 +517,7 @@ def _explain(error: Any) -> str:
     if len(location) > 1 and location[0] in _DISCRIMINATORS:
         del location[1]
     key = ".".join(location)
-    message = error["msg"].removeprefix("Value error, ")
+    message = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
         known = _known_keys(location[:-1], error["loc"])
         close = difflib.get_close_matches(location[-1], known, n=1)
@@ -545,7 +545,7 @@ def _known_keys(parents: list[str], location: tuple[Any, ...]) -> list[str]:
 def _union_members(annotation: Any) -> tuple[Any, ...]:
     while hasattr(annotation, "__metadata__"):
         annotation = annotation.__origin__
-    return annotation.__args__
+    return get_args(annotation)
 
 
 def _first_line(error: BaseException) -> str:

@@ -25,14 +25,7 @@ from sodfast.config import Config
 from sodfast.context import Questions, TeacherContext, teacher_prompts
 from sodfast.errors import RunFailed
 from sodfast.evaluate import evaluate
-from sodfast.metrics import (
-    RewardGain,
-    TokenTotals,
-    length_metrics,
-    mean_entropy,
-    reward_metrics,
-    summarize,
-)
+from sodfast.metrics import RewardGain, TokenTotals, length_metrics, mean_entropy, reward_metrics
 from sodfast.model.load import LanguageModel, to_ids
 from sodfast.model.packing import micro_batches, response_hidden
 from sodfast.objective import group_advantages, micro_batch_loss, sequence_weights
@@ -48,6 +41,7 @@ from sodfast.run.interrupt import Interrupted, Interruption
 from sodfast.run.loggers import Logger
 from sodfast.run.phases import PhaseClock, oom_hint
 from sodfast.schedule import build_schedule
+from sodfast.summary import summarize
 from sodfast.tasks.base import Question, Task
 from sodfast.teacher import Teacher, TeacherScores
 

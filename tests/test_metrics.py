@@ -12,15 +12,9 @@ from hypothesis import strategies as st
 
 from sodfast.collapse import CollapseDetector
 from sodfast.config import CollapseConfig
-from sodfast.metrics import (
-    RewardGain,
-    length_metrics,
-    mean_entropy,
-    reward_metrics,
-    spike_ratios,
-    summarize,
-)
+from sodfast.metrics import RewardGain, length_metrics, mean_entropy, reward_metrics
 from sodfast.rollout.engine import Sample
+from sodfast.summary import spike_ratios, summarize
 
 
 def sample(length: int, entropy: Sequence[float] | None = None, capped: bool = False) -> Sample:

@@ -68,7 +68,7 @@ print(float(sodfast_kernels.distillation_loss(logits, logits, backend="torch").l
     assert float(python(code)) == 0.0
 
 
-@pytest.mark.parametrize("module", ["schedule", "config", "cli", "errors", "rng"])
+@pytest.mark.parametrize("module", ["schedule", "config", "cli", "errors", "rng", "summary"])
 def test_deciding_and_parsing_need_no_torch(module: str) -> None:
     """Bad input is refused, and a recorded run replayed, without loading torch."""
     assert not loaded_by(f"import sodfast.{module}") & {"torch", "transformers", "triton"}

@@ -358,7 +358,7 @@ _MEASURES = (
 
 
 def _measures(run: TrialRun) -> dict[str, Any]:
-    from sodfast.metrics import summarize
+    from sodfast.summary import summarize
 
     lines = run.lines()
     if not lines:

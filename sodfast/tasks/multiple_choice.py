@@ -37,7 +37,7 @@ class MultipleChoiceTask:
 
     def __init__(self, config: MultipleChoiceConfig) -> None:
         def keep(row: Row) -> bool:
-            return (
+            return bool(
                 row["domain"].lower() == config.subject
                 and row["details"]["level"] == "L3"
                 and row["type"].startswith("mcq")
