@@ -27,9 +27,9 @@ from typing import Any
 import numpy as np
 from collect_runs import collect
 
+from sodfast.files import read_lines
 from sodfast.report import plots as figures
 from sodfast.report.intervals import Series, group_curve
-from sodfast.run.files import read_lines
 
 VARIANTS = ("float32-torch", "bfloat16-8bit", "bfloat16-exact", "bfloat16-plain")
 

@@ -19,8 +19,9 @@ class Stream(IntEnum):
     ADAPTERS = 6  # none
 
 
-def generator(seed: int, stream: Stream, *counters: int) -> np.random.Generator:
-    """A NumPy generator on Philox4x64 keyed by (seed, stream) at the given counters.
+def generator(seed: int, stream: int, *counters: int) -> np.random.Generator:
+    """A NumPy generator on Philox4x64 keyed by (seed, stream) at the given counters. A run's
+    streams are those of `Stream`.
 
     At most three counters, each below 2**64; the fourth counter word counts the draws.
     """

@@ -18,11 +18,11 @@ from transformers.utils.logging import disable_progress_bar
 from sodfast.cli import main
 from sodfast.commands import build_trainer
 from sodfast.config import ArithmeticConfig, load_config
+from sodfast.files import read_lines
 from sodfast.lab.model import build_tokenizer
 from sodfast.model.load import LanguageModel, load_model
 from sodfast.run.console import Reporter
 from sodfast.run.directory import stored_config
-from sodfast.run.files import read_lines
 from sodfast.tasks.arithmetic import ArithmeticTask
 from sodfast.trainer import Trainer
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from sodfast.errors import UsageError
+from sodfast.files import read_lines
 from sodfast.run import checkpoint
-from sodfast.run.files import read_lines
 from sodfast.run.interrupt import Interrupted
 from sodfast.trainer import Trainer
 

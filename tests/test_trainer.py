@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from sodfast.commands import evaluate_model, export_model
 from sodfast.errors import RunFailed, UsageError
+from sodfast.files import read_lines
 from sodfast.model.load import LanguageModel, cast_weights, decoder_layers, load_model
 from sodfast.run import checkpoint
-from sodfast.run.files import read_lines
 from sodfast.tasks.arithmetic import question_pools
 from sodfast.trainer import Trainer
 

@@ -14,7 +14,6 @@ earlier one, and so the length of a response is something that training can move
 Suffixes of numeric names: B rows, T tokens, V vocabulary.
 """
 
-import fcntl
 import hashlib
 import itertools
 import json
@@ -22,7 +21,6 @@ import logging
 import math
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +29,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sodfast.config import LabConfig
+from sodfast.files import alone, replace_bytes
 from sodfast.lab.model import EOS, PAD, VOCABULARY, build_tokenizer, new_model
+from sodfast.rng import generator
 from sodfast.tasks.arithmetic import ADDENDS, LEFT_FACTORS, RIGHT_FACTORS, question_pools
 
 if TYPE_CHECKING:
@@ -46,7 +46,8 @@ TEACHER_TEMPLATE = "{prompt}{demonstration}|{prompt}"
 
 Progress = Callable[[str, int, int], None]
 _IGNORED_LABEL = -100
-_TABLE_STREAM, _BATCH_STREAM = 0, 1
+# Streams of the lab's own seed: the tables of misconceptions, and from _BATCHES on one per batch.
+_TABLES, _BATCHES = 0, 1 << 32
 _ROW_TOKENS = 192
 # Always this many, whatever the machine: the number decides the order of sums, and so the bits.
 _WARM_START_THREADS = 2
@@ -62,7 +63,7 @@ class Misconceptions:
     """
 
     def __init__(self, config: LabConfig) -> None:
-        rng = _stream(config.seed, _TABLE_STREAM)
+        rng = generator(config.seed, _TABLES)
         self.error_decay = config.error_decay
         factors = list(itertools.product(LEFT_FACTORS, RIGHT_FACTORS))
         ones = list(itertools.product(range(10), ADDENDS))
@@ -127,7 +128,7 @@ class WarmStartData:
 
     def batch(self, index: int) -> list[list[Example]]:
         """Return the packed rows of batch `index`, a function of the seed and `index` alone."""
-        rng = _stream(self.config.seed, _BATCH_STREAM, index)
+        rng = generator(self.config.seed, _BATCHES + index)
         rows: list[list[Example]] = []
         free = 0
         while True:
@@ -226,7 +227,7 @@ def build(
     model = new_model(config)
     if not path.exists() or not _load(model, path, key):
         # The trials of a sweep start together, and one warm start is enough for all.
-        with _alone(directory) as waited:
+        with alone(directory) as waited:
             if not (waited and path.exists() and _load(model, path, key)):
                 _warm_start(model, config, progress)
                 _save(model, path, key)
@@ -302,22 +303,11 @@ def _digest(tensors: "dict[str, torch.Tensor]") -> str:
 
 
 def _save(model: "Qwen3ForCausalLM", path: Path, key: str) -> None:
-    """Write aside, then rename: of two processes that race, the later one wins, whole."""
     from safetensors.torch import save
 
     # named_parameters lists the tied embedding once.
     tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=f"{path.stem}-", suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(save(tensors, metadata={"key": key, "sha256": _digest(tensors)}))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except BaseException:
-        os.unlink(aside)
-        raise
+    replace_bytes(path, save(tensors, metadata={"key": key, "sha256": _digest(tensors)}))
 
 
 def _load(model: "Qwen3ForCausalLM", path: Path, key: str) -> bool:
@@ -347,23 +337,6 @@ def _load(model: "Qwen3ForCausalLM", path: Path, key: str) -> bool:
 
 
 @contextmanager
-def _alone(directory: Path) -> Iterator[bool]:
-    """Hold a lock on a directory; True where another process held it before."""
-    directory.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            waited = False
-        except BlockingIOError:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            waited = True
-        yield waited
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
 def _threads(count: int) -> Iterator[None]:
     """Fix torch's thread count: sums are split by thread, and so rounding depends on it."""
     import torch
@@ -374,11 +347,6 @@ def _threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _stream(seed: int, stream: int, counter: int = 0) -> np.random.Generator:
-    key = np.array([seed, (stream << 32) + counter], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=key))
 
 
 def _operands(prompt: str) -> _Operands:

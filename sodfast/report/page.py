@@ -18,13 +18,13 @@ from markupsafe import Markup
 
 from sodfast.config import CGTRConfig
 from sodfast.errors import UsageError
+from sodfast.files import replace_text
 from sodfast.report import plots as figures
 from sodfast.report import tables
 from sodfast.report.early_warning import MAX_FALSE_ALARM_RATE, Forecast, RunRecord, forecast
 from sodfast.report.intervals import Curve, Series, bin_width, group_curve
 from sodfast.report.runs import Group, Run, Source, describe_schedule, group_runs, load
 from sodfast.report.tables import Comparison, Table
-from sodfast.run.files import replace_text
 from sodfast.summary import SPIKE_STEPS
 
 TIMELINES = 48  # runs whose gates are drawn

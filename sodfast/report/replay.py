@@ -20,7 +20,7 @@ from sodfast.config import (
     validate,
 )
 from sodfast.errors import UsageError
-from sodfast.run.files import read_lines
+from sodfast.files import read_lines
 from sodfast.schedule import Decision, build_schedule, replay
 
 

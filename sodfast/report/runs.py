@@ -14,8 +14,8 @@ import numpy as np
 
 from sodfast.config import CGTRConfig, Config, ScheduleConfig, read_overrides, validate
 from sodfast.errors import UsageError
+from sodfast.files import read_lines
 from sodfast.report.intervals import Curve, Series, group_curve
-from sodfast.run.files import read_lines
 from sodfast.study.definition import Trial, finished_status, read_runs
 from sodfast.summary import spike_ratios
 

@@ -11,8 +11,8 @@ from typing import IO, Any
 
 from sodfast.config import RENAMED, Config, read_overrides, validate
 from sodfast.errors import RunFailed, UsageError
+from sodfast.files import read_lines, replace_text, try_lock
 from sodfast.run import checkpoint
-from sodfast.run.files import read_lines, replace_text, try_lock
 
 
 def fingerprint(config: Config) -> str:

@@ -38,7 +38,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sodfast.config import PRESETS, Config, load_config, parse_overrides
 from sodfast.errors import UsageError
-from sodfast.run.files import is_held, replace_text
+from sodfast.files import is_held, replace_text
 
 STUDIES = PRESETS / "studies"
 LAST_STEPS = 5  # the steps whose mean length the table gives
@@ -259,12 +259,12 @@ class TrialRun:
 
     def lines(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl. Raises `UsageError` for a damaged one."""
-        from sodfast.run.files import read_lines
+        from sodfast.files import read_lines
 
         return read_lines(self.path / "metrics.jsonl")
 
     def events(self) -> list[dict[str, Any]]:
-        from sodfast.run.files import read_lines
+        from sodfast.files import read_lines
 
         return read_lines(self.path / "events.jsonl")
 

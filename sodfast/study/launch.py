@@ -15,7 +15,7 @@ from typing import IO, Literal
 
 from sodfast.config import Config
 from sodfast.errors import RunFailed, UsageError
-from sodfast.run.files import try_lock
+from sodfast.files import try_lock
 from sodfast.study.definition import (
     Trial,
     failure_path,
@@ -116,8 +116,8 @@ def _arguments(directory: Path, trial: Trial) -> list[str]:
     if (run / "config.yaml").exists():
         return ["train", "--resume", str(run)]
     if run.exists():  # killed while it was made: config.yaml comes last, before any result
-        for name in (".lock", "environment.json", "config.yaml.tmp"):
-            (run / name).unlink(missing_ok=True)
+        for file in (run / ".lock", run / "environment.json", *run.glob("config.yaml.*.tmp")):
+            file.unlink(missing_ok=True)
         run.rmdir()  # refuses if there is anything else
     base = str(directory / "base.yaml")
     return ["train", base, *trial.overrides, f"out={json.dumps(str(run), ensure_ascii=False)}"]

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from sodfast.config import PRESETS, Config
 from sodfast.errors import RunFailed, UsageError
-from sodfast.run.files import replace_text, try_lock
+from sodfast.files import replace_text, try_lock
 from sodfast.study.definition import (
     Study,
     Trial,
@@ -126,11 +126,11 @@ def _outcome(directory: Path, name: str, future: Future[Outcome]) -> Outcome:
 @contextmanager
 def _study_directory(directory: Path, study: Study) -> Iterator[None]:
     """Hold the directory's lock, its study written or found to be this one."""
-    # What a sweep killed while it began leaves.
-    ours = {".lock", "base.yaml", "base.yaml.tmp", "study.yaml.tmp"}
     try:
         if directory.exists() and not (directory / "study.yaml").exists():
-            others = sorted(set(os.listdir(directory)) - ours)
+            # What a sweep that was killed while it began has left is no other's.
+            names = set(os.listdir(directory)) - {".lock", "base.yaml"}
+            others = sorted(name for name in names if not name.endswith(".tmp"))
             if others:
                 raise UsageError(
                     f"out={directory} holds {others[0]} and is no study directory: choose another"

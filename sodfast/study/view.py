@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from sodfast.run.files import is_held
+from sodfast.files import is_held
 from sodfast.study.definition import Trial, failure_path, lock_path, run_path
 
 PLAIN_SECONDS = 60.0  # plain output sums up this often

@@ -283,7 +283,7 @@ def test_a_failed_save_leaves_the_entry_and_no_litter(
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(warm_start.os, "fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space"):
         warm_start._save(new_model(TINY), path, "key")
     assert list(tmp_path.iterdir()) == [path]

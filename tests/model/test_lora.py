@@ -25,12 +25,12 @@ from sodfast.config import (
     load_config,
 )
 from sodfast.errors import UsageError
+from sodfast.files import read_lines
 from sodfast.model import lora
 from sodfast.model.load import LanguageModel, load_model, trained_parameters
 from sodfast.model.lora import add_adapters, merge_adapters
 from sodfast.model.packing import own_attention
 from sodfast.run import checkpoint
-from sodfast.run.files import read_lines
 from sodfast.schedule import Decision
 from sodfast.teacher import Teacher
 from sodfast.trainer import Trainer

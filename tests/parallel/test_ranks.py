@@ -22,10 +22,10 @@ from sodfast import trainer as trainer_module
 from sodfast.commands import build_trainer, export_model, pick_device
 from sodfast.config import load_config
 from sodfast.errors import RunFailed, UsageError
+from sodfast.files import read_lines
 from sodfast.parallel.ranks import Ranks
 from sodfast.run.console import Reporter
 from sodfast.run.directory import stored_config
-from sodfast.run.files import read_lines
 from sodfast.run.interrupt import Interrupted, Interruption
 from sodfast.trainer import Trainer
 

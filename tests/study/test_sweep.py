@@ -26,7 +26,7 @@ from rich.live import Live
 
 from sodfast.config import Config, load_config
 from sodfast.errors import RunFailed, UsageError
-from sodfast.run.files import try_lock
+from sodfast.files import try_lock
 from sodfast.study import launch
 from sodfast.study.definition import (
     failure_path,
@@ -53,7 +53,7 @@ if "SODFAST_LEASH" in os.environ:
     from pathlib import Path
     from sodfast.config import load_config
     from sodfast.errors import UsageError
-    from sodfast.run.files import replace_text
+    from sodfast.files import replace_text
 
     def stored_config(run, overrides):
         return load_config(str(run / "config.yaml"), overrides)
@@ -228,7 +228,7 @@ def test_crashes_are_retried_where_they_happened_and_the_sweep_goes_on(
 
 
 @pytest.mark.parametrize(
-    "left", [[], [".lock"], [".lock", "environment.json"], [".lock", "config.yaml.tmp"]]
+    "left", [[], [".lock"], [".lock", "environment.json"], [".lock", "config.yaml.0123456789abcdef.tmp"]]
 )
 def test_a_run_killed_before_it_could_be_resumed_starts_anew(
     stand_in: Write, tmp_path: Path, left: list[str]

@@ -22,8 +22,8 @@ from transformers import (
 )
 
 from sodfast.cli import main
+from sodfast.files import read_lines
 from sodfast.model.load import load_model
-from sodfast.run.files import read_lines
 
 FOLDER = os.environ.get("SODFAST_REAL_DATA")
 pytestmark = pytest.mark.skipif(not FOLDER, reason="SODFAST_REAL_DATA names no folder")
