@@ -1,6 +1,6 @@
 """Does a run follow fp32 with bf16 weights? `python bench/lab_adamw.py OUT [KEY=VALUE...] > F`
 
-The lab's run, the same seeds for each variant DTYPE-STATE (`model.dtype`, `optimizer.state`), each
+The lab's run, the same seeds for each variant DTYPE-STATE (`model.dtype`, `optimizer.adamw`), each
 a `sodfast train` process in OUT/DTYPE-STATE-SEED; what is finished is kept, what was cut short is
 resumed. The last line is JSON:
 
@@ -59,7 +59,7 @@ def train(path: Path, variant: str, seed: int, overrides: Sequence[str]) -> None
     if summary.exists() and json.loads(summary.read_text())["status"] in ("done", "collapsed"):
         return
     dtype, state = variant.split("-")
-    keys = [f"model.dtype={dtype}", f"optimizer.state={state}", f"seed={seed}", f"out={path}"]
+    keys = [f"model.dtype={dtype}", f"optimizer.adamw={state}", f"seed={seed}", f"out={path}"]
     resumes = (path / "config.yaml").exists()
     arguments = ["--resume", str(path)] if resumes else [*keys, *overrides]
     command = [sys.executable, "-m", "sodfast", "train", *arguments]

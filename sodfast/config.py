@@ -11,7 +11,9 @@ Defaults follow Table 9 and Appendix A of the CGTR paper (arXiv 2606.03532) wher
 
 import difflib
 import json
+import logging
 import os
+from functools import cache
 from pathlib import Path
 from string import Formatter
 from typing import Annotated, Any, Literal, Union, get_args
@@ -31,7 +33,11 @@ from pydantic import (
 
 from sodfast.errors import UsageError
 
+_log = logging.getLogger(__name__)
+
 PRESETS = Path(__file__).parent / "configs"
+# Keys of earlier releases, each accepted for one release after it was renamed.
+RENAMED = {"optimizer.state": "optimizer.adamw"}
 _DISCRIMINATORS = {"schedule": ("kind", "cgtr"), "task": ("name", "arithmetic")}
 
 Positive = Annotated[int, Field(ge=1)]
@@ -40,8 +46,8 @@ TopP = Annotated[float, Field(gt=0, le=1)]
 Temperature = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 
-# Pairs of model.dtype and optimizer.state that make no sense, and why.
-_REFUSED_STATES = {
+# Pairs of model.dtype and optimizer.adamw that make no sense, and why.
+_REFUSED_ADAMW = {
     ("float32", "exact"): "float32 weights are their own exact master; use fp32",
     ("float32", "plain"): "plain is torch's AdamW on bfloat16 weights; use torch",
     ("bfloat16", "torch"): (
@@ -229,6 +235,11 @@ class CGTRConfig(Section):
     length_unit: Literal["sequence", "shard"] = "sequence"
     shards: Positive = 4  # length_unit=shard: groups of sequences whose lengths are summed
 
+    @property
+    def length_shards(self) -> int | None:
+        """Groups of sequences whose summed lengths the length gate sees; None: sequences."""
+        return self.shards if self.length_unit == "shard" else None
+
     @field_validator("gates")
     @classmethod
     def _gates_differ(cls, gates: tuple[str, ...]) -> tuple[str, ...]:
@@ -254,7 +265,7 @@ class OptimizerConfig(Section):
     # that size, which rounds bfloat16 weights stochastically. exact: fp32 moments and, beside
     # bfloat16 weights, the 16 bits that make them fp32. plain: torch's on bfloat16 weights, a
     # negative control. auto: torch for float32, 8bit for bfloat16. LoRA's adapters are float32.
-    state: Literal["auto", "torch", "8bit", "fp32", "exact", "plain"] = "auto"
+    adamw: Literal["auto", "torch", "8bit", "fp32", "exact", "plain"] = "auto"
     updates_per_step: Positive = 1
     micro_batch_tokens: Positive = 16_384  # of one forward and backward pass, prompts included
 
@@ -332,10 +343,10 @@ class Config(Section):
             )
         lora = self.model.lora is not None
         trained = "float32" if lora else self.model.dtype
-        refused = _REFUSED_STATES.get((trained, self.optimizer.state))
+        refused = _REFUSED_ADAMW.get((trained, self.optimizer.adamw))
         if refused:
             raise ValueError(
-                f"optimizer.state={self.optimizer.state} does not go with "
+                f"optimizer.adamw={self.optimizer.adamw} does not go with "
                 f"{'the adapters of model.lora' if lora else f'model.dtype={trained}'}: {refused}"
             )
         if lora and self.teacher.storage == "host":
@@ -357,11 +368,8 @@ class Config(Section):
 
     @property
     def length_shards(self) -> int | None:
-        """Groups of sequences whose summed lengths the length gate sees; None: sequences."""
-        schedule = self.schedule
-        if isinstance(schedule, CGTRConfig) and schedule.length_unit == "shard":
-            return schedule.shards
-        return None
+        """See `CGTRConfig`; None for the other schedules."""
+        return self.schedule.length_shards if isinstance(self.schedule, CGTRConfig) else None
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -440,6 +448,7 @@ def _on_base(layer: DictConfig, path: Path, above: tuple[Path, ...]) -> DictConf
     A file's name is relative to the folder of `path`, the layer's own file.
     """
     try:
+        _rename(layer)
         base = layer.pop("base", None)
         if base is None:
             return layer
@@ -461,6 +470,21 @@ def _on_base(layer: DictConfig, path: Path, above: tuple[Path, ...]) -> DictConf
     return merged
 
 
+def _rename(layer: DictConfig) -> None:
+    """Give the keys of earlier releases their names of today."""
+    for old, new in RENAMED.items():
+        group, _, name = old.partition(".")
+        section = layer.get(group)
+        if isinstance(section, DictConfig) and name in section:
+            _say_once(f"{old} is now {new}; the next release will not know its old name")
+            section[new.removeprefix(f"{group}.")] = section.pop(name)
+
+
+@cache
+def _say_once(message: str) -> None:
+    _log.warning(message)
+
+
 def _preset(name: str) -> Path:
     return PRESETS / f"{name}.yaml"
 
@@ -476,7 +500,10 @@ def parse_overrides(overrides: list[str]) -> list[tuple[str, Any]]:
         if not equals or not key:
             raise UsageError(f"{text!r} is not an override: write key=value, for example steps=10")
         try:
-            value = OmegaConf.select(OmegaConf.from_dotlist([text]), key)
+            layer = OmegaConf.from_dotlist([text])
+            _rename(layer)
+            key = RENAMED.get(key, key)
+            value = OmegaConf.select(layer, key)
         except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
             raise UsageError(f"override {text!r}: {_first_line(error)}") from error
         pairs.append((key, value))

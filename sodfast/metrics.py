@@ -12,8 +12,9 @@ import torch
 from sodfast_kernels import DistillationOutput
 from torch import Tensor
 
+from sodfast.objective import likelihood_ratio
 from sodfast.parallel.ranks import Ranks
-from sodfast.rollout.engine import Sample, sampler_logprob
+from sodfast.rollout.engine import Sample
 
 SPIKE_STEPS = 5  # steps on either side of a refresh that the spike ratio compares
 
@@ -104,13 +105,13 @@ class TokenTotals:
         assert output.student_logprob is not None
         old = torch.cat([sample.logprob for sample in samples]).to(self.ratio.device)
         self.divergence += output.divergence.sum(dtype=torch.float64)
-        ratio = (output.student_logprob - old).clamp(-20, 20).exp()
+        ratio = likelihood_ratio(output.student_logprob, old)
         low, high = self.clip_range
         self.ratio += ratio.sum(dtype=torch.float64)
         self.clipped += ((ratio < 1 - low) | (ratio > 1 + high)).sum()
         if self.sampled_by_these_weights:
-            sampler = torch.cat([sampler_logprob(sample) for sample in samples]).to(old.device)
-            self.sampler_ratios.append((output.student_logprob - sampler).clamp(-20, 20).exp())
+            sampler = torch.cat([sample.behavior_logprob for sample in samples]).to(old.device)
+            self.sampler_ratios.append(likelihood_ratio(output.student_logprob, sampler))
         for sample, m in zip(samples, distilled, strict=True):
             self.tokens += len(sample.response)
             self.distilled_tokens += len(sample.response) if m else 0

@@ -21,7 +21,7 @@ from sodfast.rng import Stream, draw_key
 def build_optimizer(
     config: OptimizerConfig, weights: Weights, seed: int = 0
 ) -> torch.optim.Optimizer:
-    """The AdamW that `config.state` names. `seed`: the run's, for what is rounded stochastically:
+    """The AdamW that `config.adamw` names. `seed`: the run's, for what is rounded stochastically:
     those bits are a function of (seed, number of the update, position of the element)."""
     parameters = weights.parameters
     state = _state(config, parameters[0].dtype)
@@ -52,8 +52,8 @@ def alignment(config: OptimizerConfig, dtype: torch.dtype) -> int:
 
 
 def _state(config: OptimizerConfig, dtype: torch.dtype) -> str:
-    if config.state != "auto":
-        return config.state
+    if config.adamw != "auto":
+        return config.adamw
     return "8bit" if dtype == torch.bfloat16 else "torch"
 
 

@@ -20,7 +20,7 @@ from sodfast.model.load import output_head, trained_parameters
 from sodfast.model.packing import micro_batches, response_hidden
 from sodfast.parallel.fsdp import ShardedCopy, ShardedWeights, Weights
 from sodfast.parallel.offload import HostCopy
-from sodfast.schedule import Decision
+from sodfast.schedule import Decision, student_share
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,7 @@ class Teacher:
         self.seed = seed
         self.storage = storage
         self.store: HostCopy | ShardedCopy | None = None
-        # Trust region (arXiv 2601.20802): logits (1−τ)·initial + τ·student.
-        self.mix = schedule.rate if schedule.kind == "trust_region" else None
+        self.mix = student_share(schedule)
         self.weights: nn.Module | ShardedCopy | None = None
 
     @property

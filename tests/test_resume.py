@@ -85,7 +85,7 @@ def test_stopping_twice_changes_nothing(
 @pytest.mark.parametrize("state", ["8bit", "exact"])
 def test_bf16_weights_resume_bit_for_bit(train: Train, tmp_path: Path, state: str) -> None:
     """Weights, teacher, moments and remainders, and the counts that key the rounding."""
-    overrides = [*SETTINGS, *SCHEDULES["ema"], "model.dtype=bfloat16", f"optimizer.state={state}"]
+    overrides = [*SETTINGS, *SCHEDULES["ema"], "model.dtype=bfloat16", f"optimizer.adamw={state}"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     expected = train(whole, *overrides, "steps=6")
     train(parts, *overrides, "steps=1")

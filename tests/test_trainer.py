@@ -268,8 +268,8 @@ def test_the_seed_matters(runs: Train) -> None:
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("optimizer.state=fp32", "schedule.kind=ema"),
-        ("optimizer.state=exact", "optimizer.updates_per_step=2"),
+        ("optimizer.adamw=fp32", "schedule.kind=ema"),
+        ("optimizer.adamw=exact", "optimizer.updates_per_step=2"),
         ("rollout.engine=hf", "objective.top_k=5"),  # 8bit
     ],
 )

@@ -31,6 +31,7 @@ from sodfast.parallel.fsdp import Weights
 from sodfast.parallel.offload import SLOTS, block_bytes, blocks
 from sodfast.rollout.decoder import Cache, unsupported
 from sodfast.rollout.native import CPU_ROWS, MEMORY_SHARE, PREFILL_TOKENS, slot_bytes, state_bytes
+from sodfast.schedule import student_share
 
 GIB = 2**30
 BUDGET_GIB = 78.0  # of allocator memory on an 80 GB card
@@ -83,7 +84,7 @@ class Footprint:
         self.given = rollouts is not None
         self.rollouts = self._at_the_caps() if rollouts is None else list(rollouts)
         # Under trust region the hidden states and heads of two models stand side by side.
-        self.teachers = 2 if config.schedule.kind == "trust_region" else 1
+        self.teachers = 1 if student_share(config.schedule) is None else 2
         self.native = config.rollout.engine != "hf" and unsupported(self.network) is None
 
     def phases(self) -> dict[str, Items]:

@@ -120,9 +120,9 @@ def _changes(config: Config) -> Iterator[list[str]]:
     if rollout.cache_gib is not None:
         yield ["rollout.cache_gib=null"]
     if config.model.dtype != "bfloat16":
-        yield ["model.dtype=bfloat16", "optimizer.state=auto"]
-    elif optimizer.state not in ("auto", "8bit"):
-        yield ["optimizer.state=8bit"]
+        yield ["model.dtype=bfloat16", "optimizer.adamw=auto"]
+    elif optimizer.adamw not in ("auto", "8bit"):
+        yield ["optimizer.adamw=8bit"]
     if teacher.storage != "host" and config.model.lora is None:
         yield ["teacher.storage=host"]
     if not config.model.gradient_checkpointing:

@@ -69,20 +69,20 @@ class Weights:
         """A forward and a backward pass that add nothing, while other ranks make one that does."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The network's state dict of whole tensors, given to the ranks that `join` gives it."""
+        """The network's state dict of whole tensors, for the ranks that `gather_full` gives it."""
         return self.network.state_dict()
 
     def loadable(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """A whole state dict as the network's `load_state_dict` takes it."""
         return tensors
 
-    def join(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    def gather_full(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
         """Put the ranks' parts, named NAME or NAME.MOMENT, together to whole tensors. With several
         ranks, rank 0 gets them, on the CPU, and the others get an empty dict."""
         return parts
 
-    def cut(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """This rank's parts of whole tensors, named as for `join`."""
+    def shard(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """This rank's parts of whole tensors, named as for `gather_full`."""
         return tensors
 
 
@@ -107,7 +107,7 @@ class Chunk:
         parameter and holds one for each of its elements, or one for each block of 8-bit moments."""
         return self.size if total == self.shape.numel() else self.size // BLOCK
 
-    def cut(self, whole: Tensor, rank: int) -> Tensor:
+    def shard(self, whole: Tensor, rank: int) -> Tensor:
         """Rank `rank`'s part of such a tensor."""
         if not self.size or whole.dim() == 0:
             return whole
@@ -229,13 +229,13 @@ class ShardedWeights(Weights):
         # Without the second name of a tied parameter, as checkpoints are.
         parameters = {n for n, _ in self.network.named_parameters(remove_duplicate=False)}
         buffers = {n: t for n, t in self.network.state_dict().items() if n not in parameters}
-        return buffers | self.join(dict(zip(self.names, _parts(self.network), strict=True)))
+        return buffers | self.gather_full(dict(zip(self.names, _parts(self.network), strict=True)))
 
     def loadable(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         sharded = dict(zip(self.names, self._registered, strict=True))
         return {
             name: DTensor.from_local(
-                self._chunk(name).cut(tensor, self.ranks.rank).to(own.device),
+                self._chunk(name).shard(tensor, self.ranks.rank).to(own.device),
                 own.device_mesh,
                 own.placements,
                 run_check=False,
@@ -247,23 +247,23 @@ class ShardedWeights(Weights):
             for name, tensor in tensors.items()
         }
 
-    def join(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    def gather_full(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
         # A rank without any rows of a parameter may have no moments of it either.
         listed = {key: (part.dtype, part.numel()) for key, part in parts.items()}
-        joined = {}
+        full = {}
         for key, (dtype, piece) in self.ranks.gather(listed)[0].items():
             chunk = self._chunk(key)
             part = parts.get(key)
             if chunk.size and (part is None or part.dim()):
                 device = output_head(self.network).device
                 part = torch.empty(0, dtype=dtype) if part is None else part
-                part = self._join(part.detach().to(device), chunk, piece)
+                part = self._gather(part.detach().to(device), chunk, piece)
             if self.ranks.main:
                 assert part is not None
-                joined[key] = part.detach().cpu().contiguous()
-        return joined
+                full[key] = part.detach().cpu().contiguous()
+        return full
 
-    def _join(self, part: Tensor, chunk: Chunk, piece: int) -> Tensor:
+    def _gather(self, part: Tensor, chunk: Chunk, piece: int) -> Tensor:
         """The whole of a tensor, of which this rank has `part` and rank 0 has `piece` elements."""
         sent = torch.zeros(piece, dtype=part.dtype, device=part.device)
         sent[: part.numel()] = part.flatten()
@@ -271,15 +271,15 @@ class ShardedWeights(Weights):
         received = [torch.empty_like(sent) for _ in range(self.ranks.size)]
         dist.all_gather(received, sent)
         # Only the last chunks are short, so all the padding is at the end.
-        joined = torch.cat(received).view(part.dtype)
+        full = torch.cat(received).view(part.dtype)
         numel = chunk.shape.numel()
         if piece == chunk.size:
-            return joined[:numel].view(chunk.shape)
-        return joined[: -(-numel // BLOCK)]
+            return full[:numel].view(chunk.shape)
+        return full[: -(-numel // BLOCK)]
 
-    def cut(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def shard(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {
-            key: self._chunk(key).cut(tensor, self.ranks.rank) for key, tensor in tensors.items()
+            key: self._chunk(key).shard(tensor, self.ranks.rank) for key, tensor in tensors.items()
         }
 
     def _chunk(self, key: str) -> Chunk:

@@ -41,7 +41,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Draws:
+class SampleKey:
     """The part of the key that all samples of a call share: 64 bits of seed, 32 of step."""
 
     seed: int
@@ -50,33 +50,27 @@ class Draws:
 
 @dataclass(frozen=True)
 class Sample:
-    """One rollout, on the CPU. `logprob` and `entropy` [L] fp32 are those of the untruncated
-    softmax at the sampling temperature (at 1 when greedy); `capped`: ended by the cap, not by an
-    EOS token or a stop string."""
+    """One rollout, on the CPU. `logprob` and `entropy` [L] fp32 are those of the student's
+    untruncated softmax at the sampling temperature (at 1 when greedy); `capped`: ended by the cap,
+    not by an EOS token or a stop string. `sampler_logprob` [L] fp32: what an engine with numerics
+    of its own drew with; None: it drew with `logprob`."""
 
     prompt: Tensor  # [P] int64
     response: Tensor  # [L] int64, L ≥ 1, with its EOS token
     logprob: Tensor
     entropy: Tensor
     capped: bool
+    sampler_logprob: Tensor | None = None
 
     @property
     def length(self) -> int:
         """Tokens of prompt and response."""
         return len(self.prompt) + len(self.response)
 
-
-@dataclass(frozen=True)
-class ForeignSample(Sample):
-    """A sample of an engine with numerics of its own: `logprob` and `entropy` are the student's,
-    `sampler_logprob` [L] fp32 is what the engine drew with."""
-
-    sampler_logprob: Tensor
-
-
-def sampler_logprob(sample: Sample) -> Tensor:
-    """Log-probs [L] of a response by the engine that sampled it."""
-    return sample.sampler_logprob if isinstance(sample, ForeignSample) else sample.logprob
+    @property
+    def behavior_logprob(self) -> Tensor:
+        """Log-probs [L] under the policy that drew the response (the behaviour policy)."""
+        return self.logprob if self.sampler_logprob is None else self.sampler_logprob
 
 
 class Engine(Protocol):
@@ -92,7 +86,7 @@ class Engine(Protocol):
         prompts: Sequence[Tensor],
         samples: Sequence[int],
         sampling: Sampling,
-        draws: Draws,
+        key: SampleKey,
         progress: Progress = lambda done, total: None,
     ) -> list[Sample]:
         """One sample for each prompt, in order; `samples` are their numbers in the key. Equal

@@ -17,7 +17,7 @@ from torch import Tensor
 from sodfast.errors import RunFailed
 from sodfast.model.load import LanguageModel
 from sodfast.model.packing import own_attention
-from sodfast.rollout.engine import Draws, Progress, Sample, Sampling, check_prompts, stop_length
+from sodfast.rollout.engine import Progress, Sample, SampleKey, Sampling, check_prompts, stop_length
 
 
 class HFEngine:
@@ -37,7 +37,7 @@ class HFEngine:
         prompts: Sequence[Tensor],
         samples: Sequence[int],
         sampling: Sampling,
-        draws: Draws,
+        key: SampleKey,
         progress: Progress = lambda done, total: None,
     ) -> list[Sample]:
         """See `Engine.generate`."""
@@ -45,7 +45,7 @@ class HFEngine:
         drawn: list[Sample] = []
         for start in range(0, len(prompts), self.batch_size):
             part = slice(start, start + self.batch_size)
-            drawn += self._generate(prompts[part], samples[part], sampling, draws)
+            drawn += self._generate(prompts[part], samples[part], sampling, key)
             progress(len(drawn), len(prompts))
         return drawn
 
@@ -55,14 +55,14 @@ class HFEngine:
         prompts: Sequence[Tensor],
         samples: Sequence[int],
         sampling: Sampling,
-        draws: Draws,
+        key: SampleKey,
     ) -> list[Sample]:
         from transformers import GenerationConfig, LogitsProcessorList
 
         model = self.model
         input_ids, mask = left_padded(prompts, model.pad_id)
         width = input_ids.shape[1]
-        sampler = _Sampler(torch.tensor(samples, device=model.device), sampling, draws)
+        sampler = _Sampler(torch.tensor(samples, device=model.device), sampling, key)
         greedy = GenerationConfig(
             do_sample=False,
             max_new_tokens=sampling.max_new_tokens,
@@ -124,16 +124,16 @@ def _generating_as(network: Any, config: Any) -> Iterator[None]:
 class _Sampler:
     """A logits processor that draws each row's token by that row's own key."""
 
-    def __init__(self, sample_B: Tensor, sampling: Sampling, draws: Draws) -> None:
-        self.sample_B, self.sampling, self.draws = sample_B, sampling, draws
+    def __init__(self, sample_B: Tensor, sampling: Sampling, key: SampleKey) -> None:
+        self.sample_B, self.sampling, self.key = sample_B, sampling, key
         self.logprob: list[Tensor] = []
         self.entropy: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores_BV: Tensor) -> Tensor:
         drawn = sample_tokens(
             scores_BV,
-            seed=self.draws.seed,
-            step=self.draws.step,
+            seed=self.key.seed,
+            step=self.key.step,
             sample=self.sample_B,
             position=torch.full_like(self.sample_B, len(self.logprob)),
             temperature=self.sampling.temperature,

@@ -30,7 +30,7 @@ from torch import Tensor
 from sodfast.errors import RunFailed, UsageError
 from sodfast.model.load import LanguageModel
 from sodfast.rollout.decoder import Cache, Decoder
-from sodfast.rollout.engine import Draws, Sample, Sampling, check_prompts, stop_length
+from sodfast.rollout.engine import Sample, SampleKey, Sampling, check_prompts, stop_length
 
 # A CPU works on rows in multiples of this, idle ones or padding added: a matrix product of fewer
 # rows sums in another order, and what does not fill a vector register goes through another exp.
@@ -80,14 +80,14 @@ class NativeEngine:
         prompts: Sequence[Tensor],
         samples: Sequence[int],
         sampling: Sampling,
-        draws: Draws,
+        key: SampleKey,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> list[Sample]:
         """See `Engine.generate`. Raises `UsageError` when not even one slot fits."""
         check_prompts(prompts, sampling)
         tokens = max(len(prompt) for prompt in prompts) + sampling.max_new_tokens
         slots, width = min(self.slots(tokens), len(prompts)), _width(tokens)
-        batch = _Batch(self.model, slots, width, sampling, draws, self.memory)
+        batch = _Batch(self.model, slots, width, sampling, key, self.memory)
         if self.model.device.type == "cpu":
             # Small there, and mapping it anew would cost a lab's rollout a fifth of its time.
             self.memory = batch.cache.memory
@@ -138,10 +138,10 @@ class _Batch:
         slots: int,
         width: int,
         sampling: Sampling,
-        draws: Draws,
+        key: SampleKey,
         memory: Tensor | None,
     ) -> None:
-        self.model, self.sampling, self.draws = model, sampling, draws
+        self.model, self.sampling, self.key = model, sampling, key
         self.device = model.device
         self.on_gpu = self.device.type == "cuda"
         self.width = width
@@ -239,8 +239,8 @@ class _Batch:
         rows = slice(first, last)
         drawn = sample_tokens(
             logits_BV,
-            seed=self.draws.seed,
-            step=self.draws.step,
+            seed=self.key.seed,
+            step=self.key.step,
             sample=self.sample[rows],
             position=self.count[rows],
             temperature=self.sampling.temperature,
@@ -284,8 +284,8 @@ class _Batch:
             vocabulary = self.decoder.head.shape[0]
             steps = max(1, NOISE_ELEMENTS // (rows * vocabulary))
             noise_BSV = gumbel_noise(
-                seed=self.draws.seed,
-                step=self.draws.step,
+                seed=self.key.seed,
+                step=self.key.step,
                 sample=self.sample[:rows, None],
                 position=self.count[:rows, None] + torch.arange(steps),
                 vocabulary=vocabulary,

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from sodfast.parallel.ranks import Ranks
-from sodfast.rollout.engine import Draws, Engine, Sample, Sampling
+from sodfast.rollout.engine import Engine, Sample, SampleKey, Sampling
 
 
 class SharedEngine:
@@ -38,7 +38,7 @@ class SharedEngine:
         prompts: Sequence[Tensor],
         samples: Sequence[int],
         sampling: Sampling,
-        draws: Draws,
+        key: SampleKey,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> list[Sample]:
         """See `Engine.generate`. `progress` counts this rank's share."""
@@ -46,7 +46,7 @@ class SharedEngine:
         drawn: list[Sample] = []
         with self.whole_weights(), self.ranks.together():
             if own[0]:
-                drawn = self.engine.generate(*own, sampling, draws, progress)
+                drawn = self.engine.generate(*own, sampling, key, progress)
         parts = self.ranks.gather([_compact(sample) for sample in drawn])
         return [sample for part in parts for sample in part]
 

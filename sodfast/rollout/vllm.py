@@ -38,10 +38,9 @@ from sodfast.errors import RunFailed, UsageError
 from sodfast.model.load import LanguageModel
 from sodfast.model.packing import micro_batches, response_hidden
 from sodfast.rollout.engine import (
-    Draws,
-    ForeignSample,
     Progress,
     Sample,
+    SampleKey,
     Sampling,
     check_prompts,
     stop_length,
@@ -124,14 +123,14 @@ class VLLMEngine:
         prompts: Sequence[Tensor],
         samples: Sequence[int],
         sampling: Sampling,
-        draws: Draws,
+        key: SampleKey,
         progress: Progress = lambda done, total: None,
     ) -> list[Sample]:
         """See `Engine.generate`. Raises `RunFailed`, too, when vLLM's weights are not the
         student's after copying them, or GPU memory runs out when it wakes."""
         check_prompts(prompts, sampling)
         self.require(max(len(prompt) for prompt in prompts) + sampling.max_new_tokens)
-        params = [self._params(sampling, draws, sample) for sample in samples]
+        params = [self._params(sampling, key, sample) for sample in samples]
         progress(0, len(prompts))
         with self._awake():
             outputs = self.llm.generate(
@@ -184,7 +183,7 @@ class VLLMEngine:
                     f"parameters differ, such as {wrong[0]}; use rollout.engine=native or hf"
                 )
 
-    def _params(self, sampling: Sampling, draws: Draws, sample: int) -> Any:
+    def _params(self, sampling: Sampling, key: SampleKey, sample: int) -> Any:
         if 0 < sampling.temperature < MIN_TEMPERATURE:
             raise UsageError(
                 f"rollout.engine=vllm samples at a temperature of 0 or at least {MIN_TEMPERATURE}, "
@@ -194,7 +193,7 @@ class VLLMEngine:
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k or 0,  # 0: all
-            seed=sample_seed(draws, sample),
+            seed=sample_seed(key, sample),
             max_tokens=sampling.max_new_tokens,
             # Our EOS ids and no others.
             ignore_eos=True,
@@ -233,8 +232,7 @@ class VLLMEngine:
             )
             for index, one, (logprob, entropy) in zip(batch, part, scores, strict=True):
                 fields = (one.prompt, one.response, logprob, entropy, one.capped)
-                foreign = ForeignSample(*fields, one.logprob)
-                samples[index] = foreign if comparable else Sample(*fields)
+                samples[index] = Sample(*fields, one.logprob if comparable else None)
         return [samples[index] for index in range(len(drawn))]
 
 
@@ -254,9 +252,9 @@ def logprobs_mode(config: RolloutConfig) -> str:
     )
 
 
-def sample_seed(draws: Draws, sample: int) -> int:
+def sample_seed(key: SampleKey, sample: int) -> int:
     """63 bits, unrelated between samples, steps and seeds."""
-    words = np.random.SeedSequence([draws.seed, draws.step, sample])
+    words = np.random.SeedSequence([key.seed, key.step, sample])
     return int(words.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 

@@ -9,15 +9,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from sodfast.config import Config, read_overrides, validate
+from sodfast.config import RENAMED, Config, read_overrides, validate
 from sodfast.errors import RunFailed, UsageError
 from sodfast.run import checkpoint
 from sodfast.run.files import read_lines, replace_text, try_lock
 
 
 def fingerprint(config: Config) -> str:
-    """A hash of everything that decides a run's numbers: not its place, length or sinks."""
+    """A hash of everything that decides a run's numbers: not its place, length or sinks.
+
+    A renamed key is hashed under its first name, so that the runs of earlier releases go on.
+    """
     values = config.model_dump(mode="json", exclude={"out", "steps", "log", "checkpoint"})
+    for old, new in RENAMED.items():
+        group, _, name = old.partition(".")
+        values[group][name] = values[group].pop(new.removeprefix(f"{group}."))
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -113,13 +119,9 @@ class RunDirectory:
             if self._lock is not None:
                 file.unlink(missing_ok=True)
 
-    def rewind(self, step: int, extra_evaluation: bool) -> list[dict[str, Any]]:
-        """Drop lines and events after `step`; returns the metrics lines that stay.
-
-        A run evaluates its last step whether due or not. `extra_evaluation` drops such an
-        evaluation of `step`, and a collapse it showed, so that the lines are those of a run that
-        never ended there.
-        """
+    def rewind(self, step: int, without_evaluation: bool) -> list[dict[str, Any]]:
+        """Drop lines and events after `step`, and `without_evaluation` also the evaluation of
+        `step` and a collapse that it showed; returns the metrics lines that stay."""
         lines = [line for line in read_lines(self.metrics) if line["step"] <= step]
         if len(lines) != step + 1 and step > 0:
             raise UsageError(
@@ -127,7 +129,7 @@ class RunDirectory:
                 f"not {step + 1}: restore the file, or delete the checkpoint"
             )
         events = [event for event in read_lines(self.events) if event["step"] <= step]
-        if extra_evaluation:
+        if without_evaluation:
             lines[-1] = {k: v for k, v in lines[-1].items() if not k.startswith("eval/")}
             events = [
                 event for event in events if (event["step"], event.get("reason")) != (step, "eval")

@@ -26,7 +26,7 @@ REMEDIES = {
         "lower optimizer.micro_batch_tokens, set model.gradient_checkpointing=true or "
         "teacher.storage=host, or lower rollout.prompts_per_step"
     ),
-    "refresh": "set teacher.storage=host, or optimizer.state=8bit",
+    "refresh": "set teacher.storage=host, or optimizer.adamw=8bit",
     "evaluate": "lower rollout.cache_gib, or rollout.batch_size where rollout.engine=hf",
 }
 
@@ -54,7 +54,7 @@ class PhaseClock:
     def __call__(self, phase: str) -> Iterator[None]:
         self.highest = max(self.highest, self._peak())
         start = self._now()
-        with explained(phase):
+        with oom_hint(phase):
             yield
         self.seconds[phase] = self.seconds.get(phase, 0.0) + self._now() - start
         self.peaks[phase] = max(self.peaks.get(phase, 0), self._peak())
@@ -89,7 +89,7 @@ class PhaseClock:
 
 
 @contextmanager
-def explained(phase: str) -> Iterator[None]:
+def oom_hint(phase: str) -> Iterator[None]:
     """Turns a GPU's lack of memory into a `RunFailed` that says in which phase it was, how much
     was wanted, held and there, and which key to lower."""
     try:

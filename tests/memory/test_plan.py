@@ -98,7 +98,7 @@ def measured(trainer: Trainer, phase: Callable[[], Any], *others: Tensor) -> tup
         [],
         ["model.gradient_checkpointing=true", "optimizer.micro_batch_tokens=256"],
         ["model.dtype=bfloat16", "teacher.storage=host", "objective.top_k=5"],
-        ["schedule.kind=trust_region", "optimizer.state=8bit"],
+        ["schedule.kind=trust_region", "optimizer.adamw=8bit"],
         ["model.lora.rank=4", "model.dtype=bfloat16"],
     ],
     ids=lambda overrides: ",".join(text.partition("=")[2] for text in overrides) or "defaults",
@@ -334,16 +334,16 @@ def test_in_fp32_the_8b_model_does_not_fit_and_the_plan_says_what_does(cli: Comm
     result = last_line(outcome.out)
     assert (outcome.code, result["fits"]) == (1, False)
     assert result["phases"]["train"]["optimizer_state"] / GIB == pytest.approx(61.0, rel=0.01)
-    assert result["changes"] == ["model.dtype=bfloat16", "optimizer.state=auto"]
-    assert "Fits with: model.dtype=bfloat16 optimizer.state=auto" in outcome.out
+    assert result["changes"] == ["model.dtype=bfloat16", "optimizer.adamw=auto"]
+    assert "Fits with: model.dtype=bfloat16 optimizer.adamw=auto" in outcome.out
     assert plan(override(load_config("qwen3_8b_80gb", []), result["changes"])).fits
 
 
 def test_the_other_plans_of_the_byte_budget() -> None:
     resident = plan(load_config("qwen3_8b_80gb", ["teacher.storage=device"]))
     assert resident.peaks["train"] / GIB == pytest.approx(77.3, rel=0.01)  # hardly
-    exact = load_config("qwen3_8b_80gb", ["optimizer.state=exact"])
-    assert not plan(exact).fits and changes(exact) == ["optimizer.state=8bit"]
+    exact = load_config("qwen3_8b_80gb", ["optimizer.adamw=exact"])
+    assert not plan(exact).fits and changes(exact) == ["optimizer.adamw=8bit"]
     assert plan(load_config("qwen3_8b_80gb_full_vocabulary", [])).fits
 
 
@@ -415,7 +415,7 @@ def test_several_changes_are_the_fewest(small: Config) -> None:
     plain = plan(config).peaks["train"]
     lean = [
         "model.dtype=bfloat16",
-        "optimizer.state=auto",
+        "optimizer.adamw=auto",
         "teacher.storage=host",
         "model.gradient_checkpointing=true",
     ]
@@ -425,7 +425,7 @@ def test_several_changes_are_the_fewest(small: Config) -> None:
     found = changes(tight)
     assert plan(override(tight, found)).fits
     for text in found:
-        if text != "optimizer.state=auto":  # comes with the dtype
+        if text != "optimizer.adamw=auto":  # comes with the dtype
             assert not plan(override(tight, [other for other in found if other != text])).fits
 
 

@@ -364,7 +364,7 @@ def test_recomputed_layers_change_nothing(train: Train, tmp_path: Path) -> None:
     [
         ["schedule.kind=ema", "schedule.rate=0.3"],
         ["schedule.kind=hard", "schedule.every=4", "model.dtype=bfloat16"],
-        ["schedule.kind=trust_region", "rollout.engine=hf", "optimizer.state=8bit"],
+        ["schedule.kind=trust_region", "rollout.engine=hf", "optimizer.adamw=8bit"],
     ],
     ids=lambda overrides: overrides[0],
 )
@@ -489,7 +489,7 @@ def test_another_base_at_the_same_path_is_noticed(
         (["model.lora.targets=[embed_tokens]"], "embed_tokens"),
         (["model.lora.rank=4", "teacher.storage=host"], "set teacher.storage=device"),
         (["model.lora.rank=4", "rollout.engine=vllm"], "rollout.engine"),
-        (["model.lora.rank=4", "model.dtype=bfloat16", "optimizer.state=exact"], "model.lora"),
+        (["model.lora.rank=4", "model.dtype=bfloat16", "optimizer.adamw=exact"], "model.lora"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(

@@ -32,7 +32,7 @@ from sodfast.teacher import Teacher
 def test_chunks_are_the_whole_cut(shape: list[int], ranks: int, alignment: int) -> None:
     whole = torch.arange(torch.Size(shape).numel()).view(shape)
     chunk = Chunk.of(whole, ranks, alignment)
-    parts = [chunk.cut(whole, rank) for rank in range(ranks)]
+    parts = [chunk.shard(whole, rank) for rank in range(ranks)]
     if not chunk.size:
         assert all(part is whole for part in parts)
         return
@@ -43,7 +43,7 @@ def test_chunks_are_the_whole_cut(shape: list[int], ranks: int, alignment: int) 
     if alignment == BLOCK:  # exponents of 8-bit moments go with the blocks of their chunk
         exponents = torch.arange(-(-whole.numel() // BLOCK))
         if len(exponents) != whole.numel():
-            blocks = [chunk.cut(exponents, rank) for rank in range(ranks)]
+            blocks = [chunk.shard(exponents, rank) for rank in range(ranks)]
             assert [len(b) for b in blocks] == [-(-part.numel() // BLOCK) for part in parts]
             assert torch.cat(blocks).equal(exponents)
 
@@ -55,7 +55,7 @@ def moved(ranks: Ranks, path: Path, state: str) -> dict[str, Tensor]:
     """Weights, moments and an averaging teacher's weights after two updates by given gradients."""
     model = load_model(str(path), torch.device("cpu"), torch.bfloat16)
     network = model.network
-    config = OptimizerConfig(lr=1e-2, state=state)  # type: ignore[arg-type]
+    config = OptimizerConfig(lr=1e-2, adamw=state)  # type: ignore[arg-type]
     weights = Weights(network)
     if ranks.size > 1:
         weights = ShardedWeights(network, ranks, alignment(config, torch.bfloat16))
@@ -68,14 +68,16 @@ def moved(ranks: Ranks, path: Path, state: str) -> dict[str, Tensor]:
             generator = torch.Generator().manual_seed(1000 * step + len(gradients))
             gradient = torch.randn(parameter.shape, generator=generator)
             gradients[name] = (1e-2 * gradient).to(parameter.dtype)
-        for own, gradient in zip(weights.parameters, weights.cut(gradients).values(), strict=True):
+        for own, gradient in zip(
+            weights.parameters, weights.shard(gradients).values(), strict=True
+        ):
             own.grad = gradient
         teacher.prepare_update()
         update(optimizer, 1e-2, 1.0, torch.tensor(0.0), norm)
         teacher.apply(Decision("average", rate=0.3), step)
     found = {f"student:{name}": t for name, t in weights.state_dict().items()}
-    found |= {f"teacher:{name}": t for name, t in weights.join(teacher.own()).items()}
-    moments = weights.join(optimizer_tensors(network, optimizer))
+    found |= {f"teacher:{name}": t for name, t in weights.gather_full(teacher.own()).items()}
+    moments = weights.gather_full(optimizer_tensors(network, optimizer))
     return found | {f"moment:{name}": t for name, t in moments.items()}
 
 
@@ -151,7 +153,7 @@ def lookup(ranks: Ranks, path: Path) -> tuple[bool, bool, bool]:
         whole = all(p.equal(2 * expected[n]) for n, p in model.network.named_parameters())
     cut = any(isinstance(p, DTensor) for p in model.network.parameters())
     before = teacher.own()
-    kept = all(t.equal(weights.cut(expected)[n]) for n, t in before.items())
+    kept = all(t.equal(weights.shard(expected)[n]) for n, t in before.items())
     return whole, cut, kept
 
 

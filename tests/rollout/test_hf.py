@@ -17,7 +17,7 @@ from sodfast.lab.model import build_tokenizer
 from sodfast.model.load import LanguageModel, load_model, to_ids, wrap_model
 from sodfast.model.packing import own_attention
 from sodfast.rollout.build import build_engine
-from sodfast.rollout.engine import Draws, Engine, Sample, Sampling, stop_length
+from sodfast.rollout.engine import Engine, Sample, SampleKey, Sampling, stop_length
 from sodfast.rollout.hf import HFEngine
 from sodfast.rollout.native import NativeEngine
 
@@ -67,7 +67,7 @@ def sample(
     wanted = Sampling(**{"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 20, **sampling})
     encode = engine.model.encode  # type: ignore[attr-defined]
     samples = engine.generate(
-        [to_ids(encode(prompts[index])) for index in order], order, wanted, Draws(3, step)
+        [to_ids(encode(prompts[index])) for index in order], order, wanted, SampleKey(3, step)
     )
     return [samples[list(order).index(index)] for index in range(len(order))]
 
@@ -199,7 +199,7 @@ def test_progress_ends_with_all_sequences(engine_name: str, model: LanguageModel
         [to_ids([5])] * 5,
         range(5),
         Sampling(1.0, 1.0, 2),
-        Draws(0, 1),
+        SampleKey(0, 1),
         lambda done, total: seen.append((done, total)),
     )
     assert seen[-1] == (5, 5) and len(seen) >= 3
@@ -224,7 +224,7 @@ def test_what_cannot_be_answered_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         build(engine_name, model).generate(
-            [to_ids(prompt) for prompt in prompts], [0], Sampling(1, 1, cap), Draws(0, 1)
+            [to_ids(prompt) for prompt in prompts], [0], Sampling(1, 1, cap), SampleKey(0, 1)
         )
 
 

@@ -24,7 +24,7 @@ from sodfast.model.load import LanguageModel, trained_parameters
 from sodfast.model.lora import add_adapters
 from sodfast.rollout import native
 from sodfast.rollout.decoder import Cache, Decoder, unsupported
-from sodfast.rollout.engine import Draws, Sample, Sampling
+from sodfast.rollout.engine import Sample, SampleKey, Sampling
 from sodfast.rollout.hf import HFEngine
 from sodfast.rollout.native import NativeEngine
 
@@ -92,7 +92,7 @@ def ragged(count: int, longest: int = 23) -> list[Tensor]:
 
 def answer(engine: Any, prompts: Sequence[Tensor], cap: int, **sampling: Any) -> list[Sample]:
     wanted = Sampling(**{"temperature": 1.0, "top_p": 1.0, "max_new_tokens": cap, **sampling})
-    return engine.generate(prompts, range(len(prompts)), wanted, Draws(2**63 + 11, 4))
+    return engine.generate(prompts, range(len(prompts)), wanted, SampleKey(2**63 + 11, 4))
 
 
 def equal_bits(left: Sequence[Sample], right: Sequence[Sample]) -> bool:
@@ -154,12 +154,12 @@ def test_company_and_order_change_no_bit(name: str) -> None:
         assert equal_bits(answer(NativeEngine(model, slots), prompts, 40), together)
     order = torch.randperm(64, generator=torch.Generator().manual_seed(1)).tolist()
     shuffled = NativeEngine(model, 64).generate(
-        [prompts[index] for index in order], order, Sampling(1.0, 1.0, 40), Draws(2**63 + 11, 4)
+        [prompts[index] for index in order], order, Sampling(1.0, 1.0, 40), SampleKey(2**63 + 11, 4)
     )
     assert equal_bits(shuffled, [together[index] for index in order])
     for index in (0, 17, 63):
         alone = NativeEngine(model, 64).generate(
-            [prompts[index]], [index], Sampling(1.0, 1.0, 40), Draws(2**63 + 11, 4)
+            [prompts[index]], [index], Sampling(1.0, 1.0, 40), SampleKey(2**63 + 11, 4)
         )
         assert equal_bits(alone, [together[index]])
     longer = answer(NativeEngine(model, 64), prompts, 90)
@@ -339,7 +339,7 @@ def test_a_gpu_repeats_itself_within_a_bucket(dtype: torch.dtype) -> None:
     assert equal_bits(answer(NativeEngine(model, 8), prompts, 50), together)
     order = torch.randperm(32, generator=torch.Generator().manual_seed(1)).tolist()
     shuffled = NativeEngine(model, 8).generate(
-        [prompts[index] for index in order], order, Sampling(1.0, 1.0, 50), Draws(2**63 + 11, 4)
+        [prompts[index] for index in order], order, Sampling(1.0, 1.0, 50), SampleKey(2**63 + 11, 4)
     )
     same = [a.response.equal(together[i].response) for a, i in zip(shuffled, order, strict=True)]
     assert sum(same) >= (32 if dtype == torch.float32 else 24)

@@ -19,10 +19,10 @@ from sodfast.config import ObjectiveConfig, RolloutConfig
 from sodfast.errors import RunFailed, UsageError
 from sodfast.model.load import LanguageModel, to_ids
 from sodfast.model.packing import own_attention
-from sodfast.objective import micro_batch_loss, sampler_mismatch
+from sodfast.objective import micro_batch_loss, truncated_importance_weight
 from sodfast.rollout import vllm as vllm_engine
 from sodfast.rollout.build import build_engine
-from sodfast.rollout.engine import Draws, ForeignSample, Sample, Sampling, sampler_logprob
+from sodfast.rollout.engine import Sample, SampleKey, Sampling
 from sodfast.rollout.hf import HFEngine
 from sodfast.rollout.vllm import VLLMEngine, sample_seed
 from sodfast.trainer import Trainer
@@ -48,7 +48,7 @@ def engine(stand_in: type[LLM], model: LanguageModel) -> VLLMEngine:
 def ask(engine: Any, model: LanguageModel, step: int = 1, **sampling: Any) -> list[Sample]:
     prompts = [to_ids(model.encode(prompt)) for prompt in PROMPTS]
     wanted = Sampling(**{"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 12, **sampling})
-    return engine.generate(prompts, range(len(prompts)), wanted, Draws(7, step))
+    return engine.generate(prompts, range(len(prompts)), wanted, SampleKey(7, step))
 
 
 def disturb(model: LanguageModel) -> None:
@@ -163,10 +163,10 @@ def test_seeds_are_distinct_and_fit_a_signed_word() -> None:
     keys = [
         (seed, step, sample) for seed in (0, 1, 2**64 - 1) for step in (0, 1) for sample in (0, 1)
     ]
-    seeds = [sample_seed(Draws(seed, step), sample) for seed, step, sample in keys]
+    seeds = [sample_seed(SampleKey(seed, step), sample) for seed, step, sample in keys]
     assert len(set(seeds)) == len(keys)
     assert all(0 <= seed < 2**63 for seed in seeds)
-    assert seeds == [sample_seed(Draws(seed, step), sample) for seed, step, sample in keys]
+    assert seeds == [sample_seed(SampleKey(seed, step), sample) for seed, step, sample in keys]
 
 
 def test_the_parameters_of_a_request(engine: VLLMEngine, model: LanguageModel) -> None:
@@ -175,7 +175,7 @@ def test_the_parameters_of_a_request(engine: VLLMEngine, model: LanguageModel) -
         assert (params.temperature, params.top_p, params.top_k) == (0.5, 0.9, 3)
         assert params.max_tokens == 5 and params.logprobs == 0 and params.ignore_eos
         assert params.stop_token_ids == list(model.eos_ids)
-        assert params.seed == sample_seed(Draws(7, 1), number)
+        assert params.seed == sample_seed(SampleKey(7, 1), number)
         assert params.stop == [] and not params.detokenize
     ask(engine, model)
     assert {params.top_k for params in LLM.newest.params} == {0}
@@ -192,7 +192,7 @@ def test_logprobs_are_the_students_and_vllms_are_kept(
         logprob_LV = torch.log_softmax(logits_LV / temperature, -1)
         expected = logprob_LV.gather(1, one.response[:, None])[:, 0].float()
         entropy = torch.special.entr(logprob_LV.exp()).sum(1).float()
-        assert isinstance(one, ForeignSample)
+        assert isinstance(one, Sample)
         torch.testing.assert_close(one.logprob, expected, rtol=0, atol=1e-5)
         torch.testing.assert_close(one.sampler_logprob, expected, rtol=0, atol=1e-5)
         torch.testing.assert_close(one.entropy, entropy, rtol=0, atol=1e-5)
@@ -213,7 +213,7 @@ def test_rollouts_have_vllms_untruncated_logprob(
     engine = VLLMEngine(model, CONFIG.model_copy(update=settings))
     assert LLM.newest.arguments["logprobs_mode"] == mode
     for one in ask(engine, model, **settings):
-        assert isinstance(one, ForeignSample)
+        assert isinstance(one, Sample)
         torch.testing.assert_close(one.sampler_logprob, one.logprob, rtol=0, atol=1e-5)
 
 
@@ -230,7 +230,7 @@ def test_an_evaluation_that_truncates_has_the_students_logprob_only(
 ) -> None:
     """The truncated log-prob of vLLM would look like a mismatch."""
     samples = ask(engine, model, temperature=0.6, top_p=0.95)
-    assert all(type(one) is Sample and sampler_logprob(one) is one.logprob for one in samples)
+    assert all(type(one) is Sample and one.behavior_logprob is one.logprob for one in samples)
 
 
 def test_a_stop_string_ends_with_the_token_that_completes_it(
@@ -317,7 +317,7 @@ def test_sequences_that_do_not_fit_are_refused(engine: VLLMEngine, model: Langua
         ask(engine, model, max_new_tokens=30)
     sampling = Sampling(1.0, 1.0, 4)
     with pytest.raises(ValueError, match="no tokens"):
-        engine.generate([to_ids([])], [0], sampling, Draws(0, 1))
+        engine.generate([to_ids([])], [0], sampling, SampleKey(0, 1))
     with pytest.raises(UsageError, match=r"at least 0\.01"):
         ask(engine, model, temperature=0.001)
 
@@ -343,9 +343,9 @@ def test_logits_that_are_not_finite_fail_the_run(engine: VLLMEngine, model: Lang
 # ---------------------------------------------------------------- the mismatch in training
 
 
-def foreign(ratios: Sequence[float]) -> ForeignSample:
+def foreign(ratios: Sequence[float]) -> Sample:
     logprob = torch.full((len(ratios),), -40.0)
-    return ForeignSample(
+    return Sample(
         prompt=to_ids([1]),
         response=to_ids([2] * len(ratios)),
         logprob=logprob,
@@ -359,7 +359,7 @@ def test_the_mismatch_is_capped_and_one_for_our_own_samples() -> None:
     sample = foreign([0.25, 1.0, 1.5, 2.5, 1e12, 1e-12])
     own = Sample(sample.prompt, sample.response, sample.logprob, sample.entropy, False)
     expected = [0.25, 1.0, 1.5, 2.0, 2.0, 2.0611536e-9, *[1.0] * 6]  # e^-20 is the least
-    assert sampler_mismatch([sample, own]).tolist() == pytest.approx(expected, rel=1e-5)
+    assert truncated_importance_weight([sample, own]).tolist() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("weights", [(0.5, 0.0, 0.0), (0.0, 0.25, -1.0), (0.5, 0.25, 2.0)])

@@ -106,7 +106,7 @@ def test_default_directories_name_schedule_and_seed() -> None:
 HOLD = """
 import sys, time
 from pathlib import Path
-from sodfast.rundir import RunDirectory
+from sodfast.run.directory import RunDirectory
 run = RunDirectory.open(Path(sys.argv[1]))
 print("locked", flush=True)
 time.sleep(60)
@@ -182,13 +182,13 @@ def test_rewind_drops_what_came_after_the_checkpoint(run: RunDirectory) -> None:
     fill(run, 8, evaluated=(0, 5))
     run.append(run.events, {"step": 8, "event": "collapse", "reason": "length"})
     metrics, events = run.metrics.read_text().splitlines(), run.events.read_text().splitlines()
-    kept = run.rewind(5, extra_evaluation=False)
+    kept = run.rewind(5, without_evaluation=False)
     assert run.metrics.read_text().splitlines() == metrics[:6]
     assert run.events.read_text().splitlines() == events[:7]
     assert kept == read_lines(run.metrics)
     assert "eval/mean@4" in kept[5]
     again = run.metrics.read_bytes(), run.events.read_bytes()
-    run.rewind(5, extra_evaluation=False)
+    run.rewind(5, without_evaluation=False)
     assert (run.metrics.read_bytes(), run.events.read_bytes()) == again
 
 
@@ -197,7 +197,7 @@ def test_rewind_strips_the_evaluation_that_only_a_last_step_gets(run: RunDirecto
     run.append(run.events, {"step": 5, "event": "collapse", "reason": "eval"})
     run.append(run.events, {"step": 7, "event": "collapse", "reason": "eval"})
     run.append(run.events, {"step": 7, "event": "collapse", "reason": "length"})
-    kept = run.rewind(7, extra_evaluation=True)
+    kept = run.rewind(7, without_evaluation=True)
     assert kept[7] == {"step": 7, "reward/mean": 1.0}
     assert "eval/mean@4" in kept[5] and "eval/mean@4" in kept[0]
     collapses = [event for event in read_lines(run.events) if event["event"] == "collapse"]
@@ -206,7 +206,7 @@ def test_rewind_strips_the_evaluation_that_only_a_last_step_gets(run: RunDirecto
 
 def test_rewind_to_the_start(run: RunDirectory) -> None:
     fill(run, 3)
-    assert run.rewind(0, extra_evaluation=False) == [
+    assert run.rewind(0, without_evaluation=False) == [
         {"step": 0, "eval/mean@4": 0.5, "eval/best@1": 0.5}
     ]
     assert read_lines(run.events) == [{"step": 0, "event": "checkpoint"}]
@@ -216,7 +216,7 @@ def test_a_line_cut_short_after_the_checkpoint_does_no_harm(run: RunDirectory) -
     fill(run, 5)
     with run.metrics.open("a") as stream:
         stream.write('{"step": 6, "reward/me')
-    run.rewind(5, extra_evaluation=False)
+    run.rewind(5, without_evaluation=False)
     run.append(run.metrics, {"step": 6})
     assert [line["step"] for line in read_lines(run.metrics)] == list(range(7))
 

@@ -7,7 +7,7 @@ import torch
 
 from sodfast.errors import RunFailed
 from sodfast.run import phases
-from sodfast.run.phases import PhaseClock, explained
+from sodfast.run.phases import PhaseClock, oom_hint
 
 
 class GPU:
@@ -76,7 +76,7 @@ def test_a_cpu_has_the_processs_peak_only() -> None:
 
 @pytest.mark.parametrize("phase", phases.REMEDIES)
 def test_a_lack_of_memory_is_one_line_with_a_remedy(phase: str) -> None:
-    with pytest.raises(RunFailed) as failed, explained(phase):
+    with pytest.raises(RunFailed) as failed, oom_hint(phase):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 386.00 MiB. GPU 0 …")
     message = str(failed.value)
     assert message.startswith(f"out of GPU memory in phase {phase}: 386.00 MiB wanted")
@@ -84,5 +84,5 @@ def test_a_lack_of_memory_is_one_line_with_a_remedy(phase: str) -> None:
 
 
 def test_other_errors_pass_as_they_are() -> None:
-    with pytest.raises(RuntimeError, match=r"^shape$"), explained("train"):
+    with pytest.raises(RuntimeError, match=r"^shape$"), oom_hint("train"):
         raise RuntimeError("shape")
