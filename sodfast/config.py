@@ -38,6 +38,7 @@ _log = logging.getLogger(__name__)
 PRESETS = Path(__file__).parent / "configs"
 # Keys of earlier releases, each accepted for one release after it was renamed.
 RENAMED = {"optimizer.state": "optimizer.adamw"}
+# Groups that are unions, the key that tells their members apart, and its value where it is absent.
 _DISCRIMINATORS = {"schedule": ("kind", "cgtr"), "task": ("name", "arithmetic")}
 
 Positive = Annotated[int, Field(ge=1)]
@@ -58,6 +59,8 @@ _REFUSED_ADAMW = {
 
 
 class Section(BaseModel):
+    """A group of keys: it cannot be changed, and refuses unknown keys, NaN and infinity."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 

@@ -1,4 +1,4 @@
-"""Attention over packed sequences and over the slots of a cache, one signature for each device.
+"""Attention over packed sequences and over the slots of a cache, called alike on every device.
 
 * On a GPU in 16 bits: torch's own FlashAttention (`varlen_attn`) where the installed torch has what
   is needed, otherwise the `flash-attn` package where it is installed, otherwise sdpa.
