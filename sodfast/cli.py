@@ -1,4 +1,4 @@
-"""The commands. Parses and prints, computes nothing."""
+"""Self on-policy distillation: train a language model against an earlier copy of itself."""
 
 import json
 import os
@@ -12,6 +12,8 @@ import typer
 from sodfast.errors import RunFailed, UsageError
 from sodfast.run.interrupt import Interrupted
 
+# The commands parse arguments and print results; whatever is computed, other modules compute. They
+# are imported where they are needed, so that help and refusals need not wait for torch.
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__
 )
@@ -174,7 +176,7 @@ def _split(arguments: list[str]) -> tuple[str | None, list[str]]:
 
 def main() -> None:
     """Exit codes: 0 done, 1 failed, 2 unusable arguments, 130 interrupted."""
-    # No data set and no model is ever looked for in the network unless the user names one.
+    # The library tokenizers prints a warning when a process that has encoded in threads forks.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Outside of training, where `Interruption` takes both, SIGTERM ends a command as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -189,7 +191,8 @@ def main() -> None:
 
 
 def _stop(message: str, code: int, alone: bool = False) -> None:
-    # The ranks that torchrun starts end alike, unless alone; the first one says why.
+    # Ranks that torchrun started end with the same error, and rank 0 alone prints it. An error
+    # that only one rank knows of is printed by that rank.
     if alone or "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["RANK"] == "0":
         print("sodfast: " + " ".join(message.split()), file=sys.stderr)
     sys.exit(code)

@@ -11,8 +11,8 @@ class CollapseDetector:
     undefined thresholds, every number a key of `collapse.*`:
 
     * mean response length ≥ length_fraction × the cap for length_steps steps in a row, or
-    * eval mean@k < max(eval_floor, eval_fraction × the best so far), after at least one step:
-      an untrained student has nothing to lose.
+    * eval mean@k < max(eval_floor, eval_fraction × the best so far), after at least one step,
+      since an untrained student has no score that it could have lost.
     """
 
     def __init__(self, config: CollapseConfig, max_new_tokens: int, eval_samples: int) -> None:

@@ -38,6 +38,7 @@ _log = logging.getLogger(__name__)
 PRESETS = Path(__file__).parent / "configs"
 # Keys of earlier releases, each accepted for one release after it was renamed.
 RENAMED = {"optimizer.state": "optimizer.adamw"}
+# Groups that are unions, the key that tells their members apart, and its value where it is absent.
 _DISCRIMINATORS = {"schedule": ("kind", "cgtr"), "task": ("name", "arithmetic")}
 
 Positive = Annotated[int, Field(ge=1)]
@@ -58,6 +59,8 @@ _REFUSED_ADAMW = {
 
 
 class Section(BaseModel):
+    """A group of keys: it cannot be changed, and refuses unknown keys, NaN and infinity."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
@@ -72,33 +75,37 @@ class LoRAConfig(Section):
 
 
 class ModelConfig(Section):
-    path: str | None = None  # Hugging Face id or directory; None: the embedded lab builds one
-    # Of the weights, and so of the teacher's and of the gradients.
+    path: str | None = None  # Hugging Face id or directory; None: the lab builds its own model
+    # The dtype of the weights; the teacher's weights and the gradients have the same one.
     dtype: Literal["float32", "bfloat16"] = "float32"
-    # Keep a decoder layer's input only and run it again in the backward pass.
+    # Keep only the input of each decoder layer, and run the layer again in the backward pass: less
+    # memory, more time.
     gradient_checkpointing: bool = False
-    # Liger's kernels for RMSNorm, RoPE and the gated MLP; auto: on a GPU where it knows the model.
+    # Liger's kernels for RMSNorm, RoPE and the gated MLP; auto: use them on a GPU where Liger
+    # supports the model's architecture.
     liger: bool | Literal["auto"] = "auto"  # YAML reads on and off as true and false
     lora: LoRAConfig | None = None  # null: all weights are trained
 
 
 class LabConfig(Section):
-    """The lab's model, its misconceptions and its warm start."""
+    """The lab's model, its misconceptions and its warm start (lab/warm_start.py)."""
 
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: int = Field(0, ge=0, lt=2**63)  # of the initial weights, the error tables, the batches
     hidden_size: int = Field(128, ge=8)
     layers: int = Field(3, ge=1)
     heads: int = Field(4, ge=1)
     intermediate_size: int = Field(384, ge=8)
-    batches: int = Field(700, ge=1)
-    rows: int = Field(6, ge=1)
+    batches: int = Field(700, ge=1)  # supervised updates of the warm start ...
+    rows: int = Field(6, ge=1)  # ... on so many packed rows each
     lr: float = Field(3e-3, gt=0)
     warmup_batches: int = Field(30, ge=1)
-    demonstrated_fraction: float = Field(0.35, ge=0, le=1)
+    demonstrated_fraction: float = Field(0.35, ge=0, le=1)  # examples that show a right solution
+    # Lowest and highest probability that a product, or a sum, comes out wrong.
     product_error: tuple[float, float] = (0.05, 0.9)
     sum_error: tuple[float, float] = (0.0, 0.6)
-    error_decay: float = Field(0.8, gt=0, le=1)
-    passes: tuple[float, ...] = (0.55, 0.35, 0.10)
+    error_decay: float = Field(0.8, gt=0, le=1)  # each later pass errs this much as often
+    passes: tuple[float, ...] = (0.55, 0.35, 0.10)  # probabilities of 1, 2, 3 passes
+    # This share of the examples has 1 to `long_passes` passes, each number equally likely.
     long_fraction: float = Field(0.05, ge=0, le=1)
     long_passes: int = Field(8, ge=1)
 
@@ -107,7 +114,7 @@ Subject = Literal["biology", "chemistry", "material", "physics"]
 
 
 class _TaskConfig(Section):
-    # A response ends with the token that completes one of these, as it does with an EOS token.
+    # Strings that end a response, with the token that completes one, as an EOS token does.
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
 
 
@@ -390,8 +397,9 @@ def validate(layer: DictConfig | dict[str, Any]) -> Config:
         for group, (key, default) in _DISCRIMINATORS.items():
             if isinstance(values.get(group), dict):
                 values[group] = {key: default, **values[group]}
-        # Through JSON: its strict mode takes a list for a tuple and still refuses "5" for 5. (A
-        # "before" validator would end that: what it returns is checked as Python values.)
+        # Validation goes through JSON, since pydantic's strict mode then takes a list for a tuple
+        # and still refuses "5" for 5. No field may have a "before" validator: pydantic checks what
+        # one returns as Python values, and strict mode refuses a list for a tuple there.
         return Config.model_validate_json(json.dumps(values), strict=True)
     except (OmegaConfBaseException, TypeError) as error:
         raise UsageError(f"configuration: {_first_line(error)}") from error
@@ -416,7 +424,10 @@ def override(config: Config, overrides: list[str]) -> Config:
 
 
 def _read(source: str, above: tuple[Path, ...] = ()) -> DictConfig:
-    """A preset's or file's layer over its base. `above`: the files that are built on it."""
+    """The values of a preset or file, merged over those of its base.
+
+    `above`: the files, outermost first, whose `base` keys led to this one.
+    """
     path = _preset(source)
     if not os.path.isfile(path):
         path = Path(source)
@@ -435,7 +446,10 @@ def _read(source: str, above: tuple[Path, ...] = ()) -> DictConfig:
 
 
 def _on_base(layer: DictConfig, path: Path, above: tuple[Path, ...]) -> DictConfig:
-    """The layer over the preset or file that its key `base` names, a path from the layer's own."""
+    """The layer, merged over the preset or file that its key `base` names.
+
+    A file's name is relative to the folder of `path`, the layer's own file.
+    """
     try:
         _rename(layer)
         base = layer.pop("base", None)
@@ -479,6 +493,10 @@ def _preset(name: str) -> Path:
 
 
 def parse_overrides(overrides: list[str]) -> list[tuple[str, Any]]:
+    """Split `key=value` texts and read each value as YAML, in an order that is safe to apply.
+
+    Raises `UsageError` for a text without a key or `=` and for a value that is not YAML.
+    """
     pairs = []
     for text in overrides:
         key, equals, _ = text.partition("=")

@@ -71,8 +71,8 @@ def best_at_k(rewards: Sequence[float], k: int) -> float:
 
 
 def majority_at_k(rewards: Sequence[float], answers: Sequence[str | None], k: int) -> float:
-    """Reward of the most frequent answer among k samples, averaged over the n // k disjoint runs
-    of k samples.
+    """Reward of the most frequent answer among k samples, averaged over the n // k disjoint
+    blocks of k samples.
 
     Samples without an answer do not vote; no votes at all score 0. Tied answers share: their
     mean rewards are averaged, which is the expectation of a fair draw.

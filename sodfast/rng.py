@@ -10,7 +10,9 @@ import numpy as np
 
 
 class Stream(IntEnum):
-    PROMPTS = 0  # counters: epoch
+    """A stream for each use of random numbers. The comments name the counters of its draws."""
+
+    PROMPTS = 0  # epoch
     ROLLOUT = 1  # step, sample
     EVAL = 2  # step, sample
     DEMONSTRATION = 3  # step, sample
@@ -33,7 +35,8 @@ def generator(seed: int, stream: int, *counters: int) -> np.random.Generator:
 
 
 def draw_key(seed: int, stream: Stream) -> int:
-    """64 bits of key for `sodfast_kernels.sample_tokens`, unrelated between seeds and streams."""
+    """A 64-bit key for `sodfast_kernels.sample_tokens`; the keys of two seeds or of two streams
+    are unrelated."""
     return int(np.random.SeedSequence([seed, stream]).generate_state(1, np.uint64)[0])
 
 

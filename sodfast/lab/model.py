@@ -32,7 +32,7 @@ def build_tokenizer() -> "PreTrainedTokenizerFast":
 
 
 def architecture(config: LabConfig) -> "Qwen3Config":
-    """What the lab's model is built from."""
+    """The configuration of the lab's Qwen3: its sizes from `config`, one tied embedding."""
     from transformers import Qwen3Config
 
     return Qwen3Config(
@@ -53,6 +53,10 @@ def architecture(config: LabConfig) -> "Qwen3Config":
 
 
 def new_model(config: LabConfig) -> "Qwen3ForCausalLM":
+    """Return the lab's model (fp32, on the CPU) with random weights, a function of `config.seed`.
+
+    torch's own generator is left as it was.
+    """
     import torch
     from transformers import Qwen3ForCausalLM
 

@@ -1,8 +1,8 @@
 """The embedded lab: a character tokenizer, a tiny Qwen3 and its supervised warm start.
 
-The warm start leaves a student with headroom and a teacher worth listening to, in one model.
+The warm start leaves one model that has much to learn as a student and much to say as a teacher.
 
-* Without a demonstration the model carries many separate misconceptions: each entry of the times
+* Without a demonstration the model has many separate misconceptions: each entry of the times
   table and each carry has its own wrong result and its own probability of coming out wrong.
   Unlearning one says little about the next, so no single hidden switch solves the task.
 * Shown a right solution (`TEACHER_TEMPLATE`) it solves the question in a way of its own: it may
@@ -49,7 +49,7 @@ _IGNORED_LABEL = -100
 # Streams of the lab's own seed: the tables of misconceptions, and from _BATCHES on one per batch.
 _TABLES, _BATCHES = 0, 1 << 32
 _ROW_TOKENS = 192
-# Always this many, whatever the machine: the number decides the order of sums, and so the bits.
+# The same number on every machine, because it decides the order of sums and so the weights' bits.
 _WARM_START_THREADS = 2
 
 _log = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ class Misconceptions:
 
 
 _Operands = tuple[int, int, int]
-_Piece = tuple[str, bool]
+_Piece = tuple[str, bool]  # text, and whether it is right
 
 
 class Example:
@@ -156,7 +156,8 @@ class WarmStartData:
         count, is_long = self._pass_count(rng)
         for attempt in range(count):
             if attempt:
-                # Long responses teach how to go on in them, not to write them.
+                # The `?` of a long response has no label: the model learns to continue a long
+                # response without learning to write more of them.
                 example.add("?", learned=not is_long)
             for text, _ in self._pass(operands, answer, attempt, rng):
                 example.add(text, learned=True)
@@ -260,7 +261,7 @@ def _packed_loss(model: "Qwen3ForCausalLM", rows: Sequence[Sequence[Example]]) -
     """Return the mean cross-entropy over the labelled tokens of packed rows."""
     import torch
 
-    # One shape for every batch: on a CPU each new shape costs more than its computation.
+    # Every batch has one shape, since on a CPU preparing a new shape costs more than computing.
     ids_BT = torch.full((len(rows), _ROW_TOKENS), VOCABULARY[PAD])
     labels_BT = torch.full((len(rows), _ROW_TOKENS), _IGNORED_LABEL)
     positions_BT = torch.zeros((len(rows), _ROW_TOKENS), dtype=torch.int64)
@@ -273,7 +274,8 @@ def _packed_loss(model: "Qwen3ForCausalLM", rows: Sequence[Sequence[Example]]) -
             positions_BT[row, start:end] = torch.arange(end - start)
             start = end
         positions_BT[row, start:] = torch.arange(_ROW_TOKENS - start)
-    # Positions that restart keep the examples of a row apart, without a mask and a cache only.
+    # Positions that restart keep the examples of a row apart; transformers separates them only
+    # where it is given neither a mask nor a cache.
     logits_BTV = model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False).logits
     return torch.nn.functional.cross_entropy(
         logits_BTV[:, :-1].flatten(0, 1),

@@ -1,15 +1,16 @@
-"""Attention over packed sequences and over the slots of a cache, one signature for each device.
+"""Attention over packed sequences and over the slots of a cache, called alike on every device.
 
-On a GPU, in 16 bits: torch's own FlashAttention (`varlen_attn`) where the installed torch has what
-is needed, else the `flash-attn` package where that is installed. On a GPU otherwise, since
-FlashAttention knows 16 bits only: sdpa. On a CPU: sdpa over runs of equally long
-sequences, and two batched matrix products for one token of each sequence.
+* On a GPU in 16 bits: torch's own FlashAttention (`varlen_attn`) where the installed torch has what
+  is needed, otherwise the `flash-attn` package where it is installed, otherwise sdpa.
+* On a GPU in 32 bits: sdpa, since FlashAttention takes 16 bits only.
+* On a CPU: sdpa over runs of equally long packed sequences; two batched matrix products where each
+  sequence has one new token.
 
 Shapes: T tokens of packed sequences, B sequences with one new token each, S slots of W positions,
 A query heads, K key-value heads, D head size. `window`: a token attends to this many last
 positions, itself included; None: to all. `softcap`: scores s become softcap·tanh(s / softcap)
-before the softmax (Gemma 2); torch's `varlen_attn` does not know it, `flash-attn` does, and else
-there is plain arithmetic.
+before the softmax (Gemma 2); of the kernels only those of `flash-attn` can do it, and without them
+plain operations compute it.
 """
 
 from collections.abc import Callable, Sequence
@@ -248,7 +249,9 @@ class SlotAttention:
         scale: float,
         window: int | None,
     ) -> Tensor:
-        """Two batched products and a softmax, on the memory order of a CPU's `Cache`."""
+        """Two batched products and a softmax. In the memory order of a CPU's cache
+        (rollout/decoder.py) the permuted keys and values are plain matrices, read without a copy.
+        """
         count, width, kv_heads = len(q_BAD), self.width, keys_SWKD.shape[2]
         if window not in self.biases:
             bias_BW = torch.zeros(count, width, dtype=q_BAD.dtype)

@@ -24,10 +24,10 @@ _ROPE = "apply_rotary_pos_emb"
 def use_liger(
     network: Any, wanted: bool | Literal["auto"], message: Callable[[str], object]
 ) -> None:
-    """As `model.liger` says; `message` hears that the kernels are on, or, with "auto" on a GPU, why
-    they are not.
+    """Patch `network` with Liger's kernels where `wanted`, the key `model.liger`, asks for them.
 
-    Raises `UsageError` when they are wanted and not possible.
+    `message` is called with one line when they are on and, under "auto" on a GPU, when they are
+    not, with the reason. Raises `UsageError` when `wanted` is True and they are not possible.
     """
     if wanted is False:
         return
@@ -46,13 +46,14 @@ def patch(network: Any) -> None:
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
     apply = MODEL_TYPE_TO_APPLY_LIGER_FN[network.config.model_type]
-    # The objective is not Liger's, and no loss is asked of the network.
+    # Liger's losses stay off: sodfast_kernels computes the objective, and nothing asks the network
+    # for a loss.
     losses = {"cross_entropy", "fused_linear_cross_entropy"} & signature(apply).parameters.keys()
     names = vars(sys.modules[type(network).__module__])
     before = dict(names)
     try:
         apply(model=network, **dict.fromkeys(losses, False))
-        rope = names.get(_ROPE)  # the original where Liger leaves it alone
+        rope = names.get(_ROPE)  # transformers' own where Liger has not replaced it
     finally:
         names.update(before)
     for module in network.modules():
@@ -76,7 +77,8 @@ def unsupported(network: Any, device: torch.device) -> str | None:
 
 
 def _reads_rope(forward: Any, names: dict[str, Any]) -> bool:
-    """Whether this is a plain function of the module with these names that calls its RoPE."""
+    """Whether this is a plain function, defined in the module whose globals are `names`, that calls
+    that module's RoPE."""
     return (
         isinstance(forward, FunctionType)
         and forward.__globals__ is names
@@ -85,6 +87,7 @@ def _reads_rope(forward: Any, names: dict[str, Any]) -> bool:
 
 
 def _with_globals(function: FunctionType, **changes: Any) -> FunctionType:
+    """A copy of `function` that finds `changes` among its module's globals."""
     changed = FunctionType(
         function.__code__,
         function.__globals__ | changes,

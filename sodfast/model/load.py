@@ -27,7 +27,7 @@ class LanguageModel:
     tokenizer: Any
     eos_ids: tuple[int, ...]
     pad_id: int
-    base: str | None = None  # what tells the frozen weights from others; None: all are trained
+    base: str | None = None  # under LoRA the `weights_hash` of the frozen weights; else None
 
     @property
     def device(self) -> torch.device:
@@ -88,7 +88,8 @@ def load_model(
     if Path(path).is_dir():
         _require_files(Path(path))
     verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # its report on the weights is a table; ours below
+    # transformers reports missing weights as a table; the error below says it in one line.
+    transformers_logging.set_verbosity_error()
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         network, loading = AutoModelForCausalLM.from_pretrained(
@@ -104,7 +105,7 @@ def load_model(
         raise UsageError(f"model.path={path} cannot be loaded: {reason}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
-    # Where weights are absent transformers puts random numbers.
+    # transformers fills absent weights with random numbers.
     absent = [*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])]
     if absent:
         raise UsageError(
@@ -126,7 +127,8 @@ def wrap_model(network: Any, tokenizer: Any, device: torch.device, name: str) ->
     if eos_ids == (None,):
         raise UsageError(f"{name}: neither the model nor its tokenizer names an EOS token")
     pad_id = eos_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    # Dropout would make teacher and student differ where their weights agree: always eval mode.
+    # Networks are always in eval mode: dropout would make teacher and student differ even where
+    # their weights are equal.
     model = LanguageModel(network.to(device).eval(), tokenizer, eos_ids, pad_id)
     if not can_pack(model.network):
         raise UsageError(
@@ -194,7 +196,8 @@ def _recomputed(kind: type[Any]) -> type[Any]:
             kind.forward, self, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
         )
 
-    # The forward rather than the call: hooks, which bring a layer's weights, run outside.
+    # What is recomputed is `forward` rather than the whole call, so that hooks, which bring a
+    # layer's weights, run outside of it.
     return type(kind.__name__, (kind,), {"forward": forward})
 
 
@@ -235,7 +238,7 @@ def _require_plain_forward(model: LanguageModel, name: str) -> None:
             "(a head with a bias or a logit scale), which the fused objective needs"
         )
     error = packed_hidden(network, list(ids_BS)) - apart.flatten(0, 1)
-    # Other kernels round otherwise, in bf16 by percents over many layers.
+    # Other kernels round differently; in bf16 that adds up to percents over many layers.
     if not error.float().norm() <= (1e-3 if exact else 0.1) * apart.float().norm():
         raise UsageError(
             f"{name}: packed sequences of a {type(network).__name__} come out otherwise than apart "

@@ -49,7 +49,10 @@ def add_adapters(model: LanguageModel, config: LoRAConfig, seed: int) -> Languag
 
 
 def inject_adapters(network: Any, config: LoRAConfig, seed: int) -> None:
-    """What `add_adapters` does to the network."""
+    """Freeze the network's weights and put new adapters into it, in place.
+
+    Raises `UsageError` as `add_adapters` does.
+    """
     from peft import LoraConfig, inject_adapter_in_model
 
     settings = LoraConfig(
@@ -69,7 +72,7 @@ def inject_adapters(network: Any, config: LoRAConfig, seed: int) -> None:
 
 
 def _target_paths(network: Any, names: tuple[str, ...] | None) -> list[str]:
-    """Where the body's linear layers of these names are; None: all of its linear layers."""
+    """Paths in `network` of the body's linear layers with these names; None: of all of them."""
     body = set(network.base_model.modules())
     paths = [p for p, m in network.named_modules() if m in body and type(m) is nn.Linear]
     known = {_last(path) for path in paths}
@@ -96,7 +99,7 @@ def weights_hash(network: nn.Module) -> str:
 
 
 def save_adapters(network: Any, directory: Path) -> None:
-    """Write them as peft does: adapter_model.safetensors and adapter_config.json."""
+    """Write the adapters as peft does: adapter_model.safetensors and adapter_config.json."""
     directory.mkdir()
     trained = trained_parameters(network)
     tensors = {peft_name(name): p.detach().contiguous() for name, p in trained.items()}

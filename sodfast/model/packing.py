@@ -3,8 +3,8 @@
 The row [1, T] carries every sequence's positions from 0 on. Attention is what could join sequences,
 so a network that is to run packed uses an attention function of ours, which reads the sequences'
 bounds from the keyword argument `packed` that transformers hands through to every layer. It raises
-where there is none. (transformers' own sdpa separates the sequences of such a row only without a
-mask and without a cache, and otherwise lets them see each other silently.)
+an error where that argument is missing. (transformers' own sdpa separates the sequences of such a
+row only without a mask and without a cache; otherwise they see each other, and nothing says so.)
 
 Shapes: T packed tokens, N response tokens, H hidden size, A query heads, D head size.
 """
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sodfast.model.attention import PackedAttention
 
-# No mask function has this name, so that transformers makes none.
+# transformers looks for a mask function of this name, finds none, and so makes no mask.
 ATTENTION = "sodfast"
 
 
@@ -62,7 +62,7 @@ def can_pack(network: Any) -> bool:
 
 
 def use_packed_attention(network: Any) -> None:
-    """From here on `network` runs packed, and within `own_attention` only otherwise."""
+    """Make `network` run packed sequences from now on; other forwards need `own_attention`."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(ATTENTION, _attend)
@@ -73,7 +73,8 @@ def use_packed_attention(network: Any) -> None:
 def own_attention(network: Any) -> Iterator[None]:
     """`network` with transformers' attention, for forwards with padding or a cache.
 
-    Not for forwards with gradients: a layer recomputed in the backward pass would find ours again.
+    Run no forward with gradients in it: where layers are recomputed in the backward pass, that
+    happens after this context has ended, with the attention of packed sequences.
     """
     before = network.config._attn_implementation
     if before == ATTENTION:

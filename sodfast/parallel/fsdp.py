@@ -3,7 +3,7 @@
 Several ranks shard the student, its gradients and the optimizer's state with FSDP2 (`fully_shard`):
 each parameter is cut along its first dimension into as many chunks as there are ranks. Training
 gathers the weights layer by layer and adds up the gradients over the ranks; whatever needs no
-gradients (rollouts, evaluation, the teacher's scores) reads them whole. With N ranks, of P bytes of
+gradients (rollouts, evaluation, the teacher's scores) reads them whole. With N ranks and P bytes of
 weights, a rank holds
 
     always       P/N weights, P/N for a teacher of its own, P/N gradients, moments/N
@@ -12,10 +12,11 @@ weights, a rank holds
 
 so the whole model must fit beside the key-value cache on each device, as it does with one.
 
-A chunk begins at a multiple of 8 elements, with 8-bit moments of their blocks of 256; a parameter
-whose chunks would not (norm weights, mostly) is whole on every rank and updated alike on each.
-Stochastic rounding draws by an element's place in the whole, so it, the moments and the checkpoints
-are those of one process, whatever the number of ranks.
+A chunk begins at a multiple of 8 elements or, with 8-bit moments, at a multiple of their blocks of
+256. A parameter whose chunks would begin elsewhere (mostly norm weights) is whole on every rank and
+updated alike on each. The random bits of stochastic rounding are keyed by an element's position in
+the whole parameters, so rounding, moments and checkpoints are those of one process, whatever the
+number of ranks.
 """
 
 from collections.abc import Iterator, Sequence
@@ -54,20 +55,21 @@ class Weights:
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """Within, the network's parameters are whole, to be read: for forwards without gradients.
-        (Not for `state_dict`, at which FSDP puts the chunks back.)"""
+        """A context in which the network's parameters are whole and can be read, for forwards
+        without gradients. (Do not call the network's `state_dict` in it: FSDP then puts the chunks
+        back.)"""
         yield
 
     def gradient_norm(self) -> Tensor | None:
-        """Give every one of `parameters` its gradient, and return the norm of all gradients; None
-        where that of `parameters` is all there is."""
+        """Set the gradient of each of `parameters` and return the norm of all ranks' gradients;
+        None with one process, where the norm over `parameters` is that norm."""
         return None
 
     def idle_pass(self) -> None:
         """A forward and a backward pass that add nothing, while other ranks make one that does."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The network's, whole, as `gather_full` gives it."""
+        """The network's state dict of whole tensors, for the ranks that `gather_full` gives it."""
         return self.network.state_dict()
 
     def loadable(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -75,8 +77,8 @@ class Weights:
         return tensors
 
     def gather_full(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Whole tensors of parts, named NAME or NAME.MOMENT; with several ranks rank 0 gets them,
-        on the CPU, and others nothing."""
+        """Put the ranks' parts, named NAME or NAME.MOMENT, together to whole tensors. With several
+        ranks, rank 0 gets them, on the CPU, and the others get an empty dict."""
         return parts
 
     def shard(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -86,8 +88,8 @@ class Weights:
 
 @dataclass(frozen=True)
 class Chunk:
-    """How a parameter is cut: rank r has the elements r·size … (r+1)·size − 1 as far as there are
-    such. size 0: not at all, every rank has the whole."""
+    """How a parameter is cut: rank r has those of the elements r·size … (r+1)·size − 1 that exist.
+    size 0: the parameter is not cut, and every rank has the whole."""
 
     shape: torch.Size
     size: int
@@ -101,8 +103,8 @@ class Chunk:
         return cls(parameter.shape, 0 if size % alignment else size)
 
     def piece(self, total: int) -> int:
-        """A rank's elements of a tensor of `total` that goes with the parameter: one for each of
-        its elements, or one for each block of 8-bit moments."""
+        """How many elements a full chunk has of a tensor of `total` elements that belongs to the
+        parameter and holds one for each of its elements, or one for each block of 8-bit moments."""
         return self.size if total == self.shape.numel() else self.size // BLOCK
 
     def shard(self, whole: Tensor, rank: int) -> Tensor:
@@ -161,11 +163,11 @@ class ShardedWeights(Weights):
                 ignored_params=whole,
             )
             # A sequence's weight is its share of the whole update: gradients are added up, not
-            # averaged. gloo knows no other factor than that of its plain sum.
+            # averaged. gloo can only sum: it cannot scale by a factor on the way, not even by 1.
             sharded.set_gradient_divide_factor(1.0)
             sharded.set_force_sum_reduction_for_comms(True)
-        # Explicit, since FSDP's own order of gathering ahead comes from the forwards before, and
-        # those without gradients need not be the same on all ranks.
+        # The order of gathering ahead is set here, since FSDP would take it from earlier forwards,
+        # and the ranks need not have made the same ones without gradients.
         for module, following in pairwise([root, *self.layers]):
             following.set_modules_to_backward_prefetch([module])
             if module is not root:
@@ -211,14 +213,14 @@ class ShardedWeights(Weights):
                 gradient.copy_(part_P.view(gradient.shape))
 
     def total(self, sharded: Tensor, uncut: Tensor) -> Tensor:
-        """The norm of everything (fp32 scalar), of the norms of this rank's chunks and of what is
-        whole on every rank."""
+        """The norm of everything (fp32 scalar), given the norm of this rank's chunks and the norm
+        of what is whole on every rank."""
         device = output_head(self.network).device
         square = self.ranks.sum(sharded.to(device, torch.float64).square())
         return (square + uncut.to(device, torch.float64).square()).sqrt().float()
 
     def idle_pass(self) -> None:
-        # Every parameter must have a gradient, or the ranks would add up different ones.
+        # Every parameter must get a gradient: ranks that lacked some would send other messages.
         token = torch.tensor([0])
         hidden_NH = response_hidden(self.network, [token], [token])
         (0.0 * (hidden_NH @ output_head(self.network).T).sum()).backward()
@@ -262,13 +264,13 @@ class ShardedWeights(Weights):
         return full
 
     def _gather(self, part: Tensor, chunk: Chunk, piece: int) -> Tensor:
-        """All of a tensor of which this rank has `part` and rank 0 `piece` elements."""
+        """The whole of a tensor, of which this rank has `part` and rank 0 has `piece` elements."""
         sent = torch.zeros(piece, dtype=part.dtype, device=part.device)
         sent[: part.numel()] = part.flatten()
         sent = sent.view(torch.uint8)  # not every backend knows every dtype
         received = [torch.empty_like(sent) for _ in range(self.ranks.size)]
         dist.all_gather(received, sent)
-        # Only the last chunks are short, so what fills them up comes last.
+        # Only the last chunks are short, so all the padding is at the end.
         full = torch.cat(received).view(part.dtype)
         numel = chunk.shape.numel()
         if piece == chunk.size:
@@ -345,7 +347,7 @@ class ShardedCopy:
 
 
 class _Root(nn.Module):
-    """What FSDP takes for the model, so that the network's own class stays what it is."""
+    """The module that FSDP treats as the model; FSDP changes its class instead of the network's."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()

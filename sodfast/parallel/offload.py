@@ -9,16 +9,16 @@ device a layer lives in one of `SLOTS` reused buffers while a forward pass needs
     slot                 0         1         2        0 (after layer 0's use)
 
 `filled` events make the compute stream wait for a transfer, `free` events make the copy stream wait
-for the end of a use; the host waits for neither. A transfer hides behind compute while a layer's
-use of a micro-batch takes longer than its transfer: at 50 GB/s and 500 TFLOP/s for 16-bit weights
-that is 10,000 tokens. Without CUDA the same code runs without pinning, and torch.cpu's streams and
-events do nothing.
+for the end of a use; the host waits for neither. A transfer is hidden as long as computing a layer
+takes longer than the transfer: at 50 GB/s and 500 TFLOP/s, with 16-bit weights, from 10,000 tokens
+a micro-batch on. Without CUDA the same code runs without pinning, and the streams and events of
+torch.cpu do nothing.
 
 Bytes on the device, Qwen3-8B in bf16 (a layer 386 MB, embedding and head 1.24 GB each):
     scoring   SLOTS layers + embedding, norm and head = 3.6 GB instead of 16.4 GB
     training  the head, which the objective multiplies by the scores' hidden states
     update    SLOTS layers + the embedding or the head, when gradients are gone
-On the host 16.4 GB, the device copy's dtype. torch rounds each pinned buffer up to a power of two,
+On the host 16.4 GB, in the student's dtype. torch rounds each pinned buffer up to a power of two,
 here to 23.6 GB; PYTORCH_ALLOC_CONF=pinned_max_round_threshold_mb:1 keeps it from that.
 """
 
@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from sodfast.model.load import decoder_layers, output_head
 
 SLOTS = 3  # the layer in use and two ahead of it
-ALIGNMENT = 512  # bytes, that of the CUDA allocator: kernels see the addresses they see elsewhere
+ALIGNMENT = 512  # bytes, as CUDA's allocator: kernels find addresses as aligned as elsewhere
 
 
 def blocks(network: Any) -> list[tuple[nn.Module | None, list[nn.Parameter]]]:
@@ -95,7 +95,7 @@ class HostCopy:
             views = _views(memory, originals)
             parts.append((layer, [nn.Parameter(v, requires_grad=False) for v in views], memory))
             copies |= {id(p): c for p, c in zip(originals, parts[-1][1], strict=True)}
-        # What stands in the memo is taken as a copy already made: no second one on the device.
+        # deepcopy takes what its memo holds as already copied, so the device holds no second copy.
         self.network: Any = copy.deepcopy(source, copies)
         self.blocks = [
             Block(None if layer is None else copies[id(layer)], parameters, memory)
@@ -164,7 +164,8 @@ class HostCopy:
     def _staged(self, blocks: Iterable[Block]) -> Generator[tuple[Block, Tensor], None, None]:
         """Each block with its bytes on the device, brought there ahead of time.
 
-        They are good for what the current stream is given until the next block is asked for.
+        The bytes are valid for the work that the current stream is given before the next block is
+        asked for; after that the buffer may be filled again.
         """
         compute = self._backend.current_stream(self.device)
         size = max(block.memory.nbytes for block in self._layers)
@@ -203,7 +204,8 @@ class _Slot:
     def __init__(self, size: int, device: torch.device, backend: Any, compute: Any) -> None:
         self.memory = torch.empty(size, dtype=torch.uint8, device=device)
         self.filled, self.free = backend.Event(), backend.Event()
-        self.free.record(compute)  # after what the allocator's last owner of this memory did
+        # The first transfer waits for what the memory's previous owner has queued on this stream.
+        self.free.record(compute)
 
 
 def _aligned(size: int) -> int:

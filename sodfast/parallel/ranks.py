@@ -1,14 +1,14 @@
-"""The processes of one run, and all that they say to each other but weights and gradients.
+"""The processes of one run, and what they tell each other apart from weights and gradients.
 
     torchrun --nproc-per-node N -m sodfast train …
 
-starts N ranks of the same program. They share out what is long, the rollouts and the passes of
-training, and gather the results; everything else each rank computes for itself from the same
+starts N ranks of the same program. They share out what takes long, the rollouts and the passes of
+training, and gather the results. Everything else each rank computes for itself from the same
 numbers, so that rewards, statistics and the schedule's decisions are the same on all. What only one
-of them can know, an error or a signal, they tell each other before anyone acts on it: no rank waits
-for one that has left. Rank 0 alone writes the run directory and speaks to the user.
+rank can know, such as an error or a signal, it tells the others before any of them acts on it, so
+that no rank waits for one that has left. Rank 0 alone writes the run directory and the output.
 
-Without torchrun there is one rank, which says nothing to anyone.
+Without torchrun there is one rank, and nothing is sent.
 """
 
 import os
@@ -26,8 +26,8 @@ from sodfast.errors import RunFailed, UsageError
 
 T = TypeVar("T")
 
-# How long a rank waits for the slowest one: a rollout, an evaluation, a checkpoint. Nobody waits so
-# long for a dead rank, whose death torchrun notices at once.
+# How long a rank waits for the slowest one, which may be busy with a rollout, an evaluation or a
+# checkpoint. The limit is not there to find dead ranks, since torchrun notices those at once.
 PATIENCE = timedelta(hours=6)
 
 
@@ -40,7 +40,7 @@ class Ranks:
 
     @property
     def main(self) -> bool:
-        """Whether this is the rank that writes and speaks."""
+        """Whether this is the rank that writes the run directory and the output."""
         return self.rank == 0
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
@@ -49,8 +49,8 @@ class Ranks:
         return items[bounds[0] : bounds[1]]
 
     def deal(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Indices of `lengths` for each rank: one after the other from the longest on, so that the
-        ranks get equally many of equal lengths. One rank gets all in order."""
+        """Indices of `lengths` for each rank, dealt in turn from the longest on, so that the ranks
+        get about equal numbers of about equal lengths. A single rank gets all, in order."""
         if self.size == 1:
             return [list(range(len(lengths)))]
         order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))

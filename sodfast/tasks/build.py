@@ -1,4 +1,4 @@
-"""The task that a configuration names."""
+"""From a task's configuration to the task: the only place that knows all tasks."""
 
 from sodfast.config import ArithmeticConfig, MultipleChoiceConfig, TaskConfig, ToolUseConfig
 from sodfast.tasks.arithmetic import ArithmeticTask
