@@ -1,11 +1,18 @@
 # make demo · make test · make bench · make lint: each sets up .venv by itself and is quick the
 # second time. PYTHON chooses the interpreter that .venv is made from.
+# make test-oldest: the tests under the oldest supported versions, in .venv-oldest.
 PYTHON ?= python3
 BIN := .venv/bin
 # `make demo` writes here; an existing directory is never overwritten.
 OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test bench lint
+# What `make test-oldest` tests, and the interpreter its venv is made from: python3.12 on PATH,
+# which pyenv provides once it is told the version.
+OLDEST ?= tests
+PYTHON_OLDEST ?= PYENV_VERSION=3.12 python3.12
+HAS_OLDEST = $(shell $(PYTHON_OLDEST) --version 2>/dev/null)
+
+.PHONY: demo test test-oldest bench lint
 
 demo: .venv/ready
 	$(BIN)/sodfast train out=$(OUT)
@@ -13,6 +20,11 @@ demo: .venv/ready
 # One thread for each of the test processes: more would fight over the cores.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto
+
+test-oldest:
+	$(if $(HAS_OLDEST),$(MAKE) --no-print-directory .venv-oldest/ready)
+	$(if $(HAS_OLDEST),OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -q -n auto $(OLDEST),\
+		@echo "python3.12 is not here: the oldest versions are not tested")
 
 bench: .venv/ready
 	$(BIN)/pytest -q bench --benchmark-only
@@ -25,4 +37,10 @@ lint: .venv/ready
 .venv/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+# Called as modules, which a moved venv can do too.
+.venv-oldest/ready: pyproject.toml constraints-oldest.txt
+	test -x .venv-oldest/bin/python || $(PYTHON_OLDEST) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e ".[test]"
 	touch $@

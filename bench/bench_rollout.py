@@ -54,7 +54,8 @@ Turn = Callable[[int], tuple[float, int]]
 WARM_UP = 1
 CPU_TARGETS = {"lab": 1.5, "long tail": 2.0}
 ROOFLINE_SHARE = 0.70
-# Tokens of a block of transformers' paged cache (its default), and the patience with its answers.
+# Tokens of a block of transformers' paged cache, by default (the option that sets them has had two
+# names, so it is left alone), and the patience with its answers.
 PAGE, RIVAL_SECONDS = 256, 300
 GPU_BYTES = 80e9
 
@@ -180,7 +181,7 @@ def by_continuous_batching(
             model.network.continuous_batching_context_manager(
                 generation_config=config,
                 continuous_batching_config=ContinuousBatchingConfig(
-                    page_size=PAGE, num_blocks=blocks, max_batch_tokens=batch, seed=turn
+                    num_blocks=blocks, max_batch_tokens=batch, seed=turn
                 ),
                 block=True,
                 timeout=5,

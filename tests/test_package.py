@@ -4,6 +4,7 @@ import ast
 import json
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,24 @@ print(float(sodfast_kernels.distillation_loss(logits, logits, backend="torch").l
 def test_deciding_and_parsing_need_no_torch(module: str) -> None:
     """Bad input is refused, and a recorded run replayed, without loading torch."""
     assert not loaded_by(f"import sodfast.{module}") & {"torch", "transformers", "triton"}
+
+
+def lower_bounds(folder: Path) -> dict[str, str]:
+    """Lowest version of each package that a distribution depends on."""
+    project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
+    requirements = (line.partition(";")[0].strip() for line in project["dependencies"])
+    return dict(requirement.split(">=") for requirement in requirements)
+
+
+def test_the_oldest_versions_tested_are_the_oldest_allowed() -> None:
+    lines = (ROOT / "constraints-oldest.txt").read_text().splitlines()
+    tested = dict(line.split("==") for line in lines if not line.startswith("#"))
+    allowed = lower_bounds(ROOT)
+    for name in ("torch", "triton", "transformers"):
+        assert tested[name] == f"{allowed[name]}.0"
+    kernels = lower_bounds(ROOT / "kernels")
+    assert kernels.keys() == {"torch", "triton"}
+    assert kernels.items() <= allowed.items()
 
 
 COMMAND = """

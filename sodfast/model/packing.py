@@ -78,7 +78,10 @@ def own_attention(network: Any) -> Iterator[None]:
     """
     before = network.config._attn_implementation
     if before == ATTENTION:
-        network.set_attn_implementation("sdpa" if network._supports_sdpa else "eager")
+        # transformers 5.17 counts Gemma 2 among what its sdpa fits, which leaves the soft cap out.
+        capped = getattr(network.config, "attn_logit_softcapping", None) is not None
+        exact = network._supports_sdpa and not capped
+        network.set_attn_implementation("sdpa" if exact else "eager")
     try:
         yield
     finally:
