@@ -49,7 +49,9 @@ STEPS = 5
 
 @pytest.fixture(scope="module")
 def settings(tiny_run: list[str]) -> list[str]:
-    return [*tiny_run, "optimizer.updates_per_step=2", f"steps={STEPS}", "eval.samples=1"]
+    # On some processors' rounding an evaluation of so few answers finds none right: no collapse.
+    never = ["collapse.eval_floor=0.0", "collapse.eval_fraction=0.0"]
+    return [*tiny_run, "optimizer.updates_per_step=2", f"steps={STEPS}", "eval.samples=1", *never]
 
 
 @pytest.fixture(scope="module")

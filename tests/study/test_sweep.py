@@ -229,7 +229,7 @@ def test_crashes_are_retried_where_they_happened_and_the_sweep_goes_on(
 
 @pytest.mark.parametrize(
     "left",
-    [[], [".lock"], [".lock", "environment.json"], [".lock", "config.yaml.0123456789abcdef.tmp"]],
+    [[], [".lock"], [".lock", "environment.json"], [".lock", "config.yaml.01ab.tmp"]],
 )
 def test_a_run_killed_before_it_could_be_resumed_starts_anew(
     stand_in: Write, tmp_path: Path, left: list[str]
