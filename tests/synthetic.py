@@ -16,7 +16,8 @@ from sodfast.collapse import CollapseDetector
 from sodfast.config import Config, load_config
 from sodfast.metrics import summarize
 from sodfast.schedule import StepStatistics, build_schedule
-from sodfast.study.definition import load_study, run_path
+from sodfast.study.definition import load_study
+from sodfast.study.directory import run_path
 
 
 def write_run(path: Path, config: Config, steps: int | None = None) -> None:

@@ -17,7 +17,8 @@ from sodfast.errors import UsageError
 from sodfast.metrics import spike_ratios
 from sodfast.report.intervals import Curve, Series, group_curve
 from sodfast.run.files import read_lines
-from sodfast.study.definition import Trial, finished_status, read_runs
+from sodfast.study.definition import Trial
+from sodfast.study.directory import finished_status, read_runs
 
 FINISHED = ("done", "collapsed")
 GATES = ("isolation", "reward", "length")

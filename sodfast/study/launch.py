@@ -16,14 +16,8 @@ from typing import IO, Literal
 from sodfast.config import Config
 from sodfast.errors import RunFailed, UsageError
 from sodfast.run.files import try_lock
-from sodfast.study.definition import (
-    Trial,
-    failure_path,
-    finished_status,
-    lock_path,
-    log_path,
-    run_path,
-)
+from sodfast.study.definition import Trial
+from sodfast.study.directory import failure_path, finished_status, lock_path, log_path, run_path
 
 RETRIES = 2
 POLL_SECONDS = 0.2
