@@ -87,7 +87,7 @@ class Estimate:
         self.head = output_head(self.network)
         self.parameters = sum(p.numel() for p in self.network.parameters())
         self.weights = sum(p.nbytes for p in self.network.parameters())
-        # As much again are gradients, and the teacher on the device.
+        # Gradients take as much, and so does a teacher on the device.
         self.trained = sum(p.nbytes for p in trained_parameters(self.network).values())
         self.token_bytes = Cache.bytes_per_token(self.network)
         self.given = rollouts is not None

@@ -258,7 +258,8 @@ def prefill(network: Any, prompts: tuple[int, ...], copies: int, width: int, on_
     with torch.no_grad(), LiveBytes([*_tensors(network), cache.memory]) as live:
         decoder = Decoder(network, width)
         ids_T = torch.zeros(tokens, dtype=torch.int64)
-        hidden_TH = decoder.forward(ids_T, ids_T, cache.prefilling(prompts, rows))
+        attend = cache.prefilling(prompts, rows)
+        hidden_TH = decoder.forward(ids_T, ids_T, attend)
         if on_gpu:  # where 16-bit heads are multiplied without a copy in fp32
             hidden_TH.new_empty(slots, len(decoder.head), dtype=torch.float32)
         else:
