@@ -43,7 +43,7 @@ class Progress:
             with self.file.open("rb") as stream:
                 found = os.fstat(stream.fileno())
                 if found.st_ino != self._inode or found.st_size < self._offset:
-                    self._reset()  # a resumed run has taken lines back
+                    self._reset()  # a resumed run has removed its last lines
                     self._inode = found.st_ino
                 stream.seek(self._offset)
                 text = stream.read()
