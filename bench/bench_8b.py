@@ -42,8 +42,7 @@ from torch import Tensor
 
 from sodfast.config import load_config
 from sodfast.context import Questions
-from sodfast.memory.estimate import Lengths
-from sodfast.memory.plan import plan
+from sodfast.memory.estimate import Estimate, Lengths
 from sodfast.model.liger import use_liger
 from sodfast.model.load import LanguageModel, recompute_layers, wrap_model
 from sodfast.model.packing import micro_batches, response_hidden
@@ -201,7 +200,7 @@ def take_steps(case: Case, device: torch.device, count: int, progress: Progress)
         flops = training_flops(case.shape, rollouts)
         streaming = stream_teacher(trainer, rollouts) if device.type == "cuda" else None
         trainer.run.close()
-        planned = plan(trainer.config, lengths_of(rollouts))
+        planned = Estimate(trainer.config, lengths_of(rollouts))
     later = lines[1:]  # the first step compiles
     phases = {}
     for phase in ("rollout", "teacher", "train"):

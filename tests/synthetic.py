@@ -15,7 +15,8 @@ import yaml
 from sodfast.collapse import CollapseDetector
 from sodfast.config import Config, load_config
 from sodfast.schedule import StepStatistics, build_schedule
-from sodfast.study.definition import load_study, run_path
+from sodfast.study.definition import load_study
+from sodfast.study.directory import run_path
 from sodfast.summary import summarize
 
 

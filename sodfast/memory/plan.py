@@ -1,13 +1,13 @@
 """What a run takes of a GPU's memory, phase by phase, before it starts: `sodfast plan`.
 
 Needs the configuration and the contents of the model's config.json; no weights, GPU or network.
-Every rollout is taken with a prompt and an answer at their caps and every teacher's prompt as long
-as it may be (footprint.py). Only the cache need not hold all rollouts at once: the engine takes
-fewer slots.
+Every prompt and answer is taken as long as it may be, and so is every prompt of the teacher
+(estimate.py). Only the cache need not hold all rollouts at once: with less of it the engine decodes
+fewer at a time.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from rich.box import SIMPLE
@@ -15,68 +15,29 @@ from rich.console import Console
 from rich.table import Table
 
 from sodfast.config import Config, override
-from sodfast.memory.estimate import GIB, Footprint, Items, Lengths
+from sodfast.memory.estimate import GIB, Estimate
 
 # To which the largest micro-batch is rounded down.
 MICRO_BATCH_STEP = 1024
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Bytes on the device (phase → item → bytes; a phase's peak is their sum) and beside it.
-
-    `cache_bytes`: what the rollout's cache could take at most, `cache_token_bytes` of it a token.
-    `refused`: why the run would not start, whatever the sums say.
-    """
-
-    parameters: int
-    budget: int
-    phases: dict[str, Items]
-    host: Items
-    cache_bytes: int
-    cache_token_bytes: int
-    refused: str | None
-
-    @property
-    def peaks(self) -> Items:
-        return {phase: sum(items.values()) for phase, items in self.phases.items()}
-
-    @property
-    def fits(self) -> bool:
-        return self.refused is None and max(self.peaks.values()) <= self.budget
-
-
-def plan(config: Config, rollouts: Sequence[Lengths] | None = None) -> Plan:
-    """The plan of a run, and its errors, as `Footprint` says."""
-    footprint = Footprint(config, rollouts)
-    phases = footprint.phases()
-    taken = sum(phases["rollout"].values()) - phases["rollout"]["kv_cache"]
-    return Plan(
-        footprint.parameters,
-        footprint.budget,
-        phases,
-        footprint.host(),
-        max(0, footprint.budget - taken),
-        footprint.token_bytes,
-        footprint.refused,
-    )
-
-
 def largest_micro_batch(config: Config) -> int | None:
-    """The most `optimizer.micro_batch_tokens` with which a run that fits still fits, rounded down;
-    None where a whole step fits into one micro-batch.
+    """The most `optimizer.micro_batch_tokens` with which a run that fits still fits, rounded down
+    to MICRO_BATCH_STEP; None where a whole step fits into one micro-batch.
 
-    The peaks are convex in the tokens of micro-batches that are longer than any sequence.
+    Measuring every size would take minutes. Once a micro-batch is longer than any sequence, each
+    phase's peak is a convex function of its tokens, so the line through two measured sizes lies
+    above the peak between them and below it beyond them: where it meets the budget between a size
+    that fits and one that does not, a run fits.
     """
-    longest = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
-    now = max(config.optimizer.micro_batch_tokens, longest)
 
-    def planned(tokens: int) -> Plan:
-        return plan(override(config, [f"optimizer.micro_batch_tokens={tokens}"]))
+    @cache
+    def estimate(tokens: int) -> Estimate:
+        return Estimate(override(config, [f"optimizer.micro_batch_tokens={tokens}"]))
 
-    def through(low: int, high: int) -> int | None:
-        """Where the line through the peaks of two numbers of tokens meets the budget."""
-        here, there = planned(low), planned(high)
+    def meeting(low: int, high: int) -> int | None:
+        """Where the first of the phases' lines meets the budget; None: no peak grows."""
+        here, there = estimate(low), estimate(high)
         steps = [
             (high - low) * (here.budget - here.peaks[phase]) // (there.peaks[phase] - peak)
             for phase, peak in here.peaks.items()
@@ -84,33 +45,28 @@ def largest_micro_batch(config: Config) -> int | None:
         ]
         return low + min(steps) if steps else None
 
-    low, high = now, 2 * now
-    if planned(high).fits:  # then the line goes on beneath the peaks, and may lead too far
-        beyond = through(low, high)
-        if beyond is None or planned(beyond).fits:
-            return beyond and beyond // MICRO_BATCH_STEP * MICRO_BATCH_STEP
-        low, high = high, beyond
-    between = through(low, high)  # where the line lies above the peaks
-    assert between is not None
-    return between // MICRO_BATCH_STEP * MICRO_BATCH_STEP
+    longest = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
+    low = max(config.optimizer.micro_batch_tokens, longest)
+    high = 2 * low
+    found = meeting(low, high)
+    if estimate(high).fits and found is not None and not estimate(found).fits:
+        found = meeting(high, found)
+    return found and found // MICRO_BATCH_STEP * MICRO_BATCH_STEP
 
 
 def changes(config: Config) -> list[str]:
     """Overrides with which a run fits that does not, checked by planning it: the first single
     change that is enough, or else the fewest of the known changes; none where they do not help."""
+
+    def fits(taken: list[list[str]]) -> bool:
+        return Estimate(override(config, _joined(taken))).fits
+
     known = list(_changes(config))
-    for change in known:
-        if _fits(config, [change]):
-            return change
-    for count in range(2, len(known) + 1):
-        if _fits(config, known[:count]):
-            break
-    else:
-        return []
-    taken = known[:count]
-    for change in known[: count - 1]:
+    singles, firsts = [[change] for change in known], [known[:n] for n in range(2, len(known) + 1)]
+    taken = next(filter(fits, [*singles, *firsts]), [])
+    for change in taken[:-1]:  # without the last one it does not fit
         fewer = [other for other in taken if other is not change]
-        taken = fewer if _fits(config, fewer) else taken
+        taken = fewer if fits(fewer) else taken
     return _joined(taken)
 
 
@@ -138,10 +94,6 @@ def _changes(config: Config) -> Iterator[list[str]]:
         ]
 
 
-def _fits(config: Config, taken: Sequence[list[str]]) -> bool:
-    return plan(override(config, _joined(taken))).fits
-
-
 def _joined(taken: Sequence[list[str]]) -> list[str]:
     """All overrides, a key's last one only."""
     last = {text.partition("=")[0]: text for change in taken for text in change}
@@ -149,8 +101,8 @@ def _joined(taken: Sequence[list[str]]) -> list[str]:
 
 
 def report(config: Config) -> dict[str, Any]:
-    """Plan a run, print it for a person, and return it for a program."""
-    result = plan(config)
+    """Estimate a run, print it for a person, and return it for a program."""
+    result = Estimate(config)
     largest = largest_micro_batch(config) if result.fits else None
     advice = [] if result.fits else changes(config)
     console = Console(highlight=False, markup=False, emoji=False)
@@ -165,13 +117,15 @@ def report(config: Config) -> dict[str, Any]:
         "host_bytes": result.host,
         "parameters": result.parameters,
         "largest_cache_bytes": result.cache_bytes,
-        "largest_cache_tokens": result.cache_bytes // result.cache_token_bytes,
+        "largest_cache_tokens": result.cache_bytes // result.token_bytes,
         "largest_micro_batch_tokens": largest,
         "changes": advice,
     }
 
 
-def _text(config: Config, result: Plan, largest: int | None, advice: list[str]) -> Iterator[str]:
+def _text(
+    config: Config, result: Estimate, largest: int | None, advice: list[str]
+) -> Iterator[str]:
     rollout = config.rollout
     yield (
         f"{result.parameters:,} parameters. Assumed: "
@@ -179,7 +133,7 @@ def _text(config: Config, result: Plan, largest: int | None, advice: list[str]) 
         f"{rollout.max_new_tokens:,} tokens to prompts of {rollout.max_prompt_tokens:,}, the "
         f"teacher's prompts {config.teacher.max_prompt_tokens:,}."
     )
-    cache_tokens = result.cache_bytes // result.cache_token_bytes
+    cache_tokens = result.cache_bytes // result.token_bytes
     yield (
         f"Cache of keys and values: at most {result.cache_bytes / GIB:.2f} GiB in a rollout, "
         f"{cache_tokens:,} tokens."
@@ -201,7 +155,7 @@ def _text(config: Config, result: Plan, largest: int | None, advice: list[str]) 
         yield "No change known here makes it fit: choose a smaller model or raise memory_gib."
 
 
-def _table(result: Plan) -> Table:
+def _table(result: Estimate) -> Table:
     table = Table(box=SIMPLE, show_footer=True)
     table.add_column("GiB", "peak")
     for phase, peak in result.peaks.items():

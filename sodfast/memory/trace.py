@@ -5,21 +5,22 @@ bytes, while `LiveBytes` adds up the storages that exist. So the activations of 
 its checkpoints and every temporary come out as they are in a run, without weights, GPU or network.
 
 The tensors are fake CPU tensors whatever the device: attention then keeps what FlashAttention keeps
-(queries, keys, values, output and one number a head and token). Two things are invisible in here:
-what an operation takes for itself and gives back (a kernel's workspace), which is small, and what
-the fused objective does, which its own `linear_scratch_bytes` states.
+(queries, keys, values, output and one number a head and token). Two things are invisible here: an
+operation's own workspace, which is small and given back, and what the fused objective allocates,
+which its own `linear_scratch_bytes` states.
 
-Shapes: T tokens, N response tokens, H hidden size, V vocabulary.
+Shapes: T tokens, N response tokens, H hidden size, H' that of the teacher's rows, V vocabulary.
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from itertools import zip_longest
 from typing import Any
 
 import torch
-from sodfast_kernels import adamw, linear_scratch_bytes, parameters
+from sodfast_kernels import linear_scratch_bytes
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -33,15 +34,19 @@ from sodfast.objective import micro_batch_loss
 from sodfast.rollout.decoder import Cache, Decoder
 from sodfast.rollout.engine import Sample
 
-# A network that is deeper is measured at these multiples of the period in which its layers repeat,
-# and continued linearly.
+# The layers of most networks repeat after a few. A deeper network is measured with these multiples
+# of that few, and the line through the two peaks gives its own.
 DEPTHS = (2, 3)
+
+Sequences = tuple[tuple[int, int], ...]  # tokens of (prompt or context, response) of a micro-batch
+Peaks = tuple[int, ...]  # of a phase's parts, bytes
 
 
 class LiveBytes(TorchDispatchMode):
     """Adds up the storages made under this mode that still exist.
 
-    `known`: tensors that were there before. `extra`: what an operation takes beside its results.
+    `known`: tensors that were there before and are not counted. `extra`: by operator, a function of
+    its arguments that says how many bytes it takes beside its results while it runs.
     """
 
     def __init__(
@@ -82,7 +87,7 @@ class LiveBytes(TorchDispatchMode):
         self._live -= self._sizes.pop(key)
 
 
-class Rehearsal:
+class Trace:
     """A network of `architecture` (the contents of a config.json), without weights.
 
     `liger`: with Liger's kernels where they are installed and know it; else without, which takes
@@ -98,23 +103,21 @@ class Rehearsal:
         liger: bool,
         adapters: LoRAConfig | None = None,
     ) -> None:
-        self.architecture, self.dtype = architecture, dtype
-        self.recompute, self.liger, self.adapters = recompute, liger, adapters
-        # Lengths and ids are real tensors, which keeps the functions' way through them known.
+        # Lengths and ids may be real tensors, so that the phases can read them.
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self.network = self._build()
+        self.network = self._empty(architecture, dtype)
+        self._set_up(recompute, liger, adapters)
         self.depths = _depths(self.network)
-        self._cut: dict[int, Any] = {}
-        self._measured: dict[tuple[Any, ...], int] = {}
+        self._peaks: dict[tuple[Any, ...], int] = {}
 
-    def _build(self) -> Any:
+    def _empty(self, architecture: dict[str, Any], dtype: torch.dtype) -> Any:
         from transformers import AutoConfig, AutoModelForCausalLM
         from transformers.initialization import no_init_weights
 
         try:
-            config = AutoConfig.for_model(**self.architecture)
+            config = AutoConfig.for_model(**architecture)
             with self.mode, no_init_weights():
-                network = AutoModelForCausalLM.from_config(config, dtype=self.dtype)
+                network = AutoModelForCausalLM.from_config(config, dtype=dtype)
             network.tie_weights()
         except (ValueError, TypeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:300]
@@ -124,198 +127,158 @@ class Rehearsal:
                 f"model.path: sequences of a {type(network).__name__} cannot be packed: choose "
                 "another model"
             )
-        use_packed_attention(network)
-        if self.adapters is not None:
-            lora.require_peft()
-            lora.inject_adapters(network, self.adapters, seed=0)
-            self._forget_values(network)
-        if self.liger and liger.unsupported(network, torch.device("cuda")) is None:
-            liger.patch(network)
-        if self.recompute:
-            recompute_layers(network)
         return network.eval()
 
-    def _forget_values(self, network: nn.Module) -> None:
-        """peft cannot make adapters without memory: those it has made become fake here."""
-        for module in network.modules():
+    def _set_up(self, recompute: bool, use_liger: bool, adapters: LoRAConfig | None) -> None:
+        """As `commands.build_model` sets up a network that has weights."""
+        use_packed_attention(self.network)
+        if adapters is not None:
+            lora.require_peft()
+            lora.inject_adapters(self.network, adapters, seed=0)
+            self._forget_values()
+        if use_liger and liger.unsupported(self.network, torch.device("cuda")) is None:
+            liger.patch(self.network)
+        if recompute:
+            recompute_layers(self.network)
+
+    def _forget_values(self) -> None:
+        """Make fake what is not: peft gives the adapters that it adds real memory."""
+        for module in self.network.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 if not isinstance(parameter, FakeTensor):
                     fake = self.mode.from_tensor(parameter.detach())
                     module.register_parameter(name, nn.Parameter(fake, parameter.requires_grad))
 
-    def training(
-        self,
-        objective: ObjectiveConfig,
-        softcap: float | None,
-        sequences: Sequence[tuple[int, int]],
-        teacher_width: int,
-        accumulating: bool,
-        on_gpu: bool,
-    ) -> int:
-        """Peak of forward, loss and backward pass of one micro-batch of (prompt, response) lengths.
+    def peak(self, phase: Callable[..., Peaks], *arguments: Any, whole: bool = False) -> int:
+        """The most bytes there are at once in `phase(network, *arguments)`, one of the functions
+        below; measured once for the same arguments.
 
-        `teacher_width` [H']: of the teacher's hidden states and head, which are not counted.
-        `accumulating`: gradients are there from an earlier micro-batch and not counted; otherwise
-        they come into being, and are.
+        The peak of each of the phase's parts is continued linearly from two depths, unless the
+        network is shallow, its layers do not repeat, or all of it is to be measured (`whole`).
         """
-        responses = [response for _, response in sequences]
-
-        backend = "triton" if on_gpu else "torch"
-
-        def extra(*arguments: Any) -> int:
-            sides = arguments[:4]
-            return linear_scratch_bytes(
-                *sides, softcap=softcap, top_k=objective.top_k, backend=backend
-            )
-
-        def phase(network: Any) -> tuple[int, ...]:
-            head = output_head(network)
-            teacher_hidden = [head.new_empty(response, teacher_width) for response in responses]
-            teacher_head = head.new_empty(len(head), teacher_width)
-            known = [*network.parameters(), *network.buffers(), *teacher_hidden, teacher_head]
-            trained = trained_parameters(network).values()
-            for parameter in trained:
-                parameter.grad = torch.empty_like(parameter) if accumulating else None
-                if accumulating:
-                    known.append(parameter.grad)
-            contexts, samples = self._samples(sequences)
-            peaks = []
-
-            def last_layer_is_through(_: Tensor) -> None:
-                peaks.append(live.take_peak())
-
-            def watch(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-                if arguments[0].requires_grad:
-                    arguments[0].register_hook(last_layer_is_through)
-
-            hook = decoder_layers(network)[-1].register_forward_pre_hook(watch)
-            with LiveBytes(known, {torch.ops.sodfast_kernels.evaluate.default: extra}) as live:
-                output = micro_batch_loss(
-                    objective,
-                    1.0,
-                    softcap,
-                    response_hidden(network, contexts, [sample.response for sample in samples]),
-                    head,
-                    teacher_hidden,
-                    teacher_head,
-                    samples,
-                    [(1.0, 1.0, 1.0)] * len(samples),
-                )
-                output.loss.backward()
-            hook.remove()
-            for parameter in trained:
-                parameter.grad = None
-            return (*peaks, live.take_peak())
-
-        key = ("training", objective, softcap, tuple(sequences), teacher_width, accumulating)
-        # While gradients come into being the peak need not grow linearly with the depth.
-        return self._measure((*key, on_gpu), phase, whole=not accumulating)
-
-    def scoring(self, sequences: Sequence[tuple[int, int]]) -> int:
-        """Peak of scoring one micro-batch of (context, response) lengths, its result included."""
-
-        def phase(network: Any) -> tuple[int, ...]:
-            contexts, samples = self._samples(sequences)
-            with torch.no_grad(), LiveBytes([*network.parameters(), *network.buffers()]) as live:
-                response_hidden(network, contexts, [sample.response for sample in samples])
-            return (live.take_peak(),)
-
-        return self._measure(("scoring", tuple(sequences)), phase)
-
-    def prefill(self, prompts: Sequence[int], copies: int, width: int, on_gpu: bool) -> int:
-        """Peak of the native engine's prefill of prompts of these lengths, each for `copies`
-        samples, and of the logits behind it. `width`: positions of a slot; its cache is not
-        counted."""
-
-        def phase(network: Any) -> tuple[int, ...]:
-            parameters = list(network.parameters())
-            decoder = Decoder(network, width)
-            slots = len(prompts) * copies
-            cache = Cache(decoder, slots, width)
-            rows = [range(i * copies, (i + 1) * copies) for i in range(len(prompts))]
-            tokens = sum(prompts)
-            with (
-                torch.no_grad(),
-                LiveBytes([*parameters, *network.buffers(), cache.memory]) as live,
-            ):
-                decoder = Decoder(network, width)
-                ids_T = torch.zeros(tokens, dtype=torch.int64)
-                attend = cache.prefilling(prompts, rows)
-                hidden_TH = decoder.forward(ids_T, ids_T, attend)
-                if on_gpu:  # where 16-bit heads are multiplied without a copy in fp32
-                    hidden_TH.new_empty(slots, len(decoder.head), dtype=torch.float32)
-                else:
-                    decoder.logits(hidden_TH[:1].expand(slots, -1))
-            return (live.take_peak(),)
-
-        return self._measure(("prefill", tuple(prompts), copies, width, on_gpu), phase)
-
-    def updating(self, state: str) -> int:
-        """Peak of what the PyTorch path of `sodfast_kernels.AdamW` takes beside its state."""
-        parameter = self._largest()
-        with self.mode:
-            weight_P, stored = parameter.view(-1), adamw.empty_state(parameter, state)
-            grad_P, factor = torch.empty_like(weight_P), torch.ones(())
-            group = {"betas": (0.9, 0.999), "lr": 0.0, "eps": 0.0, "weight_decay": 0.0}
-            coefficients = adamw.coefficients(group, 1)
-            item = adamw.Item(weight_P, grad_P, stored, 0, coefficients, 1, state, 0)
-            with LiveBytes([weight_P, grad_P, factor, *stored.values()]) as live:
-                adamw.update_chunk(item, 0, factor)
-        return live.take_peak()
-
-    def following(self, rate: float) -> int:
-        """Peak of what the PyTorch path of `sodfast_kernels.ParameterUpdate` takes."""
-        with self.mode:
-            student_P = self._largest().flatten()[: parameters.CHUNK]
-            teacher_P = torch.empty_like(student_P)
-            with LiveBytes([student_P, teacher_P]) as live:
-                parameters.update_flat(teacher_P, student_P, 0, rate, 0, 0)
-        return live.take_peak()
-
-    def _largest(self) -> Tensor:
-        return max(trained_parameters(self.network).values(), key=Tensor.numel).detach()
-
-    def _samples(self, sequences: Sequence[tuple[int, int]]) -> tuple[list[Tensor], list[Sample]]:
-        ids = [[torch.zeros(n, dtype=torch.int64) for n in lengths] for lengths in sequences]
-        samples = [
-            Sample(prompt, response, torch.zeros(len(response)), torch.zeros(len(response)), False)
-            for prompt, response in ids
-        ]
-        return [prompt for prompt, _ in ids], samples
-
-    def _measure(
-        self,
-        key: tuple[Any, ...],
-        phase: Callable[[Any], tuple[int, ...]],
-        whole: bool = False,
-    ) -> int:
-        """The peak of a phase, remembered under `key`, which says all that it depends on.
-
-        `phase` gives the peaks of its parts. Each is continued linearly from two depths, unless the
-        network is shallow, its layers do not repeat, or it is to be measured as a `whole`.
-        """
-        if key not in self._measured:
+        key = (phase, arguments, whole)
+        if key not in self._peaks:
             depths = None if whole else self.depths
-            networks = [self._shallow(depth) for depth in depths] if depths else [self.network]
             with self.mode, _no_kernels():
-                peaks = [phase(network) for network in networks]
-            parts = list(peaks[-1])
-            if depths:
-                less, more = depths
-                beyond = len(decoder_layers(self.network)) - more
-                pairs = zip(*peaks, strict=True)
-                parts = [high + (high - low) * beyond // (more - less) for low, high in pairs]
-            self._measured[key] = max(parts)
-        return self._measured[key]
+                if depths is None:
+                    parts = phase(self.network, *arguments)
+                else:
+                    less, more = (self._at(depth, phase, arguments) for depth in depths)
+                    beyond = len(decoder_layers(self.network)) - depths[1]
+                    parts = tuple(
+                        high + (high - low) * beyond // (depths[1] - depths[0])
+                        for low, high in zip(less, more, strict=True)
+                    )
+            self._peaks[key] = max(parts)
+        return self._peaks[key]
 
-    def _shallow(self, depth: int) -> Any:
-        if depth not in self._cut:
-            network = self._build()
-            (layers,) = (m for m in network.base_model.children() if isinstance(m, nn.ModuleList))
-            del layers[depth:]
-            network.config.num_hidden_layers = depth
-            self._cut[depth] = network
-        return self._cut[depth]
+    def _at(self, depth: int, phase: Callable[..., Peaks], arguments: tuple[Any, ...]) -> Peaks:
+        """The phase's peaks in a network of the first `depth` layers."""
+        body = self.network.base_model
+        ((name, layers),) = (m for m in body.named_children() if isinstance(m[1], nn.ModuleList))
+        setattr(body, name, layers[:depth])
+        try:
+            return phase(self.network, *arguments)
+        finally:
+            setattr(body, name, layers)
+
+
+# ---------------------------------------------------------------- the phases
+
+
+def training(
+    network: Any,
+    objective: ObjectiveConfig,
+    sequences: Sequences,
+    teacher_width: int,
+    accumulating: bool,
+    on_gpu: bool,
+) -> Peaks:
+    """Forward, loss and backward pass of one micro-batch: the peak until the backward pass has left
+    the last layer, and the peak after that.
+
+    `teacher_width` [H']: of the teacher's hidden states and head, which are not counted.
+    `accumulating`: gradients are there from an earlier micro-batch and not counted; otherwise they
+    come into being, and are, so that the peak need not grow linearly with the depth.
+    """
+    softcap = getattr(network.config, "final_logit_softcapping", None)
+    head, trained = output_head(network), trained_parameters(network).values()
+    contexts, samples = _samples(sequences)
+    teacher_hidden = [head.new_empty(n, teacher_width) for _, n in sequences]
+    teacher_head = head.new_empty(len(head), teacher_width)
+    gradients = [torch.empty_like(parameter) for parameter in trained if accumulating]
+    for parameter, gradient in zip_longest(trained, gradients):
+        parameter.grad = gradient
+    known = [*_tensors(network), *teacher_hidden, teacher_head, *gradients]
+
+    def scratch(*arguments: Any) -> int:
+        sides, backend = arguments[:4], "triton" if on_gpu else "torch"
+        return linear_scratch_bytes(*sides, softcap=softcap, top_k=objective.top_k, backend=backend)
+
+    peaks = []
+
+    def watch(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+        if arguments[0].requires_grad:
+            arguments[0].register_hook(lambda _: peaks.append(live.take_peak()))
+
+    hook = decoder_layers(network)[-1].register_forward_pre_hook(watch)
+    with LiveBytes(known, {torch.ops.sodfast_kernels.evaluate.default: scratch}) as live:
+        output = micro_batch_loss(
+            objective,
+            1.0,
+            softcap,
+            response_hidden(network, contexts, [sample.response for sample in samples]),
+            head,
+            teacher_hidden,
+            teacher_head,
+            samples,
+            [(1.0, 1.0, 1.0)] * len(samples),
+        )
+        output.loss.backward()
+    hook.remove()
+    for parameter in trained:
+        parameter.grad = None
+    return (*peaks, live.take_peak())
+
+
+def scoring(network: Any, sequences: Sequences) -> Peaks:
+    """A forward pass over one micro-batch of (context, response) lengths, its result included."""
+    contexts, samples = _samples(sequences)
+    with torch.no_grad(), LiveBytes(_tensors(network)) as live:
+        response_hidden(network, contexts, [sample.response for sample in samples])
+    return (live.take_peak(),)
+
+
+def prefill(network: Any, prompts: tuple[int, ...], copies: int, width: int, on_gpu: bool) -> Peaks:
+    """The native engine's prefill of prompts of these lengths, each for `copies` samples, and the
+    logits behind it. `width`: positions of a slot, whose keys and values are not counted."""
+    slots, tokens = len(prompts) * copies, sum(prompts)
+    cache = Cache(Decoder(network, width), slots, width)
+    rows = [range(i * copies, (i + 1) * copies) for i in range(len(prompts))]
+    with torch.no_grad(), LiveBytes([*_tensors(network), cache.memory]) as live:
+        decoder = Decoder(network, width)
+        ids_T = torch.zeros(tokens, dtype=torch.int64)
+        attend = cache.prefilling(prompts, rows)
+        hidden_TH = decoder.forward(ids_T, ids_T, attend)
+        if on_gpu:  # where 16-bit heads are multiplied without a copy in fp32
+            hidden_TH.new_empty(slots, len(decoder.head), dtype=torch.float32)
+        else:
+            decoder.logits(hidden_TH[:1].expand(slots, -1))
+    return (live.take_peak(),)
+
+
+def _samples(sequences: Sequences) -> tuple[list[Tensor], list[Sample]]:
+    """Contexts and samples of these lengths."""
+    ids = [[torch.zeros(n, dtype=torch.int64) for n in lengths] for lengths in sequences]
+    samples = [
+        Sample(prompt, response, torch.zeros(len(response)), torch.zeros(len(response)), False)
+        for prompt, response in ids
+    ]
+    return [prompt for prompt, _ in ids], samples
+
+
+def _tensors(network: nn.Module) -> list[Tensor]:
+    return [*network.parameters(), *network.buffers()]
 
 
 @contextmanager

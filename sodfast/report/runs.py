@@ -16,7 +16,8 @@ from sodfast.config import CGTRConfig, Config, ScheduleConfig, read_overrides, v
 from sodfast.errors import UsageError
 from sodfast.files import read_lines
 from sodfast.report.intervals import Curve, Series, group_curve
-from sodfast.study.definition import Trial, finished_status, read_runs
+from sodfast.study.definition import Trial
+from sodfast.study.directory import finished_status, read_runs
 from sodfast.summary import spike_ratios
 
 FINISHED = ("done", "collapsed")

@@ -194,10 +194,13 @@ class Cache:
 
     @staticmethod
     def bytes_per_token(network: Any) -> int:
-        """Bytes of one position of one slot over all layers."""
-        attention = network.model.layers[0].self_attn
-        heads = 2 * network.config.num_key_value_heads * attention.head_dim
-        return len(network.model.layers) * heads * network.lm_head.weight.element_size()
+        """Bytes of one position of one slot over all layers, for any of transformers' networks."""
+        config = network.config.get_text_config()
+        query_heads = config.num_attention_heads
+        heads = getattr(config, "num_key_value_heads", None) or query_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // query_heads
+        layers, head = config.num_hidden_layers, network.get_output_embeddings().weight
+        return layers * 2 * heads * size * head.element_size()
 
     def move(self, source_N: Tensor, target_N: Tensor, width: int) -> None:
         """Copy the first `width` positions of some slots to others."""

@@ -111,21 +111,16 @@ class NativeEngine:
 
         Raises `UsageError` when that is none.
         """
-        if self.cache_gib is not None:
-            budget = int(self.cache_gib * 2**30)
-        else:
-            budget = int(_free_bytes(self.model.device) * MEMORY_SHARE[self.model.device.type])
-        step = CPU_ROWS if self.model.device.type == "cpu" else 1
-        least = step * slot_bytes(self.model.network, tokens)
-        if least > budget:
-            count = f"{step} sequences" if step > 1 else "one sequence"
+        device = self.model.device
+        free, on_gpu = _free_bytes(device), device.type == "cuda"
+        try:
+            slots = cache_slots(self.model.network, tokens, self.cache_gib, free, on_gpu)
+        except UsageError as error:
             raise UsageError(
-                f"rollout: the keys and values of {count} of {tokens} tokens, the least at a time, "
-                f"take {least / 2**30:.2f} GiB and the cache may have {budget / 2**30:.2f} GiB: "
-                "lower rollout.max_new_tokens or rollout.max_prompt_tokens, or raise "
+                f"{error}: lower rollout.max_new_tokens or rollout.max_prompt_tokens, or raise "
                 "rollout.cache_gib"
-            )
-        return min(self.max_slots, budget // least * step)
+            ) from error
+        return min(self.max_slots, slots)
 
 
 class _Batch:
@@ -318,7 +313,7 @@ class _Batch:
         return rows + self._padding(rows)
 
     def _padding(self, rows: int) -> int:
-        return 0 if self.on_gpu else -rows % CPU_ROWS
+        return idle_rows(rows, self.on_gpu)
 
     def _compact(self) -> None:
         """Move the living rows together into the first ones."""
@@ -385,6 +380,33 @@ def _packs(prompts: Sequence[Tensor], first: int) -> Iterator[list[tuple[Tensor,
         pack.append((torch.tensor(prompt), rows))
         tokens += len(prompt)
     yield pack
+
+
+def cache_slots(
+    network: Any, tokens: int, cache_gib: float | None, free: float, on_gpu: bool
+) -> int:
+    """How many sequences of so many tokens, prompt and answer, the cache holds at once: on a CPU a
+    multiple of CPU_ROWS. Its budget is `cache_gib`, or a share of the `free` bytes where that is
+    None. The engine and `sodfast plan` both ask here.
+
+    Raises `UsageError` when not even the fewest fit.
+    """
+    share = MEMORY_SHARE["cuda" if on_gpu else "cpu"]
+    budget = max(0, int(free * share if cache_gib is None else cache_gib * 2**30))
+    step = 1 if on_gpu else CPU_ROWS
+    least = step * slot_bytes(network, tokens)
+    if least > budget:
+        raise UsageError(
+            f"rollout: the keys and values of {step} sequence{'s' * (step > 1)} of {tokens} "
+            f"tokens, the least at a time, take {least / 2**30:.2f} GiB and the cache may have "
+            f"{budget / 2**30:.2f} GiB"
+        )
+    return budget // least * step
+
+
+def idle_rows(rows: int, on_gpu: bool) -> int:
+    """Rows that run beside `rows` used ones without a sequence of their own."""
+    return 0 if on_gpu else -rows % CPU_ROWS
 
 
 def slot_bytes(network: Any, tokens: int) -> int:

@@ -7,29 +7,19 @@
       schedule: [{kind: fixed}, {kind: hard, every: 50}]    # a mapping sets its whole group
       seed: [0, 1, 2]
 
-Nothing here starts a process. A study directory:
-
-    study.yaml  base.yaml      what is swept: the study, its overrides and its base resolved
-    runs/<trial>/              the run directories of `sodfast train`
-    logs/<trial>.log           what the trial's processes printed
-    logs/<trial>.lock          held while a process of the trial lives
-    logs/<trial>.failed        why the sweep gave the trial up; gone when it is tried again
-    table.csv                  a row per trial
+What a study directory holds is in directory.py.
 """
 
-import csv
-import io
 import itertools
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
-from math import fsum
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -38,12 +28,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sodfast.config import PRESETS, Config, load_config, parse_overrides
 from sodfast.errors import UsageError
-from sodfast.files import is_held, replace_text
 
 STUDIES = PRESETS / "studies"
-LAST_STEPS = 5  # the steps whose mean length the table gives
-
-Status = Literal["done", "collapsed", "interrupted", "failed", "running", "missing"]
 
 
 @dataclass(frozen=True)
@@ -79,7 +65,7 @@ class Study(BaseModel):
         for values in itertools.product(*self.axes.values()):
             point = dict(zip(self.axes, values, strict=True))
             name = ",".join(_name_part(prefixes[key], value) for key, value in point.items())
-            overrides = [*fixed, *(_assignment(key, value) for key, value in point.items())]
+            overrides = fixed + [_assignment(key, value) for key, value in point.items()]
             try:
                 config = load_config(self.base, overrides)
             except UsageError as error:
@@ -122,9 +108,10 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
         raise UsageError(f"{path}: {reasons}") from error
     if not (PRESETS / f"{study.base}.yaml").is_file():
         study = study.model_copy(update={"base": str((path.parent / study.base).absolute())})
-    joined = dict(_flatten(study.overrides))
+    joined = flatten(study.overrides)
     for key, value in parse_overrides(list(overrides)):
-        joined |= dict(_flatten({key: _plain(value)}))
+        plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+        joined |= flatten({key: plain})
     study = study.model_copy(update={"overrides": joined})
     try:
         _check_keys(study)
@@ -195,21 +182,17 @@ def _check_distinct(trials: Sequence[Trial]) -> None:
 
 def _differing(trial: Trial, other: Trial) -> str:
     """The overrides that only `trial` has; for equal values, all of them."""
-    return " ".join([text for text in trial.overrides if text not in other.overrides]) or " ".join(
-        trial.overrides
-    )
+    own = [text for text in trial.overrides if text not in other.overrides]
+    return " ".join(own or trial.overrides)
 
 
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one of dotted keys."""
+    flat: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _plain(value: Any) -> Any:
-    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+        nested = isinstance(value, Mapping)
+        flat |= flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+    return flat
 
 
 def _assignment(key: str, value: Any) -> str:
@@ -247,129 +230,3 @@ def _pair(key: str, label: str) -> str:
     if key in ("kind", "name"):  # the value says what it is
         return label
     return f"{key}{label}" if label[:1].isdigit() else f"{key}-{label}"
-
-
-@dataclass(frozen=True)
-class TrialRun:
-    """A trial and what is on disk of it. Until its last step is written, `lines` may grow."""
-
-    trial: Trial
-    path: Path
-    status: Status
-
-    def lines(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl. Raises `UsageError` for a damaged one."""
-        from sodfast.files import read_lines
-
-        return read_lines(self.path / "metrics.jsonl")
-
-    def events(self) -> list[dict[str, Any]]:
-        from sodfast.files import read_lines
-
-        return read_lines(self.path / "events.jsonl")
-
-
-def run_path(directory: Path, name: str) -> Path:
-    return directory / "runs" / name
-
-
-def log_path(directory: Path, name: str) -> Path:
-    return directory / "logs" / f"{name}.log"
-
-
-def lock_path(directory: Path, name: str) -> Path:
-    return directory / "logs" / f"{name}.lock"
-
-
-def failure_path(directory: Path, name: str) -> Path:
-    return directory / "logs" / f"{name}.failed"
-
-
-def open_study(directory: Path) -> Study:
-    """The study of a study directory."""
-    if not (directory / "study.yaml").is_file():
-        raise UsageError(f"{directory} is not a study directory: it has no study.yaml")
-    return load_study(directory / "study.yaml")
-
-
-def read_runs(directory: Path) -> list[TrialRun]:
-    """Every trial of a study directory in the study's order. Raises `UsageError`."""
-    return [
-        TrialRun(trial, run_path(directory, trial.name), status_of(directory, trial))
-        for trial in open_study(directory).trials()
-    ]
-
-
-def status_of(directory: Path, trial: Trial) -> Status:
-    path = run_path(directory, trial.name)
-    if is_held(lock_path(directory, trial.name)):
-        return "running"
-    if failure_path(directory, trial.name).exists():
-        return "failed"
-    if not (path / "config.yaml").is_file():
-        return "missing"
-    return finished_status(path, trial.config) or "interrupted"
-
-
-def finished_status(path: Path, config: Config) -> Literal["done", "collapsed"] | None:
-    """The status of a run that has nothing left to do; None for any other."""
-    try:
-        summary = json.loads((path / "summary.json").read_text())
-    except FileNotFoundError:
-        return None
-    complete = summary["steps"] >= config.steps
-    if summary["status"] == "collapsed" and (complete or config.collapse.stop):
-        return "collapsed"
-    return "done" if summary["status"] == "done" and complete else None
-
-
-def write_table(directory: Path) -> Path:
-    """Write table.csv: a row per trial, in the study's order, nothing that depends on the clock.
-
-    Undefined values are empty. The numbers follow from metrics.jsonl and events.jsonl alone, so a
-    trial that was cut short has those of the steps it has finished.
-    """
-    study = open_study(directory)
-    header = ["name", *study.axes, "status", *_MEASURES]
-    path = directory / "table.csv"
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(header)
-    for run in read_runs(directory):
-        measures = _measures(run)
-        cells = [measures.get(key) for key in _MEASURES]
-        writer.writerow([run.trial.name, *run.trial.point.values(), run.status, *cells])
-    replace_text(path, stream.getvalue())
-    return path
-
-
-_MEASURES = (
-    "steps",
-    "final",
-    "peak",
-    "peak_step",
-    "refreshes",
-    "refresh_steps",
-    "collapse_step",
-    "entropy_mean",
-    "entropy_final",
-    f"length_last{LAST_STEPS}",
-)
-
-
-def _measures(run: TrialRun) -> dict[str, Any]:
-    from sodfast.summary import summarize
-
-    lines = run.lines()
-    if not lines:
-        return {}
-    measures = summarize(lines, run.trial.config.eval.samples)
-    collapses = [event["step"] for event in run.events() if event["event"] == "collapse"]
-    lengths = [line["length/mean"] for line in lines if "length/mean" in line][-LAST_STEPS:]
-    refreshes = measures.pop("refresh_steps")
-    if any("teacher/refreshed" in line for line in lines):  # a teacher that copies
-        measures["refreshes"] = len(refreshes)
-        measures["refresh_steps"] = " ".join(map(str, refreshes))
-    if lengths:
-        measures[f"length_last{LAST_STEPS}"] = fsum(lengths) / len(lengths)
-    return {**measures, "collapse_step": collapses[0] if collapses else None}

@@ -16,14 +16,8 @@ from typing import IO, Literal
 from sodfast.config import Config
 from sodfast.errors import RunFailed, UsageError
 from sodfast.files import try_lock
-from sodfast.study.definition import (
-    Trial,
-    failure_path,
-    finished_status,
-    lock_path,
-    log_path,
-    run_path,
-)
+from sodfast.study.definition import Trial
+from sodfast.study.directory import failure_path, finished_status, lock_path, log_path, run_path
 
 RETRIES = 2
 POLL_SECONDS = 0.2
@@ -38,11 +32,11 @@ def run_trial(
 ) -> Outcome:
     """Run a trial to its end in processes of its own, until `stop` is set.
 
-    It starts where the last process left off, and starts again up to `RETRIES` times after a
-    crash. A failed run (a loss that is not finite, a full disk) is retried as well: the state
-    before the failing step is a checkpoint, so that costs little and a full disk may have room
-    again. Exit code 2 means arguments that no retry can change. A process of the trial that still
-    ends under an earlier sweep is waited for.
+    It starts where the last process left off, and again up to `RETRIES` times after a crash. A
+    failed run (a loss that is not finite, a full disk) is retried as well: the state before the
+    failing step is a checkpoint, so that costs little and a full disk may have room again. Exit
+    code 2 means arguments that no retry can change. Where a process that an earlier sweep started
+    is still saving, its end is waited for.
 
     Raises `RunFailed` when the study directory cannot be written.
     """

@@ -20,7 +20,8 @@ from typing import Any
 from sodfast.config import Config
 from sodfast.errors import RunFailed, UsageError
 from sodfast.files import is_held
-from sodfast.study.definition import Trial, lock_path
+from sodfast.study.definition import Trial
+from sodfast.study.directory import lock_path
 from sodfast.study.launch import (
     POLL_SECONDS,
     Launch,

@@ -16,7 +16,8 @@ from rich.live import Live
 from rich.table import Table
 
 from sodfast.files import is_held
-from sodfast.study.definition import Trial, failure_path, lock_path, run_path
+from sodfast.study.definition import Trial
+from sodfast.study.directory import failure_path, lock_path, run_path
 
 PLAIN_SECONDS = 60.0  # plain output sums up this often
 
@@ -39,13 +40,11 @@ class Progress:
 
     def update(self) -> None:
         try:
-            found = os.stat(self.file)
-            if (found.st_ino, found.st_size) == (self._inode, self._offset):
-                return
-            if found.st_ino != self._inode or found.st_size < self._offset:
-                self._reset()  # a resumed run has taken lines back
-                self._inode = found.st_ino
             with self.file.open("rb") as stream:
+                found = os.fstat(stream.fileno())
+                if found.st_ino != self._inode or found.st_size < self._offset:
+                    self._reset()  # a resumed run has removed its last lines
+                    self._inode = found.st_ino
                 stream.seek(self._offset)
                 text = stream.read()
         except FileNotFoundError:

@@ -1,12 +1,8 @@
-"""Study files: how they expand, what they are called, what is refused, and the table."""
+"""Study files: how they expand, what they are called, and what is refused."""
 
-import csv
-import fcntl
 import itertools
-import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +13,7 @@ from hypothesis import strategies as st
 
 from sodfast.config import load_config
 from sodfast.errors import UsageError
-from sodfast.study.definition import (
-    LAST_STEPS,
-    STUDIES,
-    Study,
-    failure_path,
-    find_study,
-    load_study,
-    lock_path,
-    open_study,
-    read_runs,
-    run_path,
-    write_table,
-)
+from sodfast.study.definition import STUDIES, Study, find_study, flatten, load_study
 
 SCHEDULES = [{"kind": "fixed"}, {"kind": "hard", "every": 50}, {"kind": "ema", "rate": 0.04}]
 
@@ -296,155 +280,18 @@ def test_shipped_studies_are_found_by_name(path: Path) -> None:
     assert find_study(path.stem) == path
 
 
+def test_flat_keys_name_every_value_once() -> None:
+    nested = {"a": {"b": 1, "c": {"d": [2]}}, "e": {}, "f.g": None}
+    assert flatten(nested) == {"a.b": 1, "a.c.d": [2], "f.g": None}
+    assert flatten(flatten(nested)) == flatten(nested)
+
+
 def test_expanding_needs_no_torch() -> None:
     code = (
         "import sodfast.study.definition, sodfast.study.sweep, sys; print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
-
-
-# ---------------------------------------------------------------- a study directory
-
-
-@pytest.fixture
-def directory(tmp_path: Path) -> Path:
-    """A study directory of four trials without any run."""
-    out = tmp_path / "out"
-    (out / "logs").mkdir(parents=True)
-    axes = {"schedule": SCHEDULES[1:], "seed": [0, 1]}
-    write(out, axes=axes, overrides={"steps": 8, "eval.samples": 2})
-    return out
-
-
-Fill = Callable[..., None]
-
-
-@pytest.fixture
-def fill(directory: Path) -> Fill:
-    """Write a run by hand: rewards of no interest, lengths 10 t, an evaluation every 4 steps."""
-
-    def fill(name: str, steps: int, refreshes: bool, **summary: Any) -> None:
-        run = run_path(directory, name)
-        run.mkdir(parents=True)
-        lines: list[dict[str, Any]] = [{"step": 0, "eval/mean@2": 0.25}]
-        for step in range(1, steps + 1):
-            line = {"step": step, "length/mean": 10.0 * step, "policy/entropy": float(step)}
-            if refreshes:
-                line["teacher/refreshed"] = int(step % 3 == 0)
-            if step % 4 == 0:
-                line["eval/mean@2"] = 0.5 if step == 4 else 0.375
-            line["time/step"] = step * 0.1
-            lines.append(line)
-        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        (run / "config.yaml").write_text("steps: 8\n")
-        if summary:
-            (run / "summary.json").write_text(json.dumps({"steps": steps, **summary}))
-
-    return fill
-
-
-def table(directory: Path) -> list[dict[str, str]]:
-    with write_table(directory).open() as stream:
-        return list(csv.DictReader(stream))
-
-
-def test_the_table_holds_hand_computed_numbers(directory: Path, fill: Fill) -> None:
-    fill("hard-every50,seed0", 8, True, status="done")
-    fill("ema-rate0.04,seed1", 8, False, status="collapsed")
-    collapse = {"step": 7, "event": "collapse", "reason": "length"}
-    events = [{"step": 3, "event": "gate"}, collapse]
-    (run_path(directory, "ema-rate0.04,seed1") / "events.jsonl").write_text(
-        "".join(json.dumps(event) + "\n" for event in events)
-    )
-    first, missing, _, collapsed = table(directory)
-    assert LAST_STEPS == 5
-    assert first == {
-        "name": "hard-every50,seed0",
-        "schedule": "hard-every50",
-        "seed": "0",
-        "status": "done",
-        "steps": "8",
-        "final": "0.375",
-        "peak": "0.5",
-        "peak_step": "4",
-        "refreshes": "2",
-        "refresh_steps": "3 6",
-        "collapse_step": "",
-        "entropy_mean": "4.5",
-        "entropy_final": "8.0",
-        "length_last5": "60.0",
-    }
-    assert missing["status"] == "missing" and missing["steps"] == missing["final"] == ""
-    assert collapsed["status"] == "collapsed" and collapsed["collapse_step"] == "7"
-    assert collapsed["refreshes"] == collapsed["refresh_steps"] == ""  # it never copies
-
-
-def test_the_table_does_not_depend_on_the_clock(directory: Path, fill: Fill) -> None:
-    fill("hard-every50,seed0", 8, True, status="done")
-    before = write_table(directory).read_bytes()
-    metrics = run_path(directory, "hard-every50,seed0") / "metrics.jsonl"
-    metrics.write_text(metrics.read_text().replace('"time/step": 0.1', '"time/step": 9.9'))
-    assert write_table(directory).read_bytes() == before
-
-
-def test_statuses(directory: Path, fill: Fill) -> None:
-    def status() -> str:
-        return read_runs(directory)[0].status
-
-    name = read_runs(directory)[0].trial.name
-    assert status() == "missing"
-    run_path(directory, name).mkdir(parents=True)
-    assert status() == "missing"  # killed before there was anything to resume
-    run_path(directory, name).rmdir()
-    fill(name, 4, True)
-    summary = run_path(directory, name) / "summary.json"
-    assert status() == "interrupted"
-    for text, expected in (
-        ({"steps": 4, "status": "interrupted"}, "interrupted"),
-        ({"steps": 4, "status": "failed"}, "interrupted"),  # the next sweep tries it again
-        ({"steps": 4, "status": "done"}, "interrupted"),  # of a shorter run
-        ({"steps": 4, "status": "collapsed"}, "interrupted"),  # collapse.stop is false
-        ({"steps": 8, "status": "collapsed"}, "collapsed"),
-        ({"steps": 8, "status": "done"}, "done"),
-    ):
-        summary.write_text(json.dumps(text))
-        assert status() == expected
-    failure_path(directory, name).write_text("why")
-    assert status() == "failed"
-    with lock_path(directory, name).open("w") as lock:
-        assert status() == "failed"
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        assert status() == "running"
-    assert status() == "failed"
-
-
-def test_a_run_that_its_detector_stopped_is_finished(directory: Path, fill: Fill) -> None:
-    write(directory, axes={"seed": [0]}, overrides={"steps": 8, "collapse.stop": True})
-    fill("seed0", 5, True, status="collapsed")
-    assert [run.status for run in read_runs(directory)] == ["collapsed"]
-
-
-def test_a_cut_last_line_is_left_out_and_a_damaged_one_is_named(
-    directory: Path, fill: Fill
-) -> None:
-    fill("hard-every50,seed0", 5, True)
-    run = read_runs(directory)[0]
-    metrics = run.path / "metrics.jsonl"
-    with metrics.open("a") as stream:
-        stream.write('{"step": 6, "len')
-    assert [line["step"] for line in run.lines()] == [0, 1, 2, 3, 4, 5]
-    assert table(directory)[0]["steps"] == "5"
-    with metrics.open("a") as stream:
-        stream.write('\n{"step": 7}\n')
-    with pytest.raises(UsageError, match=r"metrics.jsonl:7"):
-        write_table(directory)
-
-
-def test_a_directory_without_a_study(tmp_path: Path) -> None:
-    for read in (open_study, read_runs, write_table):
-        with pytest.raises(UsageError, match=r"study\.yaml"):
-            read(tmp_path)
 
 
 def test_a_resolved_study_reads_back(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from sodfast.errors import UsageError
-from sodfast.study import launch_ray as ray_launcher
-from sodfast.study.definition import lock_path, log_path, open_study, run_path, write_table
+from sodfast.study import launch_ray
+from sodfast.study.directory import lock_path, log_path, open_study, run_path, write_table
 from sodfast.study.sweep import sweep
 
 
@@ -32,7 +32,7 @@ def study(tmp_path: Path, tiny_run: list[str]) -> Path:
 def test_without_ray_the_launcher_says_what_to_install(
     study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ray_launcher, "find_spec", lambda name: None)
+    monkeypatch.setattr(launch_ray, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"pip install 'sodfast\[ray\]'"):
         sweep(str(study), [f"out={tmp_path / 'out'}"], launcher="ray")
     assert not (tmp_path / "out").exists()

@@ -1,12 +1,13 @@
 """The shipped studies: each expands, says what it asks and costs, and is listed in their README."""
 
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 from sodfast.config import ArithmeticConfig
-from sodfast.study.definition import STUDIES, load_study
+from sodfast.study.definition import STUDIES, Study, load_study
 
 FILES = sorted(STUDIES.glob("*.yaml"))
 README = (STUDIES / "README.md").read_text()
@@ -20,13 +21,18 @@ LISTED = {
 }
 
 
+@cache
+def shipped(name: str) -> Study:
+    return load_study(STUDIES / f"{name}.yaml")
+
+
 def test_the_readme_lists_every_study() -> None:
     assert set(LISTED) == {path.stem for path in FILES}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_study_expands_to_what_it_says(path: Path) -> None:
-    study = load_study(path)
+    study = shipped(path.stem)
     trials = study.trials()
     (steps,) = {trial.config.steps for trial in trials}
     cost = f"{len(trials)} runs × {steps} steps"
@@ -44,20 +50,20 @@ def test_a_study_expands_to_what_it_says(path: Path) -> None:
 
 
 def test_the_main_study_has_six_schedules_and_five_seeds() -> None:
-    axes = load_study(STUDIES / "schedules_lab.yaml").axes
+    axes = shipped("schedules_lab").axes
     assert len(axes["schedule"]) >= 6 and len(axes["seed"]) >= 5
 
 
 def test_the_ablation_drops_each_gate_once() -> None:
     for name in ("gate_ablation_lab", "gate_ablation_qwen3_8b"):
-        trials = load_study(STUDIES / f"{name}.yaml").trials()
+        trials = shipped(name).trials()
         gates = {"isolation", "reward", "length"}
         dropped = {tuple(gates - set(trial.config.schedule.gates)) for trial in trials}
         assert dropped == {(), ("isolation",), ("reward",), ("length",)}
 
 
 def test_the_sensitivity_study_moves_one_threshold_at_a_time() -> None:
-    trials = load_study(STUDIES / "sensitivity_qwen3_8b.yaml").trials()
+    trials = shipped("sensitivity_qwen3_8b").trials()
     points = {
         (s.min_isolation, s.reward_margin, s.max_tail_ratio)
         for s in (trial.config.schedule for trial in trials)
@@ -73,7 +79,7 @@ def test_the_sensitivity_study_moves_one_threshold_at_a_time() -> None:
 
 def test_the_refresh_sweep_has_the_papers_schedules() -> None:
     for name in ("refresh_sweep_lab", "refresh_sweep_qwen3_8b"):
-        schedules = load_study(STUDIES / f"{name}.yaml").axes["schedule"]
+        schedules = shipped(name).axes["schedule"]
         assert [s["every"] for s in schedules if s["kind"] == "hard"] == [
             *(1, 2, 3, 4, 5, 8, 10, 20, 50)
         ]

@@ -20,111 +20,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from rich.console import Console
-from rich.live import Live
 
-from sodfast.config import Config, load_config
 from sodfast.errors import RunFailed, UsageError
 from sodfast.files import try_lock
 from sodfast.study import launch
-from sodfast.study.definition import (
+from sodfast.study.definition import load_study
+from sodfast.study.directory import (
     failure_path,
-    load_study,
     lock_path,
     log_path,
     open_study,
     read_runs,
     run_path,
 )
-from sodfast.study.launch import slots
 from sodfast.study.sweep import sweep
-from sodfast.study.view import LiveView, Progress, View
-
-# Takes the place of `sodfast train` in a trial's process. `log.project` says what happens to it:
-# "crash N": its first N processes die after step 2; "usage": it refuses its arguments; "slow":
-# its first process ends only when it is told to; "pace": a step takes a while. A step is a line of
-# metrics.jsonl, kept whatever ends the process.
-STAND_IN = """
-import os, sys
-
-if "SODFAST_LEASH" in os.environ:
-    import fcntl, json, time, types
-    from pathlib import Path
-    from sodfast.config import load_config
-    from sodfast.errors import UsageError
-    from sodfast.files import replace_text
-
-    def stored_config(run, overrides):
-        return load_config(str(run / "config.yaml"), overrides)
-
-    def train_run(config, resume):
-        run = resume or Path(config.out)
-        if resume is None and run.exists() and os.listdir(run):
-            raise UsageError("the directory is not empty")
-        run.mkdir(parents=True, exist_ok=True)
-        lock = (run / ".lock").open("w")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails where two run at once
-        with (run / "starts").open("a") as starts:
-            print(os.environ["OMP_NUM_THREADS"], file=starts)
-        replace_text(run / "config.yaml", config.to_yaml())
-        metrics = run / "metrics.jsonl"
-        done = len(metrics.read_text().splitlines()) if metrics.exists() else 0
-        starts = len((run / "starts").read_text().splitlines())
-        what, _, count = config.log.project.partition(" ")
-
-        def summary(status, steps):
-            text = json.dumps({"status": status, "steps": steps})
-            (run / "summary.json").write_text(text)
-
-        if what == "usage":
-            raise UsageError("these arguments cannot be used")
-        try:
-            for step in range(done, config.steps + 1):
-                line = {"step": step, "reward/mean": 0.5, "eval/mean@16": step / 8}
-                with metrics.open("a") as stream:
-                    print(json.dumps(line), file=stream)
-                if what == "crash" and step == 2 + starts - 1 and starts <= int(count):
-                    print("it crashed", flush=True)
-                    os.abort()
-                if what == "pace":
-                    time.sleep(0.2)
-                while what == "slow" and step == 3 and starts == 1:
-                    time.sleep(0.02)
-        except KeyboardInterrupt:
-            (run / "saved").open("a").write("saved\\n")
-            time.sleep(0.3)  # a second signal would end this with a traceback
-            summary("interrupted", step)
-            sys.exit(130)
-        summary("done", config.steps)
-
-    session = types.ModuleType("sodfast.commands")
-    session.train_run = train_run
-    rundir = types.ModuleType("sodfast.run.directory")
-    rundir.stored_config = stored_config
-    sys.modules |= {"sodfast.commands": session, "sodfast.run.directory": rundir}
-"""
 
 Write = Callable[..., Path]
-
-
-@pytest.fixture
-def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
-    """`stand_in(seed=[0, 1])` writes a study of stand-ins with these axes and returns its path."""
-    folder = tmp_path / "stand-in"
-    folder.mkdir()
-    (folder / "sitecustomize.py").write_text(STAND_IN)
-    path = os.environ.get("PYTHONPATH")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), *([path] if path else [])]))
-
-    def write(**axes: list[Any]) -> Path:
-        file = tmp_path / "study.yaml"
-        axes = {"log.project" if key == "project" else key: value for key, value in axes.items()}
-        overrides = {"steps": 5, "device": "cpu"}
-        file.write_text(yaml.safe_dump({"base": "lab", "overrides": overrides, "axes": axes}))
-        return file
-
-    return write
 
 
 def run(study: Path, out: Path, *overrides: str, jobs: int = 2) -> list[dict[str, str]]:
@@ -227,16 +138,12 @@ def test_crashes_are_retried_where_they_happened_and_the_sweep_goes_on(
     assert statuses(out)["project-crash-4"] == "done"
 
 
-@pytest.mark.parametrize(
-    "left",
-    [[], [".lock"], [".lock", "environment.json"], [".lock", "config.yaml.01ab.tmp"]],
-)
 def test_a_run_killed_before_it_could_be_resumed_starts_anew(
-    stand_in: Write, tmp_path: Path, left: list[str]
+    stand_in: Write, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     run_path(out, "seed0").mkdir(parents=True)
-    for name in left:
+    for name in (".lock", "environment.json", "config.yaml.tmp"):
         (run_path(out, "seed0") / name).touch()
     study = load_study(stand_in(seed=[0]))
     (out / "study.yaml").write_text(study.to_yaml())
@@ -448,20 +355,6 @@ def test_a_trial_that_still_ends_is_waited_for(stand_in: Write, tmp_path: Path) 
     assert statuses(out)["seed0"] == "done" and starts(out, "seed0") == 1
 
 
-def test_a_lock_is_the_processs_not_the_drivers(tmp_path: Path) -> None:
-    lock = try_lock(tmp_path / "lock")
-    assert lock is not None
-    command = [sys.executable, "-c", "import time; time.sleep(60)"]
-    process = subprocess.Popen(command, pass_fds=(lock.fileno(),))
-    lock.close()
-    assert try_lock(tmp_path / "lock") is None
-    process.kill()
-    process.wait()
-    freed = try_lock(tmp_path / "lock")
-    assert freed is not None
-    freed.close()
-
-
 def test_a_live_trial_never_runs_twice_under_any_kills(
     stand_in: Write, driver: Driver, tmp_path: Path
 ) -> None:
@@ -479,154 +372,9 @@ def test_a_live_trial_never_runs_twice_under_any_kills(
         assert steps(out, name) == [0, 1, 2, 3, 4, 5]
 
 
-# ---------------------------------------------------------------- cores and GPUs
-
-
-def configs(*overrides: str) -> list[Config]:
-    return [load_config("lab", list(overrides))]
-
-
-def test_slots_on_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "cores", lambda: 6)
-    cpu = "device=cpu"
-
-    def found(*overrides: str, jobs: int | None = None) -> tuple[int, str]:
-        environments = slots(configs(cpu, *overrides), jobs)
-        assert all("CUDA_VISIBLE_DEVICES" not in environment for environment in environments)
-        return len(environments), environments[0]["OMP_NUM_THREADS"]
-
-    assert found() == (6, "1")  # the lab asks for one thread
-    assert found("threads=2") == (3, "2")
-    assert found("threads=4") == (1, "4")
-    assert found("threads=9") == (1, "9")
-    assert found("threads=null") == (1, "6")
-    assert found("threads=null", jobs=3) == (3, "2")
-    assert found(jobs=20) == (20, "1")
-    assert len(slots([*configs(cpu, "threads=3"), *configs(cpu)], None)) == 2
-
-
-def test_slots_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "cores", lambda: 6)
-    monkeypatch.setattr(launch, "visible_gpus", lambda: ["4", "7"])
-
-    def gpus(jobs: int | None = None, device: str = "auto") -> list[str | None]:
-        environments = slots(configs(f"device={device}"), jobs)
-        return [environment.get("CUDA_VISIBLE_DEVICES") for environment in environments]
-
-    assert gpus() == gpus(device="cuda") == ["4", "7"]
-    assert gpus(1) == ["4"]
-    assert gpus(3) == ["4", "7", "4"]
-    assert gpus(device="cpu") == [None] * 6
-    assert slots(configs("threads=null"), None)[0]["OMP_NUM_THREADS"] == "3"
-
-
 def test_a_trial_gets_its_slots_environment(stand_in: Write, tmp_path: Path) -> None:
     run(stand_in(threads=[3]), tmp_path / "out")
     assert (run_path(tmp_path / "out", "threads3") / "starts").read_text() == "3\n"
-
-
-# ---------------------------------------------------------------- the view
-
-
-def append(file: Path, *lines: dict[str, Any]) -> None:
-    with file.open("a") as stream:
-        stream.write("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def test_progress_follows_a_file_that_grows_is_cut_and_vanishes(tmp_path: Path) -> None:
-    file = tmp_path / "metrics.jsonl"
-    progress = Progress(file, eval_samples=2)
-
-    def seen() -> tuple[Any, ...]:
-        progress.update()
-        return progress.step, progress.reward, progress.eval, progress.refreshes
-
-    assert seen() == (0, None, None, None)
-    append(file, {"step": 0, "eval/mean@2": 0.25})
-    assert seen() == (0, None, 0.25, None)
-    append(file, {"step": 1, "reward/mean": 0.5, "teacher/refreshed": 1})
-    assert seen() == (1, 0.5, 0.25, 1)
-    with file.open("a") as stream:
-        stream.write('{"step": 2, "rewa')
-    assert seen() == (1, 0.5, 0.25, 1)
-    with file.open("a") as stream:
-        stream.write('rd/mean": 0.75, "teacher/refreshed": 1}\n')
-    assert seen() == (2, 0.75, 0.25, 2)
-    aside = tmp_path / "aside"  # a resumed run puts a shorter file in its place
-    append(aside, {"step": 0, "eval/mean@2": 0.25}, {"step": 1, "teacher/refreshed": 0})
-    os.replace(aside, file)
-    assert seen() == (1, None, 0.25, 0)
-    file.write_text('{"step": 0, "eval/mean@2": 0.5, "note": "' + "x" * 200 + '"}\n')
-    seen()  # the same inode, longer, and the offset inside a line: noticed, and then read anew
-    assert seen() == (0, None, 0.5, None)
-    file.unlink()
-    assert seen() == (0, None, None, None)
-
-
-def test_progress_reads_what_is_new_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "metrics.jsonl"
-    append(file, *({"step": step} for step in range(1000)))
-    progress = Progress(file, eval_samples=2)
-    progress.update()
-    parsed: list[bytes] = []
-    loads = json.loads
-    monkeypatch.setattr("json.loads", lambda text: parsed.append(text) or loads(text))
-    progress.update()
-    append(file, {"step": 1000})
-    progress.update()
-    assert parsed == [b'{"step": 1000}'] and progress.step == 1000
-
-
-def many(tmp_path: Path) -> tuple[Path, Any]:
-    (tmp_path / "logs").mkdir()
-    study = tmp_path / "study.yaml"
-    study.write_text(yaml.safe_dump({"base": "lab", "axes": {"seed": list(range(200))}}))
-    return tmp_path, load_study(study).trials()
-
-
-def test_the_live_table_shows_what_matters_of_200_trials(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    directory, trials = many(tmp_path)
-    now = 0.0
-    monkeypatch.setattr("time.monotonic", lambda: now)
-    console = Console(width=100, height=20, record=True, force_terminal=True)
-    finished = {f"seed{seed}": "done" for seed in range(50)}
-    with Live(console=console, auto_refresh=False) as live:
-        view = LiveView(directory, trials, finished, live)
-        failure_path(directory, "seed60").write_text("why\n")
-        view.ended("seed60", "failed")
-        lock = try_lock(lock_path(directory, "seed150"))
-        assert lock is not None
-        view.refresh()
-        run_path(directory, "seed150").mkdir(parents=True)
-        metrics = run_path(directory, "seed150") / "metrics.jsonl"
-        append(metrics, {"step": 0, "eval/mean@16": 0.25})
-        append(metrics, *({"step": s, "reward/mean": 0.125} for s in range(1, 31)))
-        now = 60.0
-        view.refresh()
-        lock.close()
-    text = console.export_text()
-    assert "seed60: failed" in text and "(why)" in text
-    rows = [line.split() for line in text.splitlines()]
-    # 30 of 150 steps in a minute: 4 minutes to go.
-    assert ["seed150", "running", "30/150", "0.125", "0.250", "4m00s"] in rows
-    assert "200 trials: 50 done, 148 waiting, 1 failed, 1 running; eta" in text
-    console.print(view.table(rows=6))
-    shown = [line.split()[0] for line in console.export_text().splitlines() if "seed" in line]
-    assert shown == ["seed150", "seed60", "seed49", "seed48", "seed47", "seed46"]
-
-
-def test_plain_lines_are_sparse(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    directory, trials = many(tmp_path)
-    now = 0.0
-    monkeypatch.setattr("time.monotonic", lambda: now)
-    view = View(directory, trials, {})
-    for now in range(0, 150):  # noqa: B007
-        view.show()
-    assert len(capsys.readouterr().out.splitlines()) == 2
 
 
 # ---------------------------------------------------------------- for real
