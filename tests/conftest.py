@@ -27,6 +27,20 @@ from sodfast.tasks.arithmetic import ArithmeticTask
 from sodfast.trainer import Trainer
 
 TASK = ArithmeticConfig(train=48, test=8)
+# Every kind of schedule, so that within five steps a teacher that can move has moved.
+SCHEDULES = {
+    "fixed": ["schedule.kind=fixed"],
+    "hard": ["schedule.kind=hard", "schedule.every=2"],
+    "ema": ["schedule.kind=ema", "schedule.rate=0.3"],
+    "trust_region": ["schedule.kind=trust_region", "schedule.rate=0.3"],
+    "cgtr": [
+        "schedule.kind=cgtr",
+        "schedule.min_isolation=2",
+        "schedule.check_every=2",
+        "schedule.window=2",
+        "schedule.gates=[isolation]",
+    ],
+}
 
 
 def pytest_configure() -> None:
@@ -176,6 +190,14 @@ def train(build: Callable[..., Trainer]) -> Callable[..., Run]:
         return _read_run(out)
 
     return train
+
+
+@pytest.fixture(scope="session")
+def finished(train: Callable[..., Run], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory to look at, not to touch."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    train(out, "steps=2")
+    return out
 
 
 class Outcome(NamedTuple):

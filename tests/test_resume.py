@@ -15,7 +15,6 @@ import pytest
 from sodfast.errors import UsageError
 from sodfast.run import checkpoint
 from sodfast.run.files import read_lines
-from sodfast.run.interrupt import Interrupted
 from sodfast.trainer import Trainer
 
 Train = Callable[..., Any]
@@ -206,10 +205,6 @@ def test_a_signal_during_the_first_evaluation_leaves_a_run_to_resume(
     trainer.run.close()
     assert checkpoint.steps(tmp_path / "run" / "checkpoints") == []
     assert train(tmp_path / "run") == undisturbed("fixed")
-
-
-def test_interrupted_is_not_an_exception_that_libraries_swallow() -> None:
-    assert not issubclass(Interrupted, Exception)
 
 
 # ---------------------------------------------------------------- processes

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Command
+from conftest import SCHEDULES, Command
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -43,18 +43,6 @@ SCALE = ALPHA / RANK
 LORA = [f"model.lora.rank={RANK}", f"model.lora.alpha={ALPHA}", "optimizer.lr=2e-2"]
 IDS = torch.tensor([[3, 9, 4, 14, 5, 6, 1, 8, 7]])
 KEEP, COPY = Decision("keep"), Decision("copy")
-SCHEDULES = {
-    "fixed": ["schedule.kind=fixed"],
-    "hard": ["schedule.kind=hard", "schedule.every=2"],
-    "ema": ["schedule.kind=ema", "schedule.rate=0.3"],
-    "trust_region": ["schedule.kind=trust_region", "schedule.rate=0.3"],
-    "cgtr": [
-        "schedule.min_isolation=2",
-        "schedule.check_every=2",
-        "schedule.window=2",
-        "schedule.gates=[isolation]",
-    ],
-}
 
 
 def adapted(model: LanguageModel, seed: int = 0, **settings: Any) -> LanguageModel:

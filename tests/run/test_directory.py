@@ -20,7 +20,6 @@ from sodfast.run.directory import (
     read_lines,
     stored_config,
 )
-from sodfast.run.environment import environment
 
 
 def lab(*overrides: str) -> Config:
@@ -106,7 +105,7 @@ def test_default_directories_name_schedule_and_seed() -> None:
 HOLD = """
 import sys, time
 from pathlib import Path
-from sodfast.rundir import RunDirectory
+from sodfast.run.directory import RunDirectory
 run = RunDirectory.open(Path(sys.argv[1]))
 print("locked", flush=True)
 time.sleep(60)
@@ -319,12 +318,3 @@ def test_a_directory_that_is_no_run(tmp_path: Path) -> None:
 )
 def test_fingerprint(override: str, same: bool) -> None:
     assert (fingerprint(lab(override)) == fingerprint(lab())) == same
-
-
-def test_environment_names_versions_and_hardware() -> None:
-    found = environment(threads=3, device="cpu")
-    assert json.loads(json.dumps(found)) == found
-    assert found["threads"] == 3 and found["device"] == "cpu"
-    assert found["versions"]["torch"].startswith("2.")
-    assert found["versions"]["python"] == sys.version.split()[0]
-    assert found["cores"] == os.cpu_count()
