@@ -81,6 +81,7 @@ def test_stopping_twice_changes_nothing(
     assert [event["step"] for event in events] == [4, 7]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state", ["8bit", "exact"])
 def test_bf16_weights_resume_bit_for_bit(train: Train, tmp_path: Path, state: str) -> None:
     """Weights, teacher, moments and remainders, and the counts that key the rounding."""
@@ -150,6 +151,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(
 # ---------------------------------------------------------------- signals, in this process
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(
     ("place", "saved"), [("_score", 4), ("_accumulate_gradients", 4), ("_move_teacher", 5)]
@@ -235,6 +237,7 @@ def read_until(process: "subprocess.Popen[str]", text: str) -> None:
     raise AssertionError(seen)
 
 
+@pytest.mark.slow
 def test_killed_again_and_again(
     start: Callable[..., "subprocess.Popen[str]"], train: Train, undisturbed: Train, tmp_path: Path
 ) -> None:
@@ -258,6 +261,7 @@ def test_killed_again_and_again(
     assert resumed.summary == expected.summary
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_process_saves_and_says_130(
     start: Callable[..., "subprocess.Popen[str]"],

@@ -233,6 +233,7 @@ def test_a_run_is_the_same_with_the_teacher_on_the_host(
         assert len(host.summary["refresh_steps"]) >= 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["hard", "ema", "trust_region"])
 def test_a_run_resumes_with_its_teacher_on_the_host(
     train: Callable[..., Any], tmp_path: Path, kind: str

@@ -211,6 +211,7 @@ def test_a_longer_run_starts_with_the_shorter_one(runs: Train) -> None:
     assert without_evaluation(runs("steps=5").lines)[:4] == shorter
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["sequence_mean", "token_mean"])
 @pytest.mark.parametrize(
     "cut",
@@ -245,6 +246,7 @@ def test_the_seed_matters(runs: Train) -> None:
 # ---------------------------------------------------------------- 16-bit weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -463,6 +465,7 @@ def test_a_nan_in_a_later_update_of_a_step_keeps_the_checkpoint_before(
     assert train(out).summary["status"] == "done"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("phase", "remedy"),
     [

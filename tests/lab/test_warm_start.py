@@ -102,6 +102,7 @@ def test_packed_rows_give_the_loss_of_separate_examples() -> None:
 # Reproducibility and the cache.
 
 
+@pytest.mark.slow
 def test_two_builds_are_equal_bit_for_bit_and_leave_no_trace(tmp_path: Path) -> None:
     torch.manual_seed(1)
     expected_next = torch.rand(1)
@@ -292,6 +293,7 @@ def scores(questions: list[Question], responses: list[str]) -> torch.Tensor:
     return torch.tensor([task.score(question, response) for question, response in pairs])
 
 
+@pytest.mark.slow
 def test_the_lab_is_small(default_lab: tuple[Any, Any]) -> None:
     model, _ = default_lab
     assert sum(parameter.numel() for parameter in model.parameters()) <= 1_000_000
@@ -299,6 +301,7 @@ def test_the_lab_is_small(default_lab: tuple[Any, Any]) -> None:
     assert model.config.model_type == "qwen3"
 
 
+@pytest.mark.slow
 def test_the_student_has_headroom_and_the_teacher_knows(default_lab: tuple[Any, Any]) -> None:
     questions = [question for question in question_pools()[1][:128] for _ in range(8)]
     prompts = [question.prompt for question in questions]

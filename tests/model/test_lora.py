@@ -347,6 +347,7 @@ def test_recomputed_layers_change_nothing(train: Train, tmp_path: Path) -> None:
     assert again == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [

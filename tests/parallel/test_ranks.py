@@ -386,6 +386,7 @@ def torchrun(tmp_path: Path, *arguments: str, **variables: str) -> "subprocess.P
     )
 
 
+@pytest.mark.slow
 def test_a_nan_on_one_rank_ends_torchrun_with_one_message(
     settings: list[str], tmp_path: Path
 ) -> None:
@@ -400,6 +401,7 @@ def test_a_nan_on_one_rank_ends_torchrun_with_one_message(
     assert json.loads((out / "environment.json").read_text())["ranks"] == 2
 
 
+@pytest.mark.slow
 def test_torchrun_forwards_a_signal_and_the_run_resumes(
     settings: list[str], read_run: Read, tmp_path: Path
 ) -> None:

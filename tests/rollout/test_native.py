@@ -23,6 +23,7 @@ def any_model(request: pytest.FixtureRequest) -> LanguageModel:
     return tiny(request.param)
 
 
+@pytest.mark.slow
 def test_greedy_is_generate_token_for_token(any_model: LanguageModel) -> None:
     """Ragged prompts, 200 new tokens, 3 slots that are refilled. Random networks repeat
     themselves, which would hide a wrong position; an entropy above 0.5 nats says they do not."""
@@ -61,6 +62,7 @@ def test_samples_and_logprobs_are_those_of_hf_and_of_a_teacher_forced_forward(
         torch.testing.assert_close(a.entropy.double(), entropy, rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3", "llama", "mistral-window"])
 def test_company_and_order_change_no_bit(name: str) -> None:
     """Alone, among 64, in few slots, in another order, with another width of cache."""
@@ -148,6 +150,7 @@ def move_adapters(model: LanguageModel, seed: int) -> None:
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
 
 
+@pytest.mark.slow
 def test_adapters_are_heard(any_model: LanguageModel) -> None:
     """Under LoRA, too, as `generate` answers, and with the adapters as they are now."""
     prompts = ragged(6)
