@@ -128,6 +128,9 @@ def tiny_run(tiny_model: Path) -> list[str]:
         "eval.every=4",
         "eval.samples=2",
         "checkpoint.every=3",
+        # Eight questions may all go wrong by chance, and what chance gives depends on the machine.
+        "collapse.eval_floor=0",
+        "collapse.eval_fraction=0",
     ]
 
 

@@ -565,7 +565,8 @@ def test_a_lost_score_collapses(
         trainer.run.close()
         return read_run(out)
 
-    first = run("steps=3", "eval.every=4")
+    thresholds = "collapse.eval_floor=0.01", "collapse.eval_fraction=0.1"
+    first = run("steps=3", "eval.every=4", *thresholds)
     assert first.summary["status"] == "collapsed" and first.summary["collapse_step"] == 3
     assert first.lines[3]["eval/mean@2"] == 0.0
     assert run() == first

@@ -142,8 +142,8 @@ def test_a_stop_string_ends_a_response_with_the_token_that_completes_it(
     engine_name: str, model: LanguageModel
 ) -> None:
     engine = build(engine_name, model)
-    free = sample(engine, PROMPTS * 4)
-    stopped = sample(engine, PROMPTS * 4, stop=("6+", "3"))
+    free = sample(engine, PROMPTS * 16)
+    stopped = sample(engine, PROMPTS * 16, stop=("6+", "3"))
     ended = 0
     for a, b in zip(free, stopped, strict=True):
         text = model.decode(a.response)
