@@ -62,6 +62,7 @@ def undisturbed(train: Train, tmp_path_factory: pytest.TempPathFactory) -> Train
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SCHEDULES)
 def test_stopping_twice_changes_nothing(
     train: Train, undisturbed: Train, tmp_path: Path, kind: str

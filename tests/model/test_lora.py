@@ -294,7 +294,7 @@ def test_stored_adapters_are_the_teacher_again(model: LanguageModel) -> None:
 # ---------------------------------------------------------------- whole runs
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", SCHEDULES)
 def test_a_run_moves_adapters_alone_and_logs_their_drift(
     build: Build, tmp_path: Path, kind: str, dtype: str

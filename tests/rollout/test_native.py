@@ -87,6 +87,7 @@ def test_company_and_order_change_no_bit(name: str) -> None:
         assert long.logprob[: len(short.logprob)].equal(short.logprob)
 
 
+@pytest.mark.slow
 def test_a_truncated_draw_is_the_same_in_any_company() -> None:
     model = tiny("qwen3")
     prompts = [prompt for prompt in ragged(6) for _ in range(5)]

@@ -118,6 +118,7 @@ def test_a_second_writer_is_refused_until_the_first_closes(run: RunDirectory) ->
     RunDirectory.open(run.path).close()
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_no_lock(run: RunDirectory) -> None:
     run.close()
     holder = subprocess.Popen(
