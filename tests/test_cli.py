@@ -29,14 +29,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def finished(train: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run directory to look at, not to touch."""
-    out = tmp_path_factory.mktemp("finished") / "run"
-    train(out, "steps=2")
-    return out
-
-
 def tree(folder: Path) -> dict[str, bytes | None]:
     return {
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None

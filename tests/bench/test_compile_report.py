@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # its process compiles kernels for GPUs
+
 BENCH = Path(__file__).parents[2] / "bench"
 PROGRAM = """
 import json

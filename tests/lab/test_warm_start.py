@@ -33,39 +33,6 @@ def text(ids: list[int]) -> str:
     return str(build_tokenizer().decode(ids, skip_special_tokens=False))
 
 
-# The tokenizer.
-
-
-def test_tokenizer_is_one_token_per_character_and_comes_back() -> None:
-    tokenizer = build_tokenizer()
-    line = "17*8+6=128+6=134?136+6=142|17*8+6="
-    ids = tokenizer(line)["input_ids"]
-    assert len(ids) == len(line)
-    assert tokenizer.decode(ids) == line
-    assert tokenizer.unk_token_id not in ids
-    assert len(tokenizer) <= 40
-    assert {tokenizer.pad_token, tokenizer.eos_token} == {"<pad>", "<eos>"}
-    assert tokenizer.decode([*ids, tokenizer.eos_token_id], skip_special_tokens=True) == line
-
-
-def test_unknown_characters_become_unk_one_by_one() -> None:
-    tokenizer = build_tokenizer()
-    ids = tokenizer("1 a\n2")["input_ids"]
-    assert ids[1:4] == [tokenizer.unk_token_id] * 3
-    assert [ids[0], ids[4]] == tokenizer("12")["input_ids"]
-
-
-def test_tokenizer_survives_being_saved(tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
-
-    tokenizer = build_tokenizer()
-    tokenizer.save_pretrained(tmp_path)
-    loaded = AutoTokenizer.from_pretrained(tmp_path)
-    line = "17*8+6="
-    assert loaded(line)["input_ids"] == tokenizer(line)["input_ids"]
-    assert loaded.decode(loaded(line)["input_ids"]) == line
-
-
 # What the warm start is fed.
 
 
@@ -135,6 +102,7 @@ def test_packed_rows_give_the_loss_of_separate_examples() -> None:
 # Reproducibility and the cache.
 
 
+@pytest.mark.slow
 def test_two_builds_are_equal_bit_for_bit_and_leave_no_trace(tmp_path: Path) -> None:
     torch.manual_seed(1)
     expected_next = torch.rand(1)
@@ -325,6 +293,7 @@ def scores(questions: list[Question], responses: list[str]) -> torch.Tensor:
     return torch.tensor([task.score(question, response) for question, response in pairs])
 
 
+@pytest.mark.slow
 def test_the_lab_is_small(default_lab: tuple[Any, Any]) -> None:
     model, _ = default_lab
     assert sum(parameter.numel() for parameter in model.parameters()) <= 1_000_000
@@ -332,6 +301,7 @@ def test_the_lab_is_small(default_lab: tuple[Any, Any]) -> None:
     assert model.config.model_type == "qwen3"
 
 
+@pytest.mark.slow
 def test_the_student_has_headroom_and_the_teacher_knows(default_lab: tuple[Any, Any]) -> None:
     questions = [question for question in question_pools()[1][:128] for _ in range(8)]
     prompts = [question.prompt for question in questions]

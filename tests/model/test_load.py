@@ -12,7 +12,7 @@ from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCau
 
 from sodfast.errors import UsageError
 from sodfast.lab.model import build_tokenizer
-from sodfast.model.load import LanguageModel, load_model, to_ids, wrap_model
+from sodfast.model.load import LanguageModel, cast_weights, load_model, to_ids, wrap_model
 from sodfast.tasks.base import Question
 
 CPU = torch.device("cpu")
@@ -289,3 +289,18 @@ def test_the_network_is_always_in_eval_mode() -> None:
     """Dropout would part teacher and student where their weights agree."""
     network = tiny_llama(attention_dropout=0.5).train()
     assert not wrap(network).network.training
+
+
+# ---------------------------------------------------------------- 16-bit weights
+
+
+def test_weights_are_cast_as_they_are_loaded(tiny_model: Path, model: LanguageModel) -> None:
+    """The lab casts its warm start, a directory is read as bf16: the same weights and ties."""
+    loaded = load_model(str(tiny_model), model.device, torch.bfloat16).network
+    cast_weights(model.network, torch.bfloat16)
+    assert model.head is model.network.get_input_embeddings().weight
+    for kind in ("named_parameters", "named_buffers"):
+        ours, theirs = (dict(getattr(network, kind)()) for network in (model.network, loaded))
+        assert ours.keys() == theirs.keys() and ours
+        for name, tensor in ours.items():
+            assert tensor.dtype == theirs[name].dtype and torch.equal(tensor, theirs[name])

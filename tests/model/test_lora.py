@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Command
+from conftest import SCHEDULES, Command
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -43,18 +43,6 @@ SCALE = ALPHA / RANK
 LORA = [f"model.lora.rank={RANK}", f"model.lora.alpha={ALPHA}", "optimizer.lr=2e-2"]
 IDS = torch.tensor([[3, 9, 4, 14, 5, 6, 1, 8, 7]])
 KEEP, COPY = Decision("keep"), Decision("copy")
-SCHEDULES = {
-    "fixed": ["schedule.kind=fixed"],
-    "hard": ["schedule.kind=hard", "schedule.every=2"],
-    "ema": ["schedule.kind=ema", "schedule.rate=0.3"],
-    "trust_region": ["schedule.kind=trust_region", "schedule.rate=0.3"],
-    "cgtr": [
-        "schedule.min_isolation=2",
-        "schedule.check_every=2",
-        "schedule.window=2",
-        "schedule.gates=[isolation]",
-    ],
-}
 
 
 def adapted(model: LanguageModel, seed: int = 0, **settings: Any) -> LanguageModel:
@@ -306,7 +294,7 @@ def test_stored_adapters_are_the_teacher_again(model: LanguageModel) -> None:
 # ---------------------------------------------------------------- whole runs
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", SCHEDULES)
 def test_a_run_moves_adapters_alone_and_logs_their_drift(
     build: Build, tmp_path: Path, kind: str, dtype: str
@@ -359,6 +347,7 @@ def test_recomputed_layers_change_nothing(train: Train, tmp_path: Path) -> None:
     assert again == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import SCHEDULES
 from hypothesis import given
 from hypothesis import strategies as st
 from pair import Pair
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sodfast import trainer as trainer_module
-from sodfast.commands import build_trainer, export_model, pick_device
+from sodfast.commands import build_trainer, export_model
 from sodfast.config import load_config
 from sodfast.errors import RunFailed, UsageError
 from sodfast.files import read_lines
@@ -31,19 +32,6 @@ from sodfast.trainer import Trainer
 
 Read = Callable[[Path], Any]
 
-SCHEDULES = {
-    "fixed": ["schedule.kind=fixed"],
-    "hard": ["schedule.kind=hard", "schedule.every=2"],
-    "ema": ["schedule.kind=ema", "schedule.rate=0.3"],
-    "trust_region": ["schedule.kind=trust_region", "schedule.rate=0.3"],
-    "cgtr": [
-        "schedule.kind=cgtr",
-        "schedule.min_isolation=2",
-        "schedule.check_every=2",
-        "schedule.window=2",
-        "schedule.gates=[isolation]",
-    ],
-}
 STEPS = 5
 
 
@@ -400,6 +388,7 @@ def torchrun(tmp_path: Path, *arguments: str, **variables: str) -> "subprocess.P
     )
 
 
+@pytest.mark.slow
 def test_a_nan_on_one_rank_ends_torchrun_with_one_message(
     settings: list[str], tmp_path: Path
 ) -> None:
@@ -414,6 +403,7 @@ def test_a_nan_on_one_rank_ends_torchrun_with_one_message(
     assert json.loads((out / "environment.json").read_text())["ranks"] == 2
 
 
+@pytest.mark.slow
 def test_torchrun_forwards_a_signal_and_the_run_resumes(
     settings: list[str], read_run: Read, tmp_path: Path
 ) -> None:
@@ -456,17 +446,3 @@ def test_one_rank_says_nothing() -> None:
     with pytest.raises(RunFailed, match="own"), alone.together():
         raise RunFailed("own")
     assert alone.deal([1, 3, 2]) == [[0, 1, 2]]
-
-
-def test_a_device_for_each_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert pick_device("auto", Ranks(1, 2)) == torch.device("cuda:1")
-    assert pick_device("cpu", Ranks(1, 2)) == torch.device("cpu")
-    with pytest.raises(UsageError, match="set device=cuda"):
-        pick_device("cuda:0", Ranks(1, 2))
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    with pytest.raises(UsageError, match="nproc-per-node"):
-        pick_device("cuda", Ranks(1, 3))

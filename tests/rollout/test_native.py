@@ -1,82 +1,21 @@
 """The native engine against `generate`, against itself in other company, and its refusals."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
+from rollouts import EOS, NETWORKS, answer, equal_bits, ragged, tiny
 from torch import Tensor
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
 
 from sodfast.config import LoRAConfig
 from sodfast.errors import UsageError
-from sodfast.model.attention import PackedAttention, SlotAttention
 from sodfast.model.load import LanguageModel, trained_parameters
 from sodfast.model.lora import add_adapters
 from sodfast.rollout import native
 from sodfast.rollout.decoder import Cache, Decoder, unsupported
-from sodfast.rollout.engine import Sample, SampleKey, Sampling
+from sodfast.rollout.engine import SampleKey, Sampling
 from sodfast.rollout.hf import HFEngine
 from sodfast.rollout.native import NativeEngine
-
-EOS = 0
-SHAPE: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 64,
-    "intermediate_size": 80,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "initializer_range": 0.15,
-    "eos_token_id": EOS,
-    "pad_token_id": 1,
-    "bos_token_id": None,
-}
-NETWORKS: dict[str, Any] = {
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE, tie_word_embeddings=True)),
-    "qwen2-window": lambda: Qwen2ForCausalLM(
-        Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=9, max_window_layers=1)
-    ),
-    "qwen3": lambda: Qwen3ForCausalLM(
-        Qwen3Config(**{**SHAPE, "num_attention_heads": 4, "num_key_value_heads": 2}, head_dim=40)
-    ),
-    "llama": lambda: LlamaForCausalLM(
-        LlamaConfig(
-            **SHAPE,
-            attention_bias=True,
-            mlp_bias=True,
-            rope_parameters={
-                "rope_type": "llama3",
-                "rope_theta": 10_000.0,
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 64,
-            },
-        )
-    ),
-    "mistral": lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=None)),
-    "mistral-window": lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=11)),
-}
-
-
-def tiny(name: str) -> LanguageModel:
-    torch.manual_seed(0)
-    network = NETWORKS[name]()
-    with torch.no_grad():
-        for path, parameter in network.named_parameters():
-            if path.endswith("bias") or "norm" in path:  # ones and zeros would hide a mistake
-                parameter.add_(0.3 * torch.randn_like(parameter))
-    return LanguageModel(network.eval(), None, (EOS,), 1)
 
 
 @pytest.fixture(params=NETWORKS)
@@ -84,27 +23,7 @@ def any_model(request: pytest.FixtureRequest) -> LanguageModel:
     return tiny(request.param)
 
 
-def ragged(count: int, longest: int = 23) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(count)
-    lengths = torch.randint(1, longest + 1, (count,), generator=generator).tolist()
-    return [torch.randint(2, 97, (length,), generator=generator) for length in lengths]
-
-
-def answer(engine: Any, prompts: Sequence[Tensor], cap: int, **sampling: Any) -> list[Sample]:
-    wanted = Sampling(**{"temperature": 1.0, "top_p": 1.0, "max_new_tokens": cap, **sampling})
-    return engine.generate(prompts, range(len(prompts)), wanted, SampleKey(2**63 + 11, 4))
-
-
-def equal_bits(left: Sequence[Sample], right: Sequence[Sample]) -> bool:
-    return len(left) == len(right) and all(
-        a.response.equal(b.response)
-        and a.logprob.equal(b.logprob)
-        and a.entropy.equal(b.entropy)
-        and a.capped == b.capped
-        for a, b in zip(left, right, strict=True)
-    )
-
-
+@pytest.mark.slow
 def test_greedy_is_generate_token_for_token(any_model: LanguageModel) -> None:
     """Ragged prompts, 200 new tokens, 3 slots that are refilled. Random networks repeat
     themselves, which would hide a wrong position; an entropy above 0.5 nats says they do not."""
@@ -143,6 +62,7 @@ def test_samples_and_logprobs_are_those_of_hf_and_of_a_teacher_forced_forward(
         torch.testing.assert_close(a.entropy.double(), entropy, rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3", "llama", "mistral-window"])
 def test_company_and_order_change_no_bit(name: str) -> None:
     """Alone, among 64, in few slots, in another order, with another width of cache."""
@@ -167,6 +87,7 @@ def test_company_and_order_change_no_bit(name: str) -> None:
         assert long.logprob[: len(short.logprob)].equal(short.logprob)
 
 
+@pytest.mark.slow
 def test_a_truncated_draw_is_the_same_in_any_company() -> None:
     model = tiny("qwen3")
     prompts = [prompt for prompt in ragged(6) for _ in range(5)]
@@ -200,17 +121,6 @@ def test_long_prompts_are_prefilled_in_several_forwards(monkeypatch: pytest.Monk
     assert equal_bits(answer(NativeEngine(model, 64), prompts, 12), whole)
 
 
-def test_logits_of_16_bit_weights_are_not_rounded_to_16_bits() -> None:
-    network = NETWORKS["qwen3"]().bfloat16()
-    decoder = Decoder(network, 16)
-    hidden_TH = 30 * torch.randn(5, SHAPE["hidden_size"]).bfloat16()
-    logits_TV = decoder.logits(hidden_TH)
-    normed_TH = network.model.norm(hidden_TH).detach()
-    exact_TV = normed_TH.double() @ network.lm_head.weight.detach().double().T
-    assert logits_TV.dtype == torch.float32
-    torch.testing.assert_close(logits_TV.double(), exact_TV, rtol=1e-5, atol=1e-5)
-
-
 def test_new_weights_are_used_at_once() -> None:
     """In place as an optimizer writes them, or a parameter replaced as a whole."""
     model, prompts = tiny("qwen3"), ragged(6)
@@ -241,6 +151,7 @@ def move_adapters(model: LanguageModel, seed: int) -> None:
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
 
 
+@pytest.mark.slow
 def test_adapters_are_heard(any_model: LanguageModel) -> None:
     """Under LoRA, too, as `generate` answers, and with the adapters as they are now."""
     prompts = ragged(6)
@@ -292,24 +203,6 @@ def test_a_short_budget_means_fewer_slots_and_the_same_answers() -> None:
         answer(small, prompts, 30)
 
 
-def test_bytes_per_token_are_those_of_the_cache(any_model: LanguageModel) -> None:
-    cache = Cache(Decoder(any_model.network, 8), 5, 8)
-    assert cache.memory.nbytes == 5 * 8 * Cache.bytes_per_token(any_model.network)
-
-
-def test_what_the_forward_does_not_know_is_named() -> None:
-    assert unsupported(tiny("qwen3").network) is None
-    network = tiny("llama").network
-    network.config.hidden_act = "gelu"
-    assert "gelu" in str(unsupported(network))
-    network = tiny("llama").network
-    network.model.rotary_emb.rope_type = "dynamic"
-    assert "dynamic" in str(unsupported(network))
-    network = tiny("llama").network
-    network.model.layers[1].mlp.up_proj = torch.nn.Sequential(network.model.layers[1].mlp.up_proj)
-    assert "model.layers.1.mlp.up_proj is a Sequential" in str(unsupported(network))
-
-
 # ---------------------------------------------------------------- on a GPU
 
 
@@ -350,107 +243,3 @@ def test_a_gpu_repeats_itself_within_a_bucket(dtype: torch.dtype) -> None:
         expected = logits.log_softmax(-1).gather(1, sample.response.cuda()[:, None])[:, 0].cpu()
         atol = 1e-4 if dtype == torch.float32 else 0.1
         torch.testing.assert_close(sample.logprob, expected, rtol=0, atol=atol)
-
-
-# ---------------------------------------------------------------- attention
-
-
-def attend_plainly(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, seen: Tensor, softcap: float | None = None
-) -> Tensor:
-    """softmax(q·k·scale) v in fp64: q [Q, A, D], k and v [L, K, D], seen [Q, L]."""
-    k, v = (x.double().repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    scores = torch.einsum("qad,lad->aql", q.double(), k) * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
-    return torch.einsum("aql,lad->qad", weights, v)
-
-
-@pytest.mark.parametrize("softcap", [None, 0.5])
-@pytest.mark.parametrize("window", [None, 1, 3, 100])
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_packed_attention_keeps_sequences_apart(
-    kv_heads: int, window: int | None, softcap: float | None
-) -> None:
-    """Values and gradients; lengths that stand alone and runs of equal ones."""
-    generator = torch.Generator().manual_seed(3)
-    lengths, padding = [5, 1, 9, 9, 9, 2, 2, 5], 3
-    total = sum(lengths) + padding
-    q = torch.randn(total, 4, 8, generator=generator).requires_grad_()
-    k, v = torch.randn(2, total, kv_heads, 8, generator=generator).requires_grad_()
-    attention = PackedAttention(lengths, torch.device("cpu"), q.dtype)
-    attended = attention(q, k, v, 0.3, window, softcap)
-    assert attended.shape == q.shape and not attended[sum(lengths) :].any()
-    parts, start = [], 0
-    for length in lengths:
-        part = slice(start, start + length)
-        back = torch.arange(length)[:, None] - torch.arange(length)
-        seen = (back >= 0) & (back < (window or length))
-        parts.append(attend_plainly(q[part], k[part], v[part], 0.3, seen, softcap))
-        start += length
-    expected = torch.cat(parts)
-    torch.testing.assert_close(attended[:start].double(), expected, rtol=0, atol=1e-5)
-    upstream = torch.randn(expected.shape, generator=generator)
-    inputs = q, k, v
-    found = torch.autograd.grad(attended[:start], inputs, upstream, retain_graph=True)
-    exact = torch.autograd.grad(expected, inputs, upstream.double())
-    for gradient, reference in zip(found, exact, strict=True):
-        torch.testing.assert_close(gradient, reference, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("window", [None, 1, 3, 100])
-@pytest.mark.parametrize("kernel", ["_products", "_sdpa"])
-def test_slot_attention_sees_what_is_cached(kernel: str, window: int | None) -> None:
-    """Both on the memory order of a CPU's cache; `_sdpa` is what a GPU without FlashAttention
-    runs."""
-    generator = torch.Generator().manual_seed(4)
-    used = torch.tensor([1, 4, 11, 7], dtype=torch.int32)
-    keys = torch.randn(6, 2, 8, 16, generator=generator).permute(0, 3, 1, 2)
-    values = torch.randn(6, 2, 16, 8, generator=generator).transpose(1, 2)
-    q = torch.randn(4, 4, 8, generator=generator)
-    attention = SlotAttention(used, 12, q.dtype)
-    attention.attend = getattr(attention, kernel)
-    attended = attention(q, keys, values, 0.4, window)
-    for row, count in enumerate(used.tolist()):
-        seen = torch.arange(count)[None] >= count - (window or count)
-        expected = attend_plainly(
-            q[row : row + 1], keys[row, :count], values[row, :count], 0.4, seen
-        )
-        torch.testing.assert_close(attended[row : row + 1].double(), expected, rtol=0, atol=1e-5)
-
-
-# ---------------------------------------------------------------- how many slots
-
-
-def test_slots_are_what_the_budget_holds() -> None:
-    network = tiny("qwen3").network
-    slot = 112 * Cache.bytes_per_token(network)  # 100 tokens, in steps of 16
-
-    def slots(budget: float, on_gpu: bool) -> int:
-        return native.cache_slots(network, 100, budget * slot / 2**30, 0, on_gpu)
-
-    assert [slots(budget, True) for budget in (1.01, 1.99, 40.5)] == [1, 1, 40]
-    assert [slots(budget, False) for budget in (16.1, 31.9, 40.5)] == [16, 16, 32]
-    assert [native.idle_rows(rows, False) for rows in (1, 16, 17)] == [15, 0, 15]
-    assert native.idle_rows(17, True) == 0
-    # A share of what is free, where no budget is given; nothing where more is taken than there is.
-    assert native.cache_slots(network, 100, None, 20 * slot / 0.85, True) in (19, 20)
-    assert native.cache_slots(network, 100, None, 33 * slot / 0.5, False) == 32
-    for free, on_gpu, count in ((-5.0, True, "1 sequence"), (20 * slot, False, "16 sequences")):
-        with pytest.raises(UsageError, match=rf"keys and values of {count} of 100 tokens"):
-            native.cache_slots(network, 100, None, free, on_gpu)
-
-
-def test_the_caches_budget_knows_limit_and_reuse(monkeypatch: pytest.MonkeyPatch) -> None:
-    values = {
-        "mem_get_info": (60, 140),
-        "get_per_process_memory_fraction": 0.5,
-        "memory_reserved": 30,
-        "memory_allocated": 20,
-    }
-    for name, value in values.items():
-        monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
-    assert native._free_bytes(torch.device("cuda")) == 70 - 20  # the limit
-    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)
-    assert native._free_bytes(torch.device("cuda")) == 60 + 30 - 20  # free or kept for reuse

@@ -389,6 +389,7 @@ def test_the_mismatch_multiplies_both_terms(weights: tuple[float, float, float])
     torch.testing.assert_close(ratio, torch.tensor([0.5, 1.0, 2.0]), rtol=1e-4, atol=0)
 
 
+@pytest.mark.slow
 def test_a_run_logs_the_mismatch(
     stand_in: type[LLM],
     build: Callable[..., Trainer],

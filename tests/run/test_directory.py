@@ -20,7 +20,6 @@ from sodfast.run.directory import (
     read_lines,
     stored_config,
 )
-from sodfast.run.environment import environment
 
 
 def lab(*overrides: str) -> Config:
@@ -119,6 +118,7 @@ def test_a_second_writer_is_refused_until_the_first_closes(run: RunDirectory) ->
     RunDirectory.open(run.path).close()
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_no_lock(run: RunDirectory) -> None:
     run.close()
     holder = subprocess.Popen(
@@ -319,12 +319,3 @@ def test_a_directory_that_is_no_run(tmp_path: Path) -> None:
 )
 def test_fingerprint(override: str, same: bool) -> None:
     assert (fingerprint(lab(override)) == fingerprint(lab())) == same
-
-
-def test_environment_names_versions_and_hardware() -> None:
-    found = environment(threads=3, device="cpu")
-    assert json.loads(json.dumps(found)) == found
-    assert found["threads"] == 3 and found["device"] == "cpu"
-    assert found["versions"]["torch"].startswith("2.")
-    assert found["versions"]["python"] == sys.version.split()[0]
-    assert found["cores"] == os.cpu_count()
