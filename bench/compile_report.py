@@ -23,7 +23,9 @@ from typing import Any
 os.environ.pop("TRITON_INTERPRET", None)  # the kernels must be compiled
 
 import triton
-from sodfast_kernels import parameter_kernels, row_kernel, sampling_kernel
+from sodfast_kernels.distillation import row_kernel
+from sodfast_kernels.parameters import kernels as parameter_kernels
+from sodfast_kernels.sampling import kernel as sampling_kernel
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource

@@ -19,7 +19,7 @@ from typing import Any
 import sodfast_kernels
 import torch
 from huggingface_hub import try_to_load_from_cache
-from sodfast_kernels.adamw import empty_state
+from sodfast_kernels.parameters import empty_state
 
 from sodfast.config import PRESETS, Config, LoRAConfig
 from sodfast.decoder import Cache, unsupported

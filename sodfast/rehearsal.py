@@ -19,7 +19,8 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from sodfast_kernels import adamw, linear_scratch_bytes, parameters
+from sodfast_kernels import linear_scratch_bytes
+from sodfast_kernels.parameters import adamw, teacher
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -266,10 +267,10 @@ class Rehearsal:
     def following(self, rate: float) -> int:
         """Peak of what the PyTorch path of `sodfast_kernels.ParameterUpdate` takes."""
         with self.mode:
-            student_P = self._largest().flatten()[: parameters.CHUNK]
+            student_P = self._largest().flatten()[: teacher.CHUNK]
             teacher_P = torch.empty_like(student_P)
             with LiveBytes([student_P, teacher_P]) as live:
-                parameters.update_flat(teacher_P, student_P, 0, rate, 0, 0)
+                teacher.update_flat(teacher_P, student_P, 0, rate, 0, 0)
         return live.take_peak()
 
     def _largest(self) -> Tensor:

@@ -27,8 +27,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from sodfast_kernels import ParameterUpdate
-from sodfast_kernels.adamw import places
-from sodfast_kernels.formats import BLOCK
+from sodfast_kernels.parameters import BLOCK, places
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard

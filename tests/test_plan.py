@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import Command
-from sodfast_kernels import chunked, linear_distillation_loss, linear_scratch_bytes
-from sodfast_kernels.arguments import Settings, Sides, Tokens
+from sodfast_kernels import linear_distillation_loss, linear_scratch_bytes
+from sodfast_kernels.distillation import torch_path
+from sodfast_kernels.distillation.arguments import Settings, Sides, Tokens
 from torch import Tensor
 from torch.distributed._tools.mem_tracker import MemTracker
 
@@ -170,7 +171,7 @@ def test_the_objectives_buffers_on_a_cpu_are_bounded(
     weight = torch.full((rows,), 1 / rows)
     settings = Settings(0.5, 1.0, None, top_k, True, 0.2, 0.28, None)
     with LiveBytes([*sides, weight]) as live, torch.no_grad():
-        results = chunked.evaluate(
+        results = torch_path.evaluate(
             Sides(*sides, None, None),
             Tokens(weight, None, None, None, None),
             settings, None, True, True, None,
@@ -186,12 +187,12 @@ def test_the_objectives_buffers_on_a_gpu_are_what_is_allocated(
     top_k: int | None, rows: int
 ) -> None:
     pytest.importorskip("triton")
-    from sodfast_kernels import linear
+    from sodfast_kernels.distillation import triton_path
 
     sides = [torch.zeros(count, 32) for count in (rows, 4000, rows, 4000)]
     settings = Settings(0.5, 1.0, None, top_k, True, 0.2, 0.28, None)
     with rehearsal._no_kernels(), LiveBytes(sides) as live:
-        results = linear.evaluate(
+        results = triton_path.evaluate(
             Sides(*sides, None, None),
             Tokens(torch.ones(rows), None, None, None, None),
             settings, None, True, True, None,

@@ -29,7 +29,7 @@ def uses_triton(backend: str, tensors: Iterable[Tensor]) -> bool:
         raise ValueError('backend "triton" does not take fp64 tensors; use backend="torch"')
     if not installed:
         raise ValueError('backend "triton" needs the package triton; use backend="torch"')
-    from .parameter_kernels import INTERPRETED
+    from .parameters.kernels import INTERPRETED
 
     if not cuda and not INTERPRETED:
         raise ValueError(

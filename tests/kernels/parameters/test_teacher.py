@@ -6,8 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sodfast_kernels import parameters
-from sodfast_kernels.parameters import (
+from sodfast_kernels import (
     ParameterUpdate,
     copy_teacher_,
     ema_update_,
@@ -102,7 +101,7 @@ def test_rounding_is_unbiased_and_keyed_by_seed_step_and_place():
 def test_chunks_do_not_change_the_result(monkeypatch):
     results = []
     for chunk in (1 << 20, 64):
-        monkeypatch.setattr(parameters, "CHUNK", chunk)
+        monkeypatch.setattr("sodfast_kernels.parameters.teacher.CHUNK", chunk)
         teacher, student = (
             [t.bfloat16() for t in tensors(7, torch.float32, [(1001,)])],
             [torch.linspace(-1, 1, 1001)],

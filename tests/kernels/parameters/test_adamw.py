@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from sodfast_kernels import adamw
-from sodfast_kernels.adamw import AdamW
-from sodfast_kernels.formats import join
+from sodfast_kernels.parameters import adamw
+from sodfast_kernels.parameters.adamw import AdamW
+from sodfast_kernels.parameters.formats import join
 from torch import nn
 
 SHAPES = [(7, 33), (256,), (1,), (300, 5)]

@@ -6,8 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sodfast_kernels import SampledTokens, gumbel_noise, sample_tokens, sampling, sampling_kernel
+from sodfast_kernels import SampledTokens, gumbel_noise, sample_tokens
 from sodfast_kernels.philox import WORD, philox
+from sodfast_kernels.sampling import draw
+from sodfast_kernels.sampling import kernel as sampling_kernel
 
 INF, NAN = math.inf, math.nan
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -92,7 +94,7 @@ def test_noise_broadcasts_samples_against_positions():
 def test_both_tails_of_the_noise_are_exact():
     edges = [0, 1, 2, 1000, 2**23, 2**24 + 1, 2**31 - 1, 2**31, 2**32 - 2**20, WORD - 1, WORD]
     words = torch.tensor(edges + torch.randint(0, 2**32, (5000,)).tolist())
-    wait = torch.exp(-sampling._gumbel(words).double())
+    wait = torch.exp(-draw._gumbel(words).double())
     exact = -torch.log1p(-(words.double() + 0.5) * 2.0**-32)
     # An error of log E by an ulp of its size, at most 23, is a relative one of E.
     torch.testing.assert_close(wait, exact, rtol=2e-6, atol=0)
@@ -139,7 +141,7 @@ def test_statistics_are_those_of_the_untruncated_softmax(backend):
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_sums_over_the_largest_vocabulary(backend):
-    vocabulary = sampling.MAX_VOCABULARY
+    vocabulary = draw.MAX_VOCABULARY
     logits = 2 * torch.randn(1, vocabulary, generator=torch.Generator().manual_seed(10))
     out = run(logits, keys(1), top_p=0.9, backend=backend)
     exact = logits.double().log_softmax(1)[0]

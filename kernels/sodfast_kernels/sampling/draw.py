@@ -6,7 +6,7 @@ the counter (v // 4, position, sample, step). So a token depends on (seed, step,
 and on the logits of its row: not on the batch, nor on how a kernel cuts the row. Small u, which
 rare tokens win by, keeps the full relative precision of fp32, and so does 1 − u.
 
-This file is the definition; sampling_kernel.py computes the same on a GPU.
+This file is the definition; kernel.py computes the same on a GPU.
 
 Suffixes: B rows, V vocabulary.
 """
@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .backend import uses_triton
-from .philox import WORD, philox
+from ..backend import uses_triton
+from ..philox import WORD, philox
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_VOCABULARY = 1 << 18
@@ -182,11 +182,9 @@ def _sample(
     triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if triton:
-        from . import sampling_kernel
+        from . import kernel
 
-        return sampling_kernel.sample(
-            logits, sample, position, seed, step, temperature, top_p, top_k
-        )
+        return kernel.sample(logits, sample, position, seed, step, temperature, top_p, top_k)
     if noise is None and temperature > 0:
         noise = _gumbel_noise(seed, step, sample, position, logits.shape[1])
     return _sample_torch(logits, noise, temperature, top_p, top_k)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sodfast_kernels import reference
-from sodfast_kernels.reference import TAIL_FLOOR, top_ids
+from sodfast_kernels.distillation.reference import TAIL_FLOOR, top_ids
 
 ROWS, VOCABULARY = 4, 11
 ALPHAS = [0, 0.3, 0.5, 1]

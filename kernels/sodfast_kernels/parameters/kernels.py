@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..philox import WORD
 from . import adamw, formats
-from .philox import WORD
 
 DISTANCE, COPY, AVERAGE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 BLOCK = 1024  # elements handled at a time by a program: 8 a thread

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from sodfast_kernels import parameter_kernels
-from sodfast_kernels.adamw import AdamW
+from sodfast_kernels import copy_teacher_, ema_update_, parameter_distance
 from sodfast_kernels.backend import uses_triton
-from sodfast_kernels.parameters import copy_teacher_, ema_update_, parameter_distance
+from sodfast_kernels.parameters import kernels
+from sodfast_kernels.parameters.adamw import AdamW
 from torch import nn
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -68,9 +68,9 @@ def test_norms_agree_and_are_the_same_twice(dtype):
 
 
 def test_tensors_of_several_programs_and_unaligned_views(monkeypatch):
-    monkeypatch.setitem(parameter_kernels.LAUNCH, "BLOCK", 256)
-    monkeypatch.setitem(parameter_kernels.LAUNCH, "CHUNK", 512)
-    monkeypatch.setattr(parameter_kernels, "CHUNK", 512)
+    monkeypatch.setitem(kernels.LAUNCH, "BLOCK", 256)
+    monkeypatch.setitem(kernels.LAUNCH, "CHUNK", 512)
+    monkeypatch.setattr(kernels, "CHUNK", 512)
     student_buffer = torch.randn(4097, device=DEVICE)
     start = torch.randn(4097, device=DEVICE).bfloat16()
     results = []

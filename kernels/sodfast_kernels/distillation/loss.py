@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import chunked
+from . import torch_path
 from .arguments import (
     Settings,
     Sides,
@@ -22,8 +22,8 @@ from .arguments import (
     check_settings,
     check_tokens,
 )
-from .chunked import gradient_dtype
 from .reference import DistillationOutput
+from .torch_path import gradient_dtype
 
 BACKENDS = ("auto", "triton", "torch")
 # The row kernel's candidate buffer is sized for this.
@@ -128,9 +128,9 @@ def linear_scratch_bytes(
         teacher_topk=None,
     )
     if backend == "triton":
-        from .linear import scratch_bytes
+        from .triton_path import scratch_bytes
     else:
-        scratch_bytes = chunked.scratch_bytes
+        scratch_bytes = torch_path.scratch_bytes
     return scratch_bytes(sides, settings)
 
 
@@ -356,7 +356,7 @@ def _scale_(gradient: Tensor, factor: Tensor, backend: str) -> Tensor:
     if torch.compiler.is_compiling():
         return gradient * factor
     if backend == "triton":
-        from .linear import scale_
+        from .triton_path import scale_
 
         return scale_(gradient, factor)
     return gradient.mul_(factor)
@@ -422,9 +422,9 @@ def _evaluate(
         alpha, temperature, softcap, top_k, add_tail, clip_low, clip_high, ratio_cap
     )
     if backend == "triton":
-        from .linear import evaluate
+        from .triton_path import evaluate
     else:
-        evaluate = chunked.evaluate
+        evaluate = torch_path.evaluate
     with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
         return list(
             evaluate(sides, tokens, settings, upstream, want_student, want_head, max_scratch_bytes)

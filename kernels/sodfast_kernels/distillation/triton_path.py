@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from .arguments import Settings, Sides, Tokens
-from .chunked import gradient_dtype
 from .row_kernel import (
     SCALE_BLOCK,
     full_kernel,
@@ -25,6 +24,7 @@ from .row_kernel import (
     stored_kernel,
     top_k_kernel,
 )
+from .torch_path import gradient_dtype
 
 TILE_ROWS = 512
 # Columns are padded to this, so that rows of fp32 and bf16 start on 16 bytes.

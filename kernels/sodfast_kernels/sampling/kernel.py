@@ -1,4 +1,4 @@
-"""Triton: tokens drawn from rows of logits, with log-prob and entropy. Defined in sampling.py.
+"""Triton: tokens drawn from rows of logits, with log-prob and entropy. Defined in draw.py.
 
 Without truncation each logit is read once: V·4 bytes a row in fp32, V·2 in 16 bits. A sweep by
 programs of CHUNK logits each, so that few rows still occupy the GPU, leaves 20 bytes each of
@@ -26,8 +26,17 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import libdevice
 
-from .parameter_kernels import _words
-from .row_kernel import INTERPRETED, LN2, LOG2E, MASKED, MASKED_BELOW, _log_sum, _logit, _online
+from ..distillation.row_kernel import (
+    INTERPRETED,
+    LN2,
+    LOG2E,
+    MASKED,
+    MASKED_BELOW,
+    _log_sum,
+    _logit,
+    _online,
+)
+from ..parameters.kernels import _words
 
 CHUNK = 8192  # logits of a program of the sweep
 FAST_LOG = tl.constexpr(not INTERPRETED)

@@ -17,8 +17,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .backend import uses_triton
-from .philox import GROUP, random_bits, round_stochastic
+from ..backend import uses_triton
+from ..philox import GROUP, random_bits, round_stochastic
 
 CHUNK = 1 << 17  # elements handled at a time by the PyTorch path, to bound its temporaries
 
@@ -113,9 +113,9 @@ class ParameterUpdate:
             work.append((teacher.reshape(-1), student.reshape(-1), self._offset))
             self._offset += -(-teacher.numel() // GROUP) * GROUP
         if triton:
-            from . import parameter_kernels
+            from . import kernels
 
-            squares = [parameter_kernels.update(work, self.rate, self.seed, self.step)]
+            squares = [kernels.update(work, self.rate, self.seed, self.step)]
         else:
             squares = [update_flat(*item, self.rate, self.seed, self.step) for item in work]
         self._squares += squares

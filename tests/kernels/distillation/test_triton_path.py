@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from sodfast_kernels import linear, linear_distillation_loss, reference
+from sodfast_kernels import linear_distillation_loss, reference
+from sodfast_kernels.distillation import triton_path
 
 N, H, V = 11, 3, 45
 
@@ -29,10 +30,10 @@ def run(function, given, dtype=torch.float32, **extra):
 )
 @pytest.mark.parametrize("tile, slab_tokens", [(512, 100), (2, 2)])
 def test_tiles_and_slabs(monkeypatch, dtype, floor, tile, slab_tokens):
-    monkeypatch.setattr(linear, "TILE_ROWS", tile)
+    monkeypatch.setattr(triton_path, "TILE_ROWS", tile)
     given = [tensor.to(dtype) for tensor in tensors()]
     if slab_tokens == 2:  # 2H = 6 rows: two slabs of three tiles, the last one short
-        assert linear._ceil(N, 2 * H) == 2
+        assert triton_path._ceil(N, 2 * H) == 2
     for extra in ({}, {"top_k": 7, "reduction": "none"}):
         exact = run(reference.linear_distillation_loss, given, torch.float64, **extra)
         ours = run(linear_distillation_loss, given, dtype, backend="triton", **extra)
@@ -56,11 +57,11 @@ def test_the_factor_scales_in_place_and_rounds_to_nearest_even():
     values = torch.randn(9001, generator=generator).bfloat16()
     factor = torch.tensor(1.2345)
     expected = (values.float() * factor).bfloat16()
-    scaled = linear.scale_(values, factor)
+    scaled = triton_path.scale_(values, factor)
     assert scaled.data_ptr() == values.data_ptr()
     assert torch.equal(scaled, expected)
     before = scaled.clone()
-    assert torch.equal(linear.scale_(scaled, torch.tensor(1.0)), before)
+    assert torch.equal(triton_path.scale_(scaled, torch.tensor(1.0)), before)
 
 
 def on_gpu(device: str) -> list[torch.Tensor]:

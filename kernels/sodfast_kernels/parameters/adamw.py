@@ -29,9 +29,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .backend import BACKENDS, uses_triton
+from ..backend import BACKENDS, uses_triton
+from ..philox import GROUP, random_bits, round_stochastic
 from .formats import BLOCK, M_TOP, V_TOP, decode, encode, join, split
-from .philox import GROUP, random_bits, round_stochastic
 
 STATES = ("8bit", "fp32", "exact")
 CHUNK = 1 << 17  # elements handled at a time by the PyTorch path, to bound its temporaries
@@ -161,9 +161,9 @@ class AdamW(torch.optim.Optimizer):
             raise ValueError(f"params must be on one device, got {sorted(map(str, devices))}")
         squares, update = gradient_squares, update_adamw
         if uses_triton(self.backend, (item.weight_P for item in items)):
-            from . import parameter_kernels
+            from . import kernels
 
-            squares, update = parameter_kernels.gradient_squares, parameter_kernels.update_adamw
+            squares, update = kernels.gradient_squares, kernels.update_adamw
         if norm is None:
             norm = squares([item.grad_P for item in items]).sqrt().to(torch.float32)
         # A NaN factor is the sign not to update at all.

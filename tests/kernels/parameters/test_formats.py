@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sodfast_kernels.formats import BLOCK, M_TOP, V_TOP, decode, encode, join, split
+from sodfast_kernels.parameters.formats import BLOCK, M_TOP, V_TOP, decode, encode, join, split
 from sodfast_kernels.philox import random_bits
 
 CPU = torch.device("cpu")
