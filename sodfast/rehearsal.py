@@ -20,7 +20,14 @@ from typing import Any
 
 import torch
 from sodfast_kernels import linear_scratch_bytes
-from sodfast_kernels.parameters import adamw, teacher
+from sodfast_kernels.parameters import (
+    Item,
+    coefficients,
+    empty_state,
+    update_chunk,
+    update_flat,
+)
+from sodfast_kernels.philox import CHUNK
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -255,22 +262,21 @@ class Rehearsal:
         """Peak of what the PyTorch path of `sodfast_kernels.AdamW` takes beside its state."""
         parameter = self._largest()
         with self.mode:
-            weight_P, stored = parameter.view(-1), adamw.empty_state(parameter, state)
+            weight_P, stored = parameter.view(-1), empty_state(parameter, state)
             grad_P, factor = torch.empty_like(weight_P), torch.ones(())
             group = {"betas": (0.9, 0.999), "lr": 0.0, "eps": 0.0, "weight_decay": 0.0}
-            coefficients = adamw.coefficients(group, 1)
-            item = adamw.Item(weight_P, grad_P, stored, 0, coefficients, 1, state, 0)
+            item = Item(weight_P, grad_P, stored, 0, coefficients(group, 1), 1, state, 0)
             with LiveBytes([weight_P, grad_P, factor, *stored.values()]) as live:
-                adamw.update_chunk(item, 0, factor)
+                update_chunk(item, 0, factor)
         return live.take_peak()
 
     def following(self, rate: float) -> int:
         """Peak of what the PyTorch path of `sodfast_kernels.ParameterUpdate` takes."""
         with self.mode:
-            student_P = self._largest().flatten()[: teacher.CHUNK]
+            student_P = self._largest().flatten()[:CHUNK]
             teacher_P = torch.empty_like(student_P)
             with LiveBytes([student_P, teacher_P]) as live:
-                teacher.update_flat(teacher_P, student_P, 0, rate, 0, 0)
+                update_flat(teacher_P, student_P, 0, rate, 0, 0)
         return live.take_peak()
 
     def _largest(self) -> Tensor:

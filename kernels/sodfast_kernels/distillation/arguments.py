@@ -4,27 +4,35 @@ Suffixes: N response tokens, V vocabulary, H hidden size, K stored teacher token
 """
 
 import math
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
 
+from ..backend import uses_triton
+
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-@dataclass(frozen=True)
-class Settings:
-    """The scalars of one call; `top_k` is None for the full vocabulary."""
+class Objective(NamedTuple):
+    """The keyword arguments of both public functions as they were given, explained there."""
 
-    alpha: float
-    temperature: float
-    softcap: float | None
-    top_k: int | None
-    add_tail: bool
-    clip_low: float
-    clip_high: float
-    ratio_cap: float | None
+    alpha: float = 0.5
+    temperature: float = 1.0
+    softcap: float | None = None
+    top_k: int | None = None
+    add_tail: bool = True
+    distill_weight: Tensor | None = None
+    target_ids: Tensor | None = None
+    advantage: Tensor | None = None
+    policy_weight: Tensor | None = None
+    old_logprob: Tensor | None = None
+    clip_range: tuple[float, float] = (0.2, 0.28)
+    ratio_cap: float | None = None
+    reduction: str = "sum"
+    teacher_topk: tuple[Tensor, Tensor] | None = None
+    backend: str = "auto"
+    max_scratch_bytes: int | None = None
 
 
 class Sides(NamedTuple):
@@ -42,6 +50,16 @@ class Sides(NamedTuple):
     def vocabulary(self) -> int:
         return self.student.shape[1] if self.student_head is None else self.student_head.shape[0]
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of logits and statistics."""
+        return torch.promote_types(self.student.dtype, torch.float32)
+
+    @property
+    def gradient_dtype(self) -> torch.dtype:
+        """In which gradients wait for the backward pass: no loss scale has reached fp16 yet."""
+        return torch.float32 if self.student.dtype == torch.float16 else self.student.dtype
+
 
 class Tokens(NamedTuple):
     """What belongs to each token, [N]; `policy_weight` is None exactly if `advantage` is."""
@@ -52,34 +70,121 @@ class Tokens(NamedTuple):
     policy_weight: Tensor | None
     old_logprob: Tensor | None
 
+    @property
+    def active(self) -> Tensor:
+        """[N] bool: the rows with any weight, the only ones that are read."""
+        active = self.distill_weight != 0
+        return active if self.policy_weight is None else active | (self.policy_weight != 0)
+
     def rows(self, part: slice) -> "Tokens":
         rest = [None if entry is None else entry[part] for entry in self[1:]]
         return Tokens(self.distill_weight[part], *rest)
 
 
-def check_settings(
-    *,
-    vocabulary: int,
-    alpha: float,
-    temperature: float,
-    softcap: float | None,
-    top_k: int | None,
-    add_tail: bool,
-    clip_range: tuple[float, float],
-    ratio_cap: float | None,
-    teacher_topk: tuple[Tensor, Tensor] | None,
-) -> Settings:
-    """The scalars, checked.
+class Settings(NamedTuple):
+    """The scalars of one call; `top_k` is None for the full vocabulary."""
+
+    alpha: float
+    temperature: float
+    softcap: float | None
+    top_k: int | None
+    add_tail: bool
+    clip_low: float
+    clip_high: float
+    ratio_cap: float | None
+    triton: bool
+    max_scratch_bytes: int | None
+
+
+class Call(NamedTuple):
+    """What one evaluation of the objective gets, checked.
+
+    upstream: [N], multiplies each row's gradient; None for 1.
+    want_student, want_head: which gradients to compute.
+    """
+
+    sides: Sides
+    tokens: Tokens
+    settings: Settings
+    upstream: Tensor | None
+    want_student: bool
+    want_head: bool
+
+    @property
+    def wants(self) -> bool:
+        return self.want_student or self.want_head
+
+    def pack(self) -> tuple[Any, ...]:
+        """The same as a flat list, which is all that a custom op takes."""
+        return (*self.sides, *self.tokens, *self.settings, *self[3:])
+
+    @staticmethod
+    def unpack(arguments: tuple[Any, ...]) -> "Call":
+        sides, tokens, settings = arguments[:6], arguments[6:11], arguments[11:21]
+        return Call(Sides(*sides), Tokens(*tokens), Settings(*settings), *arguments[21:])
+
+
+def packed_schema() -> str:
+    """The types and names of `Call.pack`, as a custom op wants to be told."""
+    kinds: dict[Any, str] = {float: "float", int: "int", bool: "bool", Tensor: "Tensor"}
+    kinds |= {kind | None: f"{name}?" for kind, name in kinds.items()}
+    hints = [
+        hint for kind in (Sides, Tokens, Settings, Call) for hint in get_type_hints(kind).items()
+    ]
+    return ", ".join(f"{kinds[kind]} {name}" for name, kind in hints if kind in kinds)
+
+
+def check_settings(objective: Objective, sides: Sides) -> Settings:
+    """The scalars, checked, and the backend chosen.
 
     Raises:
         ValueError: naming the argument that is out of its range.
     """
+    alpha, temperature, softcap, top_k, add_tail = objective[:5]
+    low, high = _clip_range(objective.clip_range)
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
     if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
         raise ValueError(f"softcap must be positive and finite, or None, got {softcap}")
+    if not isinstance(add_tail, bool):
+        raise ValueError(f"add_tail must be True or False, got {add_tail!r}")
+    ratio_cap, scratch = objective.ratio_cap, objective.max_scratch_bytes
+    if ratio_cap is not None and not ratio_cap > 0:
+        raise ValueError(f"ratio_cap must be positive or None, got {ratio_cap}")
+    if objective.reduction not in ("sum", "none"):
+        raise ValueError(f'reduction must be "sum" or "none", got {objective.reduction!r}')
+    if scratch is not None and scratch < 1:
+        raise ValueError(f"max_scratch_bytes must be positive or None, got {scratch}")
+    top_k = _top_k(top_k, sides, objective.teacher_topk)
+    networks = [side for side in (sides.student, sides.teacher) if side is not None]
+    return Settings(
+        alpha=float(alpha),
+        temperature=float(temperature),
+        softcap=None if softcap is None else float(softcap),
+        top_k=top_k,
+        add_tail=add_tail,
+        clip_low=low,
+        clip_high=high,
+        ratio_cap=None if ratio_cap is None else float(ratio_cap),
+        triton=uses_triton(objective.backend, networks, top_k),
+        max_scratch_bytes=scratch,
+    )
+
+
+def _clip_range(clip_range: tuple[float, float]) -> tuple[float, float]:
+    if len(clip_range) != 2 or not (0 <= clip_range[0] <= 1 and 0 <= clip_range[1] < math.inf):
+        raise ValueError(
+            f"clip_range must be (low, high) with 0 ≤ low ≤ 1 and high ≥ 0, got {clip_range!r}"
+        )
+    return float(clip_range[0]), float(clip_range[1])
+
+
+def _top_k(
+    top_k: int | None, sides: Sides, teacher_topk: tuple[Tensor, Tensor] | None
+) -> int | None:
+    """None where the student's top k do not choose the support."""
     if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
         raise ValueError(f"top_k must be a positive integer or None, got {top_k!r}")
     if teacher_topk is not None and top_k is not None and top_k != teacher_topk[0].shape[-1]:
@@ -87,24 +192,9 @@ def check_settings(
             f"top_k={top_k} contradicts teacher_topk, whose {teacher_topk[0].shape[-1]} ids a row "
             "are the support; leave top_k out"
         )
-    if not isinstance(add_tail, bool):
-        raise ValueError(f"add_tail must be True or False, got {add_tail!r}")
-    if len(clip_range) != 2 or not (0 <= clip_range[0] <= 1 and 0 <= clip_range[1] < math.inf):
-        raise ValueError(
-            f"clip_range must be (low, high) with 0 ≤ low ≤ 1 and high ≥ 0, got {clip_range!r}"
-        )
-    if ratio_cap is not None and not ratio_cap > 0:
-        raise ValueError(f"ratio_cap must be positive or None, got {ratio_cap}")
-    return Settings(
-        alpha=float(alpha),
-        temperature=float(temperature),
-        softcap=None if softcap is None else float(softcap),
-        top_k=None if top_k is None or top_k >= vocabulary or teacher_topk is not None else top_k,
-        add_tail=add_tail,
-        clip_low=float(clip_range[0]),
-        clip_high=float(clip_range[1]),
-        ratio_cap=None if ratio_cap is None else float(ratio_cap),
-    )
+    if top_k is None or top_k >= sides.vocabulary or teacher_topk is not None:
+        return None
+    return top_k
 
 
 def check_linear_sides(
@@ -166,35 +256,27 @@ def check_logit_sides(
     return Sides(student_logits, None, teacher_logits.detach(), None, None, None)
 
 
-def check_tokens(
-    sides: Sides,
-    *,
-    distill_weight: Tensor | None,
-    target_ids: Tensor | None,
-    advantage: Tensor | None,
-    policy_weight: Tensor | None,
-    old_logprob: Tensor | None,
-    ratio_cap: float | None,
-) -> Tokens:
+def check_tokens(objective: Objective, sides: Sides) -> Tokens:
     """The per-token tensors, checked and with their defaults filled in.
 
     Raises:
         ValueError: naming the argument that is missing, of a wrong shape, dtype or device.
     """
     rows, device = sides.student.shape[0], sides.student.device
-    dtype = torch.promote_types(sides.student.dtype, torch.float32)
-    needs = [
-        ("advantage", advantage, "target_ids", target_ids),
-        ("policy_weight", policy_weight, "advantage", advantage),
-        ("old_logprob", old_logprob, "target_ids", target_ids),
-        ("ratio_cap", ratio_cap, "target_ids", target_ids),
-        ("ratio_cap", ratio_cap, "old_logprob", old_logprob),
-    ]
-    for name, given, needed, value in needs:
-        if given is not None and value is None:
+    dtype = sides.compute_dtype
+    target_ids, advantage = objective.target_ids, objective.advantage
+    for name, needed in (
+        ("advantage", "target_ids"),
+        ("policy_weight", "advantage"),
+        ("old_logprob", "target_ids"),
+        ("ratio_cap", "target_ids"),
+        ("ratio_cap", "old_logprob"),
+    ):
+        if getattr(objective, name) is not None and getattr(objective, needed) is None:
             raise ValueError(f"{needed} is missing: {name} needs it")
 
-    def floats(name: str, tensor: Tensor | None) -> Tensor | None:
+    def floats(name: str) -> Tensor | None:
+        tensor: Tensor | None = getattr(objective, name)
         if tensor is None:
             return None
         _vector(name, tensor, rows, device)
@@ -209,16 +291,16 @@ def check_tokens(
         _vector("target_ids", target_ids, rows, device)
         if target_ids.dtype != torch.int64:
             raise ValueError(f"target_ids must be int64, got {target_ids.dtype}")
-    old = floats("old_logprob", old_logprob)
+    old = floats("old_logprob")
     if old is not None:
         # A log-prob of +inf is nonsense; the clamp of the log-ratio would hide it.
         old = old.masked_fill(old == math.inf, math.nan)
-    weight = floats("distill_weight", distill_weight)
-    policy = floats("policy_weight", policy_weight)
+    weight = floats("distill_weight")
+    policy = floats("policy_weight")
     tokens = Tokens(
         distill_weight=uniform() if weight is None else weight,
         target_ids=None if target_ids is None else target_ids.detach(),
-        advantage=floats("advantage", advantage),
+        advantage=floats("advantage"),
         policy_weight=uniform() if policy is None and advantage is not None else policy,
         old_logprob=old,
     )
@@ -231,10 +313,7 @@ def _check_ids_on_cpu(sides: Sides, tokens: Tokens) -> None:
     """Ids are values: reading them on a GPU would stall it, so there they come out as NaN."""
     distilled = tokens.distill_weight != 0
     if tokens.target_ids is not None:
-        active = distilled
-        if tokens.policy_weight is not None:
-            active = active | (tokens.policy_weight != 0)
-        _in_vocabulary("target_ids", tokens.target_ids, active, sides.vocabulary)
+        _in_vocabulary("target_ids", tokens.target_ids, tokens.active, sides.vocabulary)
     if sides.stored_ids is not None:
         _in_vocabulary("teacher_topk ids", sides.stored_ids, distilled[:, None], sides.vocabulary)
 

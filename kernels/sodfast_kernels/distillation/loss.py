@@ -6,7 +6,6 @@ opaque call with known output shapes.
 Suffixes: N response tokens, V vocabulary, H hidden size, K stored teacher tokens.
 """
 
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -14,6 +13,8 @@ from torch import Tensor
 
 from . import torch_path
 from .arguments import (
+    Call,
+    Objective,
     Settings,
     Sides,
     Tokens,
@@ -21,13 +22,9 @@ from .arguments import (
     check_logit_sides,
     check_settings,
     check_tokens,
+    packed_schema,
 )
 from .reference import DistillationOutput
-from .torch_path import gradient_dtype
-
-BACKENDS = ("auto", "triton", "torch")
-# The row kernel's candidate buffer is sized for this.
-MAX_TOP_K = 1024
 
 
 def linear_distillation_loss(
@@ -71,16 +68,7 @@ def linear_distillation_loss(
         ValueError: naming the argument that is missing, out of range, or of a wrong shape, dtype or
             device.
     """
-    if isinstance(student_hidden, Tensor):
-        matrices = (student_hidden, student_head, teacher_hidden, teacher_head)
-        student_hidden, student_head, teacher_hidden, teacher_head = (
-            _autocast(matrix, student_hidden.device.type) for matrix in matrices
-        )
-    sides = check_linear_sides(
-        student_hidden, student_head, teacher_hidden, teacher_head, teacher_topk
-    )
-    return _loss(
-        sides,
+    objective = Objective(
         alpha=alpha,
         temperature=temperature,
         softcap=softcap,
@@ -98,6 +86,15 @@ def linear_distillation_loss(
         backend=backend,
         max_scratch_bytes=max_scratch_bytes,
     )
+    if isinstance(student_hidden, Tensor):
+        matrices = (student_hidden, student_head, teacher_hidden, teacher_head)
+        student_hidden, student_head, teacher_hidden, teacher_head = (
+            _autocast(matrix, student_hidden.device.type) for matrix in matrices
+        )
+    sides = check_linear_sides(
+        student_hidden, student_head, teacher_hidden, teacher_head, teacher_topk
+    )
+    return _loss(sides, objective)
 
 
 def linear_scratch_bytes(
@@ -116,22 +113,9 @@ def linear_scratch_bytes(
     With "torch" an upper bound, with "triton" all buffers.
     """
     sides = Sides(student_hidden, student_head, teacher_hidden, teacher_head, None, None)
-    settings = check_settings(
-        vocabulary=sides.vocabulary,
-        alpha=0.5,
-        temperature=1.0,
-        softcap=softcap,
-        top_k=top_k,
-        add_tail=True,
-        clip_range=(0.0, 0.0),
-        ratio_cap=None,
-        teacher_topk=None,
-    )
-    if backend == "triton":
-        from .triton_path import scratch_bytes
-    else:
-        scratch_bytes = torch_path.scratch_bytes
-    return scratch_bytes(sides, settings)
+    settings = check_settings(Objective(softcap=softcap, top_k=top_k, backend="torch"), sides)
+    found: int = _path(backend == "triton").scratch_bytes(sides, settings)
+    return found
 
 
 def distillation_loss(
@@ -195,8 +179,7 @@ def distillation_loss(
         ValueError: naming the argument that is missing, out of range, or of a wrong shape, dtype or
             device. An id outside the vocabulary raises on the CPU and gives NaN on a GPU.
     """
-    return _loss(
-        check_logit_sides(student_logits, teacher_logits, teacher_topk),
+    objective = Objective(
         alpha=alpha,
         temperature=temperature,
         softcap=softcap,
@@ -214,90 +197,31 @@ def distillation_loss(
         backend=backend,
         max_scratch_bytes=max_scratch_bytes,
     )
+    return _loss(check_logit_sides(student_logits, teacher_logits, teacher_topk), objective)
 
 
-def _loss(
-    sides: Sides,
-    *,
-    alpha: float,
-    temperature: float,
-    softcap: float | None,
-    top_k: int | None,
-    add_tail: bool,
-    distill_weight: Tensor | None,
-    target_ids: Tensor | None,
-    advantage: Tensor | None,
-    policy_weight: Tensor | None,
-    old_logprob: Tensor | None,
-    clip_range: tuple[float, float],
-    ratio_cap: float | None,
-    reduction: str,
-    teacher_topk: tuple[Tensor, Tensor] | None,
-    backend: str,
-    max_scratch_bytes: int | None,
-) -> DistillationOutput:
-    settings = check_settings(
-        vocabulary=sides.vocabulary,
-        alpha=alpha,
-        temperature=temperature,
-        softcap=softcap,
-        top_k=top_k,
-        add_tail=add_tail,
-        clip_range=clip_range,
-        ratio_cap=ratio_cap,
-        teacher_topk=teacher_topk,
-    )
-    tokens = check_tokens(
-        sides,
-        distill_weight=distill_weight,
-        target_ids=target_ids,
-        advantage=advantage,
-        policy_weight=policy_weight,
-        old_logprob=old_logprob,
-        ratio_cap=ratio_cap,
-    )
-    if reduction not in ("sum", "none"):
-        raise ValueError(f'reduction must be "sum" or "none", got {reduction!r}')
-    if max_scratch_bytes is not None and max_scratch_bytes < 1:
-        raise ValueError(f"max_scratch_bytes must be positive or None, got {max_scratch_bytes}")
-    backend = _choose(backend, sides, settings.top_k)
+def _path(triton: bool) -> Any:
+    """The module that evaluates a call. Triton's is imported only where it is used."""
+    if not triton:
+        return torch_path
+    from . import triton_path
+
+    return triton_path
+
+
+def _loss(sides: Sides, objective: Objective) -> DistillationOutput:
+    settings, tokens = check_settings(objective, sides), check_tokens(objective, sides)
     # torch.compile takes no tensor twice, and teacher and student may share a head: a view is
     # another tensor. The teacher is never differentiated anyway.
     teacher, teacher_head = (
         None if side is None else side.detach() for side in (sides.teacher, sides.teacher_head)
     )
     sides = sides._replace(teacher=teacher, teacher_head=teacher_head)
-    outputs = _Objective.apply(
-        *sides, *tokens, settings, reduction == "sum", backend, max_scratch_bytes
-    )
-    if target_ids is None:
+    scalar = objective.reduction == "sum"
+    outputs = _Loss.apply(settings, scalar, *sides, *tokens)  # type: ignore[no-untyped-call]
+    if objective.target_ids is None:
         outputs = (*outputs[:4], None, None)
     return DistillationOutput(*outputs)
-
-
-def _choose(backend: str, sides: Sides, top_k: int | None) -> str:
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
-    floats = [side.dtype for side in (sides.student, sides.teacher) if side is not None]
-    double, device = torch.float64 in floats, sides.student.device.type
-    if backend == "auto":
-        usable = device == "cuda" and not double and (top_k or 0) <= MAX_TOP_K
-        return "triton" if usable and find_spec("triton") is not None else "torch"
-    if backend == "triton":
-        if double:
-            raise ValueError('backend "triton" does not take fp64 inputs; use backend="torch"')
-        if (top_k or 0) > MAX_TOP_K:
-            raise ValueError(f'top_k must be ≤ {MAX_TOP_K} with backend "triton", got {top_k}')
-        if find_spec("triton") is None:
-            raise ValueError('backend "triton" needs the package triton; use backend="torch"')
-        from .row_kernel import INTERPRETED
-
-        if device != "cuda" and not INTERPRETED:
-            raise ValueError(
-                'backend "triton" needs CUDA tensors, or TRITON_INTERPRET=1 in the environment '
-                'before the first import; use backend="torch"'
-            )
-    return backend
 
 
 def _autocast(matrix: Any, device_type: str) -> Any:
@@ -309,18 +233,16 @@ def _autocast(matrix: Any, device_type: str) -> Any:
     return matrix.to(torch.get_autocast_dtype(device_type))
 
 
-class _Objective(torch.autograd.Function):
+class _Loss(torch.autograd.Function):
     """Loss and statistics; the gradient in the forward pass if the upstream one is a scalar."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        sides, tokens = Sides(*arguments[:6]), Tokens(*arguments[6:11])
-        settings, scalar, backend, scratch = arguments[11:]
-        wants = (ctx.needs_input_grad[0], ctx.needs_input_grad[1])
-        early = wants if scalar else (False, False)
-        stats, *gradients = _call(sides, tokens, settings, None, early, backend, scratch)
-        ctx.save_for_backward(*arguments[:11])
-        ctx.call = (settings, wants, backend, scratch)
+    def forward(ctx: Any, settings: Settings, scalar: bool, *tensors: Any) -> tuple[Tensor, ...]:
+        ctx.settings = settings
+        ctx.wants = ctx.needs_input_grad[2:4]  # the student's two tensors
+        ctx.save_for_backward(*tensors)
+        wants = ctx.wants if scalar else (False, False)
+        stats, *gradients = _evaluate(*_call(tensors, settings, None, wants).pack())
         ctx.gradients = gradients if scalar else None
         loss, *statistics = stats.unbind()
         ctx.mark_non_differentiable(*statistics)
@@ -331,139 +253,60 @@ class _Objective(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        nothing = (None,) * 13
+        found: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         if upstream is None:
-            return (None, None, *nothing)
-        saved = ctx.saved_tensors
-        sides, tokens = Sides(*saved[:6]), Tokens(*saved[6:11])
-        settings, wants, backend, scratch = ctx.call
+            return tuple(found)
+        student = ctx.saved_tensors[0]
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is not None:
             # Handed over once, so that nobody else holds them and they may be scaled in place.
-            gradients = [_scale_(gradient, upstream, backend) for gradient in gradients]
+            gradients = [_scale_(gradient, upstream, ctx.settings.triton) for gradient in gradients]
         else:
-            rows = upstream.expand(sides.student.shape[0]).contiguous()
-            gradients = _call(sides, tokens, settings, rows, wants, backend, scratch)[1:]
-        d_student, d_head = gradients
-        return (
-            d_student.to(sides.student.dtype) if wants[0] else None,
-            d_head.to(sides.student.dtype) if wants[1] else None,
-            *nothing,
-        )
-
-
-def _scale_(gradient: Tensor, factor: Tensor, backend: str) -> Tensor:
-    if torch.compiler.is_compiling():
-        return gradient * factor
-    if backend == "triton":
-        from .triton_path import scale_
-
-        return scale_(gradient, factor)
-    return gradient.mul_(factor)
+            rows = upstream.expand(student.shape[0]).contiguous()
+            call = _call(ctx.saved_tensors, ctx.settings, rows, ctx.wants)
+            gradients = _evaluate(*call.pack())[1:]
+        for position, (gradient, wanted) in enumerate(zip(gradients, ctx.wants, strict=True), 2):
+            if wanted:
+                found[position] = gradient.to(student.dtype)
+        return tuple(found)
 
 
 def _call(
-    sides: Sides,
-    tokens: Tokens,
+    tensors: tuple[Any, ...],
     settings: Settings,
     upstream: Tensor | None,
     wants: tuple[bool, bool],
-    backend: str,
-    scratch: int | None,
-) -> list[Tensor]:
-    return _evaluate(
-        *sides,
-        *tokens,
-        upstream,
-        settings.alpha,
-        settings.temperature,
-        settings.softcap,
-        settings.top_k,
-        settings.add_tail,
-        settings.clip_low,
-        settings.clip_high,
-        settings.ratio_cap,
-        *wants,
-        backend,
-        scratch,
-    )
+) -> Call:
+    count = len(Sides._fields)
+    return Call(Sides(*tensors[:count]), Tokens(*tensors[count:]), settings, upstream, *wants)
 
 
-@torch.library.custom_op("sodfast_kernels::evaluate", mutates_args=())
-def _evaluate(
-    student: Tensor,
-    student_head: Tensor | None,
-    teacher: Tensor | None,
-    teacher_head: Tensor | None,
-    stored_ids: Tensor | None,
-    stored_logprobs: Tensor | None,
-    distill_weight: Tensor,
-    target_ids: Tensor | None,
-    advantage: Tensor | None,
-    policy_weight: Tensor | None,
-    old_logprob: Tensor | None,
-    upstream: Tensor | None,
-    alpha: float,
-    temperature: float,
-    softcap: float | None,
-    top_k: int | None,
-    add_tail: bool,
-    clip_low: float,
-    clip_high: float,
-    ratio_cap: float | None,
-    want_student: bool,
-    want_head: bool,
-    backend: str,
-    max_scratch_bytes: int | None,
-) -> list[Tensor]:
-    sides = Sides(student, student_head, teacher, teacher_head, stored_ids, stored_logprobs)
-    tokens = Tokens(distill_weight, target_ids, advantage, policy_weight, old_logprob)
-    settings = Settings(
-        alpha, temperature, softcap, top_k, add_tail, clip_low, clip_high, ratio_cap
-    )
-    if backend == "triton":
-        from .triton_path import evaluate
-    else:
-        evaluate = torch_path.evaluate
-    with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
-        return list(
-            evaluate(sides, tokens, settings, upstream, want_student, want_head, max_scratch_bytes)
-        )
+def _scale_(gradient: Tensor, factor: Tensor, triton: bool) -> Tensor:
+    if torch.compiler.is_compiling():
+        return gradient * factor
+    scaled: Tensor = _path(triton).scale_(gradient, factor)
+    return scaled
+
+
+@torch.library.custom_op(
+    "sodfast_kernels::evaluate", mutates_args=(), schema=f"({packed_schema()}) -> Tensor[]"
+)
+def _evaluate(*arguments: Any) -> list[Tensor]:
+    """Statistics [6, N], d_student and d_head (empty if not wanted) of a packed `Call`."""
+    call = Call.unpack(arguments)
+    with torch.no_grad(), torch.autocast(call.sides.student.device.type, enabled=False):
+        return list(_path(call.settings.triton).evaluate(call))
 
 
 @_evaluate.register_fake
-def _(
-    student: Tensor,
-    student_head: Tensor | None,
-    teacher: Tensor | None,
-    teacher_head: Tensor | None,
-    stored_ids: Tensor | None,
-    stored_logprobs: Tensor | None,
-    distill_weight: Tensor,
-    target_ids: Tensor | None,
-    advantage: Tensor | None,
-    policy_weight: Tensor | None,
-    old_logprob: Tensor | None,
-    upstream: Tensor | None,
-    alpha: float,
-    temperature: float,
-    softcap: float | None,
-    top_k: int | None,
-    add_tail: bool,
-    clip_low: float,
-    clip_high: float,
-    ratio_cap: float | None,
-    want_student: bool,
-    want_head: bool,
-    backend: str,
-    max_scratch_bytes: int | None,
-) -> list[Tensor]:
-    rows = student.shape[0]
-    wide = torch.promote_types(student.dtype, torch.float32)
-    dtype = gradient_dtype(student.dtype)
-    head_shape = student_head.shape if student_head is not None and want_head else (0,)
+def _(*arguments: Any) -> list[Tensor]:
+    call = Call.unpack(arguments)
+    sides, student = call.sides, call.sides.student
+    head_shape = (
+        sides.student_head.shape if sides.student_head is not None and call.want_head else (0,)
+    )
     return [
-        student.new_empty(6, rows, dtype=wide),
-        student.new_empty(student.shape if want_student else (0,), dtype=dtype),
-        student.new_empty(head_shape, dtype=dtype),
+        student.new_empty(6, student.shape[0], dtype=sides.compute_dtype),
+        student.new_empty(student.shape if call.want_student else (0,), dtype=sides.gradient_dtype),
+        student.new_empty(head_shape, dtype=sides.gradient_dtype),
     ]

@@ -1,6 +1,7 @@
 """The objective without a GPU, in bounded memory: rows in tiles, the gradient in the forward pass.
 
-Suffixes: n rows of one tile, N all rows, V vocabulary, H hidden size, K kept tokens, B buckets.
+Suffixes: n rows of one tile, N all rows, V vocabulary, H hidden size, K kept tokens, B buckets (K,
+or K + 1 with the tail, or V).
 
 A tile's logits are fp32 (fp64 for fp64 inputs) whatever the inputs are: teacher and student nearly
 agree, and 16-bit logits would be all noise. A tile goes logits → log-softmaxes → divergence and its
@@ -13,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .arguments import Settings, Sides, Tokens
+from .arguments import Call, Settings, Sides, Tokens
 from .reference import LOG_RATIO_BOUND, TAIL_FLOOR, top_ids
 
 DEFAULT_SCRATCH_BYTES = 64 * 2**20
@@ -34,106 +35,167 @@ class Statistics(NamedTuple):
     teacher_logprob: Tensor
 
 
-def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Gradients wait for the backward pass in this dtype: no loss scale has reached fp16 yet."""
-    return torch.float32 if dtype == torch.float16 else dtype
+class Tiling(NamedTuple):
+    """rows: of a tile. columns: of a head that are converted at a time. row_bytes, fixed_bytes:
+    scratch for each row of a tile, and for a call whatever its tiles are."""
+
+    rows: int
+    columns: int
+    row_bytes: int
+    fixed_bytes: int
 
 
-def evaluate(
-    sides: Sides,
-    tokens: Tokens,
-    settings: Settings,
-    upstream: Tensor | None,
-    want_student: bool,
-    want_head: bool,
-    max_scratch_bytes: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+class Target(NamedTuple):
+    """What depends on the sampled token alone, [n].
+
+    ids: [n, 1], None without sampled tokens. weight: the distillation weight times the capped
+    ratio. loss: the policy term. d_target: its derivative by the target's logit.
+    """
+
+    ids: Tensor | None
+    weight: Tensor
+    loss: Tensor
+    d_target: Tensor
+
+
+class Teacher(NamedTuple):
+    """Log mass and mass of each bucket [n, B]; statistics [n]."""
+
+    log_q_nB: Tensor
+    q_nB: Tensor
+    entropy: Tensor
+    logprob: Tensor | None
+
+
+def evaluate(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """Statistics [6, N], d_student and d_head (empty if not wanted).
-
-    `upstream` [N] multiplies each row's gradient.
 
     Raises:
         ValueError: if `max_scratch_bytes` does not hold a single row.
     """
+    sides = call.sides
     student, head = sides.student, sides.student_head
-    rows = student.shape[0]
-    dtype = torch.promote_types(student.dtype, torch.float32)
-    saved = gradient_dtype(student.dtype)
-    stats = student.new_zeros(6, rows, dtype=dtype)
-    results = Statistics(*stats)
-    d_student = student.new_zeros(student.shape if want_student else 0, dtype=saved)
+    dtype, saved = sides.compute_dtype, sides.gradient_dtype
+    stats = student.new_zeros(6, student.shape[0], dtype=dtype)
+    d_student = student.new_zeros(student.shape if call.want_student else 0, dtype=saved)
     # A 16-bit head's gradient is summed over the tiles in fp32.
-    d_head = student.new_zeros(head.shape if head is not None and want_head else 0, dtype=dtype)
-    sums_head = want_head and saved != dtype
-    step, block, *_ = _sizes(sides, settings, sums_head, max_scratch_bytes)
-    for start in range(0, rows, step):
-        part = slice(start, min(start + step, rows))
-        own = tokens.rows(part)
-        d_logits_nV = _tile(
-            sides, own, settings, upstream, part, want_student or want_head, results, block
-        )
+    d_head = student.new_zeros(
+        head.shape if head is not None and call.want_head else 0, dtype=dtype
+    )
+    results = Statistics(*stats)
+    tiling = _tiling(sides, call.settings, call.want_head)
+    for start in range(0, student.shape[0], tiling.rows):
+        part = slice(start, min(start + tiling.rows, student.shape[0]))
+        tokens = call.tokens.rows(part)
+        d_logits_nV = _tile(call, tokens, part, tiling.columns, results)
         if d_logits_nV is None:
             continue
         if head is None:
             d_student[part] = d_logits_nV
             continue
         hidden_nH = student[part].to(dtype)
-        active = _active(own)
+        active = tokens.active
         if not bool(active.all()):
             hidden_nH = hidden_nH.masked_fill(~active[:, None], 0)
-        d_hidden_nH = torch.zeros_like(hidden_nH) if want_student else None
-        for first in range(0, head.shape[0], block):
-            columns = slice(first, first + block)
+        d_hidden_nH = torch.zeros_like(hidden_nH) if call.want_student else None
+        for first in range(0, head.shape[0], tiling.columns):
+            columns = slice(first, first + tiling.columns)
             if d_hidden_nH is not None:
                 d_hidden_nH.addmm_(d_logits_nV[:, columns], head[columns].to(dtype))
-            if want_head:
+            if call.want_head:
                 d_head[columns].addmm_(d_logits_nV[:, columns].T, hidden_nH)
         if d_hidden_nH is not None:
             d_student[part] = d_hidden_nH
     return stats, d_student, d_head.to(saved)
 
 
+def scale_(gradient: Tensor, factor: Tensor) -> Tensor:
+    """gradient ← factor · gradient, in place."""
+    return gradient.mul_(factor)
+
+
 def scratch_bytes(sides: Sides, settings: Settings) -> int:
     """What a call without `max_scratch_bytes` that wants both gradients takes beside them."""
-    step, _, a_row, fixed = _sizes(sides, settings, sides.student.dtype == torch.bfloat16, None)
-    return fixed + min(step, sides.student.shape[0]) * a_row
+    tiling = _tiling(sides, settings, want_head=True)
+    return tiling.fixed_bytes + min(tiling.rows, sides.student.shape[0]) * tiling.row_bytes
 
 
-def _sizes(
-    sides: Sides, settings: Settings, sums_head: bool, max_scratch_bytes: int | None
-) -> tuple[int, int, int, int]:
-    """Rows of a tile, columns converted at a time, bytes of a tile's row and of the rest."""
-    dtype = torch.promote_types(sides.student.dtype, torch.float32)
+def _tiling(sides: Sides, settings: Settings, want_head: bool) -> Tiling:
+    dtype, limit = sides.compute_dtype, settings.max_scratch_bytes
     size, vocabulary = dtype.itemsize, sides.vocabulary
     tiles = FULL_TILES if settings.top_k is None and sides.stored_ids is None else TOP_K_TILES
     tiles += settings.softcap is not None
-    widths = [side.shape[1] for side in (sides.student, sides.teacher) if side is not None]
-    a_row = size * (tiles * vocabulary + 4 * max(widths))
-    fixed, block = 0, vocabulary
-    budget = DEFAULT_SCRATCH_BYTES if max_scratch_bytes is None else max_scratch_bytes
+    widest = max(side.shape[1] for side in (sides.student, sides.teacher) if side is not None)
+    row_bytes = size * (tiles * vocabulary + 4 * widest)
+    fixed_bytes, columns = 0, vocabulary
+    budget = DEFAULT_SCRATCH_BYTES if limit is None else limit
     heads = [head for head in (sides.student_head, sides.teacher_head) if head is not None]
     if any(head.dtype != dtype for head in heads):
-        block_row = size * max(widths)
-        block = max(1, min(vocabulary, budget // 8 // block_row))
-        fixed += block * block_row
-    if sums_head and sides.student_head is not None:
-        fixed += size * sides.student_head.numel()
-    if max_scratch_bytes is None:
-        return max(1, budget // a_row), block, a_row, fixed
-    if budget < fixed + a_row:
+        columns = max(1, min(vocabulary, budget // 8 // (size * widest)))
+        fixed_bytes += columns * size * widest
+    if want_head and sides.gradient_dtype != dtype and sides.student_head is not None:
+        fixed_bytes += size * sides.student_head.numel()
+    if limit is None:
+        rows = max(1, budget // row_bytes)
+    elif limit < fixed_bytes + row_bytes:
         raise ValueError(
-            f"max_scratch_bytes={max_scratch_bytes} is too small: one row needs {fixed + a_row}"
+            f"max_scratch_bytes={limit} is too small: one row needs {fixed_bytes + row_bytes}"
         )
-    return (budget - fixed) // a_row, block, a_row, fixed
+    else:
+        rows = (limit - fixed_bytes) // row_bytes
+    return Tiling(rows, columns, row_bytes, fixed_bytes)
 
 
-def _active(tokens: Tokens) -> Tensor:
-    active = tokens.distill_weight != 0
-    return active if tokens.policy_weight is None else active | (tokens.policy_weight != 0)
+def _tile(
+    call: Call, tokens: Tokens, part: slice, columns: int, results: Statistics
+) -> Tensor | None:
+    """Writes one tile's results; returns its d-logits [n, V] if a gradient is wanted."""
+    sides, settings = call.sides, call.settings
+    distilled, active = tokens.distill_weight != 0, tokens.active
+    anyone = bool(distilled.any())
+    logits_nV = _logits(sides.student, sides.student_head, part, columns, results.loss.dtype)
+    if not bool(active.all()):
+        logits_nV.masked_fill_(~active[:, None], 0)
+    ids_nK = _support(call, part, logits_nV, distilled) if anyone else None
+    slope_nV = _softcap_(logits_nV, settings.softcap)
+    log_s_nV, s_nV = _log_softmax_(logits_nV, settings.temperature)
+    results.student_entropy[part] = _entropy(log_s_nV, s_nV).masked_fill_(~active, 0)
+
+    target = _target(log_s_nV, tokens, settings, active, results.student_logprob[part])
+    scale = torch.full_like(target.weight, 1 / settings.temperature)
+    if call.upstream is not None:
+        scale = scale * call.upstream[part]
+    d_target = (target.d_target * scale)[:, None]
+    if not anyone:
+        results.loss[part] = target.loss
+        d_logits_nV = s_nV.mul_(-d_target) if call.wants else None
+        return _finish_(d_logits_nV, d_target, target.ids, slope_nV)
+
+    read = _network_teacher if sides.stored_ids is None else _stored_teacher
+    teacher = read(call, part, columns, ids_nK, target.ids, distilled)
+    row = (target.weight * scale).masked_fill_(~distilled, 0)[:, None] if call.wants else None
+    if ids_nK is None:
+        divergence, d_logits_nV = _distill_full(
+            log_s_nV, s_nV, teacher, settings.alpha, row, d_target
+        )
+    else:
+        divergence, d_logits_nV = _distill_buckets(
+            log_s_nV, s_nV, ids_nK, teacher, settings, row, d_target
+        )
+    results.divergence[part] = divergence.masked_fill(~distilled, 0)
+    results.teacher_entropy[part] = teacher.entropy.masked_fill(~distilled, 0)
+    if teacher.logprob is not None:
+        logprob = teacher.logprob.masked_fill(teacher.logprob < MASKED_BELOW, -math.inf)
+        results.teacher_logprob[part] = logprob.masked_fill_(~distilled, 0)
+    results.loss[part] = target.loss + (target.weight * divergence).masked_fill_(~distilled, 0)
+    broken = distilled & ~divergence.isfinite()
+    if d_logits_nV is not None and bool(broken.any()):
+        d_logits_nV.masked_fill_(broken[:, None], math.nan)
+    return _finish_(d_logits_nV, d_target, target.ids, slope_nV)
 
 
 def _logits(
-    side: Tensor, head: Tensor | None, part: slice, block: int, dtype: torch.dtype
+    side: Tensor, head: Tensor | None, part: slice, columns: int, dtype: torch.dtype
 ) -> Tensor:
     if head is None:
         return side[part].to(dtype, copy=True)
@@ -141,154 +203,151 @@ def _logits(
     if head.dtype == dtype:
         return hidden_nH @ head.T
     logits_nV = hidden_nH.new_empty(hidden_nH.shape[0], head.shape[0])
-    for first in range(0, head.shape[0], block):
-        columns = slice(first, first + block)
-        logits_nV[:, columns] = hidden_nH @ head[columns].to(dtype).T
+    for first in range(0, head.shape[0], columns):
+        block = slice(first, first + columns)
+        logits_nV[:, block] = hidden_nH @ head[block].to(dtype).T
     return logits_nV
 
 
-def _tile(
-    sides: Sides,
-    tokens: Tokens,
-    settings: Settings,
-    upstream: Tensor | None,
-    part: slice,
-    want_gradient: bool,
-    results: Statistics,
-    block: int,
-) -> Tensor | None:
-    """Writes one tile's results; returns its d-logits [n, V] if a gradient is wanted."""
-    dtype = results.loss.dtype
-    distilled = tokens.distill_weight != 0
-    active = _active(tokens)
-    everyone, anyone = bool(active.all()), bool(distilled.any())
-    logits_nV = _logits(sides.student, sides.student_head, part, block, dtype)
-    if not everyone:
-        logits_nV.masked_fill_(~active[:, None], 0)
-    ids_nK = None
-    if anyone and sides.stored_ids is not None:
-        ids_nK = sides.stored_ids[part].masked_fill(~distilled[:, None], 0)
-    elif anyone and settings.top_k is not None:
-        ids_nK = _top_ids(logits_nV, settings.top_k)
-    slope_nV = _softcap_(logits_nV, settings.softcap)
-    log_s_nV, s_nV = _log_softmax_(logits_nV, settings.temperature)
-    results.student_entropy[part] = _entropy(log_s_nV, s_nV).masked_fill_(~active, 0)
+def _support(call: Call, part: slice, logits_nV: Tensor, distilled: Tensor) -> Tensor | None:
+    """Ids [n, K] of the tokens that the divergence keeps; None for all."""
+    if call.sides.stored_ids is not None:
+        return call.sides.stored_ids[part].masked_fill(~distilled[:, None], 0)
+    return None if call.settings.top_k is None else _top_ids(logits_nV, call.settings.top_k)
 
-    # The policy term and the weights need only the sampled token's log-prob.
-    target = None
+
+def _target(
+    log_s_nV: Tensor, tokens: Tokens, settings: Settings, active: Tensor, logprob_n: Tensor
+) -> Target:
+    """The policy term and the capped ratio; writes the student's log-prob to `logprob_n`."""
     weight = tokens.distill_weight
-    loss = torch.zeros_like(weight)
-    pull = torch.zeros_like(weight)
-    if tokens.target_ids is not None:
-        target = tokens.target_ids.masked_fill(~active, 0)[:, None]
-        logprob = log_s_nV.gather(-1, target)[:, 0]
-        logprob.masked_fill_(logprob < MASKED_BELOW, -math.inf)
-        results.student_logprob[part] = logprob.masked_fill(~active, 0)
-        old = logprob if tokens.old_logprob is None else tokens.old_logprob
-        log_ratio = logprob - old
-        ratio = log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
-        if settings.ratio_cap is not None:
-            weight = weight * ratio.clamp(max=settings.ratio_cap)
-        if tokens.advantage is not None and tokens.policy_weight is not None:
-            rewarded = tokens.policy_weight != 0
-            clipped = ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high)
-            policy = torch.maximum(-tokens.advantage * ratio, -tokens.advantage * clipped)
-            loss = (tokens.policy_weight * policy).masked_fill_(~rewarded, 0)
-            # The clip holds the token where moving on would only raise the objective.
-            held = (tokens.advantage > 0) & (ratio > 1 + settings.clip_high)
-            held |= (tokens.advantage < 0) & (ratio < 1 - settings.clip_low)
-            held |= (log_ratio.abs() > LOG_RATIO_BOUND) | ~rewarded
-            pull = (-tokens.policy_weight * tokens.advantage * ratio).masked_fill_(held, 0)
+    loss, d_target = torch.zeros_like(weight), torch.zeros_like(weight)
+    if tokens.target_ids is None:
+        return Target(None, weight, loss, d_target)
+    ids = tokens.target_ids.masked_fill(~active, 0)[:, None]
+    logprob = log_s_nV.gather(-1, ids)[:, 0]
+    logprob.masked_fill_(logprob < MASKED_BELOW, -math.inf)
+    logprob_n.copy_(logprob.masked_fill(~active, 0))
+    log_ratio = logprob - (logprob if tokens.old_logprob is None else tokens.old_logprob)
+    ratio = log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
+    if settings.ratio_cap is not None:
+        weight = weight * ratio.clamp(max=settings.ratio_cap)
+    if tokens.advantage is not None and tokens.policy_weight is not None:
+        rewarded = tokens.policy_weight != 0
+        clipped = ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high)
+        policy = torch.maximum(-tokens.advantage * ratio, -tokens.advantage * clipped)
+        loss = (tokens.policy_weight * policy).masked_fill_(~rewarded, 0)
+        # The clip holds the token where moving on would only raise the objective.
+        held = (tokens.advantage > 0) & (ratio > 1 + settings.clip_high)
+        held |= (tokens.advantage < 0) & (ratio < 1 - settings.clip_low)
+        held |= (log_ratio.abs() > LOG_RATIO_BOUND) | ~rewarded
+        d_target = (-tokens.policy_weight * tokens.advantage * ratio).masked_fill_(held, 0)
+    return Target(ids, weight, loss, d_target)
 
-    scale = torch.full_like(weight, 1 / settings.temperature)
-    if upstream is not None:
-        scale = scale * upstream[part]
-    pull = (pull * scale)[:, None]
-    if not anyone:
-        results.loss[part] = loss
-        if not want_gradient:
-            return None
-        return _finish_(s_nV.mul_(-pull), pull, target, slope_nV)
 
-    d_logits_nV = None
-    stored_nK = None
-    if sides.stored_logprobs is not None and ids_nK is not None:
-        stored_nK = sides.stored_logprobs[part].to(dtype).masked_fill_(~distilled[:, None], 0)
-        stored_nK.clamp_(min=MASKED)
-        log_q_nV = q_nV = None
-    else:
-        assert sides.teacher is not None
-        log_q_nV = _logits(sides.teacher, sides.teacher_head, part, block, dtype)
-        if not bool(distilled.all()):
-            log_q_nV.masked_fill_(~distilled[:, None], 0)
-        _softcap_(log_q_nV, settings.softcap)
-        log_q_nV, q_nV = _log_softmax_(log_q_nV, settings.temperature)
-
+def _network_teacher(
+    call: Call,
+    part: slice,
+    columns: int,
+    ids_nK: Tensor | None,
+    target: Tensor | None,
+    distilled: Tensor,
+) -> Teacher:
+    sides, settings = call.sides, call.settings
+    assert sides.teacher is not None
+    logits_nV = _logits(sides.teacher, sides.teacher_head, part, columns, sides.compute_dtype)
+    if not bool(distilled.all()):
+        logits_nV.masked_fill_(~distilled[:, None], 0)
+    _softcap_(logits_nV, settings.softcap)
+    log_q_nV, q_nV = _log_softmax_(logits_nV, settings.temperature)
+    entropy = _entropy(log_q_nV, q_nV)
+    logprob = None if target is None else log_q_nV.gather(-1, target)[:, 0]
     if ids_nK is None:
-        assert log_q_nV is not None and q_nV is not None
-        teacher_entropy = _entropy(log_q_nV, q_nV)
-        teacher_logprob = None if target is None else log_q_nV.gather(-1, target)[:, 0]
-        divergence, slope_s_nV = _divergence(log_s_nV, s_nV, log_q_nV, q_nV, settings.alpha)
-        mean = slope_s_nV.sum(-1)
-        if want_gradient:
-            row = (weight * scale).masked_fill_(~distilled, 0)
-            d_logits_nV = slope_s_nV.mul_(row[:, None])
-            d_logits_nV.addcmul_(s_nV, (mean * row)[:, None] + pull, value=-1)
-    else:
-        log_s_nB, s_nB, s_nK = _buckets_(log_s_nV, s_nV, ids_nK, settings.add_tail)
-        if stored_nK is None:
-            assert log_q_nV is not None and q_nV is not None
-            teacher_entropy = _entropy(log_q_nV, q_nV)
-            teacher_logprob = None if target is None else log_q_nV.gather(-1, target)[:, 0]
-            log_q_nB, q_nB, _ = _buckets_(log_q_nV, q_nV, ids_nK, settings.add_tail)
-        else:
-            log_kept = stored_nK.logsumexp(-1, keepdim=True)
-            log_tail = torch.log(-torch.expm1(log_kept.clamp(max=-1e-7)))
-            log_q_nB = torch.cat([stored_nK, log_tail], -1)
-            teacher_entropy = _entropy(log_q_nB, log_q_nB.exp())
-            teacher_logprob = None
-            if target is not None:
-                hit_nK = ids_nK == target
-                found = stored_nK.masked_fill(~hit_nK, 0).sum(-1)
-                teacher_logprob = torch.where(hit_nK.any(-1), found, log_tail[:, 0])
-            if not settings.add_tail:
-                log_q_nB = stored_nK - log_kept
-            q_nB = log_q_nB.exp()
-        divergence, slope_s_nB = _divergence(log_s_nB, s_nB, log_q_nB, q_nB, settings.alpha)
-        if settings.add_tail:
-            # Where the cap binds the tail is a constant.
-            slope_s_nB[:, -1].masked_fill_(s_nB[:, -1] <= TAIL_FLOOR, 0)
-        mean = slope_s_nB.sum(-1)
-        if want_gradient:
-            kept = ids_nK.shape[1]
-            row = (weight * scale).masked_fill_(~distilled, 0)[:, None]
-            inside_nK = slope_s_nB[:, :kept] - s_nB[:, :kept] * mean[:, None]
-            inside_nK = inside_nK * row - s_nK * pull
-            outside = -pull
-            if settings.add_tail:
-                outside = (slope_s_nB[:, -1:] / s_nB[:, -1:] - mean[:, None]) * row - pull
-            d_logits_nV = s_nV.mul_(outside).scatter_(-1, ids_nK, inside_nK)
+        return Teacher(log_q_nV, q_nV, entropy, logprob)
+    log_q_nB, q_nB, _ = _buckets_(log_q_nV, q_nV, ids_nK, settings.add_tail)
+    return Teacher(log_q_nB, q_nB, entropy, logprob)
 
-    results.divergence[part] = divergence.masked_fill(~distilled, 0)
-    results.teacher_entropy[part] = teacher_entropy.masked_fill(~distilled, 0)
-    if teacher_logprob is not None:
-        teacher_logprob = teacher_logprob.masked_fill(teacher_logprob < MASKED_BELOW, -math.inf)
-        results.teacher_logprob[part] = teacher_logprob.masked_fill_(~distilled, 0)
-    results.loss[part] = loss + (weight * divergence).masked_fill_(~distilled, 0)
-    if d_logits_nV is None:
-        return None
-    broken = distilled & ~divergence.isfinite()
-    if bool(broken.any()):
-        d_logits_nV.masked_fill_(broken[:, None], math.nan)
-    return _finish_(d_logits_nV, pull, target, slope_nV)
+
+def _stored_teacher(
+    call: Call,
+    part: slice,
+    columns: int,
+    ids_nK: Tensor | None,
+    target: Tensor | None,
+    distilled: Tensor,
+) -> Teacher:
+    """Its entropy is that of its buckets; a target that is not stored has the tail's mass."""
+    assert call.sides.stored_logprobs is not None and ids_nK is not None
+    stored_nK = call.sides.stored_logprobs[part].to(call.sides.compute_dtype)
+    stored_nK = stored_nK.masked_fill(~distilled[:, None], 0).clamp_(min=MASKED)
+    log_kept = stored_nK.logsumexp(-1, keepdim=True)
+    log_tail = torch.log(-torch.expm1(log_kept.clamp(max=-1e-7)))
+    log_q_nB = torch.cat([stored_nK, log_tail], -1)
+    entropy = _entropy(log_q_nB, log_q_nB.exp())
+    logprob = None
+    if target is not None:
+        hit_nK = ids_nK == target
+        found = stored_nK.masked_fill(~hit_nK, 0).sum(-1)
+        logprob = torch.where(hit_nK.any(-1), found, log_tail[:, 0])
+    if not call.settings.add_tail:
+        log_q_nB = stored_nK - log_kept
+    return Teacher(log_q_nB, log_q_nB.exp(), entropy, logprob)
+
+
+def _distill_full(
+    log_s_nV: Tensor,
+    s_nV: Tensor,
+    teacher: Teacher,
+    alpha: float,
+    row: Tensor | None,
+    d_target: Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    """D [n], and d-logits unless `row` is None, which multiplies D's gradient, [n, 1]."""
+    divergence, slope_s_nV = _divergence(log_s_nV, s_nV, teacher.log_q_nB, teacher.q_nB, alpha)
+    if row is None:
+        return divergence, None
+    mean = slope_s_nV.sum(-1)[:, None]
+    d_logits_nV = slope_s_nV.mul_(row)
+    return divergence, d_logits_nV.addcmul_(s_nV, mean * row + d_target, value=-1)
+
+
+def _distill_buckets(
+    log_s_nV: Tensor,
+    s_nV: Tensor,
+    ids_nK: Tensor,
+    teacher: Teacher,
+    settings: Settings,
+    row: Tensor | None,
+    d_target: Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    """The same over the tokens `ids_nK` and a bucket for the rest; overwrites `s_nV`."""
+    log_s_nB, s_nB, s_nK = _buckets_(log_s_nV, s_nV, ids_nK, settings.add_tail)
+    divergence, slope_s_nB = _divergence(
+        log_s_nB, s_nB, teacher.log_q_nB, teacher.q_nB, settings.alpha
+    )
+    if settings.add_tail:
+        # Where the cap binds the tail is a constant.
+        slope_s_nB[:, -1].masked_fill_(s_nB[:, -1] <= TAIL_FLOOR, 0)
+    if row is None:
+        return divergence, None
+    mean, kept = slope_s_nB.sum(-1)[:, None], ids_nK.shape[1]
+    inside_nK = slope_s_nB[:, :kept] - s_nB[:, :kept] * mean
+    inside_nK = inside_nK * row - s_nK * d_target
+    outside = -d_target
+    if settings.add_tail:
+        outside = (slope_s_nB[:, -1:] / s_nB[:, -1:] - mean) * row - d_target
+    return divergence, s_nV.mul_(outside).scatter_(-1, ids_nK, inside_nK)
 
 
 def _finish_(
-    d_logits_nV: Tensor, pull: Tensor, target: Tensor | None, slope: Tensor | None
-) -> Tensor:
+    d_logits_nV: Tensor | None, d_target: Tensor, target: Tensor | None, slope_nV: Tensor | None
+) -> Tensor | None:
+    """Adds the derivative by the target's logit and passes through the softcap, in place."""
+    if d_logits_nV is None:
+        return None
     if target is not None:
-        d_logits_nV.scatter_add_(-1, target, pull)
-    return d_logits_nV if slope is None else d_logits_nV.mul_(slope)
+        d_logits_nV.scatter_add_(-1, target, d_target)
+    return d_logits_nV if slope_nV is None else d_logits_nV.mul_(slope_nV)
 
 
 def _softcap_(logits_nV: Tensor, softcap: float | None) -> Tensor | None:

@@ -1,19 +1,29 @@
-"""What moves parameters: the teacher's copy and average, and AdamW with compact state."""
+"""What moves parameters: the teacher's copy and average, and AdamW with compact state.
 
-from . import adamw, teacher
-from .adamw import AdamW, empty_state, places
+`BLOCK` and `empty_state` describe AdamW's state to who shards or counts it; `Item`, `coefficients`,
+`update_chunk` and `update_flat` are the steps of the PyTorch path, to who measures its memory.
+"""
+
+from .adamw import AdamW, Item, coefficients, empty_state, update_chunk
 from .formats import BLOCK
-from .teacher import ParameterUpdate, copy_teacher_, ema_update_, parameter_distance
+from .teacher import (
+    ParameterUpdate,
+    copy_teacher_,
+    ema_update_,
+    parameter_distance,
+    update_flat,
+)
 
 __all__ = [
     "BLOCK",
     "AdamW",
+    "Item",
     "ParameterUpdate",
-    "adamw",
+    "coefficients",
     "copy_teacher_",
     "ema_update_",
     "empty_state",
     "parameter_distance",
-    "places",
-    "teacher",
+    "update_chunk",
+    "update_flat",
 ]

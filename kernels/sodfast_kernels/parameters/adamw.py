@@ -29,12 +29,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backend import BACKENDS, uses_triton
-from ..philox import GROUP, random_bits, round_stochastic
+from ..backend import uses_triton
+from ..philox import CHUNK, GROUP, random_bits, rng_offsets, round_stochastic
 from .formats import BLOCK, M_TOP, V_TOP, decode, encode, join, split
 
 STATES = ("8bit", "fp32", "exact")
-CHUNK = 1 << 17  # elements handled at a time by the PyTorch path, to bound its temporaries
 
 
 class Coefficients(NamedTuple):
@@ -71,10 +70,10 @@ class AdamW(torch.optim.Optimizer):
     backend: "auto" (Triton on CUDA, PyTorch elsewhere), "triton" or "torch": the same bits.
 
     `state`, `seed` and the rest may differ between parameter groups. A group may also say where its
-    parameters stand in the stream of random bits: `positions`, a multiple of GROUP for each, where
-    by default all parameters stand one after the other (see `places`). Then a part of a parameter
-    is rounded as it is in the whole, if it begins at a multiple of GROUP, with 8-bit moments of
-    BLOCK. Raises ValueError naming the argument that does not fit.
+    parameters stand in the stream of random bits: `positions`, a multiple of GROUP for each; by
+    default they are the `rng_offsets` of all parameters. Then a part of a parameter is rounded as
+    it is in the whole, provided that it begins at a multiple of GROUP (with 8-bit moments: of
+    BLOCK). Raises ValueError naming the argument that does not fit.
     """
 
     def __init__(
@@ -98,8 +97,7 @@ class AdamW(torch.optim.Optimizer):
             "seed": seed,
             "positions": None,
         }
-        if backend not in BACKENDS:
-            raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+        uses_triton(backend, ())  # refuses an unknown one now, not at the first step
         self.backend = backend
         super().__init__(params, defaults)
 
@@ -149,7 +147,7 @@ class AdamW(torch.optim.Optimizer):
         following = 0
         for group in self.param_groups:
             params = group["params"]
-            positions, following = places([param.numel() for param in params], following)
+            positions, following = rng_offsets([param.numel() for param in params], following)
             for param, position in zip(params, group["positions"] or positions, strict=True):
                 if param.grad is not None and param.numel():
                     items.append(self._item(param, group, position))
@@ -161,9 +159,9 @@ class AdamW(torch.optim.Optimizer):
             raise ValueError(f"params must be on one device, got {sorted(map(str, devices))}")
         squares, update = gradient_squares, update_adamw
         if uses_triton(self.backend, (item.weight_P for item in items)):
-            from . import kernels
+            from . import adamw_kernels
 
-            squares, update = kernels.gradient_squares, kernels.update_adamw
+            squares, update = adamw_kernels.gradient_squares, adamw_kernels.update_adamw
         if norm is None:
             norm = squares([item.grad_P for item in items]).sqrt().to(torch.float32)
         # A NaN factor is the sign not to update at all.
@@ -223,16 +221,6 @@ class AdamW(torch.optim.Optimizer):
             self.state[param] = state
 
 
-def places(sizes: Iterable[int], first: int = 0) -> tuple[list[int], int]:
-    """Where parameters of so many elements, one after the other from `first` on, begin in the
-    stream of random bits, each at a multiple of GROUP; and where what follows them does."""
-    positions = []
-    for size in sizes:
-        positions.append(first)
-        first += -(-size // GROUP) * GROUP
-    return positions, first
-
-
 def empty_state(param: Tensor, kind: str) -> dict[str, Tensor]:
     """The state before the first step: every moment and remainder 0."""
     state = {"step": torch.zeros((), dtype=torch.int64)}
@@ -266,7 +254,7 @@ def gradient_squares(grads: list[Tensor]) -> Tensor:
     """Σ g² over all tensors, in fp64."""
     squares = torch.zeros((), dtype=torch.float64, device=grads[0].device)
     for grad_P in grads:
-        for chunk in grad_P.split(CHUNK):
+        for chunk in torch.split(grad_P, CHUNK):
             squares += chunk.double().square().sum()
     return squares
 

@@ -18,9 +18,7 @@ import torch
 from torch import Tensor
 
 from ..backend import uses_triton
-from ..philox import GROUP, random_bits, round_stochastic
-
-CHUNK = 1 << 17  # elements handled at a time by the PyTorch path, to bound its temporaries
+from ..philox import CHUNK, GROUP, random_bits, rng_offsets, round_stochastic
 
 
 def copy_teacher_(
@@ -108,14 +106,16 @@ class ParameterUpdate:
         triton = uses_triton(self.backend, (tensor for pair in pairs for tensor in pair))
         if not pairs:
             return
-        work = []
-        for teacher, student in pairs:
-            work.append((teacher.reshape(-1), student.reshape(-1), self._offset))
-            self._offset += -(-teacher.numel() // GROUP) * GROUP
+        sizes = (teacher.numel() for teacher, _ in pairs)
+        offsets, self._offset = rng_offsets(sizes, self._offset)
+        work = [
+            (teacher.reshape(-1), student.reshape(-1), offset)
+            for (teacher, student), offset in zip(pairs, offsets, strict=True)
+        ]
         if triton:
-            from . import kernels
+            from . import teacher_kernels
 
-            squares = [kernels.update(work, self.rate, self.seed, self.step)]
+            squares = [teacher_kernels.update(work, self.rate, self.seed, self.step)]
         else:
             squares = [update_flat(*item, self.rate, self.seed, self.step) for item in work]
         self._squares += squares

@@ -7,6 +7,7 @@ import torch
 from sodfast_kernels.parameters import adamw
 from sodfast_kernels.parameters.adamw import AdamW
 from sodfast_kernels.parameters.formats import join
+from sodfast_kernels.philox import rng_offsets
 from torch import nn
 
 SHAPES = [(7, 33), (256,), (1,), (300, 5)]
@@ -301,7 +302,7 @@ def test_parts_are_stepped_as_in_the_whole(state, dtype):
     parts = [nn.Parameter(whole[index].detach()[cut].clone()) for index, cut in cuts]
     for part, (index, cut) in zip(parts, cuts, strict=True):
         part.grad = whole[index].grad[cut].clone()
-    positions, _ = adamw.places([1000, 31])
+    positions, _ = rng_offsets([1000, 31])
     optimizer = AdamW(whole, 0.1, state=state, seed=3)
     norm = optimizer.step(clip_norm=0.01)
     own = [positions[index] + cut.start for index, cut in cuts]
