@@ -125,6 +125,17 @@ def test_small_divergences_are_positive_and_accurate(alpha):
     torch.testing.assert_close(ours.divergence.double(), exact.divergence, rtol=0.02, atol=0)
 
 
+def test_a_stored_teacher_is_read_and_not_written():
+    ids, logprobs = torch.arange(3).repeat(2, 1), torch.full((2, 3), -2.0)
+    logprobs[0, 0] = -torch.inf
+    before = logprobs.clone()
+    weight = torch.tensor([1.0, 0.0])
+    distillation_loss(
+        torch.zeros(2, 9), teacher_topk=(ids, logprobs), distill_weight=weight, backend="torch"
+    )
+    assert torch.equal(logprobs, before)
+
+
 MEASURE = """
 import resource, sys, torch
 from sodfast_kernels import linear_distillation_loss

@@ -2,40 +2,10 @@
 
 import pytest
 import torch
+from kernel_inputs import DEVICE, FLOATS, HUGE_SEED, tensors
 from sodfast_kernels import ema_update_
 from sodfast_kernels.parameters.adamw import AdamW
 from torch import nn
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-FLOATS = [torch.float32, torch.bfloat16, torch.float16]
-# A vector of tensors that 16 divides (wide accesses), odd ones, one longer than a block.
-SHAPES = [(64, 16), (3, 5), (16,), (1,), (1027,)]
-HUGE_SEED, HUGE_STEP = 2**63 + 2**31 + 5, 2**40 + 2**31 + 7
-
-
-def tensors(seed: int, dtype: torch.dtype, shapes=SHAPES) -> list[torch.Tensor]:
-    """Values of very different sizes, with zeros, infinity and NaN among them."""
-    generator = torch.Generator().manual_seed(seed)
-    made = []
-    for shape in shapes:
-        value = torch.randn(shape, generator=generator)
-        value *= torch.exp(4 * torch.randn(shape, generator=generator))
-        made.append(value)
-    made[0].view(-1)[:4] = torch.tensor([0.0, -0.0, float("inf"), float("nan")])
-    return [value.to(DEVICE, dtype) for value in made]
-
-
-def clones(params):
-    return [param.clone() for param in params]
-
-
-def same_bits(left, right) -> bool:
-    """Equal bit for bit; any NaN equals any other."""
-    return all(
-        bool(((a == b) & (a.signbit() == b.signbit()) | (a.isnan() & b.isnan())).all())
-        for a, b in zip(left, right, strict=True)
-    )
-
 
 COMBINATIONS = [
     (state, dtype)

@@ -1,39 +1,20 @@
-"""Sampling: distribution, key, truncation and statistics; the Triton kernel against PyTorch."""
+"""Sampling: distribution, key, truncation, statistics and refusals, on both paths."""
 
 import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from sodfast_kernels import SampledTokens, gumbel_noise, sample_tokens
+from kernel_inputs import TRUNCATIONS, draw_keys, draw_tokens
+from sodfast_kernels import gumbel_noise, sample_tokens
 from sodfast_kernels.philox import WORD, philox
 from sodfast_kernels.sampling import draw
-from sodfast_kernels.sampling import kernel as sampling_kernel
 
 INF, NAN = math.inf, math.nan
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def keys(rows, position=0):
-    return {
-        "seed": 2**63 + 11,
-        "step": 7,
-        "sample": torch.arange(rows),
-        "position": torch.full((rows,), position),
-    }
-
-
-def run(logits, key, **options):
-    """On the GPU where there is one; the results on the CPU."""
-    key = {k: v.to(DEVICE) if torch.is_tensor(v) else v for k, v in key.items()}
-    out = sample_tokens(logits.to(DEVICE), **key, **options)
-    return SampledTokens(*(entry.cpu() for entry in out))
 
 
 def draws(logits, count, **given):
     """`count` tokens of one row of logits, one for each sample."""
-    return sample_tokens(logits.expand(count, -1), **keys(count), **given).token
+    return sample_tokens(logits.expand(count, -1), **draw_keys(count), **given).token
 
 
 def chi_square(tokens, probs):
@@ -107,7 +88,7 @@ def test_rare_tokens_win_at_the_right_rate():
     logits[0] = math.log1p(-255e-6)
     wins = 0
     for start in range(0, 2**16, 2**12):
-        given = keys(2**12) | {"sample": torch.arange(start, start + 2**12)}
+        given = draw_keys(2**12) | {"sample": torch.arange(start, start + 2**12)}
         wins += (sample_tokens(logits.expand(2**12, -1), **given).token > 0).sum().item()
     # Poisson: outside with probability 2e-4; 24-bit uniforms make 10^-6 a multiple of 6·10^-8.
     assert 4 <= wins <= 34
@@ -127,9 +108,9 @@ def test_noise_of_neighbouring_keys_is_uncorrelated(name):
 def test_statistics_are_those_of_the_untruncated_softmax(backend):
     logits = 3 * torch.randn(2, 9001, generator=torch.Generator().manual_seed(2))
     logits[1] += 200
-    out = run(logits, keys(2), temperature=0.7, backend=backend)
+    out = draw_tokens(logits, draw_keys(2), temperature=0.7, backend=backend)
     exact = (logits.double() / 0.7).log_softmax(1)
-    assert torch.equal(out.token, sample_tokens(logits, **keys(2), temperature=0.7).token)
+    assert torch.equal(out.token, sample_tokens(logits, **draw_keys(2), temperature=0.7).token)
     torch.testing.assert_close(
         out.logprob.double(), exact.gather(1, out.token[:, None])[:, 0], rtol=2e-6, atol=2e-6
     )
@@ -143,53 +124,10 @@ def test_statistics_are_those_of_the_untruncated_softmax(backend):
 def test_sums_over_the_largest_vocabulary(backend):
     vocabulary = draw.MAX_VOCABULARY
     logits = 2 * torch.randn(1, vocabulary, generator=torch.Generator().manual_seed(10))
-    out = run(logits, keys(1), top_p=0.9, backend=backend)
+    out = draw_tokens(logits, draw_keys(1), top_p=0.9, backend=backend)
     exact = logits.double().log_softmax(1)[0]
     torch.testing.assert_close(out.logprob.double(), exact[out.token], rtol=0, atol=4e-6)
     assert out.entropy.item() == pytest.approx(-(exact.exp() * exact).sum().item(), rel=1e-6)
-
-
-def agree(logits, **given):
-    """The kernel draws the tokens that the definition draws, with the same statistics."""
-    ours = run(logits, keys(len(logits), 3), **given, backend="triton")
-    exact = run(logits, keys(len(logits), 3), **given, backend="torch")
-    assert torch.equal(ours.token, exact.token)
-    torch.testing.assert_close(ours[1:], exact[1:], rtol=1e-5, atol=1e-6, equal_nan=True)
-    return ours
-
-
-TRUNCATIONS = [
-    {},
-    {"temperature": 0},
-    {"temperature": 0.6, "top_p": 0.95},
-    {"top_p": 0.3},
-    {"top_p": 1e-9},
-    {"top_k": 1},
-    {"top_k": 30},
-    {"top_k": 30, "top_p": 0.7},
-    {"top_k": 10**6, "top_p": 0.5, "temperature": 2.5},
-]
-
-
-@pytest.mark.parametrize("given", TRUNCATIONS, ids=str)
-@pytest.mark.parametrize("vocabulary", [2, 3, 130, 1027])
-def test_the_kernel_draws_what_the_definition_draws(given, vocabulary):
-    generator = torch.Generator().manual_seed(vocabulary)
-    logits = 2 * torch.randn(2, vocabulary + 5, generator=generator)
-    agree(logits[:, :vocabulary], **given)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("given", [{}, {"top_k": 9, "top_p": 0.8}], ids=str)
-def test_16_bit_logits(dtype, given):
-    logits = torch.randn(2, 333, generator=torch.Generator().manual_seed(4)).to(dtype)
-    agree(logits, **given)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("given", TRUNCATIONS, ids=str)
-def test_several_chunks_and_blocks(given):
-    agree(2 * torch.randn(2, 19_001, generator=torch.Generator().manual_seed(5)), **given)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -200,34 +138,9 @@ def test_among_equal_logits_the_lower_indices_stay(backend, top_p):
     logits[0, 0] = -INF
     kept = set(range(1, 1 + math.ceil(round(20 * top_p, 9))))
     count = 600 if backend == "torch" else 4  # the interpreter is slow
-    out = run(logits.expand(count, -1), keys(count), top_p=top_p, backend=backend)
+    out = draw_tokens(logits.expand(count, -1), draw_keys(count), top_p=top_p, backend=backend)
     tokens = set(out.token.tolist())
     assert tokens <= kept and (backend == "triton" or tokens == kept)
-
-
-@pytest.mark.parametrize("given", TRUNCATIONS, ids=str)
-def test_ties_in_the_kernel(given):
-    logits = torch.randint(0, 3, (3, 200), generator=torch.Generator().manual_seed(6)).float()
-    agree(logits, **given)
-    agree(torch.full((2, 200), -0.0).index_fill(1, torch.arange(0, 200, 2), 0.0), **given)
-
-
-@settings(max_examples=25, deadline=None)
-@given(
-    st.lists(
-        st.floats(-8, 8, width=16) | st.sampled_from([0.0, 1.0, -INF]), min_size=2, max_size=40
-    ),
-    st.sampled_from([0, 0.3, 1.0, 3.0]),
-    st.floats(0.01, 1),
-    st.none() | st.integers(1, 45),
-)
-def test_the_kernel_agrees_on_any_row(row, temperature, top_p, top_k):
-    logits = torch.tensor([row])
-    out = agree(logits, temperature=temperature, top_p=top_p, top_k=top_k)
-    if logits.isfinite().any():
-        assert logits[0, out.token].item() > -INF and out.entropy.isfinite().all()
-    else:
-        assert out.entropy.isnan().all()
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -235,7 +148,7 @@ def test_the_kernel_agrees_on_any_row(row, temperature, top_p, top_k):
 def test_rows_that_are_not_finite_have_entropy_nan_and_a_valid_token(backend, given):
     logits = torch.randn(5, 60, generator=torch.Generator().manual_seed(7))
     logits[0, 7], logits[1, 7], logits[2], logits[3, 1:] = NAN, INF, -INF, -INF
-    out = run(logits, keys(5), **given, backend=backend)
+    out = draw_tokens(logits, draw_keys(5), **given, backend=backend)
     assert out.entropy.isnan().tolist() == [True, True, True, False, False]
     assert ((out.token >= 0) & (out.token < 60)).all()
     assert out.token[3] == 0 and out.entropy[3] == 0 and out.logprob[3] == 0
@@ -245,27 +158,27 @@ def test_rows_that_are_not_finite_have_entropy_nan_and_a_valid_token(backend, gi
 @pytest.mark.parametrize("given", [{}, {"top_p": 0.9}, {"top_k": 7}], ids=str)
 def test_a_draw_depends_on_its_key_and_row_alone(backend, given):
     logits = torch.randn(5, 50, generator=torch.Generator().manual_seed(3))
-    key = keys(5, position=4)
-    whole = run(logits, key, **given, backend=backend)
+    key = draw_keys(5, position=4)
+    whole = draw_tokens(logits, key, **given, backend=backend)
     order = torch.tensor([3, 1])
     part = key | {name: key[name][order] for name in ("sample", "position")}
-    few = run(logits[order], part, **given, backend=backend)
+    few = draw_tokens(logits[order], part, **given, backend=backend)
     for one, other in zip(whole, few, strict=True):
         assert torch.equal(one[order], other)
 
 
 def test_noise_computed_ahead_draws_the_same():
     logits = torch.randn(9, 50, generator=torch.Generator().manual_seed(8))
-    noise = gumbel_noise(**keys(9), vocabulary=50)
+    noise = gumbel_noise(**draw_keys(9), vocabulary=50)
     for options in ({}, {"top_p": 0.9}, {"temperature": 0}):
-        own = sample_tokens(logits, **keys(9), **options)
-        ahead = sample_tokens(logits, **keys(9), **options, noise=noise)
+        own = sample_tokens(logits, **draw_keys(9), **options)
+        ahead = sample_tokens(logits, **draw_keys(9), **options, noise=noise)
         assert torch.equal(own.token, ahead.token)
 
 
 def test_temperature_0_takes_the_greatest_and_reports_temperature_1():
     logits = torch.tensor([[1.0, 3.0, 3.0, 2.0]])
-    out = sample_tokens(logits, **keys(1), temperature=0)
+    out = sample_tokens(logits, **draw_keys(1), temperature=0)
     exact = logits.double().log_softmax(1)
     assert out.token.item() == 1
     assert out.logprob.item() == pytest.approx(exact[0, 1].item(), rel=1e-6)
@@ -274,26 +187,19 @@ def test_temperature_0_takes_the_greatest_and_reports_temperature_1():
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_no_rows_no_tokens(backend):
-    out = run(torch.empty(0, 9), keys(0), top_p=0.9, backend=backend)
+    out = draw_tokens(torch.empty(0, 9), draw_keys(0), top_p=0.9, backend=backend)
     assert [len(entry) for entry in out] == [0, 0, 0] and out.token.dtype == torch.int64
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_it_compiles_into_one_graph(backend):
     def call(logits):
-        return run(logits, keys(2), top_p=0.9, backend=backend)
+        return draw_tokens(logits, draw_keys(2), top_p=0.9, backend=backend)
 
     logits = torch.randn(2, 30)
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     for one, other in zip(compiled(logits), call(logits), strict=True):
         assert torch.equal(one, other)
-
-
-def test_rows_further_apart_than_32_bits_count():
-    base = torch.empty(2**31 + 64, dtype=torch.float16, device=DEVICE)  # untouched pages are free
-    logits = base.as_strided((2, 40), (2**31, 1))
-    logits.copy_(torch.randn(2, 40, generator=torch.Generator().manual_seed(9)))
-    agree(logits, top_p=0.8)
 
 
 @pytest.mark.parametrize(
@@ -327,7 +233,7 @@ def test_rows_further_apart_than_32_bits_count():
     ],
 )
 def test_wrong_arguments_are_named(name, wrong):
-    given = {"logits": torch.zeros(2, 4), **keys(2)} | wrong
+    given = {"logits": torch.zeros(2, 4), **draw_keys(2)} | wrong
     with pytest.raises(ValueError, match=name):
         sample_tokens(given.pop("logits"), **given)
 
@@ -344,31 +250,4 @@ def test_wrong_arguments_are_named(name, wrong):
 )
 def test_wrong_arguments_of_the_noise_are_named(name, wrong):
     with pytest.raises(ValueError, match=name):
-        gumbel_noise(**{"vocabulary": 4, **keys(2)} | wrong)
-
-
-def test_production_configurations_name_real_arguments():
-    names = set()
-    for configuration in sampling_kernel.production_configurations():
-        name, kernel, signature, constexprs, _, streamed = configuration
-        assert name not in names
-        names.add(name)
-        assert not signature.keys() & constexprs.keys()
-        assert signature.keys() | constexprs.keys() == set(kernel.arg_names)
-        assert set(streamed) <= signature.keys()
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("given", TRUNCATIONS, ids=str)
-def test_a_cuda_graph_reads_sample_and_position_anew(given):
-    logits = torch.randn(4, 5000, device="cuda", dtype=torch.bfloat16)
-    sample, position = torch.arange(4, device="cuda"), torch.zeros(4, 1, device="cuda").long()[:, 0]
-    key = {"seed": 3, "step": 4, "sample": sample, "position": position}
-    sample_tokens(logits, **key, **given)  # compiles
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = sample_tokens(logits, **key, **given)
-    for place in (5, 6):
-        position.fill_(place)
-        graph.replay()
-        assert torch.equal(out.token, sample_tokens(logits, **key, **given, backend="torch").token)
+        gumbel_noise(**{"vocabulary": 4, **draw_keys(2)} | wrong)
