@@ -33,7 +33,7 @@ def uses_triton(backend: str, tensors: Iterable[Tensor], top_k: int | None = Non
     double = any(tensor.dtype == torch.float64 for tensor in tensors)
     too_many = top_k is not None and top_k > MAX_TOP_K
     if backend == "auto":
-        return INSTALLED and bool(tensors) and cuda and not double and not too_many
+        return INSTALLED and len(tensors) > 0 and cuda and not double and not too_many
     if double:
         raise ValueError('backend "triton" does not take fp64 tensors; use backend="torch"')
     if too_many:
@@ -47,4 +47,4 @@ def uses_triton(backend: str, tensors: Iterable[Tensor], top_k: int | None = Non
             'backend "triton" needs CUDA tensors, or TRITON_INTERPRET=1 in the environment '
             'before the first import; use backend="torch"'
         )
-    return bool(tensors)
+    return len(tensors) > 0  # not bool(): torch 2.11 cannot trace it
