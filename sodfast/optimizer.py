@@ -8,7 +8,7 @@ from typing import cast
 
 import sodfast_kernels
 import torch
-from sodfast_kernels.formats import BLOCK
+from sodfast_kernels.parameters import BLOCK
 from sodfast_kernels.philox import GROUP
 from torch import Tensor
 

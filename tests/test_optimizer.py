@@ -6,7 +6,7 @@ from copy import deepcopy
 import pytest
 import sodfast_kernels
 import torch
-from sodfast_kernels.formats import join
+from sodfast_kernels.parameters.formats import join
 from sodfast_kernels.philox import random_bits
 from torch import Tensor, nn
 

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from huggingface_hub import try_to_load_from_cache
 from sodfast_kernels import AdamW, ParameterUpdate
-from sodfast_kernels.adamw import empty_state
-from sodfast_kernels.parameters import CHUNK
+from sodfast_kernels.parameters import empty_state
+from sodfast_kernels.philox import CHUNK
 
 from sodfast.config import PRESETS, ArithmeticConfig, Config, LoRAConfig
 from sodfast.errors import UsageError

@@ -28,8 +28,8 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from sodfast_kernels import ParameterUpdate
-from sodfast_kernels.adamw import places
-from sodfast_kernels.formats import BLOCK
+from sodfast_kernels.parameters import BLOCK
+from sodfast_kernels.philox import rng_offsets
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -129,7 +129,7 @@ class ShardedWeights(Weights):
         self.ranks = ranks
         self.chunks = [Chunk.of(p, ranks.size, alignment) for p in self.parameters]
         self.of_name = dict(zip(self.names, self.chunks, strict=True))
-        begins, _ = places(p.numel() for p in self.parameters)
+        begins, _ = rng_offsets(p.numel() for p in self.parameters)
         self.positions = [
             begin + ranks.rank * chunk.size
             for begin, chunk in zip(begins, self.chunks, strict=True)

@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 import torch
 from architectures import gemma, qwen
-from sodfast_kernels import chunked, linear_distillation_loss, linear_scratch_bytes
-from sodfast_kernels.arguments import Settings, Sides, Tokens
+from sodfast_kernels import linear_distillation_loss, linear_scratch_bytes
+from sodfast_kernels.distillation import torch_path
+from sodfast_kernels.distillation.arguments import Call, Settings, Sides, Tokens
 
 from sodfast.config import load_config
 from sodfast.memory import trace
@@ -58,13 +59,18 @@ def test_the_objectives_buffers_on_a_cpu_are_bounded(
     sides[0].requires_grad_()
     sides[1].requires_grad_()
     weight = torch.full((rows,), 1 / rows)
-    settings = Settings(0.5, 1.0, None, top_k, True, 0.2, 0.28, None)
+    settings = Settings(0.5, 1.0, None, top_k, True, 0.2, 0.28, None, False, None)
     with LiveBytes([*sides, weight]) as live, torch.no_grad():
-        results = chunked.evaluate(
-            Sides(*sides, None, None),
-            Tokens(weight, None, None, None, None),
-            settings, None, True, True, None,
-        )  # fmt: skip
+        results = torch_path.evaluate(
+            Call(
+                Sides(*sides, None, None),
+                Tokens(weight, None, None, None, None),
+                settings,
+                None,
+                True,
+                True,
+            )
+        )
         taken = live.take_peak() - sum(result.nbytes for result in results)
     bound = linear_scratch_bytes(*sides, top_k=top_k, backend="torch")
     assert 0.5 * bound < taken <= bound
@@ -76,16 +82,21 @@ def test_the_objectives_buffers_on_a_gpu_are_what_is_allocated(
     top_k: int | None, rows: int
 ) -> None:
     pytest.importorskip("triton")
-    from sodfast_kernels import linear
+    from sodfast_kernels.distillation import triton_path
 
     sides = [torch.zeros(count, 32) for count in (rows, 4000, rows, 4000)]
-    settings = Settings(0.5, 1.0, None, top_k, True, 0.2, 0.28, None)
+    settings = Settings(0.5, 1.0, None, top_k, True, 0.2, 0.28, None, False, None)
     with trace._no_kernels(), LiveBytes(sides) as live:
-        results = linear.evaluate(
-            Sides(*sides, None, None),
-            Tokens(torch.ones(rows), None, None, None, None),
-            settings, None, True, True, None,
-        )  # fmt: skip
+        results = triton_path.evaluate(
+            Call(
+                Sides(*sides, None, None),
+                Tokens(torch.ones(rows), None, None, None, None),
+                settings,
+                None,
+                True,
+                True,
+            )
+        )
         taken = live.take_peak() - sum(result.nbytes for result in results)
     # The candidates of a top-k tile are gone when the slab's gradients are computed.
     bound = linear_scratch_bytes(*sides, top_k=top_k, backend="triton")

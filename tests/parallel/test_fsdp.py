@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pair import Pair
-from sodfast_kernels.formats import BLOCK
+from sodfast_kernels.parameters import BLOCK
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 

@@ -243,3 +243,39 @@ def test_a_gpu_repeats_itself_within_a_bucket(dtype: torch.dtype) -> None:
         expected = logits.log_softmax(-1).gather(1, sample.response.cuda()[:, None])[:, 0].cpu()
         atol = 1e-4 if dtype == torch.float32 else 0.1
         torch.testing.assert_close(sample.logprob, expected, rtol=0, atol=atol)
+
+
+# ---------------------------------------------------------------- how many slots
+
+
+def test_slots_are_what_the_budget_holds() -> None:
+    network = tiny("qwen3").network
+    slot = 112 * Cache.bytes_per_token(network)  # 100 tokens, in steps of 16
+
+    def slots(budget: float, on_gpu: bool) -> int:
+        return native.cache_slots(network, 100, budget * slot / 2**30, 0, on_gpu)
+
+    assert [slots(budget, True) for budget in (1.01, 1.99, 40.5)] == [1, 1, 40]
+    assert [slots(budget, False) for budget in (16.1, 31.9, 40.5)] == [16, 16, 32]
+    assert [native.idle_rows(rows, False) for rows in (1, 16, 17)] == [15, 0, 15]
+    assert native.idle_rows(17, True) == 0
+    # A share of what is free, where no budget is given; nothing where more is taken than there is.
+    assert native.cache_slots(network, 100, None, 20 * slot / 0.85, True) in (19, 20)
+    assert native.cache_slots(network, 100, None, 33 * slot / 0.5, False) == 32
+    for free, on_gpu, count in ((-5.0, True, "1 sequence"), (20 * slot, False, "16 sequences")):
+        with pytest.raises(UsageError, match=rf"keys and values of {count} of 100 tokens"):
+            native.cache_slots(network, 100, None, free, on_gpu)
+
+
+def test_the_caches_budget_knows_limit_and_reuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {
+        "mem_get_info": (60, 140),
+        "get_per_process_memory_fraction": 0.5,
+        "memory_reserved": 30,
+        "memory_allocated": 20,
+    }
+    for name, value in values.items():
+        monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
+    assert native._free_bytes(torch.device("cuda")) == 70 - 20  # the limit
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)
+    assert native._free_bytes(torch.device("cuda")) == 60 + 30 - 20  # free or kept for reuse
