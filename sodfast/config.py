@@ -225,6 +225,11 @@ class CGTRConfig(Section):
     length_unit: Literal["sequence", "shard"] = "sequence"
     shards: Positive = 4  # length_unit=shard: groups of sequences whose lengths are summed
 
+    @property
+    def length_shards(self) -> int | None:
+        """Groups of sequences whose summed lengths the length gate sees; None: sequences."""
+        return self.shards if self.length_unit == "shard" else None
+
     @field_validator("gates")
     @classmethod
     def _gates_differ(cls, gates: tuple[str, ...]) -> tuple[str, ...]:
@@ -353,11 +358,8 @@ class Config(Section):
 
     @property
     def length_shards(self) -> int | None:
-        """Groups of sequences whose summed lengths the length gate sees; None: sequences."""
-        schedule = self.schedule
-        if isinstance(schedule, CGTRConfig) and schedule.length_unit == "shard":
-            return schedule.shards
-        return None
+        """See `CGTRConfig`; None for the other schedules."""
+        return self.schedule.length_shards if isinstance(self.schedule, CGTRConfig) else None
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
