@@ -28,8 +28,9 @@ import numpy as np
 from collect_runs import collect
 
 from sodfast.files import read_lines
-from sodfast.report import plots as figures
+from sodfast.report.canvas import standalone
 from sodfast.report.intervals import Series, group_curve
+from sodfast.report.plots import curve_figure
 
 VARIANTS = ("float32-torch", "bfloat16-8bit", "bfloat16-exact", "bfloat16-plain")
 
@@ -108,8 +109,8 @@ def draw(paths: dict[str, list[Path]]) -> str:
             series.append(Series(*map(np.array, points)))
             steps = max(steps, lines[-1]["step"])
         curves[variant] = group_curve(series, [], 1)
-    svg = figures.curve_figure("lab_bf16", "mean@16 on the test questions", curves, steps)
-    return figures.standalone(svg)
+    svg = curve_figure("lab_bf16", "mean@16 on the test questions", curves, steps)
+    return standalone(svg)
 
 
 def estimate(values: Sequence[float]) -> dict[str, float]:

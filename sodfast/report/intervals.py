@@ -5,7 +5,7 @@ statement: an error or an interval of a single seed does not exist. Intervals ar
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,14 +17,12 @@ RESAMPLES = 9_999
 Array = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class Interval:
+class Interval(NamedTuple):
     low: float
     high: float
 
 
-@dataclass(frozen=True)
-class Mean:
+class Mean(NamedTuple):
     """Mean of `n` values and its standard error, the sample standard deviation (n − 1) / √n;
     None for a single value."""
 
@@ -48,8 +46,7 @@ def wilson_interval(successes: int, n: int) -> Interval:
     return Interval(float(interval.low), float(interval.high))
 
 
-@dataclass(frozen=True)
-class Difference:
+class Difference(NamedTuple):
     """Mean of the paired differences, its interval, and in how many pairs it was above zero."""
 
     mean: float
@@ -71,22 +68,15 @@ def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> Dif
         return None
     interval = None
     if differences.size > 1:
-        result = stats.bootstrap(
-            (differences,),
-            np.mean,
-            n_resamples=RESAMPLES,
-            confidence_level=CONFIDENCE,
-            method="percentile",
-            rng=np.random.default_rng(0),
-        ).confidence_interval
-        interval = Interval(float(result.low), float(result.high))
-    return Difference(
-        float(differences.mean()), interval, differences.size, int((differences > 0).sum())
-    )
+        options = {"n_resamples": RESAMPLES, "confidence_level": CONFIDENCE}
+        rng = np.random.default_rng(0)
+        found = stats.bootstrap((differences,), np.mean, **options, method="percentile", rng=rng)
+        interval = Interval(*map(float, found.confidence_interval))
+    above = int((differences > 0).sum())
+    return Difference(float(differences.mean()), interval, differences.size, above)
 
 
-@dataclass(frozen=True)
-class Band:
+class Band(NamedTuple):
     """Per point: mean over the rows that have a value there, the bounds of its interval (nan
     where fewer than two have one) and how many have one."""
 
@@ -103,8 +93,7 @@ def band(values_RP: Array) -> Band:
     is for each point alone, not for the curve as a whole.
     """
     n = np.isfinite(values_RP).sum(axis=0)
-    count = np.where(n > 0, n, np.nan)
-    mean = np.nansum(values_RP, axis=0) / count
+    mean = np.nansum(values_RP, axis=0) / np.where(n > 0, n, np.nan)
     squares = np.nansum((values_RP - mean) ** 2, axis=0)
     several = np.where(n > 1, n, np.nan)
     error = np.sqrt(squares / (several - 1) / several)
@@ -112,16 +101,14 @@ def band(values_RP: Array) -> Band:
     return Band(mean, mean - half, mean + half, n)
 
 
-@dataclass(frozen=True)
-class Series:
+class Series(NamedTuple):
     """One run's values of one metric at the steps that carry it, ascending."""
 
     steps: Array
     values: Array
 
 
-@dataclass(frozen=True)
-class Curve:
+class Curve(NamedTuple):
     """A group's metric over steps, ready to be drawn.
 
     `band` is over the group's finished runs and ends where the first of them ends, so that no
@@ -152,12 +139,10 @@ def group_curve(finished: Sequence[Series], unfinished: Sequence[Series], width:
     x = np.unique(np.concatenate([series.steps for series in binned]))
     x = x[x <= end]
     values = np.full((len(binned), len(x)), np.nan)
-    for row, series in enumerate(binned):
-        inside = series.steps <= end
-        values[row, np.searchsorted(x, series.steps[inside])] = series.values[inside]
-        if not inside.all():
-            outside = series.steps >= end
-            loose.append(Series(series.steps[outside], series.values[outside]))
+    for row, (steps, own) in enumerate(binned):
+        values[row, np.searchsorted(x, steps[steps <= end])] = own[steps <= end]
+        if steps[-1] > end:
+            loose.append(Series(steps[steps >= end], own[steps >= end]))
     return Curve(x, band(values), tuple(loose))
 
 

@@ -6,22 +6,15 @@ steps is what the schedule says about these data, not what the other run would h
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sodfast.config import (
-    CGTRConfig,
-    Config,
-    ScheduleConfig,
-    TrustRegionConfig,
-    read_overrides,
-    validate,
-)
+from sodfast.config import CGTRConfig, Config, ScheduleConfig, read_overrides, validate
 from sodfast.errors import UsageError
 from sodfast.files import read_lines
-from sodfast.schedule import Decision, build_schedule, replay
+from sodfast.schedule import Decision, build_schedule, replay, student_share
 
 
 @dataclass(frozen=True)
@@ -56,11 +49,13 @@ class Replay:
     @property
     def first_difference(self) -> int | None:
         """The first step after which the teachers differ; None: they never do."""
-        pairs = zip(self.decisions, self.recorded, strict=True)
-        for step, (decision, recorded) in enumerate(pairs, start=1):
+        for step, (decision, recorded) in enumerate(self._pairs(), start=1):
             if _move(self.schedule, decision) != _move(self.recorded_schedule, recorded):
                 return step
         return None
+
+    def _pairs(self) -> Iterator[tuple[Decision, Decision]]:
+        return zip(self.decisions, self.recorded, strict=True)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -87,19 +82,15 @@ class Replay:
                 "COUNTERFACTUAL: the data came from the recorded schedule. The teachers part after "
                 f"step {first}; from step {first + 1} on the run itself would have gone elsewhere."
             )
-        rows = [
-            (step, decision, recorded)
-            for step, (decision, recorded) in enumerate(
-                zip(self.decisions, self.recorded, strict=True), start=1
-            )
-            if decision.gates or "copy" in (decision.action, recorded.action)
-        ]
-        if rows:
+        rows = [("step", "replay", "recorded", "gates (value against threshold)")]
+        for step, pair in enumerate(self._pairs(), start=1):
+            if pair[0].gates or any(decision.action == "copy" for decision in pair):
+                ours, theirs = ("refresh" if d.action == "copy" else "-" for d in pair)
+                rows.append((str(step), ours, theirs, "  ".join(_gates(pair[0]))))
+        if len(rows) > 1:
             yield ""
-            yield _row("step", "replay", "recorded", "gates (value against threshold)")
-        for step, decision, recorded in rows:
-            gates = "  ".join(_gates(decision.gates or {}))
-            yield _row(str(step), _mark(decision), _mark(recorded), gates)
+            for number, replayed, recorded, gates in rows:
+                yield f"{number:>6}  {replayed:<8}  {recorded:<8}  {gates}".rstrip()
         yield ""
         for name, decisions in (("replay", self.decisions), ("recorded", self.recorded)):
             yield f"{name}: {_summary(decisions)}"
@@ -123,26 +114,21 @@ def replay_run(run: Path, overrides: Sequence[str]) -> Replay:
         raise UsageError(f"{run} is not a run directory: it has no config.yaml")
     config = validate(read_overrides(run / "config.yaml", []))
     other = validate(read_overrides(run / "config.yaml", list(overrides)))
-    lines = _training_lines(run / "metrics.jsonl")
-    _require_metrics(lines, config, other, run)
-
-    result = Replay(
-        run=run,
-        schedule=other.schedule,
-        recorded_schedule=config.schedule,
-        decisions=replay(build_schedule(other.schedule), lines),
-        recorded=replay(build_schedule(config.schedule), lines),
-    )
+    lines = _training_lines(run, config, other)
+    decisions = replay(build_schedule(other.schedule), lines)
+    recorded = replay(build_schedule(config.schedule), lines)
     logged = [line["step"] for line in lines if line.get("teacher/refreshed")]
-    if logged != result.recorded_refreshes:
+    if logged != _copies(recorded):
         raise UsageError(
-            f"{run}: the schedule of config.yaml refreshes at {result.recorded_refreshes} on these "
+            f"{run}: the schedule of config.yaml refreshes at {_copies(recorded)} on these "
             f"metrics, but metrics.jsonl recorded {logged}: restore the file that was changed"
         )
-    return result
+    return Replay(run, other.schedule, config.schedule, decisions, recorded)
 
 
-def _training_lines(file: Path) -> list[dict[str, Any]]:
+def _training_lines(run: Path, recorded: Config, other: Config) -> list[dict[str, Any]]:
+    """The metrics of every step from 1, with what the other schedule looks at."""
+    file = run / "metrics.jsonl"
     if not file.is_file():
         raise UsageError(f"{file} does not exist: the run has no metrics to replay")
     lines = [line for line in read_lines(file) if line.get("step") != 0]
@@ -151,33 +137,22 @@ def _training_lines(file: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         if line.get("step") != number:
             raise UsageError(f"{file}: step {number} is missing; a replay needs every step from 1")
-    return lines
-
-
-def _require_metrics(
-    lines: Sequence[Mapping[str, Any]], recorded: Config, other: Config, run: Path
-) -> None:
-    keys = {"reward/mean", "length/mean", "length/max"}
-    if other.length_shards is not None:
-        if recorded.length_shards != other.length_shards:
-            raise UsageError(
-                f"{run} logged no lengths of {other.length_shards} shards: length_unit=shard can "
-                "be replayed only on a run that was recorded with it and with as many "
-                "schedule.shards"
-            )
-        keys |= {"length/shard_mean", "length/shard_max"}
+    if other.length_shards not in (None, recorded.length_shards):
+        raise UsageError(
+            f"{run} logged no lengths of {other.length_shards} shards: length_unit=shard can "
+            "be replayed only on a run that was recorded with it and with as many schedule.shards"
+        )
+    inputs = {*build_schedule(recorded.schedule).inputs, *build_schedule(other.schedule).inputs}
     for line in lines:
-        missing = sorted(keys - line.keys())
+        missing = sorted(inputs - line.keys())
         if missing:
-            raise UsageError(
-                f"{run}/metrics.jsonl: step {line['step']} has no {missing[0]}: restore the file"
-            )
+            raise UsageError(f"{file}: step {line['step']} has no {missing[0]}: restore the file")
+    return lines
 
 
 def _move(schedule: ScheduleConfig, decision: Decision) -> tuple[Any, ...]:
     """What a decision makes of the teacher. A trust region never moves, but mixes its logits."""
-    mixed = schedule.rate if isinstance(schedule, TrustRegionConfig) else 0.0
-    return decision.action, decision.rate, mixed
+    return decision.action, decision.rate, student_share(schedule) or 0.0
 
 
 def _copies(decisions: Sequence[Decision]) -> list[int]:
@@ -186,7 +161,7 @@ def _copies(decisions: Sequence[Decision]) -> list[int]:
 
 def _describe(schedule: ScheduleConfig) -> str:
     values = schedule.model_dump(mode="json", exclude={"kind"})
-    if isinstance(schedule, CGTRConfig) and schedule.length_unit == "sequence":
+    if isinstance(schedule, CGTRConfig) and schedule.length_shards is None:
         del values["shards"]
     keys = ", ".join(
         f"{key} {'+'.join(value) or 'none' if isinstance(value, list) else value}"
@@ -195,26 +170,16 @@ def _describe(schedule: ScheduleConfig) -> str:
     return f"{schedule.kind} ({keys})" if keys else schedule.kind
 
 
-def _gates(gates: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    for name, gate in gates.items():
+def _gates(decision: Decision) -> Iterator[str]:
+    for name, gate in (decision.gates or {}).items():
         threshold = f"{gate['threshold']:.4g}" if "threshold" in gate else "none yet"
         verdict = "pass" if gate["pass"] else "BLOCK"
         off = "" if gate["active"] else " (off)"
         yield f"{name} {gate['value']:.4g}/{threshold} {verdict}{off}"
 
 
-def _mark(decision: Decision) -> str:
-    return "refresh" if decision.action == "copy" else "-"
-
-
-def _row(step: str, replayed: str, recorded: str, gates: str) -> str:
-    return f"{step:>6}  {replayed:<8}  {recorded:<8}  {gates}".rstrip()
-
-
 def _summary(decisions: Sequence[Decision]) -> str:
-    copies = _copies(decisions)
-    if copies:
-        return "refreshes at " + ", ".join(map(str, copies))
     if any(decision.action == "average" for decision in decisions):
         return "averages after every step"
-    return "no refresh"
+    steps = ", ".join(map(str, _copies(decisions)))
+    return f"refreshes at {steps}" if steps else "no refresh"

@@ -5,7 +5,7 @@ each file is read once.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,16 @@ from sodfast.config import CGTRConfig, Config, ScheduleConfig, read_overrides, v
 from sodfast.errors import UsageError
 from sodfast.files import read_lines
 from sodfast.report.intervals import Curve, Series, group_curve
-from sodfast.study.definition import Trial
+from sodfast.schedule import build_schedule
 from sodfast.study.directory import finished_status, read_runs
 from sodfast.summary import spike_ratios
 
-FINISHED = ("done", "collapsed")
-GATES = ("isolation", "reward", "length")
+GATES = CGTRConfig().gates
 
 Line = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """One run as it is on disk. `point`: axis → label, without `seed`; empty for a single run."""
 
@@ -40,24 +39,20 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return self.status in FINISHED
+        return self.status in ("done", "collapsed")
 
     @property
     def last_step(self) -> int:
         return int(self.lines[-1]["step"]) if self.lines else 0
 
-    @cached_property
-    def scores(self) -> Series:
-        return self.series(f"eval/mean@{self.config.eval.samples}")
-
-    @cached_property
-    def refreshes(self) -> list[Line]:
-        return [event for event in self.events if event["event"] == "refresh"]
-
     @property
     def copies(self) -> bool:
         """Whether this run's teacher moves by copies, if at all (fixed, hard, cgtr)."""
         return any("teacher/refreshed" in line for line in self.lines)
+
+    @cached_property
+    def refreshes(self) -> list[Line]:
+        return [event for event in self.events if event["event"] == "refresh"]
 
     @cached_property
     def checks(self) -> list[Line]:
@@ -70,6 +65,10 @@ class Run:
     @cached_property
     def spikes(self) -> dict[int, float]:
         return spike_ratios(self.lines)
+
+    @cached_property
+    def scores(self) -> Series:
+        return self.series(f"eval/mean@{self.config.eval.samples}")
 
     def series(self, key: str) -> Series:
         """A metric at the steps that carry it. Raises `UsageError` where it is not finite."""
@@ -84,8 +83,8 @@ class Run:
         """max / mean response length pooled over the last `window` steps: what the gate sees."""
         schedule = self.config.schedule
         window = schedule.window if isinstance(schedule, CGTRConfig) else CGTRConfig().window
-        prefix = "length/shard_" if self.config.length_shards else "length/"
-        greatest, mean = self.series(prefix + "max"), self.series(prefix + "mean")
+        _, mean_key, max_key = build_schedule(schedule).inputs
+        greatest, mean = self.series(max_key), self.series(mean_key)
         if not mean.steps.size:
             return mean
         lead = np.full(window - 1, np.nan)
@@ -96,50 +95,81 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Group:
+    """Runs that differ in nothing but their seed. `used` are those that the statistics are over:
+    the finished ones, and a single run in any state."""
+
+    label: str
+    runs: Sequence[Run]
+    used: Sequence[Run]
+    baseline: "Group | None" = None  # what it is compared with, perhaps itself
+
+    @property
+    def point(self) -> Mapping[str, str]:
+        return self.runs[0].point
+
+    def curve(self, series: Callable[[Run], Series], width: int) -> Curve:
+        rest = [run for run in self.runs if run not in self.used and run.lines]
+        return group_curve([*map(series, self.used)], [*map(series, rest)], width)
+
+
+@dataclass(frozen=True)
 class Source:
-    """What a report is about: the runs of a study in its order, or a single run."""
+    """What a report is about: the runs of a study in its order, or a single run, in groups.
+
+    The groups are compared with those that have `value` on `axis`, the other axes being equal;
+    both are None where there is only one group.
+    """
 
     directory: Path
     runs: Sequence[Run]
-    axes: Sequence[str]  # without seed
-    is_study: bool
-    definition: str = ""  # the study file
+    groups: Sequence[Group]
+    axis: str | None
+    value: str | None
+    definition: str  # the study file; empty for a single run
+
+    @property
+    def single(self) -> bool:
+        return not self.definition
 
 
-def load(directory: Path) -> Source:
+def load(directory: Path, baseline: str | None = None) -> Source:
     """Read a run or a study directory, each metrics file once. Raises `UsageError`."""
+    definition = ""
     if (directory / "study.yaml").is_file():
-        trials = read_runs(directory)
-        runs = [
-            _read_run(
-                item.trial.name, item.path, item.trial.config, item.status, _point(item.trial)
-            )
-            for item in trials
-        ]
+        definition = (directory / "study.yaml").read_text()
+        runs = []
+        for item in read_runs(directory):
+            trial = item.trial
+            point = {axis: label for axis, label in trial.point.items() if axis != "seed"}
+            runs.append(_read_run(trial.name, item.path, trial.config, item.status, point))
         if not any(run.lines for run in runs):
             raise UsageError(
                 f"no trial of {directory} has metrics yet: run sodfast sweep, or look into "
                 f"{directory / 'logs'}"
             )
-        definition = (directory / "study.yaml").read_text()
-        return Source(directory, runs, list(runs[0].point), True, definition)
-    if not (directory / "config.yaml").is_file():
+    elif (directory / "config.yaml").is_file():
+        config = validate(read_overrides(directory / "config.yaml", []))
+        status = finished_status(directory, config) or "unfinished"
+        runs = [_read_run(directory.resolve().name, directory, config, status, {})]
+        if not runs[0].lines:
+            raise UsageError(
+                f"{directory} has no metrics yet: continue it with sodfast train --resume "
+                f"{directory}"
+            )
+    else:
         raise UsageError(
             f"{directory} is neither a run nor a study directory: it has no config.yaml and no "
             "study.yaml"
         )
-    config = validate(read_overrides(directory / "config.yaml", []))
-    status = finished_status(directory, config) or "unfinished"
-    run = _read_run(directory.resolve().name, directory, config, status, {})
-    if not run.lines:
-        raise UsageError(
-            f"{directory} has no metrics yet: continue it with sodfast train --resume {directory}"
-        )
-    return Source(directory, [run], [], False)
-
-
-def _point(trial: Trial) -> dict[str, str]:
-    return {axis: label for axis, label in trial.point.items() if axis != "seed"}
+    groups = group_runs(runs, single=not definition)
+    axis, value = _baseline(groups, baseline)
+    if axis is not None and value is not None:
+        members = {tuple(group.point.items()): group for group in groups}
+        points = [tuple({**group.point, axis: value}.items()) for group in groups]
+        pairs = zip(groups, points, strict=True)
+        groups = [replace(group, baseline=members.get(point)) for group, point in pairs]
+    return Source(directory, runs, groups, axis, value, definition)
 
 
 def _read_run(name: str, path: Path, config: Config, status: str, point: Mapping[str, str]) -> Run:
@@ -148,70 +178,72 @@ def _read_run(name: str, path: Path, config: Config, status: str, point: Mapping
         for number, item in enumerate(items, start=1):
             if not isinstance(item, dict) or not isinstance(item.get("step"), int):
                 raise UsageError(f"{path / file}:{number}: no object with a step")
-    return Run(name, path, config, status, point, lines, events)
+    run = Run(name, path, config, status, point, lines, events)
+    if run.checks and not isinstance(config.schedule, CGTRConfig):
+        raise UsageError(f"{path}: events.jsonl has gates but the schedule has none")
+    return run
 
 
-@dataclass(frozen=True)
-class Group:
-    """Runs that differ in nothing but their seed."""
+def _baseline(groups: Sequence[Group], text: str | None) -> tuple[str | None, str | None]:
+    """The axis and the label that groups are compared with, given as AXIS=LABEL.
 
-    label: str
-    runs: Sequence[Run]
+    By default `schedule`, if it is an axis, else the first axis, at its first value.
+    """
+    points = [group.point for group in groups]
+    known = {f"{axis}={label}": (axis, label) for point in points for axis, label in point.items()}
+    if text is not None:
+        if text not in known:
+            choices = ", ".join(known) or "nothing: there is only one group"
+            raise UsageError(f"baseline {text} is not in the study; it can be {choices}")
+        return known[text]
+    if len(groups) < 2:
+        return None, None
+    axis = "schedule" if "schedule" in points[0] else next(iter(points[0]))
+    return axis, points[0][axis]
 
-    @property
-    def finished(self) -> list[Run]:
-        return [run for run in self.runs if run.finished]
 
-    @property
-    def point(self) -> Mapping[str, str]:
-        return self.runs[0].point
-
-    def curve(self, series: Callable[[Run], Series], width: int, single: bool = False) -> Curve:
-        """`single`: a report of one run, whose mean it is, finished or not."""
-        whole = [run for run in self.runs if run.finished or single]
-        rest = [run for run in self.runs if not run.finished and not single and run.lines]
-        return group_curve([series(run) for run in whole], [series(run) for run in rest], width)
+_CALLED = {
+    "fixed": "fixed",
+    "hard": "hard, every {every}",
+    "ema": "EMA {rate:g}",
+    "trust_region": "trust region {rate:g}",
+}
 
 
 def describe_schedule(schedule: ScheduleConfig) -> str:
     """A schedule as the figures call it; CGTR with what differs from the paper's settings."""
-    match schedule.kind:
-        case "fixed":
-            return "fixed"
-        case "hard":
-            return f"hard, every {schedule.every}"
-        case "ema":
-            return f"EMA {schedule.rate:g}"
-        case "trust_region":
-            return f"trust region {schedule.rate:g}"
-    parts = [f"no {gate} gate" for gate in GATES if gate not in schedule.gates]
+    values = schedule.model_dump()
+    if not isinstance(schedule, CGTRConfig):
+        return _CALLED[schedule.kind].format(**values)
     usual = CGTRConfig()
-    parts += [
-        f"{key} {value}"
-        for key, value in schedule.model_dump().items()
-        if key not in ("kind", "gates") and value != getattr(usual, key)
-    ]
+    parts = [f"no {gate} gate" for gate in usual.gates if gate not in schedule.gates]
+    for key, value in values.items():
+        if key not in ("kind", "gates") and value != getattr(usual, key):
+            parts.append(f"{key} {value}")
     return ", ".join(["CGTR", *parts])
 
 
-def group_runs(source: Source) -> list[Group]:
+def group_runs(runs: Sequence[Run], single: bool = False) -> list[Group]:
     """In the study's order, under a short name that is unique."""
     members: dict[tuple[tuple[str, str], ...], list[Run]] = {}
-    for run in source.runs:
+    for run in runs:
         members.setdefault(tuple(run.point.items()), []).append(run)
-    short = [_short_label(runs[0]) for runs in members.values()]
-    labels = [
-        text if short.count(text) == 1 else ", ".join(f"{axis}={label}" for axis, label in point)
-        for text, point in zip(short, members, strict=True)
+    short = [_short_label(own[0]) for own in members.values()]
+    return [
+        Group(
+            text if short.count(text) == 1 else ", ".join(f"{key}={label}" for key, label in point),
+            own,
+            [run for run in own if run.finished or single],
+        )
+        for text, (point, own) in zip(short, members.items(), strict=True)
     ]
-    return [Group(label, runs) for label, runs in zip(labels, members.values(), strict=True)]
 
 
 def _short_label(run: Run) -> str:
+    """A run's values on the axes, a schedule as `describe_schedule` calls it."""
+    schedule = describe_schedule(run.config.schedule)
     parts = [
-        describe_schedule(run.config.schedule)
-        if axis == "schedule"
-        else f"{axis.rpartition('.')[2]} {label}"
+        schedule if axis == "schedule" else f"{axis.rpartition('.')[2]} {label}"
         for axis, label in run.point.items()
     ]
-    return ", ".join(parts) or describe_schedule(run.config.schedule)
+    return ", ".join(parts) or schedule

@@ -2,28 +2,25 @@
 
 import csv
 import io
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from itertools import chain
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from sodfast.report.early_warning import Forecast
-from sodfast.report.intervals import (
-    Mean,
-    Series,
-    mean_and_error,
-    paired_difference,
-    wilson_interval,
-)
+from sodfast.report.intervals import Curve, mean_and_error, paired_difference, wilson_interval
 from sodfast.report.runs import GATES, Group, Line, Run
 
 ENDS = 5  # steps whose mean stands for the beginning and the end of a run
 NONE = "–"
 
+Show = Callable[[float | None], str]
 
-@dataclass(frozen=True)
-class Column:
+
+class Column(NamedTuple):
     """A column of the page, made of one or several of the CSV's."""
 
     head: str
@@ -36,20 +33,23 @@ class Table:
     """`keys` are the CSV's columns, so that a table without rows still has its head. Without
     `columns` it is a figure's numbers and stands in no page."""
 
-    name: str
     keys: Sequence[str]
-    rows: Sequence[Mapping[str, Any]]
+    rows: Sequence[Line]
     columns: Sequence[Column] = ()
 
     def to_csv(self) -> str:
         stream = io.StringIO()
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(self.keys)
-        writer.writerows([[row.get(key) for key in self.keys] for row in self.rows])
+        writer.writerows([[_cell(row.get(key)) for key in self.keys] for row in self.rows])
         return stream.getvalue()
 
-    def cells(self, row: Line) -> list[str]:
-        return [column.text(row) for column in self.columns]
+
+def _cell(value: Any) -> Any:
+    """Steps with spaces between them, and those of several seeds one after the other."""
+    if isinstance(value, Mapping):
+        return "; ".join(f"seed {seed}: {_cell(own) or 'none'}" for seed, own in value.items())
+    return " ".join(map(str, value)) if isinstance(value, list) else value
 
 
 def number(value: float | None, digits: int = 3, sign: bool = False) -> str:
@@ -74,155 +74,159 @@ def significant(value: float | None, digits: int = 3) -> str:
     return number(value, max(0, digits - 1 - exponent))
 
 
-def with_error(key: str, show: Callable[[float | None], str] = number) -> Callable[[Line], str]:
+one_digit, two_digits = partial(number, digits=1), partial(number, digits=2)
+
+
+def with_error(row: Line, key: str, show: Show = number) -> str:
     """mean ± standard error to the mean's last digit; the mean alone where there is no error."""
-
-    def text(row: Line) -> str:
-        mean, error = show(row[f"{key}_mean"]), row[f"{key}_error"]
-        if error is None:
-            return mean
-        decimals = len(mean.partition(".")[2]) if "e" not in mean else 0
-        return f"{mean} ± {number(error, decimals) if decimals else show(error)}"
-
-    return text
+    mean, error = show(row[f"{key}_mean"]), row[f"{key}_error"]
+    if error is None:
+        return mean
+    decimals = len(mean.partition(".")[2]) if "e" not in mean else 0
+    return f"{mean} ± {number(error, decimals) if decimals else show(error)}"
 
 
-def interval(low: float | None, high: float | None, **options: Any) -> str:
-    return "" if low is None else f"[{number(low, **options)}, {number(high, **options)}]"
+def _interval(row: Line, low: str, high: str, digits: int = 2, sign: bool = False) -> str:
+    if row[low] is None:
+        return ""
+    return f"[{number(row[low], digits, sign)}, {number(row[high], digits, sign)}]"
 
 
-def _one_digit(value: float | None) -> str:
-    return number(value, 1)
+def _shown(head: str, key: str, show: Callable[[Any], str] = str, numeric: bool = True) -> Column:
+    return Column(head, lambda row: NONE if row[key] is None else show(row[key]), numeric)
 
 
-def _plain(key: str) -> Callable[[Line], str]:
-    return lambda row: NONE if row[key] is None else str(row[key])
-
-
-def _name(head: str = "group", key: str = "group") -> Column:
-    return Column(head, _plain(key), numeric=False)
-
-
-def _spread(key: str, found: Mean | None) -> dict[str, float | None]:
-    return {
-        f"{key}_mean": found.value if found else None,
-        f"{key}_error": found.error if found else None,
-    }
-
-
-def _spread_keys(*keys: str) -> list[str]:
-    return [f"{key}_{part}" for key in keys for part in ("mean", "error")]
-
-
-def mean_of(runs: Iterable[Run], value: Callable[[Run], float | None]) -> Mean | None:
-    """Over the runs that have the value."""
-    return mean_and_error([found for run in runs if (found := value(run)) is not None])
+# ---------------------------------------------------------------- numbers of a run
 
 
 def start(run: Run) -> float | None:
     """The untouched student's score."""
-    scores = run.scores
-    return float(scores.values[0]) if scores.steps.size and scores.steps[0] == 0 else None
+    return float(run.scores.values[0]) if 0 in run.scores.steps else None
 
 
 def final(run: Run) -> float | None:
-    return _last(run.scores)
+    return next(reversed(run.scores.values.tolist()), None)
 
 
 def peak(run: Run) -> float | None:
-    return float(run.scores.values.max()) if run.scores.values.size else None
+    return max(run.scores.values.tolist(), default=None)
 
 
-def _last(series: Series) -> float | None:
-    return float(series.values[-1]) if series.values.size else None
+def average(key: str, part: slice = slice(None)) -> Callable[[Run], float | None]:
+    """The mean of a metric over these of a run's steps."""
+    return lambda run: _mean(run.series(key).values[part])
 
 
-def average(run: Run, key: str, part: slice = slice(None)) -> float | None:
-    values = run.series(key).values[part]
-    return float(values.mean()) if values.size else None
+def _mean(values: Iterable[float]) -> float | None:
+    known = list(values)
+    return float(np.mean(known)) if known else None
 
 
-def pairs(runs: Sequence[Run], baseline: Sequence[Run]) -> list[tuple[float, float]]:
-    """Final scores of the seeds that both have."""
-    others = {run.config.seed: final(run) for run in baseline}
-    found = [(final(run), others.get(run.config.seed)) for run in runs]
-    return [(a, b) for a, b in found if a is not None and b is not None]
+def _greatest(key: str) -> Callable[[Run], float | None]:
+    return lambda run: max(run.series(key).values.tolist(), default=None)
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """A group, those of its runs that its statistics are over, and its baseline's."""
+def _last_of(kind: str) -> Callable[[Run], float | None]:
+    """eval/<kind>@k of the last evaluation at the greatest k."""
 
-    group: Group
-    runs: Sequence[Run]
-    baseline: Group | None
-    baseline_runs: Sequence[Run]
+    def of(run: Run) -> float | None:
+        keys = {key for line in run.lines[-1:] for key in line if key.startswith(f"eval/{kind}@")}
+        key = max(keys, key=lambda key: int(key.rpartition("@")[2]), default=None)
+        return None if key is None else float(run.series(key).values[-1])
+
+    return of
 
 
-def results(comparisons: Sequence[Comparison]) -> Table:
-    """Like the paper's Tables 1, 3, 5 and 6: final and peak score, collapses, differences."""
+# ---------------------------------------------------------------- a row per group
+
+
+class Measure(NamedTuple):
+    """A number of a run, of which a group's row has the mean over its runs and the error."""
+
+    key: str
+    head: str
+    of: Callable[[Run], float | None]
+    show: Show = number
+
+    def column(self) -> Column:
+        return Column(self.head, partial(with_error, key=self.key, show=self.show))
+
+
+def _by_group(
+    groups: Iterable[Group],
+    measures: Sequence[Measure],
+    more: Callable[[Group], Line] = lambda group: {},
+    columns: Sequence[Column] = (),
+    among: Callable[[Run], Any] = lambda run: True,
+) -> Table:
+    """`more` adds to a group's row and `columns` shows it; the means are over the runs `among`
+    a group's used ones that have the number."""
     rows = []
-    for one in comparisons:
-        runs = one.runs
-        collapses = [run.collapse_step for run in runs if run.collapse_step is not None]
-        rate = wilson_interval(len(collapses), len(runs)) if len(runs) > 1 else None
-        difference = None
-        if one.baseline is not None and one.baseline is not one.group:
-            paired = pairs(runs, one.baseline_runs)
-            difference = paired_difference([a for a, _ in paired], [b for _, b in paired])
-        bounds = difference.interval if difference else None
-        rows.append(
-            {
-                "group": one.group.label,
-                "n": len(runs),
-                "listed": len(one.group.runs),
-                **_spread("start", mean_of(runs, start)),
-                **_spread("final", mean_of(runs, final)),
-                **_spread("peak", mean_of(runs, peak)),
-                "collapsed": len(collapses),
-                "collapse_low": rate.low if rate else None,
-                "collapse_high": rate.high if rate else None,
-                "collapse_steps": " ".join(map(str, collapses)),
-                "baseline": one.baseline.label if one.baseline else None,
-                "difference": difference.mean if difference else None,
-                "difference_low": bounds.low if bounds else None,
-                "difference_high": bounds.high if bounds else None,
-                "pairs": difference.n if difference else None,
-                "pairs_above": difference.above if difference else None,
-            }
-        )
-    compared = [row for row in rows if row["baseline"] is not None]
-    columns = [
-        _name(),
-        Column("n", runs_of),
-        Column("start", with_error("start")),
-        Column("final", with_error("final")),
-        Column("peak", with_error("peak")),
-        Column("collapsed [95 %]", _collapse_rate),
-    ]
-    if compared:
-        columns += [
-            Column("difference [95 %]", _difference),
-            Column("seeds above", _above),
-        ]
-    return Table("results", list(rows[0]), rows, columns)
+    for group in groups:
+        row: dict[str, Any] = {"group": group.label, "n": len(group.used)}
+        row["listed"] = len(group.runs)
+        for key, _, of, _ in measures:
+            values = [of(run) for run in group.used if among(run)]
+            found = mean_and_error([value for value in values if value is not None])
+            row |= {f"{key}_mean": found and found.value, f"{key}_error": found and found.error}
+        rows.append({**row, **more(group)})
+    spread = [f"{measure.key}_{part}" for measure in measures for part in ("mean", "error")]
+    keys = list(dict.fromkeys(chain(["group", "n", "listed", *spread], *rows)))
+    names = [_shown("group", "group", numeric=False), Column("n", runs_of)]
+    return Table(keys, rows, [*names, *(one.column() for one in measures), *columns])
 
 
 def runs_of(row: Line) -> str:
     return str(row["n"]) if row["n"] == row["listed"] else f"{row['n']} of {row['listed']}"
 
 
+def results(groups: Sequence[Group]) -> Table:
+    """Like the paper's Tables 1, 3, 5 and 6: final and peak score, collapses, differences."""
+    numbers = {"start": start, "final": final, "peak": peak}
+    measures = [Measure(key, key, of) for key, of in numbers.items()]
+    columns = [Column("collapsed [95 %]", _collapse_rate)]
+    if any(group.baseline is not None for group in groups):
+        columns += [Column("difference [95 %]", _difference), Column("seeds above", _above)]
+    return _by_group(groups, measures, _outcome, columns)
+
+
+def _outcome(group: Group) -> dict[str, Any]:
+    """How many of a group's runs collapsed, and by how much it differs from its baseline over the
+    seeds that both have."""
+    collapses = [run.collapse_step for run in group.used if run.collapse_step is not None]
+    rate = wilson_interval(len(collapses), len(group.used)) if len(group.used) > 1 else None
+    difference = None
+    if group.baseline is not None and group.baseline.label != group.label:
+        others = {run.config.seed: final(run) for run in group.baseline.used}
+        both = [(final(run), others.get(run.config.seed)) for run in group.used]
+        pairs = [(own, other) for own, other in both if own is not None and other is not None]
+        difference = paired_difference([a for a, _ in pairs], [b for _, b in pairs])
+    bounds = difference.interval if difference else None
+    return {
+        "collapsed": len(collapses),
+        "collapse_low": rate and rate.low,
+        "collapse_high": rate and rate.high,
+        "collapse_steps": collapses,
+        "baseline": group.baseline and group.baseline.label,
+        "difference": difference and difference.mean,
+        "difference_low": bounds and bounds.low,
+        "difference_high": bounds and bounds.high,
+        "pairs": difference and difference.n,
+        "pairs_above": difference and difference.above,
+    }
+
+
 def _collapse_rate(row: Line) -> str:
     if not row["n"]:
         return NONE
-    bounds = interval(row["collapse_low"], row["collapse_high"], digits=2)
+    bounds = _interval(row, "collapse_low", "collapse_high")
     return f"{row['collapsed']} of {row['n']} {bounds}".strip()
 
 
 def _difference(row: Line) -> str:
     if row["baseline"] == row["group"]:
         return "baseline"
-    bounds = interval(row["difference_low"], row["difference_high"], sign=True)
+    bounds = _interval(row, "difference_low", "difference_high", digits=3, sign=True)
     return f"{number(row['difference'], sign=True)} {bounds}".strip()
 
 
@@ -230,269 +234,181 @@ def _above(row: Line) -> str:
     return NONE if row["pairs"] is None else f"{row['pairs_above']} of {row['pairs']}"
 
 
-def _shorten(items: Sequence[str], most: int = 6) -> str:
-    if len(items) <= most:
-        return ", ".join(items) or NONE
-    return ", ".join(items[: most - 1]) + f", … {items[-1]} ({len(items)})"
-
-
-def teacher(comparisons: Sequence[Comparison]) -> Table:
+def teacher(groups: Sequence[Group]) -> Table:
     """Like the paper's Table 3: when the teacher moved, how far, and what it did to the KL."""
-    rows = []
-    for one in comparisons:
-        copying = [run for run in one.runs if run.copies]
-        rows.append(
-            {
-                **_counts(one),
-                **_spread("refreshes", mean_of(copying, lambda run: float(len(run.refreshes)))),
-                **_spread("age", mean_of(copying, lambda run: average(run, "teacher/age"))),
-                **_spread("shock", mean_of(copying, _mean_shock)),
-                **_spread("spike", mean_of(copying, _mean_spike)),
-                "spikes": sum(len(run.spikes) for run in copying),
-                "refresh_steps": "; ".join(
-                    f"seed {run.config.seed}: "
-                    + (" ".join(str(event["step"]) for event in run.refreshes) or "none")
-                    for run in copying
-                ),
-            }
-        )
-    columns = [
-        _name(),
-        Column("n", runs_of),
-        Column("refreshes", with_error("refreshes", _one_digit)),
-        Column("teacher's age", with_error("age", _one_digit)),
-        Column("shock", with_error("shock", significant)),
-        Column("spike ratio", with_error("spike", _two_digits)),
-        Column("refreshed at steps", _refresh_steps, numeric=False),
+
+    def shock(run: Run) -> float | None:
+        return _mean(event["shock"] for event in run.refreshes)
+
+    measures = [
+        Measure("refreshes", "refreshes", lambda run: len(run.refreshes), one_digit),
+        Measure("age", "teacher's age", average("teacher/age"), one_digit),
+        Measure("shock", "shock", shock, significant),
+        Measure("spike", "spike ratio", lambda run: _mean(run.spikes.values()), two_digits),
     ]
-    return Table("teacher", list(rows[0]), rows, columns)
 
+    def moves(group: Group) -> dict[str, Any]:
+        copying = [run for run in group.used if run.copies]
+        steps = {run.config.seed: [event["step"] for event in run.refreshes] for run in copying}
+        return {"spikes": sum(len(run.spikes) for run in copying), "refresh_steps": steps}
 
-def blocked(comparisons: Sequence[Comparison]) -> Table:
-    """Like the paper's Table 4: checks at which each gate blocked, for the groups with gates."""
-    keys = [*_spread_keys("checks", *(f"blocked_{gate}" for gate in GATES))]
-    rows = []
-    for one in comparisons:
-        gated = [run for run in one.runs if run.checks]
-        if not gated:
-            continue
-        row = _counts(one) | _spread("checks", mean_of(gated, lambda run: float(len(run.checks))))
-        for gate in GATES:
-            row |= _spread(f"blocked_{gate}", mean_of(gated, _blocks(gate)))
-        rows.append(row)
-    columns = [_name(), Column("n", runs_of), Column("checks", with_error("checks", _one_digit))]
-    columns += [
-        Column(f"{gate} blocked", with_error(f"blocked_{gate}", _one_digit)) for gate in GATES
-    ]
-    return Table("blocked", ["group", "n", "listed", *keys], rows, columns)
-
-
-def _counts(one: Comparison) -> dict[str, Any]:
-    """What every row by group begins with."""
-    return {"group": one.group.label, "n": len(one.runs), "listed": len(one.group.runs)}
-
-
-def _blocks(gate: str) -> Callable[[Run], float]:
-    return lambda run: float(sum(not check["gates"][gate]["pass"] for check in run.checks))
-
-
-def _mean_shock(run: Run) -> float | None:
-    found = mean_and_error([event["shock"] for event in run.refreshes])
-    return found.value if found else None
-
-
-def _mean_spike(run: Run) -> float | None:
-    found = mean_and_error(list(run.spikes.values()))
-    return found.value if found else None
+    columns = [Column("refreshed at steps", _refresh_steps, numeric=False)]
+    return _by_group(groups, measures, moves, columns, among=lambda run: run.copies)
 
 
 def _refresh_steps(row: Line) -> str:
     """The steps of each seed; seeds that refreshed at the same steps together."""
-    seeds: dict[str, list[str]] = {}
-    for part in row["refresh_steps"].split("; ") if row["refresh_steps"] else []:
-        seed, _, steps = part.partition(": ")
-        seeds.setdefault(steps, []).append(seed.removeprefix("seed "))
-    if not seeds:
-        return NONE
-    if len(seeds) == 1:
-        return _shorten(next(iter(seeds)).split())
-    return "; ".join(f"{_shorten(steps.split(), 5)}" for steps in seeds)
+    different = list(dict.fromkeys(map(tuple, row["refresh_steps"].values())))
+    most = 6 if len(different) == 1 else 5
+    parts = []
+    for steps in different:
+        shown = [*map(str, steps)]
+        if len(steps) > most:
+            shown[most - 1 :] = [f"… {steps[-1]} ({len(steps)})"]
+        parts.append(", ".join(shown) or "none")
+    return "; ".join(parts) or NONE
 
 
-Measure = tuple[str, Callable[[Run], float | None], Callable[[float | None], str]]
+def blocked(groups: Sequence[Group]) -> Table:
+    """Like the paper's Table 4: checks at which each gate blocked, for the groups with gates."""
 
+    def blocks(gate: str) -> Callable[[Run], float]:
+        return lambda run: sum(not check["gates"][gate]["pass"] for check in run.checks)
 
-def _two_digits(value: float | None) -> str:
-    return number(value, 2)
-
-
-def diagnostics(comparisons: Sequence[Comparison]) -> Table:
-    """Like the paper's Table 10: each run's mean over its steps, then over the runs."""
-    measures: dict[str, Measure] = {
-        "success_group_fraction": (
-            "success groups",
-            lambda run: average(run, "reward/success_group_fraction"),
-            number,
-        ),
-        "snr": ("SNR", lambda run: average(run, "reward/snr"), number),
-        "reward_last": ("reward, end", lambda run: average(run, "reward/mean", _END), number),
-        "entropy": ("entropy", lambda run: average(run, "policy/entropy"), number),
-        "entropy_last": ("entropy, end", lambda run: average(run, "policy/entropy", _END), number),
-        "divergence": ("divergence", lambda run: average(run, "distill/divergence"), significant),
-    }
-    return _measure_table("diagnostics", comparisons, measures)
-
-
-def lengths(comparisons: Sequence[Comparison]) -> Table:
-    """Response lengths, and what the last evaluation says beside its mean."""
-    measures: dict[str, Measure] = {
-        "length_first": (
-            "length, begin",
-            lambda run: average(run, "length/mean", _BEGIN),
-            _one_digit,
-        ),
-        "length_last": ("length, end", lambda run: average(run, "length/mean", _END), _one_digit),
-        "tail": ("tail ratio", lambda run: average(run, "length/tail_ratio"), _two_digits),
-        "tail_max": ("greatest tail ratio", _greatest_tail, _two_digits),
-        "best": ("best@k", lambda run: _last_of(run, "best"), number),
-        "maj": ("maj@k", lambda run: _last_of(run, "maj"), number),
-    }
-    return _measure_table("lengths", comparisons, measures)
-
-
-def _measure_table(
-    name: str, comparisons: Sequence[Comparison], measures: Mapping[str, Measure]
-) -> Table:
-    rows = [
-        {
-            **_counts(one),
-            **{
-                key: value
-                for measure, (_, of, _) in measures.items()
-                for key, value in _spread(measure, mean_of(one.runs, of)).items()
-            },
-        }
-        for one in comparisons
-    ]
-    shown = [Column(head, with_error(key, show)) for key, (head, _, show) in measures.items()]
-    return Table(name, list(rows[0]), rows, [_name(), Column("n", runs_of), *shown])
+    measures = [Measure("checks", "checks", lambda run: len(run.checks), one_digit)]
+    for gate in GATES:
+        measures.append(Measure(f"blocked_{gate}", f"{gate} blocked", blocks(gate), one_digit))
+    gated = [group for group in groups if any(run.checks for run in group.used)]
+    return _by_group(gated, measures, among=lambda run: run.checks)
 
 
 _BEGIN, _END = slice(ENDS), slice(-ENDS, None)
+# Like the paper's Table 10: each run's mean over its steps, then over the runs.
+DIAGNOSTICS = (
+    Measure("success_group_fraction", "success groups", average("reward/success_group_fraction")),
+    Measure("snr", "SNR", average("reward/snr")),
+    Measure("reward_last", "reward, end", average("reward/mean", _END)),
+    Measure("entropy", "entropy", average("policy/entropy")),
+    Measure("entropy_last", "entropy, end", average("policy/entropy", _END)),
+    Measure("divergence", "divergence", average("distill/divergence"), significant),
+)
+# Response lengths, and what the last evaluation says beside its mean.
+LENGTHS = (
+    Measure("length_first", "length, begin", average("length/mean", _BEGIN), one_digit),
+    Measure("length_last", "length, end", average("length/mean", _END), one_digit),
+    Measure("tail", "tail ratio", average("length/tail_ratio"), two_digits),
+    Measure("tail_max", "greatest tail ratio", _greatest("length/tail_ratio"), two_digits),
+    Measure("best", "best@k", _last_of("best")),
+    Measure("maj", "maj@k", _last_of("maj")),
+)
 
 
-def _greatest_tail(run: Run) -> float | None:
-    values = run.series("length/tail_ratio").values
-    return float(values.max()) if values.size else None
+# ---------------------------------------------------------------- other rows
 
 
-def _last_of(run: Run, kind: str) -> float | None:
-    """eval/<kind>@k of the last evaluation at the greatest k."""
-    keys = {key for line in run.lines[-1:] for key in line if key.startswith(f"eval/{kind}@")}
-    if not keys:
-        return None
-    return _last(run.series(max(keys, key=lambda key: int(key.rpartition("@")[2]))))
+def _by_run(
+    groups: Iterable[Group],
+    keys: Sequence[str],
+    of: Callable[[Run], Iterable[Line]],
+    columns: Sequence[Column] = (),
+) -> Table:
+    """The rows `of` every run, whatever became of it, after its name and its group's."""
+    rows = [
+        {"run": run.name, "group": group.label, **row}
+        for group in groups
+        for run in group.runs
+        for row in of(run)
+    ]
+    return Table(["run", "group", *keys], rows, columns)
 
 
 def trials(groups: Sequence[Group]) -> Table:
-    """Every run, whatever became of it."""
-    rows = [
-        {
-            "run": run.name,
-            "group": group.label,
-            "seed": run.config.seed,
-            "status": run.status,
-            "step": run.last_step if run.lines else None,
-            "steps": run.config.steps,
-            "final": final(run),
-            "peak": peak(run),
-            "collapse_step": run.collapse_step,
-        }
-        for group in groups
-        for run in group.runs
-    ]
+    keys = ["seed", "status", "step", "steps", "final", "peak", "collapse_step"]
+
+    def whole(run: Run) -> list[Line]:
+        steps = (run.last_step if run.lines else None, run.config.steps)
+        scores = (final(run), peak(run))
+        values = (run.config.seed, run.status, *steps, *scores, run.collapse_step)
+        return [dict(zip(keys, values, strict=True))]
+
     columns = [
-        _name("run", "run"),
-        Column("status", _plain("status"), numeric=False),
+        _shown("run", "run", numeric=False),
+        _shown("status", "status", numeric=False),
         Column(
             "step", lambda row: f"{NONE if row['step'] is None else row['step']} of {row['steps']}"
         ),
-        Column("final", lambda row: number(row["final"])),
-        Column("peak", lambda row: number(row["peak"])),
-        Column("collapse step", _plain("collapse_step")),
+        _shown("final", "final", number),
+        _shown("peak", "peak", number),
+        _shown("collapse step", "collapse_step"),
     ]
-    return Table("runs", list(rows[0]), rows, columns)
+    return _by_run(groups, keys, whole, columns)
 
 
 def refreshes(groups: Sequence[Group]) -> Table:
     """Every refresh: step, the student's way since the last one, the teacher's age, the spike."""
-    keys = ["run", "group", "step", "shock", "age", "spike_ratio"]
-    rows = [
-        {
-            "run": run.name,
-            "group": group.label,
-            "step": event["step"],
-            "shock": event["shock"],
-            "age": event["age"],
-            "spike_ratio": run.spikes.get(event["step"]),
-        }
-        for group in groups
-        for run in group.runs
-        for event in run.refreshes
-    ]
-    return Table("refreshes", keys, rows)
+
+    def events(run: Run) -> list[Line]:
+        return [{**e, "spike_ratio": run.spikes.get(e["step"])} for e in run.refreshes]
+
+    return _by_run(groups, ["step", "shock", "age", "spike_ratio"], events)
 
 
 def gates(groups: Sequence[Group]) -> Table:
     """Every check of every gate."""
-    keys = ["run", "group", "step", "gate", "active", "value", "threshold", "blocked", "refresh"]
-    rows = [
-        {
-            "run": run.name,
-            "group": group.label,
-            "step": check["step"],
-            "gate": gate,
-            "active": int(values["active"]),
-            "value": values["value"],
-            "threshold": values.get("threshold"),
-            "blocked": int(not values["pass"]),
-            "refresh": int(check["refresh"]),
-        }
-        for group in groups
-        for run in group.runs
-        for check in run.checks
-        for gate, values in check["gates"].items()
-    ]
-    return Table("gates", keys, rows)
+
+    def checks(run: Run) -> Iterator[Line]:
+        for check in run.checks:
+            for gate, found in check["gates"].items():
+                row = {"threshold": None, **check, **found, "gate": gate}
+                flags = {"active": found["active"], "blocked": not found["pass"]}
+                flags["refresh"] = check["refresh"]
+                yield row | {key: int(flag) for key, flag in flags.items()}
+
+    keys = ["step", "gate", "active", "value", "threshold", "blocked", "refresh"]
+    return _by_run(groups, keys, checks)
 
 
-def announcement(found: Forecast | None) -> Table:
+def curve(curves: Mapping[str, Curve]) -> Table:
+    """The numbers of a curve figure, without bounds where a point has one run."""
+    keys = ["group", "step", "n", "mean", "low", "high"]
+    rows = []
+    for label, (x, (mean, low, high, n), _) in curves.items():
+        for point in zip(*(part.tolist() for part in (x, n, mean, low, high)), strict=True):
+            rows.append(dict(zip(keys, (label, *point[: 5 if point[1] > 1 else 3]), strict=False)))
+    return Table(keys, rows)
+
+
+def announcement(found: Forecast) -> Table:
     """What `sodfast.report.early_warning` says of each diagnostic."""
-    rows = found.table() if found else []
-    keys = list(rows[0]) if rows else ["diagnostic"]
-
-    def rate(key: str) -> Callable[[Line], str]:
-        return lambda row: number(row[key], 2)
-
+    rows = [one.row for one in found.diagnostics]
+    rate = two_digits
     columns = [
-        Column(
-            "diagnostic",
-            lambda row: row["diagnostic"] + (" *" if row["leaks the label"] else ""),
-            numeric=False,
-        ),
-        Column(
-            "AUC [95 %]",
-            lambda r: f"{number(r['AUC'], 2)} {interval(r['AUC low'], r['AUC high'], digits=2)}",
-        ),
-        Column("threshold", lambda row: significant(row["threshold"])),
-        Column("detected", rate("detection rate")),
-        Column("false alarms", rate("false-alarm rate")),
-        Column("detected, held out", rate("held-out detection rate")),
-        Column("false alarms, held out", rate("held-out false-alarm rate")),
-        Column("lead, median", _plain("lead median")),
+        Column("diagnostic", lambda r: r["diagnostic"] + " *" * r["leaks the label"], False),
+        Column("AUC [95 %]", lambda r: f"{rate(r['AUC'])} {_interval(r, 'AUC low', 'AUC high')}"),
+        _shown("threshold", "threshold", significant),
+        _shown("detected", "detection rate", rate),
+        _shown("false alarms", "false-alarm rate", rate),
+        _shown("detected, held out", "held-out detection rate", rate),
+        _shown("false alarms, held out", "held-out false-alarm rate", rate),
+        _shown("lead, median", "lead median"),
         Column(
             "least to greatest",
             lambda r: NONE if r["lead min"] is None else f"{r['lead min']} to {r['lead max']}",
         ),
     ]
-    return Table("forecast", keys, rows, columns)
+    return Table(list(rows[0]) if rows else ["diagnostic"], rows, columns)
+
+
+def build_tables(groups: Sequence[Group], found: Forecast | None) -> dict[str, Table]:
+    """Every table but those of the curves, by the name of its CSV."""
+    tables = {
+        "results": results(groups),
+        "teacher": teacher(groups),
+        "blocked": blocked(groups),
+        "gates": gates(groups),
+        "refreshes": refreshes(groups),
+        "diagnostics": _by_group(groups, DIAGNOSTICS),
+        "lengths": _by_group(groups, LENGTHS),
+        "runs": trials(groups),
+    }
+    return tables if found is None else {**tables, "forecast": announcement(found)}

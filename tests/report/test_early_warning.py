@@ -1,6 +1,8 @@
 """Does a run's past announce its collapse: by hand, against scipy, and never from the future."""
 
 import math
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,30 +10,50 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import mannwhitneyu
+from synthetic import lab_run
 
+from sodfast.config import Config
 from sodfast.report.early_warning import (
     DIAGNOSTICS,
     DiagnosticForecast,
-    RunRecord,
+    Forecast,
     auc,
     auc_interval,
     forecast,
+    horizon,
     scores,
 )
+from sodfast.report.runs import Run, group_runs
 
 BY_NAME = {diagnostic.name: diagnostic for diagnostic in DIAGNOSTICS}
 
 
-def run(
+@cache
+def config(detector_steps: int) -> Config:
+    return lab_run(f"collapse.length_steps={detector_steps}")
+
+
+def record(
     name: str,
-    entropies: list[float],
+    lines: list[dict[str, Any]],
     collapse_step: int | None = None,
     group: str = "",
     detector_steps: int = 5,
-) -> RunRecord:
+) -> Run:
+    """A finished run; it is a group of its own where it names none."""
+    point = {"group": group or name}
+    events = [{"event": "collapse", "step": collapse_step}] if collapse_step else []
+    return Run(name, Path(name), config(detector_steps), "done", point, lines, events)
+
+
+def run(name: str, entropies: list[float], *label: Any, **more: Any) -> Run:
     lines: list[dict[str, Any]] = [{"step": 0, "eval/mean@4": 0.4}]
     lines += [{"step": step, "policy/entropy": e} for step, e in enumerate(entropies, start=1)]
-    return RunRecord(name, lines, collapse_step, group, detector_steps)
+    return record(name, lines, *label, **more)
+
+
+def announced(runs: list[Run]) -> Forecast:
+    return forecast(group_runs(runs))
 
 
 def step_up(at: int, to: float, steps: int = 40) -> list[float]:
@@ -39,9 +61,18 @@ def step_up(at: int, to: float, steps: int = 40) -> list[float]:
     return [1.0 if step < at else to for step in range(1, steps + 1)]
 
 
-def judged(runs: list[RunRecord], name: str = "entropy rise") -> DiagnosticForecast:
-    (found,) = [d for d in forecast(runs).diagnostics if d.diagnostic.name == name]
+def judged(runs: list[Run], name: str = "entropy rise") -> DiagnosticForecast:
+    (found,) = [d for d in announced(runs).diagnostics if d.diagnostic.name == name]
     return found
+
+
+def rates(found: DiagnosticForecast) -> tuple[float, float]:
+    """In-sample."""
+    return found.row["detection rate"], found.row["false-alarm rate"]
+
+
+def held_out(found: DiagnosticForecast) -> tuple[float, float]:
+    return found.row["held-out detection rate"], found.row["held-out false-alarm rate"]
 
 
 # ---------------------------------------------------------------- scores by hand
@@ -142,12 +173,12 @@ def test_a_forecast_by_hand() -> None:
         run("noisy", step_up(30, 1.5)),  # up to 0.5
     ]
     found = judged(runs)
-    assert (found.n_collapsed, found.n_stable) == (3, 2)
+    assert (found.row["collapsed runs"], found.row["stable runs"]) == (3, 2)
     # Pairs won: early and late beat both; silent ties with calm (both 0) and loses to noisy.
-    assert found.auc == (2 + 2 + 0.5) / 6
+    assert found.row["AUC"] == (2 + 2 + 0.5) / 6
     # With two stable runs, at most 10 % false alarms means none.
-    assert found.threshold == pytest.approx(0.5)
-    assert (found.detection_rate, found.false_alarm_rate) == (2 / 3, 0.0)
+    assert found.row["threshold"] == pytest.approx(0.5)
+    assert rates(found) == (2 / 3, 0.0)
     alarms = {alarm.run: (alarm.alarm_step, alarm.lead) for alarm in found.alarms}
     assert alarms == {
         "early": (14, 16),
@@ -157,17 +188,15 @@ def test_a_forecast_by_hand() -> None:
         "noisy": (None, None),
     }
     # Without noisy the threshold is 0, which late still exceeds; without calm it stays 0.5.
-    assert found.held_out_detection_rate == 2 / 3
-    assert found.held_out_false_alarm_rate == 1 / 2
-    points = [(p.threshold, p.false_alarm_rate, p.detection_rate) for p in found.roc]
-    assert points == [
+    assert held_out(found) == (2 / 3, 1 / 2)
+    assert found.roc == [
         (pytest.approx(1.0), 0, 0),
         (pytest.approx(0.6), 0, 1 / 3),
         (pytest.approx(0.5), 0, 2 / 3),
         (0.0, 1 / 2, 2 / 3),
         (-math.inf, 1, 1),
     ]
-    row = found.row()
+    row = found.row
     assert (row["lead median"], row["lead min"], row["lead max"]) == (10.5, 5, 16)
     assert row["missed collapses"] == 1 and row["AUC"] == 0.75
 
@@ -180,7 +209,7 @@ def test_an_alarm_that_subsides_does_not_stand() -> None:
     found = judged([run("lull", lull, 40), run("fluke", fluke, 40), run("s", step_up(30, 1.5))])
     alarms = [(alarm.alarm_step, alarm.standing_step) for alarm in found.alarms]
     assert alarms == [(14, 27), (14, None), (None, None)]
-    row = found.row()
+    row = found.row
     assert (row["lead median"], row["standing lead median"], row["standing alarms"]) == (26, 13, 1)
 
 
@@ -188,7 +217,7 @@ def test_alarms_in_the_detectors_window_do_not_count() -> None:
     stable = run("stable", step_up(1, 1.0))
     for detector_steps, lead in ((5, None), (4, 4), (1, 4)):
         late = run("late", step_up(26, 2.0), 30, detector_steps=detector_steps)
-        assert late.horizon == 30 - detector_steps
+        assert horizon(late) == 30 - detector_steps
         (alarm, _) = judged([late, stable]).alarms
         assert alarm.lead == lead
 
@@ -196,14 +225,14 @@ def test_alarms_in_the_detectors_window_do_not_count() -> None:
 def test_ten_stable_runs_allow_one_false_alarm() -> None:
     stable = [run(f"s{i}", step_up(20, 1 + i / 10)) for i in range(10)]
     found = judged([run("c", step_up(20, 1.85), 39), *stable])
-    assert found.threshold == pytest.approx(0.8)
-    assert (found.detection_rate, found.false_alarm_rate) == (1.0, 0.1)
+    assert found.row["threshold"] == pytest.approx(0.8)
+    assert rates(found) == (1.0, 0.1)
     falsely = [alarm.run for alarm in found.alarms if alarm.alarm_step and alarm.lead is None]
     assert falsely == ["s9"]
 
 
 def test_held_out_rates_leave_out_whole_groups() -> None:
-    def study(groups: list[str]) -> list[RunRecord]:
+    def study(groups: list[str]) -> list[Run]:
         highs = [1.0, 1.1, 1.5, 1.6]
         runs = [
             run(f"s{i}", step_up(20, h), None, g)
@@ -212,28 +241,28 @@ def test_held_out_rates_leave_out_whole_groups() -> None:
         return [run("c", step_up(20, 1.3), 40, "fast"), *runs]
 
     # Alone, only the highest run is above the other three.
-    assert judged(study(["a", "b", "c", "d"])).held_out_false_alarm_rate == 1 / 4
+    assert held_out(judged(study(["a", "b", "c", "d"])))[1] == 1 / 4
     # As two schedules with two seeds each, both runs of the noisy schedule are above the calm.
-    assert judged(study(["a", "a", "b", "b"])).held_out_false_alarm_rate == 2 / 4
+    assert held_out(judged(study(["a", "a", "b", "b"])))[1] == 2 / 4
     # Of one schedule only, nothing remains to choose a threshold on.
-    found = judged(study(["a", "a", "a", "a"]))
-    assert found.held_out_detection_rate is None and found.held_out_false_alarm_rate is None
+    assert held_out(judged(study(["a", "a", "a", "a"]))) == (None, None)
 
 
 def test_a_collapse_before_the_first_score_is_missed_and_not_left_out() -> None:
     found = judged([run("c", [1.0] * 12, 12), run("s", step_up(20, 0.5))])
-    assert found.n_collapsed == 1 and found.detection_rate == 0 and found.auc == 0
+    assert found.row["collapsed runs"] == 1
+    assert found.row["detection rate"] == 0 and found.row["AUC"] == 0
     assert found.alarms[0].score == -math.inf
 
 
 def test_runs_without_the_metric_are_left_out_and_named() -> None:
     runs = [run("c", step_up(20, 2.0), 40), run("s", step_up(20, 1.0))]
-    result = forecast(runs)
+    result = announced(runs)
     assert [d.diagnostic.name for d in result.diagnostics] == ["entropy rise", "entropy fall"]
     assert "temporal KL rise: no run with a score (distill/divergence)" in result.notes
-    bare = RunRecord("bare", [{"step": 1, "reward/mean": 0.5}], None)
-    assert judged([*runs, bare]).n_stable == 1
-    lone = forecast([runs[0], bare])
+    bare = record("bare", [{"step": 1, "reward/mean": 0.5}])
+    assert judged([*runs, bare]).row["stable runs"] == 1
+    lone = announced([runs[0], bare])
     assert lone.diagnostics == ()
     assert "entropy rise: no stable run with a score (policy/entropy)" in lone.notes
 
@@ -245,8 +274,8 @@ def test_without_both_kinds_there_are_no_numbers() -> None:
         ([stable, stable], "no run collapsed"),
         ([collapsed], "every run collapsed"),
     ):
-        result = forecast(runs)
-        assert result.diagnostics == () and result.table() == []
+        result = announced(runs)
+        assert result.diagnostics == ()
         assert len(result.notes) == 1 and result.notes[0].startswith(f"{said}: ")
 
 
@@ -276,16 +305,14 @@ def test_the_roc_rises_and_its_area_is_the_auc(high: list[float], low: list[floa
         [run(f"c{i}", step_up(20, h), 40) for i, h in enumerate(high)]
         + [run(f"s{i}", step_up(20, h)) for i, h in enumerate(low)]
     )
-    false = [point.false_alarm_rate for point in found.roc]
-    detected = [point.detection_rate for point in found.roc]
+    _, false, detected = map(list, zip(*found.roc, strict=True))
     assert false == sorted(false) and detected == sorted(detected)
     assert (false[0], detected[0], false[-1], detected[-1]) == (0, 0, 1, 1)
-    assert np.trapezoid(detected, false) == pytest.approx(found.auc)
-    assert found.false_alarm_rate <= 0.1
+    assert np.trapezoid(detected, false) == pytest.approx(found.row["AUC"])
+    rate, false_alarm_rate = rates(found)
+    assert false_alarm_rate <= 0.1
     # No other threshold detects more at as few false alarms.
-    assert found.detection_rate == max(
-        p.detection_rate for p in found.roc if p.false_alarm_rate <= 0.1
-    )
+    assert rate == max(detection for _, alarms, detection in found.roc if alarms <= 0.1)
 
 
 @given(HEIGHTS, HEIGHTS, st.sampled_from([math.sqrt, math.exp, lambda x: 3 * x - 7]))

@@ -2,30 +2,27 @@
 
 import re
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from synthetic import lab_run
 
-from sodfast.report.intervals import Curve, Interval, Series, group_curve
+from sodfast.report.canvas import OVERLAID, style_of, swatch
+from sodfast.report.early_warning import DIAGNOSTICS, Alarm, DiagnosticForecast
+from sodfast.report.intervals import Curve, Series, group_curve
 from sodfast.report.plots import (
     GATES,
-    OVERLAID,
     PANELS,
-    RocCurve,
-    Row,
-    Timeline,
     curve_figure,
     forecast_figure,
     gate_figure,
     lane_figure,
     ranking_figure,
     scatter_figure,
-    spread,
-    style_of,
-    swatch,
 )
+from sodfast.report.runs import Group, Run
 
 
 def curve(level: float, runs: int = 3, last: int = 20) -> Curve:
@@ -64,20 +61,13 @@ def test_rows_too_many_to_name_are_numbered_as_in_the_table() -> None:
 
 def test_a_group_looks_the_same_in_every_figure_and_unlike_the_others() -> None:
     styles = [style_of(index) for index in range(OVERLAID)]
-    for attribute in ("color", "line", "marker"):
-        assert len({str(getattr(style, attribute)) for style in styles}) == OVERLAID
+    for attribute in ("color", "ls", "marker"):
+        assert len({str(style[attribute]) for style in styles}) == OVERLAID
     svg = curve_figure("f", "label", curves(3), 20)
     for index in range(3):
-        assert shapes(svg, styles[index].color) and shapes(swatch(index), styles[index].color)
-    assert not shapes(svg, styles[3].color)
-
-
-def test_styles_differ_in_grey() -> None:
-    """Neighbouring groups of equal lightness still differ by line and marker; and no colour is
-    too light to be seen on white."""
-    for index in range(OVERLAID):
-        red, green, blue = (int(style_of(index).color[i : i + 2], 16) for i in (1, 3, 5))
-        assert 0.299 * red + 0.587 * green + 0.114 * blue < 190
+        assert shapes(svg, styles[index]["color"])
+        assert shapes(swatch(index), styles[index]["color"])
+    assert not shapes(svg, styles[3]["color"])
 
 
 def test_a_band_is_drawn_only_for_several_runs() -> None:
@@ -123,17 +113,24 @@ def test_ids_of_two_figures_of_a_page_do_not_clash() -> None:
         assert set(re.findall(r"url\(#([^)]+)\)", svg)) <= known
 
 
+def record(score: float, collapsed: bool = False, checks: Any = (), refresh: int = 0) -> Run:
+    """A run of 30 steps with its last score and events."""
+    events: list[dict[str, Any]] = [*checks]
+    events += [{"event": "refresh", "step": refresh}] if refresh else []
+    events += [{"event": "collapse", "step": 30}] if collapsed else []
+    lines = [{"step": 30, "eval/mean@16": score}]
+    return Run("r", Path("r"), lab_run(), "done", {}, lines, events)
+
+
 def test_gates_are_filled_where_they_blocked() -> None:
-    run = Timeline(
-        run="CGTR, seed 0",
-        every=5,
-        blocked={"isolation": [5, 10, 15, 30], "reward": [], "length": [20]},
-        inactive=frozenset(),
-        refreshes=[25],
-        collapse=None,
-        last=30,
-    )
-    svg = gate_figure("gates", [run, run], 30)
+    blocked = {"isolation": [5, 10, 15, 30], "reward": [], "length": [20]}
+    checks = [
+        {"event": "gate", "step": step}
+        | {"gates": {gate: {"pass": step not in at} for gate, at in blocked.items()}}
+        for step in range(5, 35, 5)
+    ]
+    run = record(0.8, checks=checks, refresh=25)
+    svg = gate_figure("gates", {"CGTR, seed 0": run, "CGTR, seed 1": run}, 30)
     legend = {gate: 1 for gate in GATES}
     filled = {gate: shapes(svg, color) for gate, color in GATES.items()}
     # 5, 10 and 15 are neighbours and one bar; 30 is another; two runs
@@ -141,18 +138,25 @@ def test_gates_are_filled_where_they_blocked() -> None:
     assert {"CGTR, seed 0", "isolation blocks", "refresh"} <= set(texts(svg))
 
 
+def ranked(name: str, scores: list[float], mean: float, *bounds: float, lost: bool = False) -> Any:
+    """A group, and its row of the results with difference, low and high."""
+    runs = [record(score, lost) for score in scores]
+    keys = ("difference", "difference_low", "difference_high")
+    row = {"group": name, "n": len(runs), "listed": len(runs), "collapsed": lost * len(runs)}
+    row |= {"final_mean": mean, "final_error": 0.01 if len(runs) > 1 else None}
+    return Group(name, runs, runs), row | dict(zip(keys, bounds or (None,) * 3, strict=True))
+
+
 def test_a_ranking_puts_a_group_that_collapsed_as_a_whole_at_the_edge() -> None:
-    rows = [
-        Row("base", (0.8, 0.82), (False, False), 0.81, 0.01),
-        Row("near", (0.81, 0.83), (False, False), 0.82, 0.01, 0.01, Interval(0.0, 0.02)),
-        Row("lost", (0.0, 0.0), (True, True), 0.0, 0.0, -0.81, Interval(-0.82, -0.8)),
-    ]
-    found = texts(ranking_figure("r", "score", rows, "difference to base"))
-    assert {"base", "near", "lost", "difference to base", "−0.810"} <= set(found)
-    without = [Row("base", (0.8,), (False,), 0.8, None)]
-    assert "difference to base" not in texts(
-        ranking_figure("r", "s", without, "difference to base")
-    )
+    base = ranked("base", [0.8, 0.82], 0.81)
+    near = ranked("near", [0.81, 0.83], 0.82, 0.01, 0.0, 0.02)
+    lost = ranked("lost", [0.0, 0.0], 0.0, -0.81, -0.82, -0.8, lost=True)
+    groups, rows = zip(base, near, lost, strict=True)
+    found = texts(ranking_figure("r", "score", groups, rows, "difference to base"))
+    assert {"base (2)", "near (2)", "lost (2)", "difference to base", "−0.810"} <= set(found)
+    group, row = ranked("base", [0.8], 0.8)
+    alone = ranking_figure("r", "s", [group], [row], "difference to base")
+    assert "difference to base" not in texts(alone)
 
 
 def test_scatters_lanes_and_forecasts() -> None:
@@ -163,28 +167,9 @@ def test_scatters_lanes_and_forecasts() -> None:
     assert {"a", "b", "none"} <= set(
         texts(lane_figure("l", "refreshes", {"a": [1], "b": [], "none": []}, 9, labelled=True))
     )
-    roc = RocCurve("entropy rise", [0.0, 0.5, 1.0], [0.0, 1.0, 1.0], 0.75, [12, 30])
-    assert "entropy rise  (AUC 0.75)" in "  ".join(texts(forecast_figure("f", [roc]))).replace(
+    roc = [(1.0, 0.0, 0.0), (0.5, 0.5, 1.0), (0.0, 1.0, 1.0)]
+    alarms = [Alarm("a", 0.7, 8, 8, 12, 12), Alarm("b", 0.8, 5, None, 30, None)]
+    rise = DiagnosticForecast(DIAGNOSTICS[1], {"AUC": 0.75}, roc, alarms)
+    assert "entropy rise  (AUC 0.75)" in "  ".join(texts(forecast_figure("f", [rise]))).replace(
         "\xa0", " "
     )
-
-
-BOXES = st.lists(st.tuples(st.floats(0, 1), st.floats(0.01, 0.1)), min_size=1, max_size=9)
-
-
-@given(BOXES)
-def test_labels_never_overlap_and_stay_in_the_plot(boxes: list[tuple[float, float]]) -> None:
-    boxes.sort()
-    centers, heights = [c for c, _ in boxes], [h for _, h in boxes]
-    placed = spread(centers, heights)
-    for index in range(1, len(placed)):
-        gap = (heights[index - 1] + heights[index]) / 2
-        assert placed[index] - placed[index - 1] >= gap - 1e-9
-    assert placed[0] >= heights[0] / 2 - 1e-9
-    assert placed[-1] <= 1 - heights[-1] / 2 + 1e-9
-
-
-def test_labels_that_keep_apart_stay_where_they_are() -> None:
-    assert spread([0.2, 0.5, 0.8], [0.1, 0.1, 0.1]) == pytest.approx([0.2, 0.5, 0.8])
-    assert spread([0.5, 0.5], [0.1, 0.1]) == pytest.approx([0.45, 0.55])
-    assert spread([], []) == []
