@@ -4,7 +4,8 @@
 `update_chunk` and `update_flat` are the steps of the PyTorch path, to who measures its memory.
 """
 
-from .adamw import AdamW, Item, coefficients, empty_state, update_chunk
+from .adamw import AdamW, coefficients, empty_state, update_chunk
+from .adamw_item import Item
 from .formats import BLOCK
 from .teacher import (
     ParameterUpdate,

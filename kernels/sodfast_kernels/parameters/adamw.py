@@ -24,41 +24,17 @@ Shapes: P elements of one flattened parameter.
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..backend import uses_triton
 from ..philox import CHUNK, GROUP, random_bits, rng_offsets, round_stochastic
+from .adamw_item import Coefficients, Item
 from .formats import BLOCK, M_TOP, V_TOP, decode, encode, join, split
 
 STATES = ("8bit", "fp32", "exact")
-
-
-class Coefficients(NamedTuple):
-    """The scalars of one step, computed on the host so that every backend rounds them alike."""
-
-    mean_rate: float
-    square_decay: float
-    square_rate: float
-    root_scale: float
-    eps: float
-    decay: float
-    step_size: float
-
-
-class Item(NamedTuple):
-    """One parameter with a gradient, as an update needs it: flat, contiguous, on one device."""
-
-    weight_P: Tensor
-    grad_P: Tensor
-    state: dict[str, Tensor]
-    offset: int  # of its first element in the sequence of all parameters
-    coefficients: Coefficients
-    step: int
-    kind: str
-    seed: int
 
 
 class AdamW(torch.optim.Optimizer):

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..launch import Configuration, on_device, words
 from ..rounding import random_bits, round_stochastic
-from . import adamw, formats
+from . import formats
+from .adamw_item import Coefficients, Item
 from .items import (
     BLOCK_SIZE,
     CHUNK,
@@ -223,10 +224,10 @@ def gradient_squares(grads: Sequence[Tensor]) -> Tensor:
     return torch.stack(sums).sum()
 
 
-def update_adamw(items: Sequence[adamw.Item], factor: Tensor) -> None:
+def update_adamw(items: Sequence[Item], factor: Tensor) -> None:
     """adamw.update_adamw, one launch for the items that agree in all but their tensors."""
 
-    def kind(item: adamw.Item) -> tuple[Any, ...]:
+    def kind(item: Item) -> tuple[Any, ...]:
         state = [value for name, value in item.state.items() if name in STREAMED_STATE]
         tensors = [item.weight_P, item.grad_P, *state]
         dtypes = tuple(tensor.dtype for tensor in tensors)
@@ -286,7 +287,7 @@ def production_configurations() -> list[Configuration]:
         "factor_ptr": "*fp32",
         **where,
         **{f"{name}_table": "*i64" for name in ("offset", "weight", "grad", *STATE)},
-        **dict.fromkeys(adamw.Coefficients._fields, "fp32"),
+        **dict.fromkeys(Coefficients._fields, "fp32"),
         **dict.fromkeys(["seed_low", "seed_high", "step_low", "step_high"], "i32"),
     }
     for state, weight in (
