@@ -84,34 +84,27 @@ def distillation_loss(
     """
     rows, vocabulary = student_logits.shape
     logits_NV = _compute(student_logits)
-    if distill_weight is None:
-        distill_weight = logits_NV.new_full((rows,), 1.0 / max(rows, 1))
+    equal_N = logits_NV.new_full((rows,), 1.0 / max(rows, 1))
+    distill_weight = equal_N if distill_weight is None else distill_weight
+    policy_weight = equal_N if policy_weight is None else policy_weight
     if advantage is None:
         policy_weight = torch.zeros_like(distill_weight)
-    elif policy_weight is None:
-        policy_weight = logits_NV.new_full((rows,), 1.0 / max(rows, 1))
-    assert policy_weight is not None
-    distilled = distill_weight != 0
-    rewarded = policy_weight != 0
+    distilled, rewarded = distill_weight != 0, policy_weight != 0
     active = distilled | rewarded
 
     logits_NV = torch.where(active[:, None], logits_NV, 0)
     log_s_NV = _log_softmax(logits_NV, temperature, softcap)
     student_entropy = _entropy(log_s_NV.detach())
-    student_logprob = None
     if target_ids is not None:
         target_ids = target_ids.masked_fill(~active, 0)
-        student_logprob = log_s_NV.gather(-1, target_ids[:, None])[:, 0]
+    student_logprob = _of_targets(log_s_NV, target_ids)
 
-    # A row without a distillation weight meets itself: the teacher's row is never read.
     if teacher_topk is None:
         assert teacher_logits is not None
+        # A row without a distillation weight meets itself: the teacher's row is never read.
         teacher_NV = torch.where(distilled[:, None], _compute(teacher_logits.detach()), logits_NV)
         log_q_NV = _log_softmax(teacher_NV.detach(), temperature, softcap)
-        teacher_entropy = _entropy(log_q_NV)
-        teacher_logprob = None
-        if target_ids is not None:
-            teacher_logprob = log_q_NV.gather(-1, target_ids[:, None])[:, 0]
+        teacher_entropy, teacher_logprob = _entropy(log_q_NV), _of_targets(log_q_NV, target_ids)
         if top_k is None or top_k >= vocabulary:
             log_s_NB, log_q_NB = log_s_NV, log_q_NV
         else:
@@ -124,8 +117,7 @@ def distillation_loss(
         )
 
     divergence = _divergence(log_s_NB, log_q_NB, alpha)
-    weight = distill_weight
-    log_ratio = None
+    weight, log_ratio = distill_weight, None
     if student_logprob is not None and old_logprob is not None:
         log_ratio = (student_logprob - old_logprob).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
     if ratio_cap is not None:
@@ -136,20 +128,26 @@ def distillation_loss(
         assert student_logprob is not None
         if log_ratio is None:
             log_ratio = torch.where(rewarded, student_logprob - student_logprob.detach(), 0)
-        policy = policy_weight * _clipped_policy_loss(log_ratio, advantage, clip_range)
-        loss = loss + torch.where(rewarded, policy, 0)
-
-    def of(mask: Tensor, entries: Tensor | None) -> Tensor | None:
-        return None if entries is None else torch.where(mask, entries.detach(), 0)
-
+        policy = _clipped_policy_loss(log_ratio, advantage, clip_range)
+        loss = loss + torch.where(rewarded, policy_weight * policy, 0)
     return DistillationOutput(
         loss=loss.sum() if reduction == "sum" else loss,
         divergence=torch.where(distilled, divergence.detach(), 0),
         student_entropy=torch.where(active, student_entropy, 0),
         teacher_entropy=torch.where(distilled, teacher_entropy, 0),
-        student_logprob=of(active, student_logprob),
-        teacher_logprob=of(distilled, teacher_logprob),
+        student_logprob=_where(active, student_logprob),
+        teacher_logprob=_where(distilled, teacher_logprob),
     )
+
+
+def _of_targets(log_NV: Tensor, target_ids: Tensor | None) -> Tensor | None:
+    """Each row's entry of its target, [N]; None without targets."""
+    return None if target_ids is None else log_NV.gather(-1, target_ids[:, None])[:, 0]
+
+
+def _where(mask: Tensor, entries: Tensor | None) -> Tensor | None:
+    """The entries, detached, where the mask holds, 0 elsewhere; None without entries."""
+    return None if entries is None else torch.where(mask, entries.detach(), 0)
 
 
 def _stored_teacher(
