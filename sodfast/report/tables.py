@@ -99,42 +99,45 @@ def _shown(head: str, key: str, show: Callable[[Any], str] = str, numeric: bool 
 # ---------------------------------------------------------------- numbers of a run
 
 
+Value = Callable[[Run], float | None]
+
+
+def metric(key: str, how: Callable[[Any], Any] = np.mean, part: slice = slice(None)) -> Value:
+    """What `how` makes of a metric over these of a run's steps; of its test scores without key."""
+
+    def of(run: Run) -> float | None:
+        values = (run.series(key) if key else run.scores).values[part]
+        return float(how(values)) if values.size else None
+
+    return of
+
+
+_BEGIN, _END, _LAST = slice(ENDS), slice(-ENDS, None), slice(-1, None)
+final, peak = metric("", part=_LAST), metric("", np.max)
+
+
 def start(run: Run) -> float | None:
     """The untouched student's score."""
     return float(run.scores.values[0]) if 0 in run.scores.steps else None
 
 
-def final(run: Run) -> float | None:
-    return next(reversed(run.scores.values.tolist()), None)
-
-
-def peak(run: Run) -> float | None:
-    return max(run.scores.values.tolist(), default=None)
-
-
-def average(key: str, part: slice = slice(None)) -> Callable[[Run], float | None]:
-    """The mean of a metric over these of a run's steps."""
-    return lambda run: _mean(run.series(key).values[part])
-
-
-def _mean(values: Iterable[float]) -> float | None:
-    known = list(values)
-    return float(np.mean(known)) if known else None
-
-
-def _greatest(key: str) -> Callable[[Run], float | None]:
-    return lambda run: max(run.series(key).values.tolist(), default=None)
-
-
-def _last_of(kind: str) -> Callable[[Run], float | None]:
+def _last_of(kind: str) -> Value:
     """eval/<kind>@k of the last evaluation at the greatest k."""
 
     def of(run: Run) -> float | None:
-        keys = {key for line in run.lines[-1:] for key in line if key.startswith(f"eval/{kind}@")}
+        keys = [key for line in run.lines[-1:] for key in line if key.startswith(f"eval/{kind}@")]
         key = max(keys, key=lambda key: int(key.rpartition("@")[2]), default=None)
-        return None if key is None else float(run.series(key).values[-1])
+        return None if key is None else metric(key, part=_LAST)(run)
 
     return of
+
+
+def _mean_shock(run: Run) -> float | None:
+    return float(np.mean([e["shock"] for e in run.refreshes])) if run.refreshes else None
+
+
+def _mean_spike(run: Run) -> float | None:
+    return float(np.mean(list(run.spikes.values()))) if run.spikes else None
 
 
 # ---------------------------------------------------------------- a row per group
@@ -145,7 +148,7 @@ class Measure(NamedTuple):
 
     key: str
     head: str
-    of: Callable[[Run], float | None]
+    of: Value
     show: Show = number
 
     def column(self) -> Column:
@@ -217,17 +220,14 @@ def _outcome(group: Group) -> dict[str, Any]:
 
 
 def _collapse_rate(row: Line) -> str:
-    if not row["n"]:
-        return NONE
-    bounds = _interval(row, "collapse_low", "collapse_high")
-    return f"{row['collapsed']} of {row['n']} {bounds}".strip()
+    text = f"{row['collapsed']} of {row['n']} {_interval(row, 'collapse_low', 'collapse_high')}"
+    return text.strip() if row["n"] else NONE
 
 
 def _difference(row: Line) -> str:
-    if row["baseline"] == row["group"]:
-        return "baseline"
     bounds = _interval(row, "difference_low", "difference_high", digits=3, sign=True)
-    return f"{number(row['difference'], sign=True)} {bounds}".strip()
+    text = f"{number(row['difference'], sign=True)} {bounds}".strip()
+    return "baseline" if row["baseline"] == row["group"] else text
 
 
 def _above(row: Line) -> str:
@@ -237,14 +237,11 @@ def _above(row: Line) -> str:
 def teacher(groups: Sequence[Group]) -> Table:
     """Like the paper's Table 3: when the teacher moved, how far, and what it did to the KL."""
 
-    def shock(run: Run) -> float | None:
-        return _mean(event["shock"] for event in run.refreshes)
-
     measures = [
         Measure("refreshes", "refreshes", lambda run: len(run.refreshes), one_digit),
-        Measure("age", "teacher's age", average("teacher/age"), one_digit),
-        Measure("shock", "shock", shock, significant),
-        Measure("spike", "spike ratio", lambda run: _mean(run.spikes.values()), two_digits),
+        Measure("age", "teacher's age", metric("teacher/age"), one_digit),
+        Measure("shock", "shock", _mean_shock, significant),
+        Measure("spike", "spike ratio", _mean_spike, two_digits),
     ]
 
     def moves(group: Group) -> dict[str, Any]:
@@ -282,22 +279,21 @@ def blocked(groups: Sequence[Group]) -> Table:
     return _by_group(gated, measures, among=lambda run: run.checks)
 
 
-_BEGIN, _END = slice(ENDS), slice(-ENDS, None)
 # Like the paper's Table 10: each run's mean over its steps, then over the runs.
 DIAGNOSTICS = (
-    Measure("success_group_fraction", "success groups", average("reward/success_group_fraction")),
-    Measure("snr", "SNR", average("reward/snr")),
-    Measure("reward_last", "reward, end", average("reward/mean", _END)),
-    Measure("entropy", "entropy", average("policy/entropy")),
-    Measure("entropy_last", "entropy, end", average("policy/entropy", _END)),
-    Measure("divergence", "divergence", average("distill/divergence"), significant),
+    Measure("success_group_fraction", "success groups", metric("reward/success_group_fraction")),
+    Measure("snr", "SNR", metric("reward/snr")),
+    Measure("reward_last", "reward, end", metric("reward/mean", part=_END)),
+    Measure("entropy", "entropy", metric("policy/entropy")),
+    Measure("entropy_last", "entropy, end", metric("policy/entropy", part=_END)),
+    Measure("divergence", "divergence", metric("distill/divergence"), significant),
 )
 # Response lengths, and what the last evaluation says beside its mean.
 LENGTHS = (
-    Measure("length_first", "length, begin", average("length/mean", _BEGIN), one_digit),
-    Measure("length_last", "length, end", average("length/mean", _END), one_digit),
-    Measure("tail", "tail ratio", average("length/tail_ratio"), two_digits),
-    Measure("tail_max", "greatest tail ratio", _greatest("length/tail_ratio"), two_digits),
+    Measure("length_first", "length, begin", metric("length/mean", part=_BEGIN), one_digit),
+    Measure("length_last", "length, end", metric("length/mean", part=_END), one_digit),
+    Measure("tail", "tail ratio", metric("length/tail_ratio"), two_digits),
+    Measure("tail_max", "greatest tail ratio", metric("length/tail_ratio", np.max), two_digits),
     Measure("best", "best@k", _last_of("best")),
     Measure("maj", "maj@k", _last_of("maj")),
 )

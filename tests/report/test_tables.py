@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from synthetic import lab_run
 
+from sodfast.report.early_warning import Forecast
 from sodfast.report.intervals import Series, group_curve
 from sodfast.report.runs import Group, Run
 from sodfast.report.tables import Table, build_tables, curve, number, significant, with_error
@@ -142,3 +143,10 @@ def test_an_error_has_the_digits_of_its_mean() -> None:
     assert with_error(row, "x") == "12.345 ± 0.067"
     assert with_error(row, "x", significant) == "12.3 ± 0.1"
     assert with_error(row, "y") == "0.500"
+
+
+def test_a_forecast_without_both_kinds_is_a_table_without_rows() -> None:
+    found = Forecast(0, 2, (), ("no run collapsed",))
+    tables = build_tables([Group("CGTR", RUNS, RUNS)], found)
+    assert tables["forecast"].to_csv() == "diagnostic\n"
+    assert "forecast" not in tables_of(Group("CGTR", RUNS, RUNS))
