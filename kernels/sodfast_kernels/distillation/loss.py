@@ -219,6 +219,9 @@ def _loss(sides: Sides, objective: Objective) -> DistillationOutput:
     sides = sides._replace(teacher=teacher, teacher_head=teacher_head)
     scalar = objective.reduction == "sum"
     outputs = _Loss.apply(settings, scalar, *sides, *tokens)  # type: ignore[no-untyped-call]
+    if torch.compiler.is_compiling():
+        # torch 2.11 forgets there that the statistics were marked as not differentiable.
+        outputs = (outputs[0], *(entry.detach() for entry in outputs[1:]))
     if objective.target_ids is None:
         outputs = (*outputs[:4], None, None)
     return DistillationOutput(*outputs)
