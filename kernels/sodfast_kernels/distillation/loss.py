@@ -211,12 +211,6 @@ def _path(triton: bool) -> Any:
 
 def _loss(sides: Sides, objective: Objective) -> DistillationOutput:
     settings, tokens = check_settings(objective, sides), check_tokens(objective, sides)
-    # torch.compile takes no tensor twice, and teacher and student may share a head: a view is
-    # another tensor. The teacher is never differentiated anyway.
-    teacher, teacher_head = (
-        None if side is None else side.detach() for side in (sides.teacher, sides.teacher_head)
-    )
-    sides = sides._replace(teacher=teacher, teacher_head=teacher_head)
     scalar = objective.reduction == "sum"
     outputs = _Loss.apply(settings, scalar, *sides, *tokens)  # type: ignore[no-untyped-call]
     if torch.compiler.is_compiling():
