@@ -119,25 +119,9 @@ def distillation_loss(
             log_s_NB = _buckets(log_s_NV, ids_NK, add_tail)
             log_q_NB = _buckets(log_q_NV, ids_NK, add_tail)
     else:
-        ids_NK, stored_NK = teacher_topk
-        ids_NK = torch.where(
-            distilled[:, None], ids_NK, torch.arange(ids_NK.shape[1], device=ids_NK.device)
+        log_s_NB, log_q_NB, teacher_entropy, teacher_logprob = _stored_buckets(
+            log_s_NV, teacher_topk, distilled, target_ids, add_tail
         )
-        kept_NK = torch.where(
-            distilled[:, None],
-            stored_NK.detach().to(log_s_NV.dtype),
-            log_s_NV.detach().gather(-1, ids_NK),
-        )
-        log_kept = kept_NK.logsumexp(-1, keepdim=True)
-        log_tail = (-torch.expm1(log_kept.clamp(max=-1e-7))).log()
-        log_s_NB = _buckets(log_s_NV, ids_NK, add_tail)
-        log_q_NB = torch.cat([kept_NK, log_tail], -1) if add_tail else kept_NK - log_kept
-        teacher_entropy = _entropy(torch.cat([kept_NK, log_tail], -1))
-        teacher_logprob = None
-        if target_ids is not None:
-            hit_NK = ids_NK == target_ids[:, None]
-            found = (kept_NK.masked_fill(~hit_NK, 0)).sum(-1)
-            teacher_logprob = torch.where(hit_NK.any(-1), found, log_tail[:, 0])
 
     divergence = _divergence(log_s_NB, log_q_NB, alpha)
     weight = distill_weight
@@ -152,9 +136,7 @@ def distillation_loss(
         assert student_logprob is not None
         if log_ratio is None:
             log_ratio = torch.where(rewarded, student_logprob - student_logprob.detach(), 0)
-        low, high = clip_range
-        ratio = log_ratio.exp()
-        policy = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - low, 1 + high))
+        policy = _policy_loss(log_ratio.exp(), advantage, clip_range)
         loss = loss + torch.where(rewarded, policy_weight * policy, 0)
 
     def of(mask: Tensor, entries: Tensor | None) -> Tensor | None:
@@ -168,6 +150,40 @@ def distillation_loss(
         student_logprob=of(active, student_logprob),
         teacher_logprob=of(distilled, teacher_logprob),
     )
+
+
+def _stored_buckets(
+    log_s_NV: Tensor,
+    teacher_topk: tuple[Tensor, Tensor],
+    distilled: Tensor,
+    target_ids: Tensor | None,
+    add_tail: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Both sides' log masses [N, B] over the stored ids, the teacher's entropy and log-prob [N]."""
+    ids_NK, stored_NK = teacher_topk
+    ids_NK = torch.where(
+        distilled[:, None], ids_NK, torch.arange(ids_NK.shape[1], device=ids_NK.device)
+    )
+    kept_NK = torch.where(
+        distilled[:, None],
+        stored_NK.detach().to(log_s_NV.dtype),
+        log_s_NV.detach().gather(-1, ids_NK),
+    )
+    log_kept = kept_NK.logsumexp(-1, keepdim=True)
+    log_tail = (-torch.expm1(log_kept.clamp(max=-1e-7))).log()
+    log_s_NB = _buckets(log_s_NV, ids_NK, add_tail)
+    log_q_NB = torch.cat([kept_NK, log_tail], -1) if add_tail else kept_NK - log_kept
+    entropy = _entropy(torch.cat([kept_NK, log_tail], -1))
+    if target_ids is None:
+        return log_s_NB, log_q_NB, entropy, None
+    hit_NK = ids_NK == target_ids[:, None]
+    found = (kept_NK.masked_fill(~hit_NK, 0)).sum(-1)
+    return log_s_NB, log_q_NB, entropy, torch.where(hit_NK.any(-1), found, log_tail[:, 0])
+
+
+def _policy_loss(ratio: Tensor, advantage: Tensor, clip_range: tuple[float, float]) -> Tensor:
+    low, high = clip_range
+    return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - low, 1 + high))
 
 
 def top_ids(logits_NV: Tensor, k: int) -> Tensor:
