@@ -48,7 +48,10 @@ STEPS = 5
 
 @pytest.fixture(scope="module")
 def settings(tiny_run: list[str]) -> list[str]:
-    return [*tiny_run, "optimizer.updates_per_step=2", f"steps={STEPS}", "eval.samples=1"]
+    # Whether eight answers of a model this small are all wrong at step 4 depends on torch's version.
+    no_collapse = ["collapse.eval_floor=0", "collapse.eval_fraction=0"]
+    every = ["optimizer.updates_per_step=2", f"steps={STEPS}", "eval.samples=1"]
+    return [*tiny_run, *every, *no_collapse]
 
 
 @pytest.fixture(scope="module")
