@@ -1,10 +1,14 @@
-# make demo · make test · make bench · make lint: each sets up .venv by itself and is quick the
-# second time. PYTHON chooses the interpreter that .venv is made from.
+# make demo · make quick · make test · make bench · make lint: each sets up .venv by itself and is
+# quick the second time. PYTHON chooses the interpreter that .venv is made from.
 # make test-oldest: the tests under the oldest supported versions, in .venv-oldest.
 PYTHON ?= python3
 BIN := .venv/bin
 # `make demo` writes here; an existing directory is never overwritten.
 OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
+
+# One thread for each of the test processes: more would fight over the cores. A worker takes whole
+# stretches of neighbouring tests, so that most of what a file shares is made once.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --dist worksteal
 
 # What `make test-oldest` tests, and the interpreter its venv is made from: python3.12 on PATH,
 # which pyenv provides once it is told the version.
@@ -12,14 +16,17 @@ OLDEST ?= tests
 PYTHON_OLDEST ?= PYENV_VERSION=3.12 python3.12
 HAS_OLDEST = $(shell $(PYTHON_OLDEST) --version 2>/dev/null)
 
-.PHONY: demo test test-oldest bench lint
+.PHONY: demo quick test test-oldest bench lint
 
 demo: .venv/ready
 	$(BIN)/sodfast train out=$(OUT)
 
-# One thread for each of the test processes: more would fight over the cores.
+# What to run after every change: all but the tests that take long or start processes.
+quick: lint
+	$(PYTEST) -m "not slow"
+
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto
+	$(PYTEST)
 
 test-oldest:
 	$(if $(HAS_OLDEST),$(MAKE) --no-print-directory .venv-oldest/ready)

@@ -40,21 +40,21 @@ from bench_rollout import Shape, build, clock, target
 from sodfast_kernels import linear_distillation_loss, reference
 from torch import Tensor
 
-from sodfast import native
 from sodfast.config import load_config
-from sodfast.console import Reporter
-from sodfast.footprint import Lengths
-from sodfast.interrupt import Interruption
-from sodfast.liger import use_liger
-from sodfast.model import LanguageModel, recompute_layers, wrap_model
-from sodfast.native import NativeEngine
-from sodfast.packing import micro_batches, response_hidden
-from sodfast.plan import plan
-from sodfast.questions import Questions
-from sodfast.rundir import RunDirectory, environment
-from sodfast.sinks import Logger
-from sodfast.streaming import HostCopy
-from sodfast.tasks import Question
+from sodfast.context import Questions
+from sodfast.memory.estimate import Estimate, Lengths
+from sodfast.model.liger import use_liger
+from sodfast.model.load import LanguageModel, recompute_layers, wrap_model
+from sodfast.model.packing import micro_batches, response_hidden
+from sodfast.parallel.offload import HostCopy
+from sodfast.rollout import native
+from sodfast.rollout.native import NativeEngine
+from sodfast.run.console import Reporter
+from sodfast.run.directory import RunDirectory
+from sodfast.run.environment import environment
+from sodfast.run.interrupt import Interruption
+from sodfast.run.loggers import Logger
+from sodfast.tasks.base import Question
 from sodfast.teacher import Teacher
 from sodfast.trainer import Rollouts, Trainer
 
@@ -200,7 +200,7 @@ def take_steps(case: Case, device: torch.device, count: int, progress: Progress)
         flops = training_flops(case.shape, rollouts)
         streaming = stream_teacher(trainer, rollouts) if device.type == "cuda" else None
         trainer.run.close()
-        planned = plan(trainer.config, lengths_of(rollouts))
+        planned = Estimate(trainer.config, lengths_of(rollouts))
     later = lines[1:]  # the first step compiles
     phases = {}
     for phase in ("rollout", "teacher", "train"):

@@ -37,14 +37,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from sodfast.attention import SlotAttention
 from sodfast.config import load_config
-from sodfast.decoder import Cache
-from sodfast.model import LanguageModel
-from sodfast.native import NativeEngine, _Batch, _width
-from sodfast.packing import own_attention
-from sodfast.rollout import Draws, HFEngine, Sampling, _generating_as, left_padded
-from sodfast.rundir import environment
+from sodfast.model.attention import SlotAttention
+from sodfast.model.load import LanguageModel
+from sodfast.model.packing import own_attention
+from sodfast.rollout.decoder import Cache
+from sodfast.rollout.engine import SampleKey, Sampling
+from sodfast.rollout.hf import HFEngine, _generating_as, left_padded
+from sodfast.rollout.native import NativeEngine, _Batch, _width
+from sodfast.run.environment import environment
 
 Progress = Callable[[str], None]
 # What one turn of a case gives: its seconds and the tokens it answered with.
@@ -112,7 +113,7 @@ def by_engine(
 
     def answer(turn: int) -> list[int]:
         sampling = Sampling(1.0, 1.0, tokens)
-        samples = engine.generate(prompts, range(len(prompts)), sampling, Draws(1, turn))
+        samples = engine.generate(prompts, range(len(prompts)), sampling, SampleKey(1, turn))
         return [len(sample.response) for sample in samples]
 
     return answer
@@ -230,8 +231,8 @@ def plain_config(model: LanguageModel, tokens: int, ends_at_eos: bool) -> Any:
 def lab_phase(rounds: int, progress: Progress) -> dict[str, Any]:
     """One step's rollouts of the lab's default run. `generate` draws tokens of its own; it is made
     to answer at native's lengths, since a phase takes as long as its longest answer."""
-    from sodfast.model import to_ids
-    from sodfast.session import build_model, pick_device
+    from sodfast.commands import build_model, pick_device
+    from sodfast.model.load import to_ids
     from sodfast.tasks import build_task
 
     config = load_config(None, ["device=cpu"])
@@ -416,7 +417,7 @@ def decode_step(
     sampling = Sampling(1.0, 1.0, width - len(prompts[0]))
     # An id that no token has: a slot that idles would read the cache at a standstill.
     endless = LanguageModel(model.network, None, (-1,), model.pad_id)
-    batch = _Batch(endless, slots, width, sampling, Draws(1, 1), None)
+    batch = _Batch(endless, slots, width, sampling, SampleKey(1, 1), None)
     batch.admit(list(range(slots)), prompts, list(range(slots)))
     batch.decode()  # captures the graph
     before, start = int(batch.count[0]), clock(model.device)
@@ -517,7 +518,7 @@ def check_equality(device: torch.device) -> list[dict[str, Any]]:
     tokens = [
         [
             one.response
-            for one in engine.generate(prompts, range(13), Sampling(0.0, 1.0, 100), Draws(1, 1))
+            for one in engine.generate(prompts, range(13), Sampling(0.0, 1.0, 100), SampleKey(1, 1))
         ]
         for engine in (NativeEngine(model, 4), HFEngine(model, 16))
     ]
@@ -526,7 +527,7 @@ def check_equality(device: torch.device) -> list[dict[str, Any]]:
     half = build(TINY_SHAPE, device, torch.bfloat16, 0.3)
     model.network.load_state_dict(half.network.state_dict())
     samples = NativeEngine(half, 8).generate(
-        prompts, range(13), Sampling(1.0, 1.0, 100), Draws(1, 1)
+        prompts, range(13), Sampling(1.0, 1.0, 100), SampleKey(1, 1)
     )
     ours, theirs = 0.0, 0.0
     for one in samples:
@@ -554,7 +555,7 @@ def check_repeatability(device: torch.device, dtype: torch.dtype) -> list[dict[s
 
     def answers(order: Sequence[int]) -> dict[int, tuple[Tensor, Tensor]]:
         samples = NativeEngine(endless, 64).generate(
-            [prompts[number] for number in order], order, Sampling(1.0, 0.9, 60), Draws(1, 1)
+            [prompts[number] for number in order], order, Sampling(1.0, 0.9, 60), SampleKey(1, 1)
         )
         return {n: (one.response, one.logprob) for n, one in zip(order, samples, strict=True)}
 

@@ -18,10 +18,10 @@ import pytest
 import torch
 
 from sodfast import trainer as trainer_module
+from sodfast.commands import build_trainer
 from sodfast.config import load_config
-from sodfast.console import Reporter
-from sodfast.rundir import environment
-from sodfast.session import build_trainer
+from sodfast.run.console import Reporter
+from sodfast.run.environment import environment
 
 WARM_UP, STEPS = 3, 15
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sodfast.rundir import read_lines
+from sodfast.files import read_lines
 
 
 def collect(run: Path) -> dict[str, Any]:

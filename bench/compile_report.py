@@ -23,15 +23,16 @@ from typing import Any
 os.environ.pop("TRITON_INTERPRET", None)  # the kernels must be compiled
 
 import triton
-from sodfast_kernels import parameter_kernels, row_kernel, sampling_kernel
+from sodfast_kernels.distillation import row_launch
+from sodfast_kernels.launch import Configuration
+from sodfast_kernels.parameters import adamw_kernels, teacher_kernels
+from sodfast_kernels.sampling import kernel as sampling_kernel
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource
 
 ARCHITECTURES = (80, 90, 100)
-MODULES = (parameter_kernels, row_kernel, sampling_kernel)
-
-Configuration = tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any], Any]
+MODULES = (teacher_kernels, adamw_kernels, row_launch, sampling_kernel)
 
 
 def compile_ptx(configuration: Configuration, arch: int) -> tuple[str, int]:
@@ -172,7 +173,7 @@ def examine(configuration: Configuration, arch: int) -> tuple[dict[str, Any], li
 def jobs() -> list[tuple[Configuration, int]]:
     """Everything there is to compile."""
     return [
-        (tuple(configuration), arch)
+        (configuration, arch)
         for module in MODULES
         for configuration in module.production_configurations()
         for arch in ARCHITECTURES

@@ -1,6 +1,6 @@
 """Does a run follow fp32 with bf16 weights? `python bench/lab_adamw.py OUT [KEY=VALUE...] > F`
 
-The lab's run, the same seeds for each variant DTYPE-STATE (`model.dtype`, `optimizer.state`), each
+The lab's run, the same seeds for each variant DTYPE-STATE (`model.dtype`, `optimizer.adamw`), each
 a `sodfast train` process in OUT/DTYPE-STATE-SEED; what is finished is kept, what was cut short is
 resumed. The last line is JSON:
 
@@ -27,9 +27,10 @@ from typing import Any
 import numpy as np
 from collect_runs import collect
 
-from sodfast import figures
-from sodfast.rundir import read_lines
-from sodfast.statistics import Series, group_curve
+from sodfast.files import read_lines
+from sodfast.report.canvas import standalone
+from sodfast.report.intervals import Series, group_curve
+from sodfast.report.plots import curve_figure
 
 VARIANTS = ("float32-torch", "bfloat16-8bit", "bfloat16-exact", "bfloat16-plain")
 
@@ -59,7 +60,7 @@ def train(path: Path, variant: str, seed: int, overrides: Sequence[str]) -> None
     if summary.exists() and json.loads(summary.read_text())["status"] in ("done", "collapsed"):
         return
     dtype, state = variant.split("-")
-    keys = [f"model.dtype={dtype}", f"optimizer.state={state}", f"seed={seed}", f"out={path}"]
+    keys = [f"model.dtype={dtype}", f"optimizer.adamw={state}", f"seed={seed}", f"out={path}"]
     resumes = (path / "config.yaml").exists()
     arguments = ["--resume", str(path)] if resumes else [*keys, *overrides]
     command = [sys.executable, "-m", "sodfast", "train", *arguments]
@@ -108,8 +109,8 @@ def draw(paths: dict[str, list[Path]]) -> str:
             series.append(Series(*map(np.array, points)))
             steps = max(steps, lines[-1]["step"])
         curves[variant] = group_curve(series, [], 1)
-    svg = figures.curve_figure("lab_bf16", "mean@16 on the test questions", curves, steps)
-    return figures.standalone(svg)
+    svg = curve_figure("lab_bf16", "mean@16 on the test questions", curves, steps)
+    return standalone(svg)
 
 
 def estimate(values: Sequence[float]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The commands. Parses and prints, computes nothing."""
+"""Self on-policy distillation: train a language model against an earlier copy of itself."""
 
 import json
 import os
@@ -10,8 +10,10 @@ from typing import Annotated, Literal
 import typer
 
 from sodfast.errors import RunFailed, UsageError
-from sodfast.interrupt import Interrupted
+from sodfast.run.interrupt import Interrupted
 
+# The commands parse arguments and print results; whatever is computed, other modules compute. They
+# are imported where they are needed, so that help and refusals need not wait for torch.
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__
 )
@@ -45,7 +47,7 @@ def train(
 
     arguments = arguments or []
     if resume is not None:
-        from sodfast.rundir import stored_config
+        from sodfast.run.directory import stored_config
 
         config = stored_config(resume, arguments)
     else:
@@ -54,7 +56,7 @@ def train(
         print(config.to_yaml(), end="")
         return
 
-    from sodfast.session import train_run
+    from sodfast.commands import train_run
 
     train_run(config, resume)
 
@@ -80,10 +82,20 @@ def sweep(
     ] = None,
 ) -> None:
     """Run every trial of a study, skipping what is finished and resuming what is not."""
-    from sodfast.sweep import sweep as run_sweep
+    from sodfast.study.sweep import sweep as run_sweep
 
-    table = run_sweep(study, overrides or [], launcher, jobs, address)
+    table = run_sweep(study, overrides or [], launcher, jobs, address, _print_report)
     print(f"table: {table}")
+
+
+def _print_report(directory: Path) -> None:
+    """The report of whatever there is: a study whose trials all failed has nothing to show."""
+    from sodfast.report.page import write_report
+
+    try:
+        print(f"report: {write_report(directory)}")
+    except UsageError as error:
+        print(f"no report: {error}")
 
 
 @app.command("eval")
@@ -92,7 +104,7 @@ def evaluate(
     overrides: Overrides = None,
 ) -> None:
     """Evaluate a run's newest checkpoint, or any model. The last line is JSON."""
-    from sodfast.session import evaluate_model
+    from sodfast.commands import evaluate_model
 
     print(json.dumps(evaluate_model(source, overrides or [])))
 
@@ -104,7 +116,7 @@ def plan_memory(arguments: Arguments = None) -> None:
     from sodfast.config import load_config
 
     config = load_config(*_split(arguments or []))
-    from sodfast.plan import report
+    from sodfast.memory.plan import report
 
     result = report(config)
     print(json.dumps(result))
@@ -118,7 +130,7 @@ def export(
     out: Annotated[Path, typer.Argument(metavar="OUT_DIR")],
 ) -> None:
     """Write a run's newest student as a Hugging Face directory: safetensors and tokenizer."""
-    from sodfast.session import export_model
+    from sodfast.commands import export_model
 
     export_model(run, out)
     print(f"wrote {out}")
@@ -133,7 +145,7 @@ def replay_schedule(
     ] = None,
 ) -> None:
     """Say when another schedule would have refreshed on a run's metrics. The last line is JSON."""
-    from sodfast.replay import replay_run
+    from sodfast.report.replay import replay_run
 
     result = replay_run(run, overrides or [])
     for line in result.text():
@@ -150,7 +162,7 @@ def report_directory(
     ] = None,
 ) -> None:
     """Write report.html, a page with every figure, and tables/*.csv into a run or a study."""
-    from sodfast.report import write_report
+    from sodfast.report.page import write_report
 
     print(write_report(directory, baseline))
 
@@ -164,7 +176,7 @@ def _split(arguments: list[str]) -> tuple[str | None, list[str]]:
 
 def main() -> None:
     """Exit codes: 0 done, 1 failed, 2 unusable arguments, 130 interrupted."""
-    # No data set and no model is ever looked for in the network unless the user names one.
+    # The library tokenizers prints a warning when a process that has encoded in threads forks.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Outside of training, where `Interruption` takes both, SIGTERM ends a command as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -179,7 +191,8 @@ def main() -> None:
 
 
 def _stop(message: str, code: int, alone: bool = False) -> None:
-    # The ranks that torchrun starts end alike, unless alone; the first one says why.
+    # Ranks that torchrun started end with the same error, and rank 0 alone prints it. An error
+    # that only one rank knows of is printed by that rank.
     if alone or "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["RANK"] == "0":
         print("sodfast: " + " ".join(message.split()), file=sys.stderr)
     sys.exit(code)

@@ -11,7 +11,9 @@ Defaults follow Table 9 and Appendix A of the CGTR paper (arXiv 2606.03532) wher
 
 import difflib
 import json
+import logging
 import os
+from functools import cache
 from pathlib import Path
 from string import Formatter
 from typing import Annotated, Any, Literal, Union, get_args
@@ -30,10 +32,13 @@ from pydantic import (
 )
 
 from sodfast.errors import UsageError
-from sodfast.lab import LabConfig
-from sodfast.tasks.config import ArithmeticConfig, TaskConfig
+
+_log = logging.getLogger(__name__)
 
 PRESETS = Path(__file__).parent / "configs"
+# Keys of earlier releases, each accepted for one release after it was renamed.
+RENAMED = {"optimizer.state": "optimizer.adamw"}
+# Groups that are unions, the key that tells their members apart, and its value where it is absent.
 _DISCRIMINATORS = {"schedule": ("kind", "cgtr"), "task": ("name", "arithmetic")}
 
 Positive = Annotated[int, Field(ge=1)]
@@ -42,8 +47,8 @@ TopP = Annotated[float, Field(gt=0, le=1)]
 Temperature = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 
-# Pairs of model.dtype and optimizer.state that make no sense, and why.
-_REFUSED_STATES = {
+# Pairs of model.dtype and optimizer.adamw that make no sense, and why.
+_REFUSED_ADAMW = {
     ("float32", "exact"): "float32 weights are their own exact master; use fp32",
     ("float32", "plain"): "plain is torch's AdamW on bfloat16 weights; use torch",
     ("bfloat16", "torch"): (
@@ -54,6 +59,8 @@ _REFUSED_STATES = {
 
 
 class Section(BaseModel):
+    """A group of keys: it cannot be changed, and refuses unknown keys, NaN and infinity."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
@@ -68,14 +75,80 @@ class LoRAConfig(Section):
 
 
 class ModelConfig(Section):
-    path: str | None = None  # Hugging Face id or directory; None: the embedded lab builds one
-    # Of the weights, and so of the teacher's and of the gradients.
+    path: str | None = None  # Hugging Face id or directory; None: the lab builds its own model
+    # The dtype of the weights; the teacher's weights and the gradients have the same one.
     dtype: Literal["float32", "bfloat16"] = "float32"
-    # Keep a decoder layer's input only and run it again in the backward pass.
+    # Keep only the input of each decoder layer, and run the layer again in the backward pass: less
+    # memory, more time.
     gradient_checkpointing: bool = False
-    # Liger's kernels for RMSNorm, RoPE and the gated MLP; auto: on a GPU where it knows the model.
+    # Liger's kernels for RMSNorm, RoPE and the gated MLP; auto: use them on a GPU where Liger
+    # supports the model's architecture.
     liger: bool | Literal["auto"] = "auto"  # YAML reads on and off as true and false
     lora: LoRAConfig | None = None  # null: all weights are trained
+
+
+class LabConfig(Section):
+    """The lab's model, its misconceptions and its warm start (lab/warm_start.py)."""
+
+    seed: int = Field(0, ge=0, lt=2**63)  # of the initial weights, the error tables, the batches
+    hidden_size: int = Field(128, ge=8)
+    layers: int = Field(3, ge=1)
+    heads: int = Field(4, ge=1)
+    intermediate_size: int = Field(384, ge=8)
+    batches: int = Field(700, ge=1)  # supervised updates of the warm start ...
+    rows: int = Field(6, ge=1)  # ... on so many packed rows each
+    lr: float = Field(3e-3, gt=0)
+    warmup_batches: int = Field(30, ge=1)
+    demonstrated_fraction: float = Field(0.35, ge=0, le=1)  # examples that show a right solution
+    # Lowest and highest probability that a product, or a sum, comes out wrong.
+    product_error: tuple[float, float] = (0.05, 0.9)
+    sum_error: tuple[float, float] = (0.0, 0.6)
+    error_decay: float = Field(0.8, gt=0, le=1)  # each later pass errs this much as often
+    passes: tuple[float, ...] = (0.55, 0.35, 0.10)  # probabilities of 1, 2, 3 passes
+    # This share of the examples has 1 to `long_passes` passes, each number equally likely.
+    long_fraction: float = Field(0.05, ge=0, le=1)
+    long_passes: int = Field(8, ge=1)
+
+
+Subject = Literal["biology", "chemistry", "material", "physics"]
+
+
+class _TaskConfig(Section):
+    # Strings that end a response, with the token that completes one, as an EOS token does.
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+
+
+class ArithmeticConfig(_TaskConfig):
+    """The lab's generated task; `train` and `test` count its questions."""
+
+    name: Literal["arithmetic"] = "arithmetic"
+    train: int = Field(default=1024, ge=1)
+    test: int = Field(default=64, ge=1)
+
+
+class MultipleChoiceConfig(_TaskConfig):
+    """`train` and `test` are JSONL files or hub ids; a hub id without `test` is split 9:1.
+
+    A hub id must have the columns of SciKnowEval; `subject` selects its domain.
+    """
+
+    name: Literal["multiple_choice"] = "multiple_choice"
+    train: str
+    test: str | None = None
+    subject: Subject = "chemistry"
+
+
+class ToolUseConfig(_TaskConfig):
+    """`train` and `test` are JSONL files or hub ids; a hub id without `test` is split 9:1."""
+
+    name: Literal["tool_use"] = "tool_use"
+    train: str
+    test: str | None = None
+
+
+TaskConfig = Annotated[
+    ArithmeticConfig | MultipleChoiceConfig | ToolUseConfig, Field(discriminator="name")
+]
 
 
 class RolloutConfig(Section):
@@ -165,6 +238,11 @@ class CGTRConfig(Section):
     length_unit: Literal["sequence", "shard"] = "sequence"
     shards: Positive = 4  # length_unit=shard: groups of sequences whose lengths are summed
 
+    @property
+    def length_shards(self) -> int | None:
+        """Groups of sequences whose summed lengths the length gate sees; None: sequences."""
+        return self.shards if self.length_unit == "shard" else None
+
     @field_validator("gates")
     @classmethod
     def _gates_differ(cls, gates: tuple[str, ...]) -> tuple[str, ...]:
@@ -190,7 +268,7 @@ class OptimizerConfig(Section):
     # that size, which rounds bfloat16 weights stochastically. exact: fp32 moments and, beside
     # bfloat16 weights, the 16 bits that make them fp32. plain: torch's on bfloat16 weights, a
     # negative control. auto: torch for float32, 8bit for bfloat16. LoRA's adapters are float32.
-    state: Literal["auto", "torch", "8bit", "fp32", "exact", "plain"] = "auto"
+    adamw: Literal["auto", "torch", "8bit", "fp32", "exact", "plain"] = "auto"
     updates_per_step: Positive = 1
     micro_batch_tokens: Positive = 16_384  # of one forward and backward pass, prompts included
 
@@ -268,10 +346,10 @@ class Config(Section):
             )
         lora = self.model.lora is not None
         trained = "float32" if lora else self.model.dtype
-        refused = _REFUSED_STATES.get((trained, self.optimizer.state))
+        refused = _REFUSED_ADAMW.get((trained, self.optimizer.adamw))
         if refused:
             raise ValueError(
-                f"optimizer.state={self.optimizer.state} does not go with "
+                f"optimizer.adamw={self.optimizer.adamw} does not go with "
                 f"{'the adapters of model.lora' if lora else f'model.dtype={trained}'}: {refused}"
             )
         if lora and self.teacher.storage == "host":
@@ -293,11 +371,8 @@ class Config(Section):
 
     @property
     def length_shards(self) -> int | None:
-        """Groups of sequences whose summed lengths the length gate sees; None: sequences."""
-        schedule = self.schedule
-        if isinstance(schedule, CGTRConfig) and schedule.length_unit == "shard":
-            return schedule.shards
-        return None
+        """See `CGTRConfig`; None for the other schedules."""
+        return self.schedule.length_shards if isinstance(self.schedule, CGTRConfig) else None
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -322,8 +397,9 @@ def validate(layer: DictConfig | dict[str, Any]) -> Config:
         for group, (key, default) in _DISCRIMINATORS.items():
             if isinstance(values.get(group), dict):
                 values[group] = {key: default, **values[group]}
-        # Through JSON: its strict mode takes a list for a tuple and still refuses "5" for 5. (A
-        # "before" validator would end that: what it returns is checked as Python values.)
+        # Validation goes through JSON, since pydantic's strict mode then takes a list for a tuple
+        # and still refuses "5" for 5. No field may have a "before" validator: pydantic checks what
+        # one returns as Python values, and strict mode refuses a list for a tuple there.
         return Config.model_validate_json(json.dumps(values), strict=True)
     except (OmegaConfBaseException, TypeError) as error:
         raise UsageError(f"configuration: {_first_line(error)}") from error
@@ -348,7 +424,10 @@ def override(config: Config, overrides: list[str]) -> Config:
 
 
 def _read(source: str, above: tuple[Path, ...] = ()) -> DictConfig:
-    """A preset's or file's layer over its base. `above`: the files that are built on it."""
+    """The values of a preset or file, merged over those of its base.
+
+    `above`: the files, outermost first, whose `base` keys led to this one.
+    """
     path = _preset(source)
     if not os.path.isfile(path):
         path = Path(source)
@@ -367,8 +446,12 @@ def _read(source: str, above: tuple[Path, ...] = ()) -> DictConfig:
 
 
 def _on_base(layer: DictConfig, path: Path, above: tuple[Path, ...]) -> DictConfig:
-    """The layer over the preset or file that its key `base` names, a path from the layer's own."""
+    """The layer, merged over the preset or file that its key `base` names.
+
+    A file's name is relative to the folder of `path`, the layer's own file.
+    """
     try:
+        _rename(layer)
         base = layer.pop("base", None)
         if base is None:
             return layer
@@ -390,18 +473,40 @@ def _on_base(layer: DictConfig, path: Path, above: tuple[Path, ...]) -> DictConf
     return merged
 
 
+def _rename(layer: DictConfig) -> None:
+    """Give the keys of earlier releases their names of today."""
+    for old, new in RENAMED.items():
+        group, _, name = old.partition(".")
+        section = layer.get(group)
+        if isinstance(section, DictConfig) and name in section:
+            _say_once(f"{old} is now {new}; the next release will not know its old name")
+            section[new.removeprefix(f"{group}.")] = section.pop(name)
+
+
+@cache
+def _say_once(message: str) -> None:
+    _log.warning(message)
+
+
 def _preset(name: str) -> Path:
     return PRESETS / f"{name}.yaml"
 
 
 def parse_overrides(overrides: list[str]) -> list[tuple[str, Any]]:
+    """Split `key=value` texts and read each value as YAML, in an order that is safe to apply.
+
+    Raises `UsageError` for a text without a key or `=` and for a value that is not YAML.
+    """
     pairs = []
     for text in overrides:
         key, equals, _ = text.partition("=")
         if not equals or not key:
             raise UsageError(f"{text!r} is not an override: write key=value, for example steps=10")
         try:
-            value = OmegaConf.select(OmegaConf.from_dotlist([text]), key)
+            layer = OmegaConf.from_dotlist([text])
+            _rename(layer)
+            key = RENAMED.get(key, key)
+            value = OmegaConf.select(layer, key)
         except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
             raise UsageError(f"override {text!r}: {_first_line(error)}") from error
         pairs.append((key, value))
@@ -430,7 +535,7 @@ def _explain(error: Any) -> str:
     if len(location) > 1 and location[0] in _DISCRIMINATORS:
         del location[1]
     key = ".".join(location)
-    message = error["msg"].removeprefix("Value error, ")
+    message = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
         known = _known_keys(location[:-1], error["loc"])
         close = difflib.get_close_matches(location[-1], known, n=1)
@@ -458,7 +563,7 @@ def _known_keys(parents: list[str], location: tuple[Any, ...]) -> list[str]:
 def _union_members(annotation: Any) -> tuple[Any, ...]:
     while hasattr(annotation, "__metadata__"):
         annotation = annotation.__origin__
-    return annotation.__args__
+    return get_args(annotation)
 
 
 def _first_line(error: BaseException) -> str:

@@ -8,4 +8,4 @@ class UsageError(Exception):
 class RunFailed(Exception):
     """A run broke after it began (a NaN loss, a full disk). The CLI exits 1."""
 
-    alone = False  # on one of several ranks, without the others' knowledge
+    alone = False  # True: only one of several ranks has failed, and the others do not know of it

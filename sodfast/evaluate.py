@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 from math import comb, fsum
 
 from sodfast.config import Config
-from sodfast.model import LanguageModel, to_ids
-from sodfast.rollout import Draws, Engine, Sampling
-from sodfast.streams import Stream, draw_key
-from sodfast.tasks import Question, Task
+from sodfast.model.load import LanguageModel, to_ids
+from sodfast.rng import Stream, draw_key
+from sodfast.rollout.engine import Engine, SampleKey, Sampling
+from sodfast.tasks.base import Question, Task
 
 
 def evaluate(
@@ -22,7 +22,7 @@ def evaluate(
 ) -> dict[str, float]:
     """`eval.samples` answers per question at the evaluation's temperature and top-p.
 
-    Draws are keyed by (seed, step, sample), apart from training's, so evaluating more often
+    SampleKey are keyed by (seed, step, sample), apart from training's, so evaluating more often
     cannot change training. Returns the `eval/*` keys, fractions in [0, 1].
     """
     count = config.eval.samples
@@ -31,7 +31,7 @@ def evaluate(
         [prompt for prompt in prompts for _ in range(count)],
         range(len(prompts) * count),
         Sampling.of(config, config.eval),
-        Draws(draw_key(config.seed, Stream.EVAL), step),
+        SampleKey(draw_key(config.seed, Stream.EVAL), step),
         progress,
     )
     texts = [model.decode(sample.response) for sample in samples]
@@ -71,8 +71,8 @@ def best_at_k(rewards: Sequence[float], k: int) -> float:
 
 
 def majority_at_k(rewards: Sequence[float], answers: Sequence[str | None], k: int) -> float:
-    """Reward of the most frequent answer among k samples, averaged over the n // k disjoint runs
-    of k samples.
+    """Reward of the most frequent answer among k samples, averaged over the n // k disjoint
+    blocks of k samples.
 
     Samples without an answer do not vote; no votes at all score 0. Tied answers share: their
     mean rewards are averaged, which is the expectation of a fair draw.

@@ -1,16 +1,53 @@
-"""Files that others may read or hold at the same time: whole replacement, and locks."""
+"""Files that others may read or hold at the same time: whole replacement, lines, and locks."""
 
 import fcntl
+import json
 import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+from sodfast.errors import UsageError
+
+
+def replace_bytes(file: Path, data: bytes) -> None:
+    """Write a file so that a reader, or a crash, sees the old content or the new, never a part.
+
+    It is written aside first, under a name that nobody else has, whatever a link may point to. Of
+    two writers that race the later one wins, whole.
+    """
+    aside = file.with_name(f"{file.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with aside.open("xb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(aside, file)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def replace_text(file: Path, text: str) -> None:
-    """Write a file so that a reader, or a crash, sees the old text or the new, never a part."""
-    aside = file.with_name(file.name + ".tmp")
-    aside.write_text(text)
-    os.replace(aside, file)
+    """`replace_bytes` of a text in UTF-8."""
+    replace_bytes(file, text.encode())
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The JSON lines of a file; a last line cut short by a power failure is left out."""
+    if not file.is_file():
+        return []
+    texts = file.read_text().splitlines()
+    lines = []
+    for number, text in enumerate(texts, start=1):
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError as error:
+            if number < len(texts):
+                raise UsageError(f"{file}:{number}: not JSON ({error.msg})") from error
+    return lines
 
 
 def try_lock(path: Path) -> IO[str] | None:
@@ -35,3 +72,21 @@ def is_held(lock: Path) -> bool:
     except BlockingIOError:
         return True
     return False
+
+
+@contextmanager
+def alone(directory: Path) -> Iterator[bool]:
+    """Hold a lock on a directory, which is made where there is none, until the block ends; True
+    where another process held it before, and this one has waited."""
+    directory.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            waited = False
+        except BlockingIOError:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            waited = True
+        yield waited
+    finally:
+        os.close(descriptor)

@@ -6,9 +6,9 @@ arXiv 2601.20802):
     sequence_mean  L = 1/B Σ_i 1/|y_i| Σ_t (c_D · m_i · ρ_t · D_t + c_P · P_t)
     token_mean     L = c_D Σ m_i ρ_t D_t / Σ_i m_i |y_i|  +  c_P Σ P_t / Σ_i |y_i|
 
-Both D_t and P_t are also multiplied by the sampler's mismatch min(π_old/π_sampler, 2), which is 1
-when the engine that sampled has the numerics of training. The denominators come from the whole
-update, so no loss depends on how it is cut into micro-batches.
+Both D_t and P_t are also multiplied by the truncated importance weight min(π_old/π_sampler, 2),
+which is 1 when the engine that sampled has the numerics of training. The denominators come from the
+whole update, so no loss depends on how it is cut into micro-batches.
 
 Shapes: N response tokens of a micro-batch, H hidden size.
 """
@@ -22,10 +22,10 @@ from sodfast_kernels import DistillationOutput, linear_distillation_loss
 from torch import Tensor
 
 from sodfast.config import ObjectiveConfig
-from sodfast.rollout import Sample, sampler_logprob
+from sodfast.rollout.engine import Sample
 
-# Bounds of the sampler's mismatch, arXiv 2601.20802.
-MAX_LOG_RATIO, MAX_MISMATCH = 20.0, 2.0
+# Bounds of likelihood ratios and of the importance weight, arXiv 2601.20802.
+MAX_LOG_RATIO, MAX_IMPORTANCE_WEIGHT = 20.0, 2.0
 
 
 @dataclass(frozen=True)
@@ -82,12 +82,16 @@ def sequence_weights(
     )
 
 
-def sampler_mismatch(samples: Sequence[Sample]) -> Tensor:
+def likelihood_ratio(logprob_N: Tensor, old_logprob_N: Tensor) -> Tensor:
+    """exp(logprob − old_logprob), its logarithm clamped to ±20 as everywhere in the kernels."""
+    return (logprob_N - old_logprob_N).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+def truncated_importance_weight(samples: Sequence[Sample]) -> Tensor:
     """min(π_old,trainer / π_sampler, 2) of every response token, [N] fp32 on the CPU."""
-    old_N = torch.cat([sample.logprob for sample in samples])
-    sampled_N = torch.cat([sampler_logprob(sample) for sample in samples])
-    log_ratio_N = (old_N - sampled_N).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    return log_ratio_N.exp().clamp(max=MAX_MISMATCH)
+    trainer_N = torch.cat([sample.logprob for sample in samples])
+    sampler_N = torch.cat([sample.behavior_logprob for sample in samples])
+    return likelihood_ratio(trainer_N, sampler_N).clamp(max=MAX_IMPORTANCE_WEIGHT)
 
 
 def micro_batch_loss(
@@ -112,7 +116,7 @@ def micro_batch_loss(
     per_token = torch.tensor(weights, dtype=torch.float32, device=device).repeat_interleave(
         lengths, dim=0, output_size=len(student_hidden_NH)
     )
-    mismatch_N = sampler_mismatch(samples).to(device)
+    importance_N = truncated_importance_weight(samples).to(device)
     unread = student_hidden_NH.new_zeros(1, teacher_head.shape[1])
     teacher_rows = [
         unread.expand(len(sample.response), -1) if rows is None else rows
@@ -128,9 +132,9 @@ def micro_batch_loss(
         softcap=softcap,
         top_k=config.top_k,
         add_tail=config.add_tail,
-        distill_weight=per_token[:, 0] * mismatch_N,
+        distill_weight=per_token[:, 0] * importance_N,
         target_ids=torch.cat([sample.response for sample in samples]).to(device),
-        policy_weight=per_token[:, 1] * mismatch_N,
+        policy_weight=per_token[:, 1] * importance_N,
         advantage=per_token[:, 2],
         old_logprob=torch.cat([sample.logprob for sample in samples]).to(device),
         clip_range=config.clip_range,

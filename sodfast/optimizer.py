@@ -8,20 +8,20 @@ from typing import cast
 
 import sodfast_kernels
 import torch
-from sodfast_kernels.formats import BLOCK
+from sodfast_kernels.parameters import BLOCK
 from sodfast_kernels.philox import GROUP
 from torch import Tensor
 
 from sodfast.config import OptimizerConfig
 from sodfast.errors import RunFailed
-from sodfast.sharding import Weights
-from sodfast.streams import Stream, draw_key
+from sodfast.parallel.fsdp import Weights
+from sodfast.rng import Stream, draw_key
 
 
 def build_optimizer(
     config: OptimizerConfig, weights: Weights, seed: int = 0
 ) -> torch.optim.Optimizer:
-    """The AdamW that `config.state` names. `seed`: the run's, for what is rounded stochastically:
+    """The AdamW that `config.adamw` names. `seed`: the run's, for what is rounded stochastically:
     those bits are a function of (seed, number of the update, position of the element)."""
     parameters = weights.parameters
     state = _state(config, parameters[0].dtype)
@@ -47,13 +47,13 @@ def build_optimizer(
 
 
 def alignment(config: OptimizerConfig, dtype: torch.dtype) -> int:
-    """Elements that the state of weights of `dtype` cannot part: see `sodfast.sharding`."""
+    """Elements that the state of weights of `dtype` cannot part: see `sodfast.parallel.fsdp`."""
     return BLOCK if _state(config, dtype) == "8bit" else GROUP
 
 
 def _state(config: OptimizerConfig, dtype: torch.dtype) -> str:
-    if config.state != "auto":
-        return config.state
+    if config.adamw != "auto":
+        return config.adamw
     return "8bit" if dtype == torch.bfloat16 else "torch"
 
 

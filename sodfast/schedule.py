@@ -58,10 +58,21 @@ class Decision:
 
 
 class Schedule(ABC):
-    """Observes steps 1, 2, … in order. Stateless unless it overrides the two state methods."""
+    """Observes steps 1, 2, … in order. Stateless unless it overrides the two state methods.
+
+    `inputs` names what `observe_line` reads of a metrics line beside its step, in the order of
+    `StepStatistics`.
+    """
+
+    inputs: tuple[str, str, str] = ("reward/mean", "length/mean", "length/max")
 
     @abstractmethod
     def observe(self, statistics: StepStatistics) -> Decision: ...
+
+    def observe_line(self, line: Mapping[str, Any]) -> Decision:
+        """`observe` what a metrics line says of its step."""
+        reward_mean, length_mean, length_max = (line[name] for name in self.inputs)
+        return self.observe(StepStatistics(line["step"], reward_mean, length_mean, length_max))
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold, as JSON values."""
@@ -101,7 +112,7 @@ class EMA(Schedule):
 
 
 class TrustRegion(Schedule):
-    """The initial weights stay; scoring mixes their logits with the student's (teacher.py)."""
+    """The initial weights stay; scoring mixes their logits with the student's: `student_share`."""
 
     def observe(self, statistics: StepStatistics) -> Decision:
         return Decision("keep")
@@ -125,6 +136,8 @@ class CGTR(Schedule):
 
     def __init__(self, config: CGTRConfig) -> None:
         self.config = config
+        if config.length_shards is not None:
+            self.inputs = ("reward/mean", "length/shard_mean", "length/shard_max")
         self.window: deque[StepStatistics] = deque(maxlen=config.window)
         self.last_copy = 0
         self.reward_reference: float | None = None
@@ -207,22 +220,15 @@ def build_schedule(config: ScheduleConfig) -> Schedule:
             return CGTR(config)
 
 
+def student_share(config: ScheduleConfig) -> float | None:
+    """τ of a teacher whose logits are (1−τ)·initial + τ·student (trust region, arXiv 2601.20802),
+    where τ = 0 counts too; None where the teacher has logits of its own alone."""
+    return config.rate if isinstance(config, TrustRegionConfig) else None
+
+
 def replay(schedule: Schedule, lines: Sequence[Mapping[str, Any]]) -> list[Decision]:
     """Feed recorded metrics lines (steps 1…, in order) to a schedule; one decision per line.
 
-    Under `length_unit=shard` the lines must carry `length/shard_mean` and `length/shard_max`.
+    The lines must carry `schedule.inputs`; a line of step 0 is passed over.
     """
-    shard = isinstance(schedule, CGTR) and schedule.config.length_unit == "shard"
-    prefix = "length/shard_" if shard else "length/"
-    return [
-        schedule.observe(
-            StepStatistics(
-                step=line["step"],
-                reward_mean=line["reward/mean"],
-                length_mean=line[prefix + "mean"],
-                length_max=line[prefix + "max"],
-            )
-        )
-        for line in lines
-        if "reward/mean" in line
-    ]
+    return [schedule.observe_line(line) for line in lines if "reward/mean" in line]

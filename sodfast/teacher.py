@@ -1,13 +1,11 @@
-"""The teacher: what it sees, where it lives, and how a schedule's decision is carried out.
+"""The teacher's weights: where they are, and how a schedule's decision moves them.
 
-What it sees (arXiv 2601.20802): the prompt and, as privileged context, a successful attempt of a
-sibling rollout. Where it lives: nowhere of its own while it equals the student (an alias), a copy
-from the first update after that on, on the device or in host memory (streaming.py). Nothing else in
-this project moves the teacher.
+The teacher needs no memory of its own while it equals the student. From the first update after
+that on it is a copy, on the device or in host memory (parallel/offload.py). Nothing else in this
+project moves the teacher; what it is shown is decided in context.py.
 """
 
 import copy
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,87 +15,12 @@ import torch
 from sodfast_kernels import ema_update_
 from torch import Tensor, nn
 
-from sodfast.config import ScheduleConfig, TeacherConfig
-from sodfast.errors import UsageError
-from sodfast.model import LanguageModel, output_head, trained_parameters
-from sodfast.packing import micro_batches, response_hidden
-from sodfast.schedule import Decision
-from sodfast.sharding import ShardedCopy, ShardedWeights, Weights
-from sodfast.streaming import HostCopy
-from sodfast.streams import Stream, generator
-from sodfast.tasks import Question
-
-_THINKING = re.compile(r"<think>.*?</think>", re.DOTALL)
-
-
-def choose_demonstrations(
-    rewards: Sequence[float], group_size: int, success_reward: float, seed: int, step: int
-) -> list[int | None]:
-    """For each rollout the index of its demonstration, or None.
-
-    A demonstration is a successful rollout of the same group, not the rollout itself, drawn
-    uniformly by a stream keyed by (seed, step, rollout). `rewards` holds groups of `group_size`.
-    """
-    chosen: list[int | None] = []
-    for index in range(len(rewards)):
-        first = index - index % group_size
-        siblings = [
-            other
-            for other in range(first, first + group_size)
-            if other != index and rewards[other] >= success_reward
-        ]
-        if siblings:
-            stream = generator(seed, Stream.DEMONSTRATION, step, index)
-            chosen.append(siblings[int(stream.integers(len(siblings)))])
-        else:
-            chosen.append(None)
-    return chosen
-
-
-class TeacherContext:
-    """Renders the teacher's prompts from the templates of `TeacherConfig`."""
-
-    def __init__(self, config: TeacherConfig, model: LanguageModel) -> None:
-        self.config = config
-        self.model = model
-
-    def fits(self, question: Question) -> bool:
-        """Whether the prompt leaves room for a demonstration at all."""
-        if self.config.context == "none":
-            return True
-        return len(self._encode(question, " ", "")) <= self.config.max_prompt_tokens
-
-    def render(
-        self, question: Question, demonstration: str | None, feedback: str | None
-    ) -> list[int]:
-        """Token ids of the teacher's prompt, at most `max_prompt_tokens`: the demonstration is
-        cut at its end, never the closing request or the assistant's header."""
-        text = _THINKING.sub("", demonstration or "").strip()
-        feedback = feedback or ""
-        limit = self.config.max_prompt_tokens
-        while len(ids := self._encode(question, text, feedback)) > limit:
-            if not text:
-                raise UsageError(
-                    f"teacher.max_prompt_tokens={limit} does not hold question {question.id} and "
-                    "its feedback: raise it, or set teacher.feedback=false"
-                )
-            tokens = self.model.tokenizer(text, add_special_tokens=False).input_ids
-            keep = max(0, len(tokens) - (len(ids) - limit))
-            shorter = self.model.decode(tokens[:keep]).rstrip()
-            # Decoding can give back as many characters as before; cutting must make progress.
-            text = shorter if len(shorter) < len(text) else text[:-1]
-        return ids
-
-    def _encode(self, question: Question, demonstration: str, feedback: str) -> list[int]:
-        config = self.config
-        prompt = config.template.format(
-            prompt=question.prompt,
-            demonstration=config.demonstration_template.format(demonstration=demonstration)
-            if demonstration
-            else "",
-            feedback=config.feedback_template.format(feedback=feedback) if feedback else "",
-        )
-        return self.model.encode(prompt, question.system)
+from sodfast.config import ScheduleConfig
+from sodfast.model.load import output_head, trained_parameters
+from sodfast.model.packing import micro_batches, response_hidden
+from sodfast.parallel.fsdp import ShardedCopy, ShardedWeights, Weights
+from sodfast.parallel.offload import HostCopy
+from sodfast.schedule import Decision, student_share
 
 
 @dataclass(frozen=True)
@@ -136,8 +59,7 @@ class Teacher:
         self.seed = seed
         self.storage = storage
         self.store: HostCopy | ShardedCopy | None = None
-        # Trust region (arXiv 2601.20802): logits (1−τ)·initial + τ·student.
-        self.mix = schedule.rate if schedule.kind == "trust_region" else None
+        self.mix = student_share(schedule)
         self.weights: nn.Module | ShardedCopy | None = None
 
     @property

@@ -19,35 +19,31 @@ from typing import Any, Literal
 import torch
 from torch import OutOfMemoryError, Tensor
 
-from sodfast import checkpoint, optimizer
+from sodfast import optimizer
+from sodfast.collapse import CollapseDetector
 from sodfast.config import Config
-from sodfast.console import Reporter
-from sodfast.diagnostics import (
-    CollapseDetector,
-    RewardGain,
-    TokenTotals,
-    length_metrics,
-    mean_entropy,
-    reward_metrics,
-    summarize,
-)
-from sodfast.distributed import ALONE, Ranks, SharedEngine
+from sodfast.context import Questions, TeacherContext, teacher_prompts
 from sodfast.errors import RunFailed
 from sodfast.evaluate import evaluate
-from sodfast.interrupt import Interrupted, Interruption
-from sodfast.model import LanguageModel, to_ids
+from sodfast.metrics import RewardGain, TokenTotals, length_metrics, mean_entropy, reward_metrics
+from sodfast.model.load import LanguageModel, to_ids
+from sodfast.model.packing import micro_batches, response_hidden
 from sodfast.objective import group_advantages, micro_batch_loss, sequence_weights
-from sodfast.packing import micro_batches, response_hidden
-from sodfast.phases import PhaseClock, explained
-from sodfast.questions import Questions
-from sodfast.rollout import Draws, Engine, Sample, Sampling
-from sodfast.rundir import RunDirectory, fingerprint
-from sodfast.schedule import StepStatistics, build_schedule
-from sodfast.sharding import ShardedWeights, Weights
-from sodfast.sinks import Logger
-from sodfast.streams import PromptOrder, Stream, draw_key, generator
-from sodfast.tasks import Question, Task
-from sodfast.teacher import Teacher, TeacherContext, TeacherScores, choose_demonstrations
+from sodfast.parallel.fsdp import ShardedWeights, Weights
+from sodfast.parallel.ranks import ALONE, Ranks
+from sodfast.rng import PromptOrder, Stream, draw_key, generator
+from sodfast.rollout.engine import Engine, Sample, SampleKey, Sampling
+from sodfast.rollout.shared import SharedEngine
+from sodfast.run import checkpoint
+from sodfast.run.console import Reporter
+from sodfast.run.directory import RunDirectory, fingerprint
+from sodfast.run.interrupt import Interrupted, Interruption
+from sodfast.run.loggers import Logger
+from sodfast.run.phases import PhaseClock, oom_hint
+from sodfast.schedule import build_schedule
+from sodfast.summary import summarize
+from sodfast.tasks.base import Question, Task
+from sodfast.teacher import Teacher, TeacherScores
 
 Status = Literal["done", "collapsed", "interrupted", "failed"]
 
@@ -140,7 +136,7 @@ class Trainer:
                 self.reporter.start(self.step, self.config.steps)
                 if not self.lines:
                     self._evaluate_start(interruption, logger)
-                while self.step < self.config.steps and not self._stopped():
+                while not self._ended():
                     step = self.step + 1
                     self._train_step(step, interruption, logger)
             status: Status = "done" if self.collapse.step is None else "collapsed"
@@ -175,18 +171,17 @@ class Trainer:
         checkpoint.restore_student(
             self.model, self.weights.loadable(stored.student), stored.state.get("base")
         )
-        own = None if stored.teacher is None else self.weights.cut(stored.teacher)
+        own = None if stored.teacher is None else self.weights.shard(stored.teacher)
         self.teacher.load_weights(own)
-        moments = self.weights.cut(stored.optimizer)
+        moments = self.weights.shard(stored.optimizer)
         checkpoint.restore_optimizer(self.model.network, self.optimizer, moments)
         self.schedule.load_state_dict(stored.state["schedule"])
         self.collapse.load_state_dict(stored.state["collapse"])
         self.gain.last = stored.state["reward_memory"]
-        continues = self.step < self.config.steps and not self._stopped()
-        due = self.step % self.config.eval.every == 0
-        self.lines = self.run.rewind(self.step, extra_evaluation=continues and not due)
+        closing = not self._due(self.step)  # see `_due`
+        self.lines = self.run.rewind(self.step, without_evaluation=closing and not self._ended())
         self.state = self._state()
-        if not continues and not due:  # the stored state is that of before this evaluation
+        if closing and self._ended():
             kept = {k: v for k, v in self.lines[-1].items() if k.startswith("eval/")}
             self.collapse.observe({"step": self.step, **kept})
         self._event(self.step, "resume")
@@ -247,43 +242,17 @@ class Trainer:
             [prompt for prompt in prompts for _ in range(count)],
             range(len(prompts) * count),
             Sampling.of(self.config, config),
-            Draws(draw_key(self.config.seed, Stream.ROLLOUT), step),
+            SampleKey(draw_key(self.config.seed, Stream.ROLLOUT), step),
             lambda done, total: self.reporter.phase("rollout", done, total),
         )
         texts = [self.model.decode(sample.response) for sample in samples]
         asked = [question for question in questions for _ in range(count)]
         rewards = [self.task.score(q, text) for q, text in zip(asked, texts, strict=True)]
-        contexts = self._contexts(step, asked, samples, texts, rewards)
-        return Rollouts(questions, samples, texts, rewards, contexts)
-
-    def _contexts(
-        self,
-        step: int,
-        asked: Sequence[Question],
-        samples: Sequence[Sample],
-        texts: Sequence[str],
-        rewards: Sequence[float],
-    ) -> list[Tensor | None]:
-        """Each rollout's teacher prompt; None where there is nothing privileged to show."""
-        config = self.config.teacher
-        if config.context == "none":
-            return [sample.prompt for sample in samples]
-        chosen = choose_demonstrations(
-            rewards,
-            self.config.rollout.samples_per_prompt,
-            config.success_reward,
-            self.config.seed,
-            step,
+        shown = [sample.prompt for sample in samples]
+        contexts = teacher_prompts(
+            self.config, self.context, self.task, step, asked, shown, texts, rewards
         )
-        contexts: list[Tensor | None] = []
-        for question, text, source in zip(asked, texts, chosen, strict=True):
-            demonstration = None if source is None else texts[source]
-            feedback = self.task.feedback(question, text) if config.feedback else None
-            if demonstration is None and feedback is None:
-                contexts.append(None)
-            else:
-                contexts.append(to_ids(self.context.render(question, demonstration, feedback)))
-        return contexts
+        return Rollouts(questions, samples, texts, rewards, contexts)
 
     def _updates(self, step: int, rollouts: Rollouts) -> list[Update]:
         """The step's prompts are cut into `updates_per_step` equal parts in an order keyed by
@@ -422,11 +391,8 @@ class Trainer:
 
     def _move_teacher(self, step: int, line: dict[str, Any]) -> dict[str, Any]:
         """The schedule decides, the teacher follows, and both say so."""
-        prefix = "length/shard_" if "length/shard_mean" in line else "length/"
-        decision = self.schedule.observe(
-            StepStatistics(step, line["reward/mean"], line[prefix + "mean"], line[prefix + "max"])
-        )
-        with explained("refresh"):
+        decision = self.schedule.observe_line(line)
+        with oom_hint("refresh"):
             drift = float(self.teacher.apply(decision, step))
         if not isfinite(drift):
             raise RunFailed("the update made weights that are not finite: lower optimizer.lr")
@@ -443,21 +409,17 @@ class Trainer:
     def _finish(self, line: dict[str, Any], logger: Logger) -> None:
         """Evaluate where due, detect a collapse, write the line, checkpoint where due."""
         step = line["step"]
-        due = step % self.config.eval.every == 0
-        if due:
+        if self._due(step):
             line |= self._evaluate(step)
         self._observe_collapse(line)
         self.step = step
-        # What a longer run would carry on with: without the evaluation that only the last step
-        # of this run gets.
-        self.state = self._state()
-        last = step == self.config.steps or self._stopped()
-        if last and not due:
+        self.state = self._state()  # before a closing evaluation: see `_due`
+        if self._ended() and not self._due(step):
             evaluation = self._evaluate(step)
             line |= evaluation
             self._observe_collapse({"step": step, **evaluation})
         self._commit(line, logger)
-        if last or step % self.config.checkpoint.every == 0:
+        if self._ended() or step % self.config.checkpoint.every == 0:
             self._save()
 
     def _observe_collapse(self, line: dict[str, Any]) -> None:
@@ -475,7 +437,7 @@ class Trainer:
     # ---------------------------------------------------------------- small parts
 
     def _evaluate(self, step: int) -> dict[str, float]:
-        with explained("evaluate"):
+        with oom_hint("evaluate"):
             return evaluate(
                 self.model,
                 self.engine,
@@ -490,8 +452,18 @@ class Trainer:
     def _budget(self) -> int:
         return self.config.optimizer.micro_batch_tokens
 
-    def _stopped(self) -> bool:
-        return self.config.collapse.stop and self.collapse.step is not None
+    def _due(self, step: int) -> bool:
+        """Whether a step is evaluated wherever the run ends.
+
+        The last step is evaluated, too. Where it is not due, that closing evaluation belongs to
+        this end of the run alone: the checkpoint holds the state of before it, and a run that is
+        continued drops it.
+        """
+        return step % self.config.eval.every == 0
+
+    def _ended(self) -> bool:
+        collapsed = self.config.collapse.stop and self.collapse.step is not None
+        return self.step >= self.config.steps or collapsed
 
     def _event(self, step: int, event: str, **fields: Any) -> None:
         self._append(self.run.events, {"step": step, "event": event, **fields})
@@ -522,9 +494,9 @@ class Trainer:
             return
         student = self.weights.state_dict()
         same = self.teacher.weights is None
-        teacher = None if same else self.weights.join(self.teacher.own())
+        teacher = None if same else self.weights.gather_full(self.teacher.own())
         moments = checkpoint.optimizer_tensors(self.model.network, self.optimizer)
-        moments = self.weights.join(moments)
+        moments = self.weights.gather_full(moments)
         with self.ranks.together():
             if self.ranks.main:
                 self.run.sync()

@@ -56,7 +56,7 @@ def _serve(pipe: Connection, rank: int, port: int) -> None:
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from sodfast import distributed
+    from sodfast.parallel import ranks as distributed
 
     torch.set_num_threads(1)
     disable_progress_bar()

@@ -1,4 +1,4 @@
-"""A stand-in for vLLM on a CPU: the names, arguments and results that `sodfast.vllm_engine` uses,
+"""A stand-in for vLLM on a CPU: the names, arguments and results that `sodfast.rollout.vllm` uses,
 as vLLM 0.33.0 declares them, around a Qwen3 whose weights are stacked as vLLM stacks them.
 
 What sleeps is filled with NaN, so whoever forgets to wake, copy or reset something is found out.

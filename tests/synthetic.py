@@ -12,10 +12,12 @@ from zlib import crc32
 import numpy as np
 import yaml
 
+from sodfast.collapse import CollapseDetector
 from sodfast.config import Config, load_config
-from sodfast.diagnostics import CollapseDetector, summarize
 from sodfast.schedule import StepStatistics, build_schedule
-from sodfast.study import load_study, run_path
+from sodfast.study.definition import load_study
+from sodfast.study.directory import run_path
+from sodfast.summary import summarize
 
 
 def write_run(path: Path, config: Config, steps: int | None = None) -> None:

@@ -13,9 +13,9 @@ import yaml
 from conftest import Command, Outcome
 
 from sodfast.config import load_config
-from sodfast.interrupt import Interrupted
-from sodfast.packing import own_attention
-from sodfast.rundir import RunDirectory
+from sodfast.model.packing import own_attention
+from sodfast.run.directory import RunDirectory
+from sodfast.run.interrupt import Interrupted
 from sodfast.trainer import Trainer
 
 
@@ -27,14 +27,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(folder)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     return folder
-
-
-@pytest.fixture(scope="session")
-def finished(train: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run directory to look at, not to touch."""
-    out = tmp_path_factory.mktemp("finished") / "run"
-    train(out, "steps=2")
-    return out
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:
@@ -119,8 +111,8 @@ MISTAKES = {
 def test_a_mistake_is_one_line_and_leaves_nothing(
     cli: Command, here: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr("sodfast.sinks.find_spec", lambda name: None)
-    monkeypatch.setattr("sodfast.lab.build", None)  # found before any work
+    monkeypatch.setattr("sodfast.run.loggers.find_spec", lambda name: None)
+    monkeypatch.setattr("sodfast.lab.warm_start.build", None)  # found before any work
     (here / "empty.yaml").touch()
     (here / "list.yaml").write_text("- steps\n")
     (here / "broken.yaml").write_text("steps: [1\nseed: }")
@@ -325,7 +317,7 @@ def test_export_keeps_the_logits(cli: Command, build: Callable[..., Trainer], he
 
 
 def test_exit_codes(cli: Command, tiny_run: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from sodfast import session
+    from sodfast import commands
     from sodfast.errors import RunFailed
 
     ends = {Interrupted(): 130, KeyboardInterrupt(): 130, RunFailed("step 3: a\nb"): 1}
@@ -334,7 +326,7 @@ def test_exit_codes(cli: Command, tiny_run: list[str], monkeypatch: pytest.Monke
         def stop(*arguments: Any, end: BaseException = end) -> None:
             raise end
 
-        monkeypatch.setattr(session, "train_run", stop)
+        monkeypatch.setattr(commands, "train_run", stop)
         outcome = cli("train", *tiny_run)
         assert outcome.code == code
         assert outcome.err == ("sodfast: step 3: a b\n" if code == 1 else "")
@@ -344,7 +336,7 @@ def test_sigterm_before_the_training_is_an_interruption_too(
     cli: Command, tiny_run: list[str], here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "sodfast.session.build_task", lambda config: signal.raise_signal(signal.SIGTERM)
+        "sodfast.commands.build_task", lambda config: signal.raise_signal(signal.SIGTERM)
     )
     assert cli("train", *tiny_run, "out=run").code == 130
     assert tree(here) == {}

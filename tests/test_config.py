@@ -530,7 +530,7 @@ def test_the_8b_preset_is_the_papers_setting() -> None:
     assert (rollout.max_prompt_tokens, rollout.max_new_tokens) == (2048, 8192)
     assert (objective.alpha, objective.top_k, objective.add_tail) == (0.5, 20, True)
     assert (optimizer.lr, optimizer.warmup_steps, optimizer.updates_per_step) == (1e-5, 10, 4)
-    assert optimizer.state == "auto"  # 8-bit moments for bfloat16 weights
+    assert optimizer.adamw == "auto"  # 8-bit moments for bfloat16 weights
     assert (config.eval.every, config.eval.samples) == (10, 16)
     assert config.teacher.storage == "host"
     assert config.schedule == CGTRConfig()

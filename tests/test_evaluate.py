@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sodfast import evaluate as evaluation
-from sodfast.config import Config, EvalConfig
+from sodfast.config import ArithmeticConfig, Config, EvalConfig
 from sodfast.evaluate import best_at_k, evaluation_metrics, majority_at_k
-from sodfast.rollout import Draws, Sample, Sampling
-from sodfast.streams import Stream, draw_key
-from sodfast.tasks import ArithmeticConfig, Question
+from sodfast.rng import Stream, draw_key
+from sodfast.rollout.engine import Sample, SampleKey, Sampling
+from sodfast.tasks.base import Question
 
 REWARDS = st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0, -1.0]), min_size=1, max_size=8)
 
@@ -147,7 +147,7 @@ def test_evaluate_scores_every_sample_on_a_stream_of_its_own() -> None:
         score=lambda question, text: float(text == question.answer),
         extract=lambda text: None if text == "x" else text,
     )
-    calls: list[Draws] = []
+    calls: list[SampleKey] = []
 
     class Engine:
         name = "fake"
@@ -155,7 +155,7 @@ def test_evaluate_scores_every_sample_on_a_stream_of_its_own() -> None:
         def require(self, tokens: int) -> None: ...
 
         def generate(
-            self, prompts: Any, samples: Any, sampling: Sampling, draws: Draws, progress: Any
+            self, prompts: Any, samples: Any, sampling: Sampling, draws: SampleKey, progress: Any
         ) -> list[Sample]:
             assert sampling == Sampling(0.7, 0.9, config.rollout.max_new_tokens, 5, ("!",))
             assert list(samples) == list(range(6))
@@ -178,5 +178,5 @@ def test_evaluate_scores_every_sample_on_a_stream_of_its_own() -> None:
         }
     )
     evaluation.evaluate(model, Engine(), task, questions, config, step=5)
-    assert calls == [Draws(draw_key(5, Stream.EVAL), step) for step in (4, 5)]
+    assert calls == [SampleKey(draw_key(5, Stream.EVAL), step) for step in (4, 5)]
     assert draw_key(5, Stream.EVAL) != draw_key(5, Stream.ROLLOUT)

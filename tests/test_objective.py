@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sodfast.config import ObjectiveConfig
+from sodfast.context import choose_demonstrations
 from sodfast.objective import group_advantages, micro_batch_loss, sequence_weights
-from sodfast.rollout import Sample
-from sodfast.teacher import choose_demonstrations
+from sodfast.rollout.engine import Sample
 
 # ---------------------------------------------------------------- advantages
 

@@ -6,14 +6,14 @@ from copy import deepcopy
 import pytest
 import sodfast_kernels
 import torch
-from sodfast_kernels.formats import join
+from sodfast_kernels.parameters.formats import join
 from sodfast_kernels.philox import random_bits
 from torch import Tensor, nn
 
 from sodfast.config import OptimizerConfig, load_config
 from sodfast.errors import RunFailed, UsageError
 from sodfast.optimizer import build_optimizer, update
-from sodfast.sharding import Weights
+from sodfast.parallel.fsdp import Weights
 
 FUSED = ("8bit", "fp32", "exact")
 
@@ -62,7 +62,7 @@ def equal(left: list[Tensor], right: list[Tensor]) -> bool:
     ],
 )
 def test_the_configuration_names_an_adamw(dtype: str, state: str, expected: str) -> None:
-    overrides = [f"model.dtype={dtype}", f"optimizer.state={state}", "optimizer.eps=1e-7"]
+    overrides = [f"model.dtype={dtype}", f"optimizer.adamw={state}", "optimizer.eps=1e-7"]
     config = load_config("lab", overrides).optimizer
     optimizer = build_optimizer(config, Weights(network(dtype)))
     (group,) = optimizer.param_groups
@@ -77,7 +77,7 @@ def test_the_configuration_names_an_adamw(dtype: str, state: str, expected: str)
 def test_presets_keep_fp32_weights_and_torchs_adamw() -> None:
     for preset in ("lab", "base"):
         config = load_config(preset, [])
-        assert (config.model.dtype, config.optimizer.state) == ("float32", "auto")
+        assert (config.model.dtype, config.optimizer.adamw) == ("float32", "auto")
 
 
 @pytest.mark.parametrize(
@@ -90,9 +90,9 @@ def test_presets_keep_fp32_weights_and_torchs_adamw() -> None:
 )
 def test_pairs_without_sense_are_refused(dtype: str, state: str, advice: str) -> None:
     with pytest.raises(UsageError) as error:
-        load_config("lab", [f"model.dtype={dtype}", f"optimizer.state={state}"])
+        load_config("lab", [f"model.dtype={dtype}", f"optimizer.adamw={state}"])
     message = str(error.value)
-    assert f"optimizer.state={state}" in message and f"model.dtype={dtype}" in message
+    assert f"optimizer.adamw={state}" in message and f"model.dtype={dtype}" in message
     assert advice in message and "\n" not in message
 
 
@@ -108,7 +108,7 @@ def test_the_fused_update_is_torchs_on_fp32_weights(
     ours, oracle = network(dtype), network("float32")
     for mine, theirs in zip(ours.parameters(), oracle.parameters(), strict=True):
         theirs.data = mine.detach().float()
-    fused = build_optimizer(OptimizerConfig(state=state), Weights(ours))
+    fused = build_optimizer(OptimizerConfig(adamw=state), Weights(ours))
     torchs = build_optimizer(OptimizerConfig(), Weights(oracle))
     for step in range(1, 6):
         lr = 1e-3 * step
@@ -131,7 +131,7 @@ def test_updates_below_the_weights_spacing(state: str) -> None:
     spacing = 2.0**-8  # of bf16 just below 1
     model = nn.Linear(64, 64, bias=False).bfloat16()
     nn.init.ones_(model.weight)
-    config = OptimizerConfig(state=state, weight_decay=0.0)
+    config = OptimizerConfig(adamw=state, weight_decay=0.0)
     optimizer = build_optimizer(config, Weights(model))
     for _ in range(150):
         model.weight.grad = torch.ones_like(model.weight)
@@ -148,7 +148,7 @@ def test_updates_below_the_weights_spacing(state: str) -> None:
 def test_a_parameter_without_a_gradient_is_updated_too() -> None:
     """Its momentum goes on and it decays, as with torch's AdamW."""
     model = network("bfloat16")
-    optimizer = build_optimizer(OptimizerConfig(state="exact", weight_decay=0.5), Weights(model))
+    optimizer = build_optimizer(OptimizerConfig(adamw="exact", weight_decay=0.5), Weights(model))
     give_gradients(model, 1)
     first, *_ = model.parameters()
     first.grad, before = None, first.detach().abs().sum()
@@ -164,7 +164,7 @@ def test_a_parameter_without_a_gradient_is_updated_too() -> None:
 def test_bits_are_a_function_of_the_seed(state: str) -> None:
     def train(seed: int) -> list[Tensor]:
         model = network("bfloat16")
-        config = OptimizerConfig(state=state)
+        config = OptimizerConfig(adamw=state)
         optimizer = build_optimizer(config, Weights(model), seed)
         for step in range(3):
             give_gradients(model, step)
@@ -177,7 +177,7 @@ def test_bits_are_a_function_of_the_seed(state: str) -> None:
 
 def test_weights_and_the_teachers_average_round_by_different_bits() -> None:
     """`Teacher.apply` keys its average with the run's seed and the step, as AdamW counts them."""
-    config = OptimizerConfig(state="8bit")
+    config = OptimizerConfig(adamw="8bit")
     (group,) = build_optimizer(config, Weights(network("bfloat16")), 5).param_groups
     place = {"step": 1, "offset": 0, "device": torch.device("cpu")}
     bits = [random_bits(4096, seed=seed, **place).double() for seed in (5, group["seed"])]
@@ -198,7 +198,7 @@ def test_an_update_that_fails_never_happened(
 ) -> None:
     """Nothing has moved, and what follows is what would have been: counts of steps included."""
     model = network(dtype)
-    config = OptimizerConfig(state=state)
+    config = OptimizerConfig(adamw=state)
     optimizer = build_optimizer(config, Weights(model))
 
     def step(number: int) -> None:

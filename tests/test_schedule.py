@@ -9,14 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sodfast.config import CGTRConfig, EMAConfig, FixedConfig, HardConfig, TrustRegionConfig
-from sodfast.schedule import (
-    CGTR,
-    Decision,
-    Schedule,
-    StepStatistics,
-    build_schedule,
-    replay,
-)
+from sodfast.schedule import CGTR, Decision, Schedule, StepStatistics, build_schedule, replay
 
 
 def step(number: int, reward: float = 0.5, mean: float = 10.0, top: float = 20.0) -> StepStatistics:

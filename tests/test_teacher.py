@@ -1,4 +1,4 @@
-"""What the teacher sees, where it lives, and how it moves.
+"""What the teacher scores, where it lives, and how it moves.
 
 Suffixes: N response tokens, V vocabulary.
 """
@@ -9,29 +9,24 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from conftest import SCHEDULES
 from torch import Tensor
 
-from sodfast import lab
+from sodfast.commands import build_trainer
 from sodfast.config import (
     CGTRConfig,
     EMAConfig,
     FixedConfig,
     HardConfig,
     ScheduleConfig,
-    TeacherConfig,
     TrustRegionConfig,
     load_config,
 )
-from sodfast.console import Reporter
-from sodfast.errors import UsageError
-from sodfast.model import LanguageModel
-from sodfast.packing import own_attention
+from sodfast.model.load import LanguageModel
+from sodfast.model.packing import own_attention
+from sodfast.run.console import Reporter
 from sodfast.schedule import Decision
-from sodfast.session import build_trainer
-from sodfast.tasks import Question
-from sodfast.teacher import Teacher, TeacherContext, choose_demonstrations
+from sodfast.teacher import Teacher
 
 KEEP, COPY = Decision("keep"), Decision("copy")
 CONTEXTS = [torch.tensor([3, 9, 4, 14]), None, torch.tensor([7])]
@@ -220,41 +215,30 @@ def test_stored_weights_are_the_teacher_again(model: LanguageModel, storage: Sto
 
 # ---------------------------------------------------------------- host and device
 
-SCHEDULES = {
-    "fixed": [],
-    "hard": ["schedule.every=7"],
-    "ema": ["schedule.rate=0.3"],
-    "trust_region": ["schedule.rate=0.3"],
-    "cgtr": [
-        "schedule.min_isolation=2",
-        "schedule.check_every=2",
-        "schedule.window=2",
-        "schedule.gates=[isolation]",
-    ],
-}
+KINDS = SCHEDULES | {"hard": ["schedule.kind=hard", "schedule.every=7"]}
 RUN = ["steps=30", "eval.every=30", "eval.samples=1", "optimizer.updates_per_step=2"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", SCHEDULES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_run_is_the_same_with_the_teacher_on_the_host(
     train: Callable[..., Any], tmp_path: Path, kind: str
 ) -> None:
     """Every number of every line, under every schedule."""
     device, host = (
-        train(tmp_path / s, f"schedule.kind={kind}", *SCHEDULES[kind], *RUN, f"teacher.storage={s}")
-        for s in ("device", "host")
+        train(tmp_path / s, *KINDS[kind], *RUN, f"teacher.storage={s}") for s in ("device", "host")
     )
     assert len(host.lines) == 31 and host == device
     if kind in ("hard", "cgtr"):
         assert len(host.summary["refresh_steps"]) >= 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["hard", "ema", "trust_region"])
 def test_a_run_resumes_with_its_teacher_on_the_host(
     train: Callable[..., Any], tmp_path: Path, kind: str
 ) -> None:
-    overrides = [f"schedule.kind={kind}", *SCHEDULES[kind], "teacher.storage=host"]
+    overrides = [*KINDS[kind], "teacher.storage=host"]
     undisturbed = train(tmp_path / "undisturbed", *overrides, "steps=9")
     train(tmp_path / "run", *overrides, "steps=5")
     train(tmp_path / "run", "steps=7")
@@ -276,160 +260,3 @@ def test_the_lab_is_the_same_with_the_teacher_on_the_host(
             trainer.run.close()
         runs.append(read_run(tmp_path / storage))
     assert runs[0] == runs[1] and runs[0].summary["refresh_steps"] == [8, 16, 24]
-
-
-def test_a_model_that_cannot_be_streamed_is_refused_before_the_run(
-    build: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(network: Any) -> None:
-        raise UsageError("set teacher.storage=device")
-
-    monkeypatch.setattr("sodfast.session.decoder_layers", refuse)
-    with pytest.raises(UsageError, match=r"teacher\.storage=device"):
-        build(tmp_path / "run", "teacher.storage=host")
-    assert not (tmp_path / "run").exists()
-
-
-# ---------------------------------------------------------------- demonstrations
-
-
-@given(
-    st.integers(2, 6).flatmap(
-        lambda size: st.tuples(
-            st.just(size),
-            st.lists(st.sampled_from([0.0, 0.4, 0.5, 1.0]), min_size=size, max_size=size),
-            st.lists(st.sampled_from([0.0, 1.0]), min_size=size, max_size=size),
-        )
-    ),
-    st.integers(0, 2**63 - 1),
-    st.integers(0, 1000),
-)
-def test_a_demonstration_is_a_successful_sibling(
-    groups: tuple[int, list[float], list[float]], seed: int, step: int
-) -> None:
-    size, first, second = groups
-    rewards = first + second
-    for index, chosen in enumerate(choose_demonstrations(rewards, size, 0.5, seed, step)):
-        group = range(index - index % size, index - index % size + size)
-        siblings = [other for other in group if other != index and rewards[other] >= 0.5]
-        assert chosen in siblings if siblings else chosen is None
-
-
-def test_one_success_teaches_the_others_but_not_itself() -> None:
-    assert choose_demonstrations([0, 1, 0, 0], 4, 0.5, 0, 1) == [1, None, 1, 1]
-    assert choose_demonstrations([0, 0, 0, 0], 4, 0.5, 0, 1) == [None] * 4
-    assert choose_demonstrations([1, 1], 2, 0.5, 0, 1) == [1, 0]
-
-
-def test_demonstrations_are_drawn_uniformly() -> None:
-    counts = [0] * 5
-    for step in range(3000):
-        chosen = choose_demonstrations([1, 1, 0, 1, 1], 5, 0.5, 0, step)[0]
-        assert chosen is not None
-        counts[chosen] += 1
-    assert counts[0] == counts[2] == 0
-    assert all(abs(count - 1000) < 5 * 26 for count in (counts[1], counts[3], counts[4]))
-
-
-# ---------------------------------------------------------------- what it sees
-
-
-CHAT = (
-    "{% for m in messages %}|{{ m.content }}{% endfor %}{% if add_generation_prompt %}=?{% endif %}"
-)
-TEMPLATES = {
-    "template": "{prompt}|{demonstration}{feedback}+{prompt}*",
-    "demonstration_template": "={demonstration}=",
-    "feedback_template": "?{feedback}?",
-}
-
-
-def context(chat: bool, **changes: Any) -> TeacherContext:
-    tokenizer = lab.build_tokenizer()
-    tokenizer.chat_template = CHAT if chat else None
-    model = LanguageModel(None, tokenizer, (1,), 0)
-    return TeacherContext(TeacherConfig(**{**TEMPLATES, **changes}), model)
-
-
-def rendered(context: TeacherContext, *arguments: Any) -> str:
-    return context.model.tokenizer.decode(context.render(*arguments))
-
-
-def question(prompt: str = "12", system: str | None = None) -> Question:
-    return Question(prompt=prompt, answer="", system=system, id="q")
-
-
-def test_the_prompt_comes_first_and_the_request_last() -> None:
-    assert rendered(context(False), question(), "345", None) == "12|=345=+12*"
-    assert rendered(context(True), question(), "345", None) == "|12|=345=+12*=?"
-    assert rendered(context(True), question(system="9"), "3", None) == "|9|12|=3=+12*=?"
-
-
-def test_feedback_has_a_section_of_its_own() -> None:
-    assert rendered(context(False), question(), "345", "67") == "12|=345=?67?+12*"
-    assert rendered(context(False), question(), None, "67") == "12|?67?+12*"
-
-
-def test_thinking_is_not_shown() -> None:
-    shown = "1<think>2\n</think>3<think>4</think> "
-    assert rendered(context(False), question(), shown, None) == "12|=13=+12*"
-
-
-def test_braces_in_a_text_are_text() -> None:
-    text = TeacherContext(TeacherConfig(), context(False).model)
-    seen: list[str] = []
-    text._encode = lambda q, d, f: seen.append(d) or [1]  # type: ignore[method-assign,assignment]
-    text.render(question(), "{prompt} {x} {", None)
-    assert seen == ["{prompt} {x} {"]
-    assert rendered(context(False), question("{0}"), "{", None)  # no format error
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    demonstration=st.text("0123456789", min_size=1, max_size=120),
-    prompt=st.text("0123456789", min_size=1, max_size=10),
-    room=st.integers(0, 130),
-    chat=st.booleans(),
-)
-def test_only_the_demonstration_is_cut(
-    demonstration: str, prompt: str, room: int, chat: bool
-) -> None:
-    head, tail = f"{'|' * chat}{prompt}|=", f"=+{prompt}*{'=?' * chat}"
-    limit = len(head) + len(tail) + room
-    text = rendered(context(chat, max_prompt_tokens=limit), question(prompt), demonstration, None)
-    if room == 0:
-        assert text == head[:-1] + tail[1:]  # no room at all: the section goes, too
-    else:
-        assert text == head + demonstration[:room] + tail
-
-
-def test_a_feedback_that_does_not_fit_says_what_to_change() -> None:
-    tight = context(False, max_prompt_tokens=12)
-    assert tight.fits(question())
-    with pytest.raises(UsageError, match=r"teacher\.max_prompt_tokens=12"):
-        tight.render(question(), "345", "6" * 20)
-
-
-def test_fits_counts_the_request_and_one_token_of_demonstration() -> None:
-    length = len("12|=3=+12*")
-    assert context(False, max_prompt_tokens=length).fits(question())
-    assert not context(False, max_prompt_tokens=length - 1).fits(question())
-    assert context(False, max_prompt_tokens=1, context="none").fits(question())
-
-
-def test_a_cut_makes_progress_with_any_tokenizer() -> None:
-    """Bytes cut inside a character decode to more text than went in."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    inner = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="a")
-    model = LanguageModel(None, tokenizer, (1,), 0)
-    for limit in range(20, 60):
-        config = TeacherConfig(**TEMPLATES, max_prompt_tokens=limit)
-        ids = TeacherContext(config, model).render(question(), "🙂é" * 20, None)
-        assert len(ids) <= limit
-        assert tokenizer.decode(ids).startswith("12|") and tokenizer.decode(ids).endswith("+12*")

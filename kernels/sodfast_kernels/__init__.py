@@ -3,21 +3,15 @@
 `reference` is the definition of the objective in plain PyTorch.
 """
 
-from sodfast_kernels import reference
-from sodfast_kernels.adamw import AdamW
-from sodfast_kernels.objective import (
+from .distillation import (
+    DistillationOutput,
     distillation_loss,
     linear_distillation_loss,
     linear_scratch_bytes,
+    reference,
 )
-from sodfast_kernels.parameters import (
-    ParameterUpdate,
-    copy_teacher_,
-    ema_update_,
-    parameter_distance,
-)
-from sodfast_kernels.reference import DistillationOutput
-from sodfast_kernels.sampling import SampledTokens, gumbel_noise, sample_tokens
+from .parameters import AdamW, ParameterUpdate, copy_teacher_, ema_update_, parameter_distance
+from .sampling import SampledTokens, gumbel_noise, sample_tokens
 
 __all__ = [
     "AdamW",

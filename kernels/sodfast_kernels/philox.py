@@ -10,6 +10,8 @@ The Triton kernels compute the same integers; this file is the definition they a
 Shapes: P elements of a flattened parameter, G groups of eight elements.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,7 @@ MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
 GROUP = 8  # elements served by one Philox call
+CHUNK = 1 << 17  # elements that the PyTorch paths handle at a time, to bound their temporaries
 
 Word = Tensor | int
 
@@ -54,6 +57,19 @@ def random_bits(count: int, *, seed: int, step: int, offset: int, device: torch.
     words_G4 = torch.stack([word for word in words if isinstance(word, Tensor)], dim=1)
     halves = torch.stack((words_G4 & 0xFFFF, words_G4 >> 16), dim=2)
     return halves.flatten()[:count].to(torch.int32)
+
+
+def rng_offsets(sizes: Iterable[int], first: int = 0) -> tuple[list[int], int]:
+    """Offsets in the stream of random bits of tensors that stand one after the other from `first`.
+
+    sizes: their numbers of elements. Each begins at a multiple of GROUP, so no two share a call.
+    Returns the offset of each tensor's first element, and the offset of what follows them all.
+    """
+    offsets = []
+    for size in sizes:
+        offsets.append(first)
+        first += -(-size // GROUP) * GROUP
+    return offsets, first
 
 
 def round_stochastic(values_P: Tensor, bits_P: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,66 +1,6 @@
 """What is asked and how it is scored."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from sodfast.tasks.base import Question, Task
+from sodfast.tasks.build import build_task
 
-from sodfast.tasks.config import ArithmeticConfig, MultipleChoiceConfig, TaskConfig, ToolUseConfig
-
-__all__ = [
-    "ArithmeticConfig",
-    "MultipleChoiceConfig",
-    "Question",
-    "Task",
-    "TaskConfig",
-    "ToolUseConfig",
-    "build_task",
-]
-
-
-@dataclass(frozen=True)
-class Question:
-    """One question: the user's turn, the reference answer, an optional system message, a name."""
-
-    prompt: str
-    answer: Any
-    system: str | None
-    id: str
-
-
-class Task(Protocol):
-    """Questions with their scorer. `response` is always decoded text without special tokens."""
-
-    name: str
-    train: Sequence[Question]
-    test: Sequence[Question]
-
-    def score(self, question: Question, response: str) -> float:
-        """Return 1.0 for a right response and 0.0 for any other (arXiv 2601.20802)."""
-
-    def feedback(self, question: Question, response: str) -> str | None:
-        """Return what the environment says about a response, None where it says nothing."""
-
-    def extract(self, response: str) -> str | None:
-        """Return the answer in a form that can be counted for maj@k, None where there is none."""
-
-
-def build_task(config: TaskConfig) -> Task:
-    """Load or generate the questions of `config`.
-
-    Raises:
-        UsageError: a file, row or hub id cannot be used; the message says what to change.
-    """
-    # The modules of the tasks import `Question` from here.
-    match config:
-        case ArithmeticConfig():
-            from sodfast.tasks.arithmetic import ArithmeticTask
-
-            return ArithmeticTask(config)
-        case MultipleChoiceConfig():
-            from sodfast.tasks.multiple_choice import MultipleChoiceTask
-
-            return MultipleChoiceTask(config)
-        case ToolUseConfig():
-            from sodfast.tasks.tool_use import ToolUseTask
-
-            return ToolUseTask(config)
+__all__ = ["Question", "Task", "build_task"]

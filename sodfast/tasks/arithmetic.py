@@ -10,8 +10,9 @@ from functools import cache
 
 import numpy as np
 
+from sodfast.config import ArithmeticConfig
 from sodfast.errors import UsageError
-from sodfast.tasks import ArithmeticConfig, Question
+from sodfast.tasks.base import Question
 
 LEFT_FACTORS = range(2, 20)
 RIGHT_FACTORS = range(2, 10)
@@ -55,7 +56,11 @@ class ArithmeticTask:
         self.test: Sequence[Question] = _first("test", config.test, test_pool)
 
     def score(self, question: Question, response: str) -> float:
-        """Return 1.0 if the number after the last `=` ends the response and is the answer."""
+        """Return 1.0 if the number after the last `=` ends the response and is the answer.
+
+        The steps before it are not checked: two errors that cancel score 1.0, as `45+9=44` does for
+        `7*5+9=`.
+        """
         return float(self.extract(response) == question.answer)
 
     def feedback(self, question: Question, response: str) -> str | None:

@@ -2,9 +2,9 @@
 
 import re
 
+from sodfast.config import MultipleChoiceConfig
 from sodfast.errors import UsageError
-from sodfast.tasks import Question
-from sodfast.tasks.config import MultipleChoiceConfig
+from sodfast.tasks.base import Question
 from sodfast.tasks.rows import Row, load_questions
 
 SYSTEM = """\
@@ -37,7 +37,7 @@ class MultipleChoiceTask:
 
     def __init__(self, config: MultipleChoiceConfig) -> None:
         def keep(row: Row) -> bool:
-            return (
+            return bool(
                 row["domain"].lower() == config.subject
                 and row["details"]["level"] == "L3"
                 and row["type"].startswith("mcq")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from sodfast.errors import UsageError
-from sodfast.tasks import Question
+from sodfast.tasks.base import Question
 
 Row = dict[str, Any]
 Placed = tuple[str, Row]  # "line 7" or "row 7", and the row

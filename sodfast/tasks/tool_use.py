@@ -5,9 +5,9 @@ import re
 from collections import Counter
 from typing import Any, NamedTuple
 
+from sodfast.config import ToolUseConfig
 from sodfast.errors import UsageError
-from sodfast.tasks import Question
-from sodfast.tasks.config import ToolUseConfig
+from sodfast.tasks.base import Question
 from sodfast.tasks.rows import load_questions, strict_json
 
 _MARKER = re.compile(r"Action Input:|Action:([^\r\n]*)")
@@ -20,7 +20,7 @@ def _canonical(value: Any) -> str:
 class Calls(NamedTuple):
     """The tools called, in order, and all their arguments in one object.
 
-    Of an argument that several calls name, the last value stands.
+    Where several calls give the same argument, its last value counts.
     """
 
     names: list[str]
@@ -38,9 +38,10 @@ class ToolUseTask:
     """Rows whose `answer` lists the calls to make as {"Action", "Action_Input"}.
 
     A response makes its calls in lines "Action: name" and "Action Input: {…}". It scores 1 when
-    its names, as a multiset, and its merged arguments equal the reference's (reward of
-    arXiv 2601.20802, but decoding JSON from the first "{" after "Action Input:" where the reference
-    implementation stops at the first "}", which no nested object survives).
+    its names, as a multiset, and its merged arguments equal the reference's. This is the reward of
+    arXiv 2601.20802 with one difference: JSON is decoded as a whole from the first "{" after
+    "Action Input:", while the paper's implementation stops at the first "}" and so cannot read a
+    nested object.
 
     Raises:
         UsageError: as `load_questions`, and for an answer that is not such a list.
@@ -99,7 +100,7 @@ def _response_calls(response: str) -> Calls:
             following = _MARKER.search(response, position)
             if brace < 0 or (following and following.start() < brace):
                 raise ValueError("no JSON object after Action Input:")
-            # Decoding on from here also keeps an "Action:" inside a string from counting.
+            # The search goes on behind the object, so an "Action:" inside its strings is no call.
             values, position = strict_json.raw_decode(response, brace)
             arguments |= values
         marker = _MARKER.search(response, position)
@@ -108,7 +109,8 @@ def _response_calls(response: str) -> Calls:
 
 def _reference_calls(answer: Any) -> Calls:
     """Read a row's answer. Raises ValueError, TypeError, KeyError or RecursionError."""
-    # Objects from other decoders take the same way as text, so that numbers compare alike.
+    # What another decoder has read is written and read again, so that its numbers compare like
+    # those that `strict_json` reads from text.
     calls = strict_json.decode(answer if isinstance(answer, str) else json.dumps(answer))
     if not isinstance(calls, list) or not calls:
         raise ValueError("it is not a list of calls")

@@ -33,6 +33,7 @@ def own_batch(monkeypatch: pytest.MonkeyPatch, bench: Any) -> None:
     monkeypatch.setattr(bench.native, "_Batch", bench.native._Batch)
 
 
+@pytest.mark.slow
 def test_steps_of_the_preset_have_the_lengths_that_are_asked_for(bench: Any) -> None:
     from bench_rollout import TINY_SHAPE
 

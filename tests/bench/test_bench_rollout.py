@@ -33,6 +33,7 @@ def test_qwen3_8b_has_its_number_of_parameters(bench: Any) -> None:
     assert model.network.dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_the_tail_is_geometric_and_every_rival_answers_at_the_same_lengths(bench: Any) -> None:
     """The rivals assert their lengths themselves; one that differed would be listed as failed."""
     shape = bench.Shape(16, 16, 1, 2, 1, 8, 8, 128)
@@ -54,6 +55,7 @@ def test_the_bytes_of_a_decode_step(bench: Any, model: Any) -> None:
     assert row["tokens_per_second"] == pytest.approx(4e3 / row["milliseconds"])
 
 
+@pytest.mark.slow
 def test_whole_answers_have_the_length_that_was_asked_for(bench: Any, model: Any) -> None:
     rows = bench.whole_answers(model, slots=3, prompt=5, tokens=7, rounds=1)
     for name in ("native", *RIVALS):
@@ -61,6 +63,7 @@ def test_whole_answers_have_the_length_that_was_asked_for(bench: Any, model: Any
         assert row["seconds"] * row["tokens_per_second"] == pytest.approx(3 * 7)
 
 
+@pytest.mark.slow
 def test_the_correctness_checks_hold_on_a_cpu(bench: Any) -> None:
     rows = bench.check_equality(CPU) + bench.check_repeatability(CPU, torch.float32)
     assert [row["met"] for row in rows] == [True] * 3, rows

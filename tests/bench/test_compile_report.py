@@ -11,20 +11,23 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # its process compiles kernels for GPUs
+
 BENCH = Path(__file__).parents[2] / "bench"
 PROGRAM = """
 import json
 import compile_report as report
 
-configurations = {c.name: c for c in report.parameter_kernels.production_configurations()}
+modules = (report.teacher_kernels, report.adamw_kernels)
+configurations = {c.name: c for module in modules for c in module.production_configurations()}
 found = {}
 for name in ("average_bf16_from_bf16", "adamw_8bit_bf16"):
-    found[name] = report.examine(tuple(configurations[name]), 90)
+    found[name] = report.examine(configurations[name], 90)
 wide = configurations["gradient_squares_bf16"]
 narrow = wide._replace(constexprs=wide.constexprs | {"VECTOR": False})
-found["narrow"] = report.examine(tuple(narrow), 90)
+found["narrow"] = report.examine(narrow, 90)
 absent = wide._replace(streamed={"numel": 32})
-found["absent"] = report.examine(tuple(absent), 90)
+found["absent"] = report.examine(absent, 90)
 
 ptx = '''
 ld.param.b64 %rd1, [k_param_0];

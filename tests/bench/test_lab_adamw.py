@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-KEYS = ["model.dtype=bfloat16", "optimizer.state=8bit", "seed=2"]
+KEYS = ["model.dtype=bfloat16", "optimizer.adamw=8bit", "seed=2"]
 
 
 @pytest.fixture(scope="module")

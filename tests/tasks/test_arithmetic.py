@@ -4,8 +4,9 @@ import re
 
 import pytest
 
+from sodfast.config import ArithmeticConfig
 from sodfast.errors import UsageError
-from sodfast.tasks import ArithmeticConfig, build_task
+from sodfast.tasks import build_task
 from sodfast.tasks.arithmetic import ArithmeticTask, question_pools
 
 

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from sodfast.tasks import MultipleChoiceConfig, Question, Task, build_task
+from sodfast.config import MultipleChoiceConfig
+from sodfast.tasks import build_task
+from sodfast.tasks.base import Question, Task
 
 QUESTION = Question("2 + 2?\nA: 3\nB: 4", "B", None, "0")
 

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
+from sodfast.config import MultipleChoiceConfig, TaskConfig, ToolUseConfig
 from sodfast.errors import UsageError
-from sodfast.tasks import MultipleChoiceConfig, Task, TaskConfig, ToolUseConfig, build_task
+from sodfast.tasks import build_task
+from sodfast.tasks.base import Task
 
 CHOICE = {"prompt": "2 + 2?\nA: 3\nB: 4", "answer": "B"}
 CALL = {"prompt": "Find a cat.", "answer": [{"Action": "find", "Action_Input": {"kind": "cat"}}]}

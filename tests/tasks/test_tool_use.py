@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sodfast.tasks import Question, ToolUseConfig, build_task
+from sodfast.config import ToolUseConfig
+from sodfast.tasks import build_task
+from sodfast.tasks.base import Question
 from sodfast.tasks.tool_use import ToolUseTask
 
 

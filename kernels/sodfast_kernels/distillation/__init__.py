@@ -1,0 +1,13 @@
+"""The distillation objective: its definition, and the fused loss in PyTorch and in Triton."""
+
+from . import reference
+from .loss import distillation_loss, linear_distillation_loss, linear_scratch_bytes
+from .reference import DistillationOutput
+
+__all__ = [
+    "DistillationOutput",
+    "distillation_loss",
+    "linear_distillation_loss",
+    "linear_scratch_bytes",
+    "reference",
+]

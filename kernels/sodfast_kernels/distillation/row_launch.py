@@ -1,0 +1,203 @@
+"""Launches of the row kernels: which one a call takes, with which arguments and options."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..launch import Configuration
+from .arguments import Call
+from .bucket_kernels import stored_kernel, top_k_kernel
+from .row_kernel import full_kernel, scale_kernel
+from .row_terms import FORWARD, JSD, REVERSE
+
+SCALE_BLOCK_SIZE = 4096
+
+
+def launch_rows(
+    call: Call,
+    part: slice,
+    student_nV: Tensor,
+    teacher_nV: Tensor | None,
+    d_logits_nV: Tensor | None,
+    stats: Tensor,
+) -> None:
+    """One program for each row of a tile.
+
+    part: the tile's rows among all of the call's.
+    student_nV, teacher_nV: their logits; columns beyond the vocabulary are padding. The teacher's
+        are None where it is stored.
+    d_logits_nV: written as wide as the logits; None where no gradient is wanted.
+    stats: [6, N] of the call.
+    """
+    count, width = part.stop - part.start, student_nV.shape[1]
+    if count == 0:
+        return
+    sides, settings = call.sides, call.settings
+    per_row = (*call.tokens, call.upstream)
+    distill, target, advantage, policy, old, upstream = (
+        None if entry is None else entry[part].contiguous() for entry in per_row
+    )
+    bf16 = d_logits_nV is not None and d_logits_nV.dtype == torch.bfloat16
+    if d_logits_nV is not None and bf16:
+        d_logits_nV = d_logits_nV.view(torch.int16)
+    arguments: dict[str, Any] = {
+        "student_ptr": student_nV,
+        "student_row_stride": student_nV.stride(0),
+        "d_logits_ptr": d_logits_nV,
+        "d_logits_row_stride": 0 if d_logits_nV is None else d_logits_nV.stride(0),
+        "stats_ptr": stats[:, part],
+        "stats_row_stride": stats.stride(0),
+        "distill_ptr": distill,
+        "target_ptr": target,
+        "advantage_ptr": advantage,
+        "policy_ptr": policy,
+        "old_ptr": old,
+        "upstream_ptr": upstream,
+        "vocabulary": sides.vocabulary,
+        "width": width,
+        "alpha": settings.alpha,
+        "inverse_temperature": 1 / settings.temperature,
+        "softcap": settings.softcap,
+        "clip_low": settings.clip_low,
+        "clip_high": settings.clip_high,
+        "ratio_cap": settings.ratio_cap,
+        "KIND": {0.0: FORWARD, 1.0: REVERSE}.get(settings.alpha, JSD),
+        "HALF": settings.alpha == 0.5,
+        "BF16": bf16,
+        **launch_options(sides.vocabulary, settings.top_k is not None or teacher_nV is None),
+    }
+    grid = (count,)
+    if teacher_nV is None:
+        assert sides.stored_ids is not None and sides.stored_logprobs is not None
+        ids = sides.stored_ids[part].contiguous()
+        stored_kernel[grid](
+            **arguments,
+            stored_ids_ptr=ids,
+            stored_logprobs_ptr=sides.stored_logprobs[part].contiguous(),
+            stored_row_stride=ids.shape[1],
+            k=ids.shape[1],
+            ADD_TAIL=settings.add_tail,
+            CAPACITY=_power_of_two(ids.shape[1]),
+        )
+        return
+    arguments |= {"teacher_ptr": teacher_nV, "teacher_row_stride": teacher_nV.stride(0)}
+    if settings.top_k is None:
+        full_kernel[grid](**arguments)
+        return
+    slots = capacity(settings.top_k)
+    top_k_kernel[grid](
+        **arguments,
+        values_ptr=student_nV.new_empty(count, 2, slots, dtype=torch.float32),
+        ids_ptr=student_nV.new_empty(count, slots, dtype=torch.int32),
+        k=settings.top_k,
+        ADD_TAIL=settings.add_tail,
+        CAPACITY=slots,
+    )
+
+
+def launch_scale(gradient: Tensor, factor: Tensor) -> None:
+    """gradient ← factor · gradient, in place."""
+    count, bf16 = gradient.numel(), gradient.dtype == torch.bfloat16
+    scale_kernel[(-(-count // SCALE_BLOCK_SIZE),)](
+        values_ptr=gradient.view(torch.int16) if bf16 else gradient,
+        factor_ptr=factor,
+        count=count,
+        BF16=bf16,
+        BLOCK_SIZE=SCALE_BLOCK_SIZE,
+        num_warps=8,
+    )
+
+
+def capacity(top_k: int) -> int:
+    """Slots for top-k candidates: about 1.15·k of them are expected, or a few more."""
+    return max(256, _power_of_two(top_k + top_k // 2))
+
+
+def _power_of_two(value: int) -> int:
+    """The least that is not below."""
+    return 1 << (value - 1).bit_length()
+
+
+def launch_options(vocabulary: int, buckets: bool = False) -> dict[str, int]:
+    """Block, pipeline stages and warps: eight elements a thread, so bf16 is stored 16 bytes wide.
+
+    buckets: for the kernels with buckets, which have more to remember and so get the registers of
+        half as many threads.
+    """
+    if vocabulary <= 1024:
+        return {"BLOCK_SIZE": 1024, "STAGES": 1, "num_warps": 4}
+    if buckets:
+        return {"BLOCK_SIZE": 2048, "STAGES": 3, "num_warps": 8}
+    return {"BLOCK_SIZE": 4096, "STAGES": 3, "num_warps": 16}
+
+
+# The logits' type, that of the d-logits as the kernel sees them, and whether they are bf16.
+FORMS = {
+    "fp32": ("*fp32", "*i16", True),
+    "fp32_to_fp32": ("*fp32", "*fp32", False),
+    "bf16": ("*bf16", "*i16", True),
+    "fp16": ("*fp16", "*fp32", False),
+}
+KINDS = {"forward": (0, False), "reverse": (1, False), "jsd": (2, True), "any": (2, False)}
+
+
+def production_configurations() -> list[Configuration]:
+    """What bench/compile_report.py checks: rows padded to multiples of 16, all per-token terms on.
+
+    Every variant on our own fp32 tiles; over other logits those that differ most.
+    """
+    found = []
+    for form in FORMS:
+        for kind in KINDS:
+            for variant in ("full", "top_100", "top_1024", "stored_100"):
+                if form == "fp32" or kind == "jsd" or (form == "bf16" and variant == "full"):
+                    found.append(_configuration(variant, kind, form))
+    for name, values, bf16 in (("bf16", "*i16", True), ("fp32", "*fp32", False)):
+        found.append(
+            Configuration(
+                name=f"scale_{name}",
+                kernel=scale_kernel,
+                signature={"values_ptr": values, "factor_ptr": "*fp32", "count": "i32:16"},
+                constexprs={"BF16": bf16, "BLOCK_SIZE": SCALE_BLOCK_SIZE},
+                options={"num_warps": 8},
+                streamed=["values_ptr"],
+            )
+        )
+    return found
+
+
+def _configuration(variant: str, kind: str, form: str) -> Configuration:
+    logits, d_logits, bf16 = FORMS[form]
+    number, half = KINDS[kind]
+    name, _, k = variant.partition("_")
+    kernel = {"full": full_kernel, "top": top_k_kernel, "stored": stored_kernel}[name]
+    sizes = launch_options(151_936, buckets=name != "full")
+    warps = {"num_warps": sizes.pop("num_warps")}
+    constexprs: dict[str, Any] = {
+        "KIND": number, "HALF": half, "BF16": bf16, **sizes, "upstream_ptr": None, "softcap": None,
+    }  # fmt: skip
+    if name != "full":
+        slots = capacity(int(k)) if name == "top" else _power_of_two(int(k))
+        constexprs |= {"ADD_TAIL": True, "CAPACITY": slots}
+    strides = ["student_row_stride", "teacher_row_stride", "d_logits_row_stride"]
+    types = {
+        **dict.fromkeys(["student_ptr", "teacher_ptr"], logits),
+        "d_logits_ptr": d_logits,
+        "ids_ptr": "*i32",
+        **dict.fromkeys(["target_ptr", "stored_ids_ptr"], "*i64"),
+        **dict.fromkeys([*strides, "vocabulary", "width"], "i32:16"),
+        **dict.fromkeys(["stats_row_stride", "stored_row_stride", "k"], "i32"),
+        **dict.fromkeys(["alpha", "inverse_temperature"], "fp32"),
+        **dict.fromkeys(["clip_low", "clip_high", "ratio_cap"], "fp32"),
+    }
+    arguments = [argument for argument in kernel.arg_names if argument not in constexprs]
+    streamed = ["student_ptr", "teacher_ptr", "d_logits_ptr"]
+    return Configuration(
+        name=f"{variant}_{kind}_{form}",
+        kernel=kernel,
+        signature={argument: types.get(argument, "*fp32") for argument in arguments},
+        constexprs=constexprs,
+        options=warps,
+        streamed=[argument for argument in streamed if argument in arguments],
+    )

@@ -1,0 +1,38 @@
+"""What the launches of all Triton kernels share. Imported only when one of them runs."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+from .philox import WORD
+
+INTERPRETED: bool = triton.knobs.runtime.interpret
+
+
+class Configuration(NamedTuple):
+    """One compiled variant of a kernel, for bench/compile_report.py.
+
+    signature: Triton's type of each argument; ":16" marks an integer that 16 divides.
+    streamed: the arguments whose accesses must be wide; where they are tables of pointers, with the
+        bits of an element behind the pointer.
+    """
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    options: dict[str, Any]
+    streamed: list[str] | dict[str, int]
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def words(number: int) -> tuple[int, int]:
+    """Low and high 32 bits, as signed integers so that their type never depends on the value."""
+    low, high = number & WORD, (number >> 32) & WORD
+    return low - ((low >> 31) << 32), high - ((high >> 31) << 32)

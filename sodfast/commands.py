@@ -1,0 +1,282 @@
+"""From a configuration to a finished command: builds the parts and hands them to each other."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+from sodfast.config import Config, LogConfig, load_config, read_overrides, validate
+from sodfast.context import Questions, fitting_questions
+from sodfast.errors import UsageError
+from sodfast.evaluate import evaluate
+from sodfast.model.liger import use_liger
+from sodfast.model.load import (
+    LanguageModel,
+    cast_weights,
+    decoder_layers,
+    load_model,
+    recompute_layers,
+    wrap_model,
+)
+from sodfast.model.lora import add_adapters, merge_adapters, require_peft
+from sodfast.parallel.ranks import ALONE, Ranks, join
+from sodfast.rollout.build import build_engine
+from sodfast.rollout.engine import Engine
+from sodfast.run import checkpoint
+from sodfast.run.console import Reporter, build_reporter, print_run
+from sodfast.run.directory import RunDirectory, check_out, default_out
+from sodfast.run.environment import environment
+from sodfast.run.interrupt import Interrupted
+from sodfast.run.loggers import require_sinks
+from sodfast.tasks.base import Task
+from sodfast.tasks.build import build_task
+from sodfast.trainer import Trainer
+
+
+def train_run(config: Config, resume: Path | None) -> None:
+    """Start a run, or continue the one in `resume`. Raises `Interrupted` after saving."""
+    with join() as ranks:
+        reporter = build_reporter() if ranks.main else Reporter()
+        try:
+            trainer = build_trainer(config, resume, reporter, ranks)
+            try:
+                status = trainer.train()
+            finally:
+                trainer.run.close()
+        finally:
+            reporter.stop()
+    if ranks.main:
+        print_run(trainer.run.path, trainer.summary(status), trainer.lines)
+    if status == "interrupted":
+        raise Interrupted
+
+
+def build_trainer(
+    config: Config,
+    resume: Path | None,
+    reporter: Reporter,
+    ranks: Ranks = ALONE,
+) -> Trainer:
+    """A trainer ready to `train`, its run directory created (or, with `resume`, opened) and
+    locked. Everything that a user can have got wrong is found before anything is written.
+
+    Raises `UsageError`; with `resume`, the configuration must be that of `stored_config`.
+    """
+    disable_progress_bar()  # transformers' own bars would tear ours apart
+    require_sinks(config.log.sinks)
+    _require_shardable(config, ranks)
+    device = pick_device(config.device, ranks)
+    if device.type == "cuda" and config.rollout.engine != "vllm":
+        # Phases ask for blocks of different sizes. Read when CUDA's allocator starts, after this
+        # line; vLLM has an allocator of its own that knows no such segments.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+        if ranks.size > 1:
+            torch.cuda.set_device(device)  # on which NCCL and FSDP work
+    limit_memory(device, config.memory_gib)
+    # Ranks that name a new directory by the clock may not name the same one.
+    out = Path(ranks.gather(config.out or default_out(config))[0]) if resume is None else resume
+    config = config.model_copy(update={"out": str(out)})
+    with ranks.together():
+        if resume is None and ranks.main:
+            check_out(out)
+        task = build_task(config.task)
+        model = build_model(config, device, reporter.phase, reporter.message)
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        data, engine = _questions_and_engine(config, model, task, reporter)
+        if config.teacher.storage == "host" or ranks.size > 1:
+            decoder_layers(model.network)  # refused here rather than after the run has begun
+    with ranks.together():
+        if not ranks.main:
+            run = RunDirectory(out, None)
+            config = config.model_copy(update={"log": LogConfig()})
+        elif resume is None:
+            found = environment(torch.get_num_threads(), str(device), ranks.size)
+            run = RunDirectory.create(out, config, found)
+        else:
+            run = RunDirectory.open(out)
+    try:
+        trainer = Trainer(config, model, engine, task, data, run, reporter, ranks)
+        if resume is not None:
+            trainer.resume()
+            run.write_config(config)  # `steps` may be a new one
+    except BaseException:
+        run.close()
+        raise
+    place = str(device) if ranks.size == 1 else f"{ranks.size} × {device.type}"
+    reporter.message(f"{out}: {config.schedule.kind}, seed {config.seed}, {place}")
+    return trainer
+
+
+def evaluate_model(source: str, overrides: list[str]) -> dict[str, Any]:
+    """The `eval/*` metrics of a run's newest checkpoint, or of a model by id or directory.
+
+    A model is asked the lab's questions unless the overrides name another task, and then under
+    the limits of the preset `base` rather than the lab's.
+    """
+    disable_progress_bar()
+    run, step, path = Path(source), 0, None
+    if (run / "config.yaml").is_file():
+        config = validate(read_overrides(run / "config.yaml", overrides))
+        if config.model.lora != validate(read_overrides(run / "config.yaml", [])).model.lora:
+            raise UsageError("model.lora is a property of the run: leave it out")
+        step, path = _newest(run)
+    else:
+        preset = "base" if any(text.startswith("task.name=") for text in overrides) else "lab"
+        config = load_config(preset, [f"model.path={source}", *overrides])
+    task = build_task(config.task)
+    device = pick_device(config.device)
+    if path is None:
+        model = load_model(source, device, getattr(torch, config.model.dtype))
+    else:
+        model = _student(config, path, device)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    reporter = build_reporter()
+    try:
+        data, engine = _questions_and_engine(config, model, task, reporter)
+        metrics = evaluate(
+            model,
+            engine,
+            task,
+            data.test,
+            config,
+            step,
+            lambda done, total: reporter.phase("evaluate", done, total),
+        )
+    finally:
+        reporter.stop()
+    return {"step": step, **metrics}
+
+
+def export_model(run: Path, out: Path) -> None:
+    """Write the newest checkpoint's student to `out`, a Hugging Face directory: the checkpoint's
+    own or, under LoRA, the base with the adapters merged into its weights."""
+    if out.exists():
+        raise UsageError(f"{out} exists: choose another directory")
+    _, path = _newest(run)
+    config = validate(read_overrides(run / "config.yaml", []))
+    try:
+        if config.model.lora is None:
+            shutil.copytree(path / "student", out)
+        else:
+            disable_progress_bar()
+            student = _student(config, path, torch.device("cpu"))
+            merge_adapters(student.network)
+            student.network.save_pretrained(out)
+            student.tokenizer.save_pretrained(out)
+    except OSError as error:
+        raise UsageError(f"{out} cannot be written: {error}") from error
+
+
+def build_model(
+    config: Config,
+    device: torch.device,
+    progress: Any = lambda phase, done, total: None,
+    message: Callable[[str], object] = lambda text: None,
+) -> LanguageModel:
+    """The student of a new run, set up for training."""
+    model = _untrained(config, device, progress)
+    use_liger(model.network, config.model.liger, message)
+    if config.model.gradient_checkpointing:
+        recompute_layers(model.network)
+    return model
+
+
+def _untrained(
+    config: Config, device: torch.device, progress: Any = lambda phase, done, total: None
+) -> LanguageModel:
+    """The configured model or the lab's own, with new adapters where they are configured."""
+    if config.model.lora is not None:
+        require_peft()
+    dtype = getattr(torch, config.model.dtype)
+    if config.model.path is not None:
+        model = load_model(config.model.path, device, dtype)
+    else:
+        from sodfast.lab.warm_start import build
+
+        network, tokenizer = build(config.lab, progress=progress)
+        cast_weights(network, dtype)
+        model = wrap_model(network, tokenizer, device, name="the lab's model")
+    if config.model.lora is None:
+        return model
+    return add_adapters(model, config.model.lora, config.seed)
+
+
+def _student(config: Config, path: Path, device: torch.device) -> LanguageModel:
+    """The student of the checkpoint `path`."""
+    if config.model.lora is None:
+        return load_model(str(path / "student"), device, getattr(torch, config.model.dtype))
+    model = _untrained(config, device)
+    stored = checkpoint.load(path)
+    checkpoint.restore_student(model, stored.student, stored.state.get("base"))
+    return model
+
+
+def _questions_and_engine(
+    config: Config, model: LanguageModel, task: Task, reporter: Reporter
+) -> tuple[Questions, Engine]:
+    """The questions that fit, and an engine that can run the longest with its answer."""
+    data = fitting_questions(config, model, task, reporter)
+    engine = build_engine(config.rollout, model, reporter.message)
+    engine.require(data.longest + config.rollout.max_new_tokens)
+    return data, engine
+
+
+def pick_device(name: str, ranks: Ranks = ALONE) -> torch.device:
+    """The device that `name` means; with several ranks a GPU of its own for each of a machine's."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device, gpus = torch.device(name), torch.cuda.device_count()
+    if ranks.size > 1 and device.type == "cuda":
+        if device.index is not None:
+            raise UsageError(f"device={name}: with several ranks each has its own; set device=cuda")
+        if int(os.environ["LOCAL_WORLD_SIZE"]) > gpus:
+            raise UsageError(f"this machine has {gpus} GPUs: lower torchrun's --nproc-per-node")
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    elif device.type == "cuda" and (device.index or 0) >= gpus:
+        raise UsageError(f"device={name}: this machine has {gpus} GPUs")
+    return device
+
+
+def limit_memory(device: torch.device, gib: float | None) -> None:
+    """Let the allocator hand out at most `gib` GiB of a GPU, so that a larger card stands for a
+    smaller one and no step takes more than `sodfast plan` was asked about.
+
+    Raises `UsageError` where the GPU has less.
+    """
+    if gib is None or device.type != "cuda":
+        return
+    total = torch.cuda.get_device_properties(device).total_memory
+    if gib * 2**30 > total:
+        raise UsageError(
+            f"memory_gib={gib:g}: this GPU has {total / 2**30:.1f} GiB: lower memory_gib and ask "
+            "`sodfast plan` what fits"
+        )
+    torch.cuda.set_per_process_memory_fraction(gib * 2**30 / total, device)
+
+
+def _require_shardable(config: Config, ranks: Ranks) -> None:
+    """Raise `UsageError` for what runs in one process only."""
+    if ranks.size == 1:
+        return
+    if config.rollout.engine == "vllm":
+        raise UsageError(
+            f"rollout.engine=vllm runs in one process, not in {ranks.size}: set rollout.engine=auto"
+        )
+    if config.model.lora is not None:
+        raise UsageError(
+            f"model.lora runs in one process, not in {ranks.size}: leave torchrun out, or set "
+            "model.lora=null"
+        )
+
+
+def _newest(run: Path) -> tuple[int, Path]:
+    path = checkpoint.latest(run / "checkpoints")
+    if path is None:
+        raise UsageError(f"{run} holds no checkpoint: give a run directory of sodfast train")
+    return checkpoint.load_state(path)["step"], path

@@ -1,0 +1,181 @@
+"""What the teacher is shown: which questions fit, who gets which hint, and the teacher's prompt.
+
+The teacher sees the question and, as privileged context (arXiv 2601.20802), a successful attempt of
+a sibling rollout.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sodfast.config import Config, TeacherConfig
+from sodfast.errors import UsageError
+from sodfast.model.load import LanguageModel, to_ids
+from sodfast.rng import Stream, generator
+from sodfast.run.console import Reporter
+from sodfast.tasks.base import Question, Task
+
+_THINKING = re.compile(r"<think>.*?</think>", re.DOTALL)
+
+
+def choose_demonstrations(
+    rewards: Sequence[float], group_size: int, success_reward: float, seed: int, step: int
+) -> list[int | None]:
+    """For each rollout the index of its demonstration, or None.
+
+    A demonstration is a successful rollout of the same group, not the rollout itself, drawn
+    uniformly by a stream keyed by (seed, step, rollout). `rewards` holds groups of `group_size`.
+    """
+    chosen: list[int | None] = []
+    for index in range(len(rewards)):
+        first = index - index % group_size
+        siblings = [
+            other
+            for other in range(first, first + group_size)
+            if other != index and rewards[other] >= success_reward
+        ]
+        if siblings:
+            stream = generator(seed, Stream.DEMONSTRATION, step, index)
+            chosen.append(siblings[int(stream.integers(len(siblings)))])
+        else:
+            chosen.append(None)
+    return chosen
+
+
+class TeacherContext:
+    """Renders the teacher's prompts from the templates of `TeacherConfig`."""
+
+    def __init__(self, config: TeacherConfig, model: LanguageModel) -> None:
+        self.config = config
+        self.model = model
+
+    def fits(self, question: Question) -> bool:
+        """Whether the prompt leaves room for a demonstration at all."""
+        if self.config.context == "none":
+            return True
+        return len(self._encode(question, " ", "")) <= self.config.max_prompt_tokens
+
+    def render(
+        self, question: Question, demonstration: str | None, feedback: str | None
+    ) -> list[int]:
+        """Token ids of the teacher's prompt, at most `max_prompt_tokens`: the demonstration is
+        cut at its end, never the closing request or the assistant's header."""
+        text = _THINKING.sub("", demonstration or "").strip()
+        feedback = feedback or ""
+        limit = self.config.max_prompt_tokens
+        while len(ids := self._encode(question, text, feedback)) > limit:
+            if not text:
+                raise UsageError(
+                    f"teacher.max_prompt_tokens={limit} does not hold question {question.id} and "
+                    "its feedback: raise it, or set teacher.feedback=false"
+                )
+            tokens = self.model.tokenizer(text, add_special_tokens=False).input_ids
+            keep = max(0, len(tokens) - (len(ids) - limit))
+            shorter = self.model.decode(tokens[:keep]).rstrip()
+            # Decoding can give back as many characters as before; cutting must make progress.
+            text = shorter if len(shorter) < len(text) else text[:-1]
+        return ids
+
+    def _encode(self, question: Question, demonstration: str, feedback: str) -> list[int]:
+        config = self.config
+        prompt = config.template.format(
+            prompt=question.prompt,
+            demonstration=config.demonstration_template.format(demonstration=demonstration)
+            if demonstration
+            else "",
+            feedback=config.feedback_template.format(feedback=feedback) if feedback else "",
+        )
+        return self.model.encode(prompt, question.system)
+
+
+def teacher_prompts(
+    config: Config,
+    context: TeacherContext,
+    task: Task,
+    step: int,
+    questions: Sequence[Question],
+    prompts: Sequence[Tensor],
+    texts: Sequence[str],
+    rewards: Sequence[float],
+) -> list[Tensor | None]:
+    """The teacher's prompt for each rollout of a step, token ids [P] int64 on the CPU; None where
+    there is nothing privileged to show (m_i = 0).
+
+    `questions`, the student's `prompts`, the decoded `texts` and the `rewards` have one entry per
+    rollout, groups of `rollout.samples_per_prompt` one after the other.
+    """
+    if config.teacher.context == "none":
+        return list(prompts)
+    chosen = choose_demonstrations(
+        rewards,
+        config.rollout.samples_per_prompt,
+        config.teacher.success_reward,
+        config.seed,
+        step,
+    )
+    contexts: list[Tensor | None] = []
+    for question, text, source in zip(questions, texts, chosen, strict=True):
+        demonstration = None if source is None else texts[source]
+        feedback = task.feedback(question, text) if config.teacher.feedback else None
+        if demonstration is None and feedback is None:
+            contexts.append(None)
+        else:
+            contexts.append(to_ids(context.render(question, demonstration, feedback)))
+    return contexts
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The questions whose prompts fit, how many of train and test together do not, and the
+    tokens of the longest prompt that does."""
+
+    train: list[Question]
+    test: list[Question]
+    dropped: int
+    longest: int
+
+
+def fitting_questions(
+    config: Config, model: LanguageModel, task: Task, reporter: Reporter
+) -> Questions:
+    """Drop questions whose prompt exceeds the student's or the teacher's limit.
+
+    Raises `UsageError` where none is left, or where a prompt and its answer can exceed what the
+    model was made for.
+    """
+    limit = config.rollout.max_prompt_tokens
+    longest = 0
+    context = TeacherContext(config.teacher, model)
+    kept: dict[str, list[Question]] = {}
+    for key, questions in (("task.train", task.train), ("task.test", task.test)):
+        kept[key] = []
+        for question in questions:
+            length = len(model.encode_question(question))
+            if length <= limit and context.fits(question):
+                kept[key].append(question)
+                longest = max(longest, length)
+        if not kept[key]:
+            raise UsageError(
+                f"{key}: all {len(questions)} prompts are longer than "
+                f"rollout.max_prompt_tokens={limit} or leave no room for a demonstration in "
+                f"teacher.max_prompt_tokens={config.teacher.max_prompt_tokens}: raise them"
+            )
+        dropped = len(questions) - len(kept[key])
+        if dropped:
+            reporter.message(f"{key}: dropped {dropped} of {len(questions)} prompts as too long")
+    positions = model.network.config.max_position_embeddings
+    if longest + config.rollout.max_new_tokens > positions:
+        raise UsageError(
+            f"a prompt of {longest} tokens and rollout.max_new_tokens="
+            f"{config.rollout.max_new_tokens} exceed the model's {positions} positions: lower "
+            "rollout.max_new_tokens or rollout.max_prompt_tokens"
+        )
+    total = len(task.train) + len(task.test)
+    return Questions(
+        train=kept["task.train"],
+        test=kept["task.test"],
+        dropped=total - len(kept["task.train"]) - len(kept["task.test"]),
+        longest=longest,
+    )

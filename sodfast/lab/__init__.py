@@ -1,0 +1,1 @@
+"""The embedded default: a tiny model that is warm-started here, with much to unlearn."""

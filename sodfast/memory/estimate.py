@@ -1,0 +1,383 @@
+"""The bytes of one configuration, item by item.
+
+Weights, gradients, optimizer state, teacher, its hidden states and the cache have known sizes. What
+the phases allocate beside them is measured on tensors without memory (trace.py).
+
+All of it is what one process takes that has the GPU and the model to itself. Every phase is taken
+at its largest: the teacher has weights of its own, and gradients are there from an earlier
+micro-batch. Left out: what CUDA itself holds (about half a GiB outside the allocator), workspaces
+of matrix products, captured graphs, and fragments between the allocator's blocks.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from sodfast_kernels import AdamW, ParameterUpdate
+from sodfast_kernels.parameters import empty_state
+from sodfast_kernels.philox import CHUNK
+
+from sodfast.config import PRESETS, ArithmeticConfig, Config, LoRAConfig
+from sodfast.errors import UsageError
+from sodfast.memory.trace import LiveBytes, Sequences, Trace, prefill, scoring, training
+from sodfast.model.load import output_head, trained_parameters
+from sodfast.model.packing import micro_batches
+from sodfast.optimizer import build_optimizer
+from sodfast.parallel.fsdp import Weights
+from sodfast.parallel.offload import SLOTS, block_bytes, blocks
+from sodfast.rollout.decoder import Cache, unsupported
+from sodfast.rollout.native import (
+    PREFILL_TOKENS,
+    cache_slots,
+    idle_rows,
+    slot_bytes,
+    state_bytes,
+)
+from sodfast.schedule import student_share
+
+GIB = 2**30
+BUDGET_GIB = 78.0  # of allocator memory on an 80 GB card
+
+Items = dict[str, int]  # item → bytes
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of one rollout; `context`: of the teacher's prompt, None where it scores nothing."""
+
+    prompt: int
+    context: int | None
+    response: int
+
+
+class Estimate:
+    """The sizes of one configuration whose steps have these `rollouts`, groups one after the other,
+    each update taking an equal part of them; None: all of them at their caps.
+
+    `budget` [bytes]: of the device. `parameters`: how many numbers the model has. `token_bytes`:
+    keys and values of one token.
+
+    Raises `UsageError` for a model whose config.json is not at hand or that cannot be trained here,
+    and for an engine whose memory is not known.
+    """
+
+    def __init__(self, config: Config, rollouts: Sequence[Lengths] | None = None) -> None:
+        if config.rollout.engine == "vllm":
+            raise UsageError(
+                "rollout.engine=vllm keeps memory of its own, which is not planned: plan with "
+                "rollout.engine=native"
+            )
+        self.config = config
+        self.on_gpu = config.device.startswith("cuda") or (
+            config.device == "auto" and torch.cuda.is_available()
+        )
+        self.budget = int((config.memory_gib or BUDGET_GIB) * GIB)
+        self.trace = _trace(
+            json.dumps(architecture(config)),
+            config.model.dtype,
+            config.model.gradient_checkpointing,
+            self.on_gpu and config.model.liger is not False,
+            config.model.lora,
+        )
+        self.network = self.trace.network
+        self.head = output_head(self.network)
+        self.parameters = sum(p.numel() for p in self.network.parameters())
+        self.weights = sum(p.nbytes for p in self.network.parameters())
+        # Gradients take as much, and so does a teacher on the device.
+        self.trained = sum(p.nbytes for p in trained_parameters(self.network).values())
+        self.token_bytes = Cache.bytes_per_token(self.network)
+        self.given = rollouts is not None
+        self.rollouts = _at_the_caps(config) if rollouts is None else list(rollouts)
+        self.longest = max(r.prompt for r in self.rollouts) + config.rollout.max_new_tokens
+        self.native = config.rollout.engine != "hf" and unsupported(self.network) is None
+        self.on_host = config.teacher.storage == "host"
+        # The decoder's layers, and the runs of other parameters, as a teacher in host memory holds
+        # and streams them.
+        self.layers = [block_bytes(ps) for layer, ps in blocks(self.network) if layer is not None]
+        self.others = [block_bytes(ps) for layer, ps in blocks(self.network) if layer is None]
+        # Trust region puts the hidden states and the heads of two models side by side.
+        self.teachers = 1 if student_share(config.schedule) is None else 2
+
+    @cached_property
+    def phases(self) -> dict[str, Items]:
+        """Bytes on the device by phase and item; a phase's peak is the sum of its items."""
+        resident, scores = self._resident, self._scores()
+        hidden = scores["teacher_hidden"]
+        phases = {
+            "rollout": {**resident, **self._sampling(evaluating=False)},
+            "teacher": {
+                **resident,
+                "teacher_stream": self._stream(sum(self.others)),
+                "teacher_hidden": hidden,
+                # Those of two models exist once more while they are put side by side.
+                "activations": max(self._scoring(), hidden if self.teachers == 2 else 0),
+            },
+            "train": {
+                **resident,
+                **scores,
+                "gradients": self.trained,
+                "activations": self._training(),
+            },
+            "refresh": {
+                **resident,
+                "teacher_stream": self._stream(max(self.others)),
+                "activations": self._moving_the_teacher(),
+            },
+            "evaluate": {**resident, **self._sampling(evaluating=True)},
+        }
+        if not self.on_gpu and self.native:
+            # There the engine keeps its cache's memory for the next call.
+            kept = max(phases[phase]["kv_cache"] for phase in ("rollout", "evaluate"))
+            phases = {phase: {**items, "kv_cache": kept} for phase, items in phases.items()}
+        return {
+            phase: {item: count for item, count in items.items() if count}
+            for phase, items in phases.items()
+        }
+
+    @property
+    def peaks(self) -> Items:
+        """Phase → bytes."""
+        return {phase: sum(items.values()) for phase, items in self.phases.items()}
+
+    @property
+    def fits(self) -> bool:
+        return self.refused is None and max(self.peaks.values()) <= self.budget
+
+    @property
+    def refused(self) -> str | None:
+        """Why the engine would not start, whatever the sums say."""
+        return self._slots[1] if self.native else None
+
+    @property
+    def cache_bytes(self) -> int:
+        """What the rollout's cache could take at most."""
+        return max(0, self.budget - self.peaks["rollout"] + self.phases["rollout"]["kv_cache"])
+
+    @property
+    def host(self) -> Items:
+        """Bytes in host memory beside a GPU's: the weights on their way from disk, and the teacher,
+        each of whose pinned buffers torch rounds up to a power of two."""
+        if not self.on_gpu:
+            return {}
+        items = {"loading": self.weights}
+        if self.on_host:
+            sizes = [*self.layers, *self.others]
+            items["teacher"] = sum(1 << (size - 1).bit_length() for size in sizes)
+        return items
+
+    # ---------------------------------------------------------------- weights and their state
+
+    @cached_property
+    def _resident(self) -> Items:
+        """What is there in every phase."""
+        teacher = self.trained
+        if self.on_host:
+            # Without a GPU the host's memory is the device's.
+            teacher = 0 if self.on_gpu else sum(self.layers) + sum(self.others)
+        return {"weights": self.weights, "optimizer_state": self._state(), "teacher": teacher}
+
+    @cached_property
+    def _optimizer(self) -> torch.optim.Optimizer:
+        return build_optimizer(self.config.optimizer, Weights(self.network))
+
+    def _state(self) -> int:
+        group = self._optimizer.param_groups[0]
+        if not isinstance(self._optimizer, AdamW):  # two moments and a count of steps
+            return 2 * self.trained + 4 * len(group["params"])
+        with self.trace.mode:
+            states = [empty_state(p, group["state"]) for p in group["params"]]
+        return sum(tensor.nbytes for state in states for tensor in state.values())
+
+    def _stream(self, others: int) -> int:
+        """Device buffers of a teacher in host memory: some layers, and `others` beside them. While
+        it scores all of its other parameters are there, while it moves one such run at a time."""
+        return SLOTS * max(self.layers) + others if self.on_host else 0
+
+    # ---------------------------------------------------------------- teacher and training
+
+    def _scores(self) -> Items:
+        """What scoring leaves: hidden states of the scored responses, and the head."""
+        tokens = sum(r.response for r in self.rollouts if r.context is not None)
+        head = self.teachers * self.head.nbytes
+        if self.teachers == 1 and self.on_host:
+            # Held as part of the run of parameters that brought it.
+            runs = [parameters for _, parameters in blocks(self.network)]
+            (head,) = (block_bytes(run) for run in runs if any(p is self.head for p in run))
+        elif self.teachers == 1 and not self.head.requires_grad:
+            head = 0  # it stays as it is and is not copied
+        hidden = tokens * self.teachers * self.head[0].nbytes
+        return {"teacher_hidden": hidden, "teacher_head": head}
+
+    def _scoring(self) -> int:
+        scored = [(r.context, r.response) for r in self.rollouts if r.context is not None]
+        if not scored:
+            return 0
+        batch = self._micro_batches(scored)[0]
+        rows = sum(response for _, response in batch)
+        return self.trace.peak(scoring, batch) - rows * self.head[0].nbytes
+
+    def _training(self) -> int:
+        """Beside full gradients: of the heaviest micro-batch, or of the optimizer's step."""
+        size = len(self.rollouts) // self.config.optimizer.updates_per_step
+        most = self._stepping()
+        for i in range(0, len(self.rollouts), size):
+            update = [(r.prompt, r.response) for r in self.rollouts[i : i + size]]
+            first, *rest = self._micro_batches(update)
+            if self.given or not rest:
+                most = max(most, self._backward(first, False) - self.trained)
+            if rest:
+                heaviest = max(rest, key=lambda batch: sum(map(sum, batch)))
+                most = max(most, self._backward(heaviest if self.given else first, True))
+        return most
+
+    def _backward(self, batch: Sequences, accumulating: bool) -> int:
+        width = self.teachers * self.head.shape[1]
+        return self.trace.peak(
+            training,
+            self.config.objective,
+            batch,
+            width,
+            accumulating,
+            self.on_gpu,
+            whole=not accumulating,
+        )
+
+    def _micro_batches(self, lengths: list[tuple[int, int]]) -> list[Sequences]:
+        """As training cuts them, the longest sequence in the first. At the caps that one is filled
+        up with the response to a prompt of one token: then no other micro-batch is larger."""
+        budget = self.config.optimizer.micro_batch_tokens
+        totals = [sum(pair) for pair in lengths]
+        batches = [tuple(lengths[i] for i in group) for group in micro_batches(totals, budget)]
+        room = budget - sum(map(sum, batches[0]))
+        if not self.given and len(batches) > 1 and room > 1:
+            batches[0] += ((1, room - 1),)
+        return batches
+
+    def _stepping(self) -> int:
+        """Of the optimizer's step beside its state: only the PyTorch path takes any."""
+        group = self._optimizer.param_groups[0]
+        if self.on_gpu or not isinstance(self._optimizer, AdamW):
+            return 0
+        parameter = self._chunk()
+        parameter.grad = torch.zeros_like(parameter)
+        optimizer = AdamW([parameter], state=group["state"])
+        optimizer.step()  # which makes the state
+        state = optimizer.state[parameter].values()
+        with LiveBytes([parameter, parameter.grad, *state]) as live:
+            optimizer.step()
+        return live.take_peak()
+
+    def _moving_the_teacher(self) -> int:
+        """Of the teacher's move, likewise."""
+        if self.on_gpu:
+            return 0
+        schedule = self.config.schedule
+        update = ParameterUpdate(schedule.rate if schedule.kind == "ema" else 0.0)
+        teacher, student = self._chunk(), self._chunk()
+        with LiveBytes([teacher, student]) as live:
+            update.add([teacher], [student])
+        return live.take_peak()
+
+    def _chunk(self) -> torch.Tensor:
+        """As much of the largest parameter as the PyTorch paths of `sodfast_kernels` work on at a
+        time: real memory, but little."""
+        largest = max(trained_parameters(self.network).values(), key=torch.Tensor.numel)
+        return torch.zeros(min(largest.numel(), CHUNK), dtype=largest.dtype)
+
+    # ---------------------------------------------------------------- sampling
+
+    @cached_property
+    def _slots(self) -> tuple[int, str | None]:
+        """How many sequences the native engine decodes at once, or why it would not start."""
+        config, free = self.config.rollout, self.budget - sum(self._resident.values())
+        try:
+            slots = cache_slots(self.network, self.longest, config.cache_gib, free, self.on_gpu)
+        except UsageError as error:
+            return 0, str(error)
+        return min(config.batch_size, slots), None
+
+    def _sampling(self, evaluating: bool) -> Items:
+        """Cache and activations of the engine."""
+        config = self.config.rollout
+        copies, wanted = config.samples_per_prompt, len(self.rollouts)
+        prompts = sorted((r.prompt for r in self.rollouts[::copies]), reverse=True)
+        if evaluating:
+            task, copies, wanted = self.config.task, self.config.eval.samples, config.batch_size
+            if isinstance(task, ArithmeticConfig):
+                wanted = task.test * copies
+            prompts = prompts[:1] * -(-wanted // copies)
+        if not self.native:
+            # All prompts of a batch at once, padded; the cache grows with the answers.
+            rows = min(config.batch_size, wanted)
+            activations = self.trace.peak(scoring, ((prompts[0], 1),) * rows)
+            return {"kv_cache": rows * self.longest * self.token_bytes, "activations": activations}
+        # Also where it would not start the plan says what the least would take.
+        rows = min(self._slots[0] or 1, wanted)
+        rows += idle_rows(rows, self.on_gpu)
+        packed: list[int] = []
+        for prompt in prompts[: -(-rows // copies)]:
+            if not packed or sum(packed) + prompt <= PREFILL_TOKENS:
+                packed.append(prompt)
+        activations = self.trace.peak(prefill, tuple(packed), copies, self.longest, self.on_gpu)
+        return {
+            "kv_cache": rows * slot_bytes(self.network, self.longest),
+            "activations": activations + state_bytes(rows, config.max_new_tokens),
+        }
+
+
+def _at_the_caps(config: Config) -> list[Lengths]:
+    """A step's rollouts with every prompt and answer as long as it may be."""
+    rollout, teacher = config.rollout, config.teacher
+    context = None
+    if config.objective.distill_coef > 0:
+        shown = teacher.context != "none"
+        context = teacher.max_prompt_tokens if shown else rollout.max_prompt_tokens
+    longest = Lengths(rollout.max_prompt_tokens, context, rollout.max_new_tokens)
+    return [longest] * (rollout.prompts_per_step * rollout.samples_per_prompt)
+
+
+def architecture(config: Config) -> dict[str, Any]:
+    """The contents of the model's config.json: the lab's, a directory's, the hub cache's, or those
+    of a known model.
+
+    Raises `UsageError` where there is none.
+    """
+    path = config.model.path
+    if path is None:
+        from sodfast.lab import model as lab
+
+        return lab.architecture(config.lab).to_dict()
+    known = json.loads((PRESETS / "models.json").read_text())
+    if path in known:
+        return known[path]
+    file = Path(path) / "config.json"
+    if not Path(path).is_dir():
+        try:
+            found = try_to_load_from_cache(path, "config.json")
+        except ValueError:  # no id at all
+            found = None
+        if not isinstance(found, str):
+            raise UsageError(
+                f"model.path={path}: a plan needs the model's config.json: give a directory that "
+                f"holds it, or one of {', '.join(known)}"
+            )
+        file = Path(found)
+    try:
+        contents = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"model.path={path}: its config.json cannot be read: {error}") from error
+    if not isinstance(contents, dict) or "model_type" not in contents:
+        raise UsageError(f"model.path={path}: its config.json names no model_type")
+    return contents
+
+
+@cache
+def _trace(
+    contents: str, dtype: str, recompute: bool, liger: bool, adapters: LoRAConfig | None
+) -> Trace:
+    return Trace(json.loads(contents), getattr(torch, dtype), recompute, liger, adapters)

@@ -1,0 +1,226 @@
+"""What all figures share: sizes, the groups' looks, step axes, labels, and the SVG text.
+
+Every figure has the same width and margins, so that figures below each other share their step
+axis. A group is told by its colour (Okabe & Ito 2008, safe for colour-blind readers), its line
+style, its marker and a label at its end, so that none of them is needed alone and a grey print
+reads as well. The same input gives the same bytes.
+"""
+
+import io
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from html import escape
+from textwrap import wrap
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from scipy.optimize import isotonic_regression
+
+OVERLAID = 8  # groups that share a plot
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#7F7F7F")
+DASHES = (
+    *((5, 1.5), (6, 1.5, 1, 1.5), (1, 1), (9, 2)),
+    *((3, 1, 1, 1, 1, 1), (2.5, 1.2), (9, 1.5, 1, 1.5)),
+)
+MARKERS = "os^DvPXh"
+INK, FAINT, GRID = "#222222", "#8A8A8A", "#E4E4E4"
+
+WIDTH, LEFT, RIGHT, TOP, BOTTOM = 9.6, 0.82, 2.15, 0.14, 0.5  # inches
+UNLABELLED = 0.2  # the right margin without labels
+_SETTINGS: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.family": "DejaVu Sans",  # comes with matplotlib: the layout is the same everywhere
+    "font.size": 8.5,
+    "axes.linewidth": 0.7,
+    "axes.grid.axis": "y",
+    "grid.color": GRID,
+    "grid.linewidth": 0.7,
+    "xtick.major.size": 3,
+    "ytick.major.size": 0,
+    "lines.linewidth": 1.6,
+    "lines.solid_capstyle": "round",
+    "text.parse_math": False,  # a label may hold a dollar sign
+    **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), FAINT),
+    **dict.fromkeys(("axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), INK),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
+    **dict.fromkeys(("axes.grid", "axes.axisbelow"), True),
+}
+
+Style = dict[str, Any]  # the keywords of a plotted line
+PLAIN: Style = {"color": COLORS[0], "ls": "-", "marker": "o"}
+
+
+def style_of(index: int, groups: int = 1) -> Style:
+    """How the group of an index looks wherever it appears, all alike if there are too many."""
+    if groups > OVERLAID:
+        return PLAIN
+    lines = ["-", *((0, dashes) for dashes in DASHES)]
+    return {
+        key: values[index % len(values)]
+        for key, values in (("color", COLORS), ("ls", lines), ("marker", MARKERS))
+    }
+
+
+def swatch(index: int) -> str:
+    """A group's line and marker as a small SVG, for the tables' first column."""
+    with new_figure(f"swatch{index}", 0.42, 0.16) as figure:
+        axes = figure.add_axes((0, 0, 1, 1))
+        axes.axis("off")
+        axes.set(xlim=(0, 1), ylim=(-1, 1))
+        axes.plot([0.02, 0.98], [0, 0], **style_of(index) | {"marker": ""}, lw=1.5)
+        axes.plot([0.5], [0], **style_of(index) | {"ls": "-"}, ms=4.5)
+        return to_svg(figure, f"swatch{index}", "", css="swatch")
+
+
+def add_axes(figure: Figure, **inches: float) -> Axes:
+    """Axes inside of margins (left, right, top, bottom) given in inches."""
+    margins = {"left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM, **inches}
+    left, right, top, bottom = margins.values()
+    width, height = figure.get_size_inches()
+    return figure.add_axes(
+        (left / width, bottom / height, (width - left - right) / width, 1 - (top + bottom) / height)
+    )
+
+
+def hollow(axes: Axes, x: Any, y: Any, style: Style, **more: Any) -> None:
+    """A group's markers, unfilled and unconnected."""
+    more = {"marker": style["marker"], "mec": style["color"], **more}
+    axes.plot(x, y, ls="none", mfc="none", **more)
+
+
+def finish_steps(axes: Axes, steps: int, label: str, xlabel: bool = True) -> None:
+    axes.set_xlim(0, max(steps, 1))
+    axes.xaxis.set_major_locator(ticks(7, integer=True))
+    axes.yaxis.set_major_locator(ticks(5))
+    axes.set_ylabel(label)
+    inches = axes.get_window_extent().width / axes.figure.dpi
+    axes.yaxis.set_label_coords(-0.62 / inches, 0.5)
+    if xlabel:
+        axes.set_xlabel("step")
+    else:
+        axes.tick_params(labelbottom=False)
+
+
+def finish_lanes(axes: Axes, steps: int, end: float, start: float) -> None:
+    """Rows over steps, counted downwards, with their names on the right."""
+    finish_steps(axes, steps, "")
+    axes.grid(False)
+    axes.spines["left"].set_visible(False)
+    axes.set_ylim(end, start)
+    axes.yaxis.set_label_position("right")
+    axes.yaxis.tick_right()
+
+
+def finish_rows(axes: Axes, names: Sequence[str], xlabel: str) -> None:
+    axes.grid(axis="x", visible=True)
+    axes.set(ylim=(len(names) - 0.4, -0.6), xlabel=xlabel)
+    axes.spines["left"].set_visible(False)
+    axes.xaxis.set_major_locator(ticks(5))
+    axes.set_yticks(range(len(names)), [clip(name, 36) for name in names])
+
+
+def name_rows(axes: Axes, names: Sequence[str], row: float, width: int = 44) -> None:
+    """Row names where they can be read, row numbers (from 1, in the tables' order) where not."""
+    if row >= 0.12:
+        axes.set_yticks(range(len(names)), [clip(name, width) for name in names], fontsize=7.5)
+    else:
+        at = range(9, len(names), 10)
+        axes.set_yticks(at, [str(index + 1) for index in at], fontsize=7.5)
+        axes.set_ylabel("row of the table")
+
+
+def ticks(most: int, integer: bool = False) -> MaxNLocator:
+    return MaxNLocator(most, steps=[1, 2, 2.5, 5, 10], integer=integer)
+
+
+def clip(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def label_ends(
+    axes: Axes, ends: Sequence[tuple[tuple[float, float], str, Style]], leader: bool = True
+) -> None:
+    """A label per group right of the plot, at the height of its curve's end or next to it."""
+    to_axes = axes.transData + axes.transAxes.inverted()
+    extent = axes.get_window_extent()
+    inch, height = axes.figure.dpi / extent.width, extent.height / axes.figure.dpi
+    frame: Style = {"transform": axes.transAxes, "clip_on": False}
+    placed = []
+    for end, group, style in ends:
+        text = "\n".join(wrap(group, 25)[:3])
+        x, y = map(float, to_axes.transform(end))
+        placed.append((y, x, text, ((text.count("\n") + 1) * 10.5 + 2.5) / 72 / height, style))
+    placed.sort(key=lambda item: item[0])
+    centers = spread([item[0] for item in placed], [item[3] for item in placed])
+    start = 1 + 0.12 * inch
+    for (y, x, text, _, style), center in zip(placed, centers, strict=True):
+        if leader:  # unlike any curve
+            dots: Style = {"color": FAINT, "lw": 0.7, "ls": (0, (1, 1.6)), "zorder": 1}
+            axes.plot([min(x, 1.0), start], [y, center], **dots, **frame)
+        line = style if leader else style | {"ls": "none"}
+        across = [start, start + 0.15 * inch, start + 0.3 * inch]
+        axes.plot(across, [center] * 3, **line, markevery=[1], ms=4, lw=1.4, **frame)
+        look: Style = {"fontsize": 8, "linespacing": 1.05, "color": INK, "va": "center"}
+        axes.text(start + 0.38 * inch, center, text, transform=axes.transAxes, **look)
+
+
+def spread(centers: Sequence[float], heights: Sequence[float]) -> list[float]:
+    """Move ascending centers apart, as little as possible in the squared sense, until boxes of
+    these heights do not overlap; within [0, 1] if they fit.
+
+    Centers less what the boxes below need must ascend: an isotonic regression.
+    """
+    if not centers:
+        return []
+    gaps = (np.asarray(heights[:-1]) + np.asarray(heights[1:])) / 2
+    needed = np.concatenate([[0.0], np.cumsum(gaps)])
+    level = isotonic_regression(np.subtract(centers, needed)).x
+    lowest = heights[0] / 2
+    highest = max(1 - heights[-1] / 2 - needed[-1], lowest)
+    return list(np.clip(level, lowest, highest) + needed)
+
+
+@contextmanager
+def new_figure(name: str, width: float, height: float) -> Iterator[Figure]:
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # whatever the user's matplotlibrc says
+        matplotlib.rcParams.update(_SETTINGS | {"svg.hashsalt": name})
+        figure = Figure(figsize=(width, height))
+        FigureCanvasSVG(figure)
+        yield figure
+
+
+def to_svg(figure: Figure, name: str, label: str, css: str = "plot") -> str:
+    """The figure as an `<svg>` element: scalable, named for screen readers, free of a date.
+
+    Group ids go, since several figures stand in one page; ids that are referred to are hashes
+    salted with the figure's name.
+    """
+    stream = io.StringIO()
+    figure.savefig(stream, format="svg", dpi=150, metadata={"Date": None, "Creator": None})
+    text = stream.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
+    text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)  # would hold for the whole page
+    text = re.sub(r'<g id="[^"]*"', "<g", text)
+    named = f'role="img" aria-label="{escape(label)}"' if label else 'aria-hidden="true"'
+    width, height = figure.get_size_inches()
+    head = (
+        f'<svg class="{css}" data-name="{escape(name)}" {named} stroke-linejoin="round" '
+        f'viewBox="0 0 {width * 72:g} {height * 72:g}" xmlns="http://www.w3.org/2000/svg" '
+        f'xmlns:xlink="http://www.w3.org/1999/xlink">'
+    )
+    return re.sub(r"<svg[^>]*>", head, text, count=1).rstrip()
+
+
+def standalone(svg: str) -> str:
+    """A figure as a file of its own, with the page's font and a ground that any viewer shows."""
+    return (
+        svg.replace("<svg ", '<svg style="background: white; font-family: sans-serif" ', 1) + "\n"
+    )

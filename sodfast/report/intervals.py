@@ -1,0 +1,154 @@
+"""The report's statistics: names and conventions of ours over numpy and scipy.
+
+Every function takes few values, one per seed, and answers None where the data allow no
+statement: an error or an interval of a single seed does not exist. Intervals are 95 %.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+CONFIDENCE = 0.95
+RESAMPLES = 9_999
+
+Array = NDArray[np.float64]
+
+
+class Interval(NamedTuple):
+    low: float
+    high: float
+
+
+class Mean(NamedTuple):
+    """Mean of `n` values and its standard error, the sample standard deviation (n − 1) / √n;
+    None for a single value."""
+
+    value: float
+    error: float | None
+    n: int
+
+
+def mean_and_error(values: Sequence[float]) -> Mean | None:
+    """None without values."""
+    if not values:
+        return None
+    error = float(stats.sem(values)) if len(values) > 1 else None
+    return Mean(float(np.mean(values)), error, len(values))
+
+
+def wilson_interval(successes: int, n: int) -> Interval:
+    """Wilson's score interval of a proportion (JASA 22, 1927, 209), without continuity
+    correction; it stays inside [0, 1] and keeps a width at 0 of n and n of n. Needs n ≥ 1."""
+    interval = stats.binomtest(successes, n).proportion_ci(CONFIDENCE, method="wilson")
+    return Interval(float(interval.low), float(interval.high))
+
+
+class Difference(NamedTuple):
+    """Mean of the paired differences, its interval, and in how many pairs it was above zero."""
+
+    mean: float
+    interval: Interval | None
+    n: int
+    above: int
+
+
+def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> Difference | None:
+    """`values[i] − baseline[i]`, one pair per seed; None without pairs, no interval for one pair.
+
+    The interval is the percentile bootstrap over pairs (Efron & Tibshirani 1993, ch. 13) with a
+    fixed seed. The percentile method is defined for equal differences, too, where BCa is not. Of
+    n pairs it can reach no further than the least and the greatest difference, so with a handful
+    of seeds it covers less than its nominal 95 %.
+    """
+    differences = np.subtract(values, baseline)
+    if not differences.size:
+        return None
+    interval = None
+    if differences.size > 1:
+        options = {"n_resamples": RESAMPLES, "confidence_level": CONFIDENCE}
+        rng = np.random.default_rng(0)
+        found = stats.bootstrap((differences,), np.mean, **options, method="percentile", rng=rng)
+        interval = Interval(*map(float, found.confidence_interval))
+    above = int((differences > 0).sum())
+    return Difference(float(differences.mean()), interval, differences.size, above)
+
+
+class Band(NamedTuple):
+    """Per point: mean over the rows that have a value there, the bounds of its interval (nan
+    where fewer than two have one) and how many have one."""
+
+    mean: Array
+    low: Array
+    high: Array
+    n: NDArray[np.int64]
+
+
+def band(values_RP: Array) -> Band:
+    """Mean and Student's t interval of each column; rows are seeds, nan is no value.
+
+    The interval is mean ± t(n − 1) · s / √n. It takes the seeds' values at a point as normal and
+    is for each point alone, not for the curve as a whole.
+    """
+    n = np.isfinite(values_RP).sum(axis=0)
+    mean = np.nansum(values_RP, axis=0) / np.where(n > 0, n, np.nan)
+    squares = np.nansum((values_RP - mean) ** 2, axis=0)
+    several = np.where(n > 1, n, np.nan)
+    error = np.sqrt(squares / (several - 1) / several)
+    half = stats.t.ppf((1 + CONFIDENCE) / 2, several - 1) * error
+    return Band(mean, mean - half, mean + half, n)
+
+
+class Series(NamedTuple):
+    """One run's values of one metric at the steps that carry it, ascending."""
+
+    steps: Array
+    values: Array
+
+
+class Curve(NamedTuple):
+    """A group's metric over steps, ready to be drawn.
+
+    `band` is over the group's finished runs and ends where the first of them ends, so that no
+    point of it rests on the survivors alone. `loose` are the parts outside of it: finished runs
+    from there on, and unfinished runs whole.
+    """
+
+    x: Array
+    band: Band
+    loose: tuple[Series, ...]
+
+
+def bin_width(last_step: int, points: int) -> int:
+    """Steps per point such that about `points` of them reach the last step."""
+    return max(1, -(-last_step // points))
+
+
+def group_curve(finished: Sequence[Series], unfinished: Sequence[Series], width: int) -> Curve:
+    """Average each run over bins of `width` steps, then the finished runs in each bin.
+
+    Bin i holds steps (i−1)·width + 1 … i·width and is drawn at their middle; step 0 is bin 0.
+    """
+    binned = [_bin(series, width) for series in finished if series.steps.size]
+    loose = [_bin(series, width) for series in unfinished if series.steps.size]
+    if not binned:
+        return Curve(np.empty(0), band(np.empty((0, 0))), tuple(loose))
+    end = min(series.steps[-1] for series in binned)
+    x = np.unique(np.concatenate([series.steps for series in binned]))
+    x = x[x <= end]
+    values = np.full((len(binned), len(x)), np.nan)
+    for row, (steps, own) in enumerate(binned):
+        values[row, np.searchsorted(x, steps[steps <= end])] = own[steps <= end]
+        if steps[-1] > end:
+            loose.append(Series(steps[steps >= end], own[steps >= end]))
+    return Curve(x, band(values), tuple(loose))
+
+
+def _bin(series: Series, width: int) -> Series:
+    if width == 1:
+        return series
+    bins, where = np.unique(np.ceil(series.steps / width), return_inverse=True)
+    means = np.bincount(where, series.values) / np.bincount(where)
+    return Series(np.where(bins > 0, bins * width - (width - 1) / 2, 0.0), means)

@@ -1,0 +1,185 @@
+"""What another schedule would have decided on a recorded run: `sodfast replay`.
+
+Counterfactual. The metrics come from the run as it was: after the first decision that differs,
+another teacher would have made other rollouts, and so other metrics. What is said about later
+steps is what the schedule says about these data, not what the other run would have done.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sodfast.config import CGTRConfig, Config, ScheduleConfig, read_overrides, validate
+from sodfast.errors import UsageError
+from sodfast.files import read_lines
+from sodfast.schedule import Decision, build_schedule, replay, student_share
+
+
+@dataclass(frozen=True)
+class Replay:
+    """`decisions[i]` and `recorded[i]` belong to step i + 1. `recorded` are those of the run's own
+    schedule, and its copies are the refreshes of metrics.jsonl."""
+
+    run: Path
+    schedule: ScheduleConfig
+    recorded_schedule: ScheduleConfig
+    decisions: list[Decision]
+    recorded: list[Decision]
+
+    @property
+    def refreshes(self) -> list[int]:
+        return _copies(self.decisions)
+
+    @property
+    def recorded_refreshes(self) -> list[int]:
+        return _copies(self.recorded)
+
+    @property
+    def blocked(self) -> dict[str, int]:
+        """Checks at which each active gate blocked, whatever the others did."""
+        counts = Counter[str]()
+        for decision in self.decisions:
+            for name, gate in (decision.gates or {}).items():
+                if gate["active"]:
+                    counts[name] += not gate["pass"]
+        return dict(counts)
+
+    @property
+    def first_difference(self) -> int | None:
+        """The first step after which the teachers differ; None: they never do."""
+        for step, (decision, recorded) in enumerate(self._pairs(), start=1):
+            if _move(self.schedule, decision) != _move(self.recorded_schedule, recorded):
+                return step
+        return None
+
+    def _pairs(self) -> Iterator[tuple[Decision, Decision]]:
+        return zip(self.decisions, self.recorded, strict=True)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "run": str(self.run),
+            "steps": len(self.decisions),
+            "schedule": self.schedule.model_dump(mode="json"),
+            "recorded_schedule": self.recorded_schedule.model_dump(mode="json"),
+            "refreshes": self.refreshes,
+            "recorded_refreshes": self.recorded_refreshes,
+            "blocked": self.blocked,
+            "first_difference": self.first_difference,
+        }
+
+    def text(self) -> Iterator[str]:
+        """For people: the caveat, each check and each refresh, and the sums."""
+        yield f"{self.run}: {len(self.decisions)} steps"
+        yield f"recorded under {_describe(self.recorded_schedule)}"
+        yield f"replayed under {_describe(self.schedule)}"
+        first = self.first_difference
+        if first is None:
+            yield "Every decision is the recorded one."
+        else:
+            yield (
+                "COUNTERFACTUAL: the data came from the recorded schedule. The teachers part after "
+                f"step {first}; from step {first + 1} on the run itself would have gone elsewhere."
+            )
+        rows = [("step", "replay", "recorded", "gates (value against threshold)")]
+        for step, pair in enumerate(self._pairs(), start=1):
+            if pair[0].gates or any(decision.action == "copy" for decision in pair):
+                ours, theirs = ("refresh" if d.action == "copy" else "-" for d in pair)
+                rows.append((str(step), ours, theirs, "  ".join(_gates(pair[0]))))
+        if len(rows) > 1:
+            yield ""
+            for number, replayed, recorded, gates in rows:
+                yield f"{number:>6}  {replayed:<8}  {recorded:<8}  {gates}".rstrip()
+        yield ""
+        for name, decisions in (("replay", self.decisions), ("recorded", self.recorded)):
+            yield f"{name}: {_summary(decisions)}"
+        if self.blocked:
+            blocked = ", ".join(f"{name} {count}" for name, count in self.blocked.items())
+            yield f"checks blocked by: {blocked}"
+
+
+def replay_run(run: Path, overrides: Sequence[str]) -> Replay:
+    """Replay `run` under its schedule with `schedule.*` overrides.
+
+    Raises `UsageError` where `run` is no run directory, its metrics lack what the schedule looks
+    at, or its own schedule does not give the refreshes it recorded.
+    """
+    for text in overrides:
+        if text.partition("=")[0].partition(".")[0] != "schedule":
+            raise UsageError(
+                f"replay takes only schedule.key=value; {text!r} would need another run"
+            )
+    if not (run / "config.yaml").is_file():
+        raise UsageError(f"{run} is not a run directory: it has no config.yaml")
+    config = validate(read_overrides(run / "config.yaml", []))
+    other = validate(read_overrides(run / "config.yaml", list(overrides)))
+    lines = _training_lines(run, config, other)
+    decisions = replay(build_schedule(other.schedule), lines)
+    recorded = replay(build_schedule(config.schedule), lines)
+    logged = [line["step"] for line in lines if line.get("teacher/refreshed")]
+    if logged != _copies(recorded):
+        raise UsageError(
+            f"{run}: the schedule of config.yaml refreshes at {_copies(recorded)} on these "
+            f"metrics, but metrics.jsonl recorded {logged}: restore the file that was changed"
+        )
+    return Replay(run, other.schedule, config.schedule, decisions, recorded)
+
+
+def _training_lines(run: Path, recorded: Config, other: Config) -> list[dict[str, Any]]:
+    """The metrics of every step from 1, with what the other schedule looks at."""
+    file = run / "metrics.jsonl"
+    if not file.is_file():
+        raise UsageError(f"{file} does not exist: the run has no metrics to replay")
+    lines = [line for line in read_lines(file) if line.get("step") != 0]
+    if not lines:
+        raise UsageError(f"{file} holds no training step: there is nothing to replay")
+    for number, line in enumerate(lines, start=1):
+        if line.get("step") != number:
+            raise UsageError(f"{file}: step {number} is missing; a replay needs every step from 1")
+    if other.length_shards not in (None, recorded.length_shards):
+        raise UsageError(
+            f"{run} logged no lengths of {other.length_shards} shards: length_unit=shard can "
+            "be replayed only on a run that was recorded with it and with as many schedule.shards"
+        )
+    inputs = {*build_schedule(recorded.schedule).inputs, *build_schedule(other.schedule).inputs}
+    for line in lines:
+        missing = sorted(inputs - line.keys())
+        if missing:
+            raise UsageError(f"{file}: step {line['step']} has no {missing[0]}: restore the file")
+    return lines
+
+
+def _move(schedule: ScheduleConfig, decision: Decision) -> tuple[Any, ...]:
+    """What a decision makes of the teacher. A trust region never moves, but mixes its logits."""
+    return decision.action, decision.rate, student_share(schedule) or 0.0
+
+
+def _copies(decisions: Sequence[Decision]) -> list[int]:
+    return [step for step, decision in enumerate(decisions, start=1) if decision.action == "copy"]
+
+
+def _describe(schedule: ScheduleConfig) -> str:
+    values = schedule.model_dump(mode="json", exclude={"kind"})
+    if isinstance(schedule, CGTRConfig) and schedule.length_shards is None:
+        del values["shards"]
+    keys = ", ".join(
+        f"{key} {'+'.join(value) or 'none' if isinstance(value, list) else value}"
+        for key, value in values.items()
+    )
+    return f"{schedule.kind} ({keys})" if keys else schedule.kind
+
+
+def _gates(decision: Decision) -> Iterator[str]:
+    for name, gate in (decision.gates or {}).items():
+        threshold = f"{gate['threshold']:.4g}" if "threshold" in gate else "none yet"
+        verdict = "pass" if gate["pass"] else "BLOCK"
+        off = "" if gate["active"] else " (off)"
+        yield f"{name} {gate['value']:.4g}/{threshold} {verdict}{off}"
+
+
+def _summary(decisions: Sequence[Decision]) -> str:
+    if any(decision.action == "average" for decision in decisions):
+        return "averages after every step"
+    steps = ", ".join(map(str, _copies(decisions)))
+    return f"refreshes at {steps}" if steps else "no refresh"

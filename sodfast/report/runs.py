@@ -1,0 +1,249 @@
+"""What a report reads: a run or a study directory, as runs in groups that differ only by seed.
+
+What is shown of a run follows from its config.yaml, metrics.jsonl and events.jsonl alone, and
+each file is read once.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sodfast.config import CGTRConfig, Config, ScheduleConfig, read_overrides, validate
+from sodfast.errors import UsageError
+from sodfast.files import read_lines
+from sodfast.report.intervals import Curve, Series, group_curve
+from sodfast.schedule import build_schedule
+from sodfast.study.directory import finished_status, read_runs
+from sodfast.summary import spike_ratios
+
+GATES = CGTRConfig().gates
+
+Line = Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One run as it is on disk. `point`: axis → label, without `seed`; empty for a single run."""
+
+    name: str
+    path: Path
+    config: Config
+    status: str
+    point: Mapping[str, str]
+    lines: Sequence[Line]
+    events: Sequence[Line]
+
+    @property
+    def finished(self) -> bool:
+        return self.status in ("done", "collapsed")
+
+    @property
+    def last_step(self) -> int:
+        return int(self.lines[-1]["step"]) if self.lines else 0
+
+    @property
+    def copies(self) -> bool:
+        """Whether this run's teacher moves by copies, if at all (fixed, hard, cgtr)."""
+        return any("teacher/refreshed" in line for line in self.lines)
+
+    @cached_property
+    def refreshes(self) -> list[Line]:
+        return [event for event in self.events if event["event"] == "refresh"]
+
+    @cached_property
+    def checks(self) -> list[Line]:
+        return [event for event in self.events if event["event"] == "gate"]
+
+    @property
+    def collapse_step(self) -> int | None:
+        return next((int(e["step"]) for e in self.events if e["event"] == "collapse"), None)
+
+    @cached_property
+    def spikes(self) -> dict[int, float]:
+        return spike_ratios(self.lines)
+
+    @cached_property
+    def scores(self) -> Series:
+        return self.series(f"eval/mean@{self.config.eval.samples}")
+
+    def series(self, key: str) -> Series:
+        """A metric at the steps that carry it. Raises `UsageError` where it is not finite."""
+        pairs = [(line["step"], line[key]) for line in self.lines if key in line]
+        steps, values = np.array(pairs, dtype=np.float64).reshape(-1, 2).T
+        if not np.isfinite(values).all():
+            step = int(steps[~np.isfinite(values)][0])
+            raise UsageError(f"{self.path}/metrics.jsonl: {key} of step {step} is not finite")
+        return Series(steps, values)
+
+    def tail(self) -> Series:
+        """max / mean response length pooled over the last `window` steps: what the gate sees."""
+        schedule = self.config.schedule
+        window = schedule.window if isinstance(schedule, CGTRConfig) else CGTRConfig().window
+        _, mean_key, max_key = build_schedule(schedule).inputs
+        greatest, mean = self.series(max_key), self.series(mean_key)
+        if not mean.steps.size:
+            return mean
+        lead = np.full(window - 1, np.nan)
+        view = np.lib.stride_tricks.sliding_window_view
+        maxima = np.nanmax(view(np.concatenate([lead, greatest.values]), window), axis=1)
+        means = np.nanmean(view(np.concatenate([lead, mean.values]), window), axis=1)
+        return Series(mean.steps, maxima / means)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in nothing but their seed. `used` are those that the statistics are over:
+    the finished ones, and a single run in any state."""
+
+    label: str
+    runs: Sequence[Run]
+    used: Sequence[Run]
+    baseline: "Group | None" = None  # what it is compared with, perhaps itself
+
+    @property
+    def point(self) -> Mapping[str, str]:
+        return self.runs[0].point
+
+    def curve(self, series: Callable[[Run], Series], width: int) -> Curve:
+        rest = [run for run in self.runs if run not in self.used and run.lines]
+        return group_curve([*map(series, self.used)], [*map(series, rest)], width)
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a report is about: the runs of a study in its order, or a single run, in groups.
+
+    The groups are compared with those that have `value` on `axis`, the other axes being equal;
+    both are None where there is only one group.
+    """
+
+    directory: Path
+    runs: Sequence[Run]
+    groups: Sequence[Group]
+    axis: str | None
+    value: str | None
+    definition: str  # the study file; empty for a single run
+
+    @property
+    def single(self) -> bool:
+        return not self.definition
+
+
+def load(directory: Path, baseline: str | None = None) -> Source:
+    """Read a run or a study directory, each metrics file once. Raises `UsageError`."""
+    definition = ""
+    if (directory / "study.yaml").is_file():
+        definition = (directory / "study.yaml").read_text()
+        runs = []
+        for item in read_runs(directory):
+            trial = item.trial
+            point = {axis: label for axis, label in trial.point.items() if axis != "seed"}
+            runs.append(_read_run(trial.name, item.path, trial.config, item.status, point))
+        if not any(run.lines for run in runs):
+            raise UsageError(
+                f"no trial of {directory} has metrics yet: run sodfast sweep, or look into "
+                f"{directory / 'logs'}"
+            )
+    elif (directory / "config.yaml").is_file():
+        config = validate(read_overrides(directory / "config.yaml", []))
+        status = finished_status(directory, config) or "unfinished"
+        runs = [_read_run(directory.resolve().name, directory, config, status, {})]
+        if not runs[0].lines:
+            raise UsageError(
+                f"{directory} has no metrics yet: continue it with sodfast train --resume "
+                f"{directory}"
+            )
+    else:
+        raise UsageError(
+            f"{directory} is neither a run nor a study directory: it has no config.yaml and no "
+            "study.yaml"
+        )
+    groups = group_runs(runs, single=not definition)
+    axis, value = _baseline(groups, baseline)
+    if axis is not None and value is not None:
+        members = {tuple(group.point.items()): group for group in groups}
+        points = [tuple({**group.point, axis: value}.items()) for group in groups]
+        pairs = zip(groups, points, strict=True)
+        groups = [replace(group, baseline=members.get(point)) for group, point in pairs]
+    return Source(directory, runs, groups, axis, value, definition)
+
+
+def _read_run(name: str, path: Path, config: Config, status: str, point: Mapping[str, str]) -> Run:
+    lines, events = read_lines(path / "metrics.jsonl"), read_lines(path / "events.jsonl")
+    for file, items in (("metrics.jsonl", lines), ("events.jsonl", events)):
+        for number, item in enumerate(items, start=1):
+            if not isinstance(item, dict) or not isinstance(item.get("step"), int):
+                raise UsageError(f"{path / file}:{number}: no object with a step")
+    run = Run(name, path, config, status, point, lines, events)
+    if run.checks and not isinstance(config.schedule, CGTRConfig):
+        raise UsageError(f"{path}: events.jsonl has gates but the schedule has none")
+    return run
+
+
+def _baseline(groups: Sequence[Group], text: str | None) -> tuple[str | None, str | None]:
+    """The axis and the label that groups are compared with, given as AXIS=LABEL.
+
+    By default `schedule`, if it is an axis, else the first axis, at its first value.
+    """
+    points = [group.point for group in groups]
+    known = {f"{axis}={label}": (axis, label) for point in points for axis, label in point.items()}
+    if text is not None:
+        if text not in known:
+            choices = ", ".join(known) or "nothing: there is only one group"
+            raise UsageError(f"baseline {text} is not in the study; it can be {choices}")
+        return known[text]
+    if len(groups) < 2:
+        return None, None
+    axis = "schedule" if "schedule" in points[0] else next(iter(points[0]))
+    return axis, points[0][axis]
+
+
+_CALLED = {
+    "fixed": "fixed",
+    "hard": "hard, every {every}",
+    "ema": "EMA {rate:g}",
+    "trust_region": "trust region {rate:g}",
+}
+
+
+def describe_schedule(schedule: ScheduleConfig) -> str:
+    """A schedule as the figures call it; CGTR with what differs from the paper's settings."""
+    values = schedule.model_dump()
+    if not isinstance(schedule, CGTRConfig):
+        return _CALLED[schedule.kind].format(**values)
+    usual = CGTRConfig()
+    parts = [f"no {gate} gate" for gate in usual.gates if gate not in schedule.gates]
+    for key, value in values.items():
+        if key not in ("kind", "gates") and value != getattr(usual, key):
+            parts.append(f"{key} {value}")
+    return ", ".join(["CGTR", *parts])
+
+
+def group_runs(runs: Sequence[Run], single: bool = False) -> list[Group]:
+    """In the study's order, under a short name that is unique."""
+    members: dict[tuple[tuple[str, str], ...], list[Run]] = {}
+    for run in runs:
+        members.setdefault(tuple(run.point.items()), []).append(run)
+    short = [_short_label(own[0]) for own in members.values()]
+    return [
+        Group(
+            text if short.count(text) == 1 else ", ".join(f"{key}={label}" for key, label in point),
+            own,
+            [run for run in own if run.finished or single],
+        )
+        for text, (point, own) in zip(short, members.items(), strict=True)
+    ]
+
+
+def _short_label(run: Run) -> str:
+    """A run's values on the axes, a schedule as `describe_schedule` calls it."""
+    schedule = describe_schedule(run.config.schedule)
+    parts = [
+        schedule if axis == "schedule" else f"{axis.rpartition('.')[2]} {label}"
+        for axis, label in run.point.items()
+    ]
+    return ", ".join(parts) or schedule

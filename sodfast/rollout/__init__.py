@@ -1,0 +1,1 @@
+"""From the student's live weights to samples: engines behind one protocol."""

@@ -1,0 +1,1 @@
+"""What surrounds a run on its machine: its directory, checkpoints, signals, console, clocks."""

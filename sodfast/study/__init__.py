@@ -1,0 +1,1 @@
+"""Many runs as one experiment: expanded from a file, started, watched, resumed."""

@@ -1,0 +1,219 @@
+"""A study on disk: its files, what holds it, how far its trials are, and their table.
+
+study.yaml  base.yaml      what is swept: the study, its overrides and its base resolved
+runs/<trial>/              the run directories of `sodfast train`
+logs/<trial>.log           what the trial's processes printed
+logs/<trial>.lock          held while a process of the trial lives
+logs/<trial>.failed        why the sweep gave the trial up; gone when it is tried again
+table.csv                  a row per trial
+.lock                      held while a sweep runs
+"""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import fsum
+from pathlib import Path
+from typing import Any, Literal
+
+from sodfast.config import PRESETS, Config
+from sodfast.errors import UsageError
+from sodfast.files import is_held, read_lines, replace_text, try_lock
+from sodfast.study.definition import Study, Trial, flatten, load_study
+from sodfast.summary import summarize
+
+LAST_STEPS = 5  # the steps whose mean length the table gives
+
+Status = Literal["done", "collapsed", "interrupted", "failed", "running", "missing"]
+
+
+def run_path(directory: Path, name: str) -> Path:
+    return directory / "runs" / name
+
+
+def log_path(directory: Path, name: str) -> Path:
+    return directory / "logs" / f"{name}.log"
+
+
+def lock_path(directory: Path, name: str) -> Path:
+    return directory / "logs" / f"{name}.lock"
+
+
+def failure_path(directory: Path, name: str) -> Path:
+    return directory / "logs" / f"{name}.failed"
+
+
+# ---------------------------------------------------------------- the study
+
+
+def open_study(directory: Path) -> Study:
+    """The study of a study directory. Raises `UsageError`."""
+    if not (directory / "study.yaml").is_file():
+        raise UsageError(f"{directory} is not a study directory: it has no study.yaml")
+    return load_study(directory / "study.yaml")
+
+
+@contextmanager
+def hold(directory: Path, study: Study) -> Iterator[None]:
+    """Make `directory` the study's, or check that it is, and keep other sweeps out of it.
+
+    Raises `UsageError`, with nothing written, for a directory that cannot be used, holds something
+    else, or is held.
+    """
+    try:
+        if directory.exists() and not (directory / "study.yaml").exists():
+            # What a sweep that was killed while it began has left is no other's.
+            names = set(os.listdir(directory)) - {".lock", "base.yaml"}
+            others = sorted(name for name in names if not name.endswith(".tmp"))
+            if others:
+                raise UsageError(
+                    f"out={directory} holds {others[0]} and is no study directory: choose another"
+                )
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = try_lock(directory / ".lock")
+    except OSError as error:
+        raise UsageError(f"out={directory} cannot be used: {error.strerror}") from error
+    if lock is None:
+        raise UsageError(f"{directory} is being swept by another process: wait for it, or stop it")
+    with lock:
+        if (directory / "study.yaml").exists():
+            _check_kept(directory, study)
+        base = PRESETS / f"{study.base}.yaml"
+        text = (base if base.is_file() else Path(study.base)).read_text()
+        replace_text(directory / "base.yaml", text)
+        stored = study.model_copy(update={"base": "base.yaml"})
+        replace_text(directory / "study.yaml", stored.to_yaml())
+        for folder in ("runs", "logs"):
+            (directory / folder).mkdir(exist_ok=True)
+        yield
+
+
+def _check_kept(directory: Path, study: Study) -> None:
+    """An existing directory may gain trials; those it has must stay what they are."""
+    new = {trial.name: trial.config for trial in study.trials()}
+    for trial in open_study(directory).trials():
+        if trial.name not in new:
+            difference = f"it has no trial {trial.name}"
+        elif new[trial.name] != trial.config:
+            difference = f"trial {trial.name}: {_difference(trial.config, new[trial.name])}"
+        else:
+            continue
+        raise UsageError(
+            f"the study is not the one in {directory} ({difference}): choose another out=, or "
+            "restore it; an existing study may only gain values of its axes"
+        )
+
+
+def _difference(old: Config, new: Config) -> str:
+    before, after = flatten(old.model_dump(mode="json")), flatten(new.model_dump(mode="json"))
+    key = next(key for key in {**before, **after} if before.get(key) != after.get(key))
+    return f"{key} was {before.get(key)}, is {after.get(key)}"
+
+
+# ---------------------------------------------------------------- its trials
+
+
+@dataclass(frozen=True)
+class TrialRun:
+    """A trial and what is on disk of it. Until its last step is written, `lines` may grow."""
+
+    trial: Trial
+    path: Path
+    status: Status
+
+    def lines(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl. Raises `UsageError` for a damaged one."""
+        return read_lines(self.path / "metrics.jsonl")
+
+    def events(self) -> list[dict[str, Any]]:
+        """Those of events.jsonl, likewise."""
+        return read_lines(self.path / "events.jsonl")
+
+
+def read_runs(directory: Path) -> list[TrialRun]:
+    """Every trial of a study directory in the study's order. Raises `UsageError`."""
+    return _runs(directory, open_study(directory))
+
+
+def _runs(directory: Path, study: Study) -> list[TrialRun]:
+    return [
+        TrialRun(trial, run_path(directory, trial.name), status_of(directory, trial))
+        for trial in study.trials()
+    ]
+
+
+def status_of(directory: Path, trial: Trial) -> Status:
+    path = run_path(directory, trial.name)
+    if is_held(lock_path(directory, trial.name)):
+        return "running"
+    if failure_path(directory, trial.name).exists():
+        return "failed"
+    if not (path / "config.yaml").is_file():
+        return "missing"
+    return finished_status(path, trial.config) or "interrupted"
+
+
+def finished_status(path: Path, config: Config) -> Literal["done", "collapsed"] | None:
+    """The status of a run that has nothing left to do; None for any other."""
+    try:
+        summary = json.loads((path / "summary.json").read_text())
+    except FileNotFoundError:
+        return None
+    complete = summary["steps"] >= config.steps
+    if summary["status"] == "collapsed" and (complete or config.collapse.stop):
+        return "collapsed"
+    return "done" if summary["status"] == "done" and complete else None
+
+
+# ---------------------------------------------------------------- their table
+
+
+def write_table(directory: Path) -> Path:
+    """Write table.csv: a row per trial, in the study's order, nothing that depends on the clock.
+
+    Undefined values are empty. The numbers follow from metrics.jsonl and events.jsonl alone, so a
+    trial that was cut short has those of the steps it has finished.
+    """
+    study, path, stream = open_study(directory), directory / "table.csv", io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(["name", *study.axes, "status", *_MEASURES])
+    for run in _runs(directory, study):
+        measures = _measures(run)
+        cells = [measures.get(key) for key in _MEASURES]
+        writer.writerow([run.trial.name, *run.trial.point.values(), run.status, *cells])
+    replace_text(path, stream.getvalue())
+    return path
+
+
+_MEASURES = (
+    "steps",
+    "final",
+    "peak",
+    "peak_step",
+    "refreshes",
+    "refresh_steps",
+    "collapse_step",
+    "entropy_mean",
+    "entropy_final",
+    f"length_last{LAST_STEPS}",
+)
+
+
+def _measures(run: TrialRun) -> dict[str, Any]:
+    lines = run.lines()
+    if not lines:
+        return {}
+    measures = summarize(lines, run.trial.config.eval.samples)
+    collapses = [event["step"] for event in run.events() if event["event"] == "collapse"]
+    lengths = [line["length/mean"] for line in lines if "length/mean" in line][-LAST_STEPS:]
+    refreshes = measures.pop("refresh_steps")
+    if any("teacher/refreshed" in line for line in lines):  # a teacher that copies
+        measures["refreshes"] = len(refreshes)
+        measures["refresh_steps"] = " ".join(map(str, refreshes))
+    if lengths:
+        measures[f"length_last{LAST_STEPS}"] = fsum(lengths) / len(lengths)
+    return {**measures, "collapse_step": collapses[0] if collapses else None}

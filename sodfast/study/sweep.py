@@ -1,0 +1,105 @@
+"""Sweeps: each trial of a study a `sodfast train` process of its own, started, watched, resumed.
+
+Everything a sweep knows is on disk (directory.py shows the layout), so it can be stopped or killed
+at any time and started again. Two locks keep a trial from running twice: one on the study
+directory, held by the sweep, and one per trial, which the trial's process inherits and holds from
+before its first instruction until it has ended.
+"""
+
+import signal
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, wait
+from pathlib import Path
+from typing import Literal
+
+from sodfast.config import Config
+from sodfast.errors import RunFailed, UsageError
+from sodfast.study.definition import Trial, find_study, load_study
+from sodfast.study.directory import finished_status, hold, run_path, write_table
+from sodfast.study.launch import Launch, Outcome, local_launcher, mark_failed, slots
+from sodfast.study.view import build_view
+
+
+def sweep(
+    source: str,
+    arguments: Sequence[str],
+    launcher: Literal["local", "ray"] = "local",
+    jobs: int | None = None,
+    address: str | None = None,
+    conclude: Callable[[Path], object] = lambda directory: None,
+) -> Path:
+    """Run every trial of a study that is not finished; returns the path of its table.
+
+    `source` is a study's name or file, `arguments` are `key=value` texts of which `out` is the
+    study directory. `conclude` is called with that directory when the table is written, while no
+    other sweep can use it.
+
+    Raises `UsageError` before anything is written, `RunFailed` at the end when a trial failed,
+    `KeyboardInterrupt` after every trial has saved.
+    """
+    path = find_study(source)
+    study = load_study(path, [text for text in arguments if not text.startswith("out=")])
+    trials = study.trials()
+    outs = [text.removeprefix("out=") for text in arguments if text.startswith("out=")]
+    directory = Path(outs[-1] if outs else f"runs/{path.stem}").absolute()
+    if "=" in str(directory) or outs == [""]:
+        raise UsageError(f"out={directory} cannot be used: choose a directory without '='")
+    launch = _choose(launcher, [trial.config for trial in trials], jobs, address)
+    with hold(directory, study):
+        outcomes = _run(directory, trials, launch)
+        table = write_table(directory)
+        conclude(directory)
+    failed = [name for name, outcome in outcomes.items() if outcome == "failed"]
+    if failed:
+        raise RunFailed(
+            f"{len(failed)} of {len(trials)} trials failed: {' '.join(failed)} "
+            f"(see {directory / 'logs'}; the same command tries them again)"
+        )
+    return table
+
+
+def _choose(
+    launcher: str, configs: Sequence[Config], jobs: int | None, address: str | None
+) -> Launch:
+    for config in configs:
+        if config.device.startswith("cuda:"):
+            raise UsageError(f"device={config.device}: a sweep picks the GPUs, write device=cuda")
+    if launcher == "ray":
+        if jobs is not None:
+            raise UsageError("--jobs is for --launcher local: the Ray cluster decides")
+        from sodfast.study.launch_ray import ray_launcher
+
+        return ray_launcher(configs, address)
+    if address is not None:
+        raise UsageError("--address is for --launcher ray")
+    return local_launcher(slots(configs, jobs))
+
+
+def _run(directory: Path, trials: Sequence[Trial], launch: Launch) -> dict[str, Outcome]:
+    """Run the trials that are not finished; the outcome of each."""
+    outcomes: dict[str, Outcome] = {}
+    for trial in trials:
+        status = finished_status(run_path(directory, trial.name), trial.config)
+        if status is not None:
+            outcomes[trial.name] = status
+    waiting = [trial for trial in trials if trial.name not in outcomes]
+    with build_view(directory, trials, outcomes) as view, launch(directory, waiting) as futures:
+        try:
+            pending = dict(futures)
+            while pending:
+                wait(pending.values(), timeout=view.seconds, return_when=FIRST_COMPLETED)
+                for name in [name for name, future in pending.items() if future.done()]:
+                    try:
+                        outcomes[name] = pending.pop(name).result()
+                    except RunFailed as error:
+                        mark_failed(directory, name, str(error))
+                        outcomes[name] = "failed"
+                    view.ended(name, outcomes[name])
+                view.refresh()
+        except KeyboardInterrupt:
+            # Once is enough: trials save now, and a second signal would only lose that.
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)
+            view.message("stopping: each trial saves its last finished step")
+            raise
+    return outcomes

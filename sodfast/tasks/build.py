@@ -1,0 +1,22 @@
+"""From a task's configuration to the task: the only place that knows all tasks."""
+
+from sodfast.config import ArithmeticConfig, MultipleChoiceConfig, TaskConfig, ToolUseConfig
+from sodfast.tasks.arithmetic import ArithmeticTask
+from sodfast.tasks.base import Task
+from sodfast.tasks.multiple_choice import MultipleChoiceTask
+from sodfast.tasks.tool_use import ToolUseTask
+
+
+def build_task(config: TaskConfig) -> Task:
+    """Load or generate the questions of `config`.
+
+    Raises:
+        UsageError: a file, row or hub id cannot be used; the message says what to change.
+    """
+    match config:
+        case ArithmeticConfig():
+            return ArithmeticTask(config)
+        case MultipleChoiceConfig():
+            return MultipleChoiceTask(config)
+        case ToolUseConfig():
+            return ToolUseTask(config)

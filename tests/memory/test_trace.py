@@ -1,0 +1,219 @@
+"""What the phases allocate on tensors without memory, and how it is added up."""
+
+from typing import Any
+
+import pytest
+import torch
+from architectures import gemma, qwen
+from sodfast_kernels import linear_distillation_loss, linear_scratch_bytes
+from sodfast_kernels.distillation import torch_path
+from sodfast_kernels.distillation.arguments import Call, Settings, Sides, Tokens
+
+from sodfast.config import load_config
+from sodfast.memory import trace
+from sodfast.memory.trace import LiveBytes, Trace, prefill, scoring, training
+
+# ---------------------------------------------------------------- what is counted
+
+
+def test_live_bytes_counts_storages_once_and_while_they_live() -> None:
+    known = torch.zeros(1000)
+    with LiveBytes([known]) as live:
+        a = torch.zeros(100)
+        b = a.view(10, 10)[2:]
+        del a
+        known.add_(1)
+        known.view(10, 100)
+        assert live.take_peak() == 400
+        del b
+        c = torch.zeros(50)
+        assert live.take_peak() == 400  # what there was when the last peak was taken
+        del c
+        assert live.take_peak() == 200
+        assert live.take_peak() == 0
+
+
+def test_live_bytes_adds_what_an_operator_takes_for_itself() -> None:
+    a = torch.zeros(100)
+    scratch = {torch.ops.aten.add.Tensor: lambda left, right: 7 * left.numel()}
+    with LiveBytes([a], scratch) as live:
+        b = a + a
+        assert live.take_peak() == b.nbytes + 700
+        b.mul_(2)
+        assert live.take_peak() == b.nbytes
+
+
+# ---------------------------------------------------------------- the objective's own buffers
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("top_k", [None, 20])
+@pytest.mark.parametrize("rows", [7, 900])
+def test_the_objectives_buffers_on_a_cpu_are_bounded(
+    dtype: torch.dtype, top_k: int | None, rows: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    sides = [
+        torch.randn(count, 32, generator=generator).to(dtype) for count in (rows, 4000, rows, 4000)
+    ]
+    sides[0].requires_grad_()
+    sides[1].requires_grad_()
+    weight = torch.full((rows,), 1 / rows)
+    settings = Settings(0.5, 1.0, None, top_k, True, 0.2, 0.28, None, False, None)
+    with LiveBytes([*sides, weight]) as live, torch.no_grad():
+        results = torch_path.evaluate(
+            Call(
+                Sides(*sides, None, None),
+                Tokens(weight, None, None, None, None),
+                settings,
+                None,
+                True,
+                True,
+            )
+        )
+        taken = live.take_peak() - sum(result.nbytes for result in results)
+    bound = linear_scratch_bytes(*sides, top_k=top_k, backend="torch")
+    assert 0.5 * bound < taken <= bound
+
+
+@pytest.mark.parametrize("top_k", [None, 20])
+@pytest.mark.parametrize("rows", [40, 700])
+def test_the_objectives_buffers_on_a_gpu_are_what_is_allocated(
+    top_k: int | None, rows: int
+) -> None:
+    pytest.importorskip("triton")
+    from sodfast_kernels.distillation import triton_path
+
+    sides = [torch.zeros(count, 32) for count in (rows, 4000, rows, 4000)]
+    settings = Settings(0.5, 1.0, None, top_k, True, 0.2, 0.28, None, False, None)
+    with trace._no_kernels(), LiveBytes(sides) as live:
+        results = triton_path.evaluate(
+            Call(
+                Sides(*sides, None, None),
+                Tokens(torch.ones(rows), None, None, None, None),
+                settings,
+                None,
+                True,
+                True,
+            )
+        )
+        taken = live.take_peak() - sum(result.nbytes for result in results)
+    # The candidates of a top-k tile are gone when the slab's gradients are computed.
+    bound = linear_scratch_bytes(*sides, top_k=top_k, backend="triton")
+    vectors = 32 * rows
+    assert taken - vectors <= bound < 1.1 * taken
+
+
+def test_the_heads_gradient_is_summed_in_fp32_over_several_slabs() -> None:
+    def scratch(rows: int) -> int:
+        sides = [torch.empty(n, 32, dtype=torch.bfloat16) for n in (rows, 4000, rows, 4000)]
+        return linear_scratch_bytes(*sides, backend="triton")
+
+    assert scratch(65) - scratch(64) >= 4 * 32 * 4000 > scratch(64) - scratch(63)
+
+
+def test_the_kernels_run_again_after_a_trace() -> None:
+    pytest.importorskip("triton")
+    hidden, head = torch.randn(3, 8), torch.randn(20, 8)
+    with trace._no_kernels():
+        pass
+    loss = [
+        linear_distillation_loss(hidden, head, hidden + 1, head, backend=backend).loss
+        for backend in ("torch", "triton")
+    ]
+    torch.testing.assert_close(loss[0], loss[1])
+
+
+# ---------------------------------------------------------------- networks
+
+
+@pytest.mark.parametrize(
+    ("contents", "recompute", "tokens"),
+    [(qwen(), False, 8), (gemma(), True, 60)],
+    ids=["qwen3", "gemma2-recomputed"],
+)
+def test_a_deep_network_is_what_two_depths_of_it_say(
+    contents: dict[str, Any], recompute: bool, tokens: int
+) -> None:
+    """Also where the embedding's gradient outweighs the activations of few layers."""
+    objective = load_config(None, []).objective
+    network = Trace(contents, torch.float32, recompute, False)
+    period = 2 if contents["model_type"] == "gemma2" else 1
+    assert network.depths == (2 * period, 3 * period)
+    sequences = ((5, tokens), (4, 7))
+    for phase in (
+        (training, objective, sequences, 64, True, False),
+        (scoring, sequences),
+    ):
+        found = network.peak(*phase)
+        assert found == pytest.approx(network.peak(*phase, whole=True), rel=1e-4)
+    assert len(network.network.model.layers) == 8
+
+
+def test_layers_that_do_not_repeat_are_all_measured() -> None:
+    odd = {**gemma(), "layer_types": ["full_attention"] + ["sliding_attention"] * 7}
+    assert Trace(odd, torch.float32, False, False).depths is None
+    assert Trace(qwen(3), torch.float32, False, False).depths is None
+
+
+def test_ligers_kernels_keep_less_and_leave_other_networks_alone() -> None:
+    pytest.importorskip("liger_kernel")
+    objective = load_config(None, []).objective
+
+    def peak(liger: bool) -> int:
+        network = Trace(qwen(3), torch.bfloat16, False, liger)
+        return network.peak(training, objective, ((5, 400),), 64, True, True)
+
+    before = peak(False)
+    assert peak(True) < 0.9 * before
+    assert peak(False) == pytest.approx(before, rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def network() -> Trace:
+    return Trace(qwen(2), torch.float32, False, False)
+
+
+def test_a_phase_is_measured_once_for_the_same_arguments(network: Trace) -> None:
+    seen = []
+
+    def phase(network: Any, size: int) -> tuple[int, ...]:
+        seen.append(size)
+        return size, 3
+
+    assert [network.peak(phase, size) for size in (5, 1, 5)] == [5, 3, 5]
+    assert seen == [5, 1]
+
+
+def test_a_peak_is_continued_part_by_part() -> None:
+    """Of 8 layers, from what 2 and 3 take: a part that grows overtakes one that does not."""
+
+    def phase(network: Any) -> tuple[int, ...]:
+        return 50, 10 * len(network.model.layers)
+
+    assert Trace(qwen(8), torch.float32, False, False).peak(phase) == 80
+
+
+def test_training_holds_gradients_only_where_they_come_into_being(network: Trace) -> None:
+    objective = load_config(None, []).objective
+    trained = sum(parameter.nbytes for parameter in network.network.parameters())
+    new, kept = (
+        network.peak(training, objective, ((5, 30),), 64, accumulating, True)
+        for accumulating in (False, True)
+    )
+    assert trained < new <= kept + trained
+    assert all(parameter.grad is None for parameter in network.network.parameters())
+
+
+def test_scoring_leaves_its_hidden_states(network: Trace) -> None:
+    """[N, 64] fp32 of N answered tokens, and more the longer the sequences are."""
+    few, many = (network.peak(scoring, ((5, tokens),)) for tokens in (20, 40))
+    assert few > 20 * 64 * 4 and few + 20 * 64 * 4 < many
+
+
+def test_a_prefill_ends_in_fp32_logits_of_every_sample(network: Trace) -> None:
+    one, two = (network.peak(prefill, (9, 7), copies, 32, True) for copies in (20, 40))
+    assert two - one >= 2 * 20 * 500 * 4
+    assert network.peak(prefill, (900,), 1, 1024, True) > network.peak(
+        prefill, (90,), 1, 1024, True
+    )

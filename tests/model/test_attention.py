@@ -1,0 +1,242 @@
+"""Attention over packed sequences and over a cache's slots, against plain arithmetic in fp64.
+
+Suffixes as in the module: T packed tokens, B sequences with one new token each, S slots of W
+positions, A query heads, K key-value heads, D head size.
+"""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sodfast.model.attention import PackedAttention, SlotAttention, varlen_attention
+
+
+def attend_plainly(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, seen: Tensor, softcap: float | None = None
+) -> Tensor:
+    """softmax(q·k·scale) v in fp64: q [Q, A, D], k and v [L, K, D], seen [Q, L]."""
+    k, v = (x.double().repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    scores = torch.einsum("qad,lad->aql", q.double(), k) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    return torch.einsum("aql,lad->qad", weights, v)
+
+
+@pytest.mark.parametrize("softcap", [None, 0.5])
+@pytest.mark.parametrize("window", [None, 1, 3, 100])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_packed_attention_keeps_sequences_apart(
+    kv_heads: int, window: int | None, softcap: float | None
+) -> None:
+    """Values and gradients; lengths that stand alone and runs of equal ones."""
+    generator = torch.Generator().manual_seed(3)
+    lengths, padding = [5, 1, 9, 9, 9, 2, 2, 5], 3
+    total = sum(lengths) + padding
+    q = torch.randn(total, 4, 8, generator=generator).requires_grad_()
+    k, v = torch.randn(2, total, kv_heads, 8, generator=generator).requires_grad_()
+    attention = PackedAttention(lengths, torch.device("cpu"), q.dtype)
+    attended = attention(q, k, v, 0.3, window, softcap)
+    assert attended.shape == q.shape and not attended[sum(lengths) :].any()
+    parts, start = [], 0
+    for length in lengths:
+        part = slice(start, start + length)
+        back = torch.arange(length)[:, None] - torch.arange(length)
+        seen = (back >= 0) & (back < (window or length))
+        parts.append(attend_plainly(q[part], k[part], v[part], 0.3, seen, softcap))
+        start += length
+    expected = torch.cat(parts)
+    torch.testing.assert_close(attended[:start].double(), expected, rtol=0, atol=1e-5)
+    upstream = torch.randn(expected.shape, generator=generator)
+    inputs = q, k, v
+    found = torch.autograd.grad(attended[:start], inputs, upstream, retain_graph=True)
+    exact = torch.autograd.grad(expected, inputs, upstream.double())
+    for gradient, reference in zip(found, exact, strict=True):
+        torch.testing.assert_close(gradient, reference, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 100])
+@pytest.mark.parametrize("kernel", ["_products", "_sdpa"])
+def test_slot_attention_sees_what_is_cached(kernel: str, window: int | None) -> None:
+    """Both on the memory order of a CPU's cache; `_sdpa` is what a GPU without FlashAttention
+    runs."""
+    generator = torch.Generator().manual_seed(4)
+    used = torch.tensor([1, 4, 11, 7], dtype=torch.int32)
+    keys = torch.randn(6, 2, 8, 16, generator=generator).permute(0, 3, 1, 2)
+    values = torch.randn(6, 2, 16, 8, generator=generator).transpose(1, 2)
+    q = torch.randn(4, 4, 8, generator=generator)
+    attention = SlotAttention(used, 12, q.dtype)
+    attention.attend = getattr(attention, kernel)
+    attended = attention(q, keys, values, 0.4, window)
+    for row, count in enumerate(used.tolist()):
+        seen = torch.arange(count)[None] >= count - (window or count)
+        expected = attend_plainly(
+            q[row : row + 1], keys[row, :count], values[row, :count], 0.4, seen
+        )
+        torch.testing.assert_close(attended[row : row + 1].double(), expected, rtol=0, atol=1e-5)
+
+
+# ---------------------------------------------------------------- properties
+
+
+def randn(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def band(length: int, window: int | None) -> Tensor:
+    """Which of `length` positions each of them sees."""
+    back = torch.arange(length)[:, None] - torch.arange(length)
+    return (back >= 0) & (back < (window or length))
+
+
+HEADS = st.sampled_from([(1, 1), (3, 1), (4, 2), (6, 3), (5, 5)])  # A, K
+WINDOWS = st.none() | st.integers(1, 20)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 17), min_size=1, max_size=6),
+    padding=st.integers(0, 3),
+    heads=HEADS,
+    size=st.sampled_from([1, 5, 8]),
+    window=WINDOWS,
+    softcap=st.none() | st.sampled_from([0.5, 3.0]),
+)
+def test_any_packed_sequences_are_attended_as_plain_arithmetic_says(
+    lengths: list[int],
+    padding: int,
+    heads: tuple[int, int],
+    size: int,
+    window: int | None,
+    softcap: float | None,
+) -> None:
+    total = sum(lengths)
+    q, k, v = (
+        randn(seed, total + padding, count, size)
+        for seed, count in enumerate((heads[0], heads[1], heads[1]))
+    )
+    packed = PackedAttention(lengths, torch.device("cpu"), q.dtype)
+    attended = packed(q, k, v, 0.7, window, softcap)
+    assert attended.shape == q.shape and not attended[total:].any()
+    for part in torch.arange(total).split(lengths):
+        seen = band(len(part), window)
+        expected = attend_plainly(q[part], k[part], v[part], 0.7, seen, softcap)
+        torch.testing.assert_close(attended[part].double(), expected, rtol=0, atol=1e-5)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    used=st.lists(st.integers(1, 13), min_size=1, max_size=6),
+    spare=st.integers(0, 2),
+    behind=st.integers(0, 3),
+    heads=HEADS,
+    size=st.sampled_from([1, 5, 8]),
+    window=WINDOWS,
+)
+def test_any_slots_are_attended_as_plain_arithmetic_says(
+    used: list[int], spare: int, behind: int, heads: tuple[int, int], size: int, window: int | None
+) -> None:
+    """More slots than queries, and slots longer than `width`; both kernels."""
+    width, slots = max(used), len(used) + spare
+    q = randn(0, len(used), heads[0], size)
+    keys, values = (randn(seed, slots, width + behind, heads[1], size) for seed in (1, 2))
+    slot_attention = SlotAttention(torch.tensor(used, dtype=torch.int32), width, q.dtype)
+    for kernel in (slot_attention._products, slot_attention._sdpa):
+        attended = kernel(q, keys, values, 0.7, window)
+        for row, count in enumerate(used):
+            seen = band(count, window)[-1:]
+            expected = attend_plainly(
+                q[row : row + 1], keys[row, :count], values[row, :count], 0.7, seen
+            )
+            found = attended[row : row + 1].double()
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_a_window_of_one_gives_each_token_its_own_value(softcap: float | None) -> None:
+    q, k, v = randn(0, 12, 4, 8), randn(1, 12, 2, 8), randn(2, 12, 2, 8)
+    attended = PackedAttention([5, 7], q.device, q.dtype)(q, k, v, 0.7, 1, softcap)
+    torch.testing.assert_close(attended, v.repeat_interleave(2, 1), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_a_window_that_holds_the_longest_sequence_is_none(softcap: float | None) -> None:
+    q, k, v = randn(0, 12, 4, 8), randn(1, 12, 2, 8), randn(2, 12, 2, 8)
+    packed = PackedAttention([5, 7], q.device, q.dtype)
+    assert packed(q, k, v, 0.7, 7, softcap).equal(packed(q, k, v, 0.7, None, softcap))
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("window", [None, 3])
+def test_what_a_token_may_not_see_moves_nothing(window: int | None, softcap: float | None) -> None:
+    """Other sequences, later tokens, and tokens in front of the window, at 1000 times the size."""
+    lengths = [6, 9, 9]
+    q, k, v = randn(0, 24, 4, 8), randn(1, 24, 2, 8), randn(2, 24, 2, 8)
+    packed = PackedAttention(lengths, q.device, q.dtype)
+    before = packed(q, k, v, 0.7, window, softcap)
+    token = 11  # the sixth of the second sequence
+    seen = range(6 if window is None else token - window + 1, token + 1)
+    hidden = torch.tensor([index for index in range(24) if index not in seen])
+    k[hidden], v[hidden] = 1e3 * k[hidden], 1e3 * v[hidden]
+    after = packed(q, k, v, 0.7, window, softcap)
+    torch.testing.assert_close(after[token], before[token], rtol=0, atol=1e-6)
+    assert not torch.allclose(after[23], before[23], atol=1e-2)
+
+
+@pytest.mark.parametrize("kernel", ["_products", "_sdpa"])
+@pytest.mark.parametrize("window", [None, 3])
+def test_what_lies_behind_a_slots_tokens_moves_nothing(window: int | None, kernel: str) -> None:
+    """A slot keeps what an earlier, longer sequence left in it; and its neighbours differ."""
+    used = torch.tensor([5, 9], dtype=torch.int32)
+    q, keys, values = randn(0, 2, 4, 8), randn(1, 2, 12, 2, 8), randn(2, 2, 12, 2, 8)
+    attend = getattr(SlotAttention(used, 12, q.dtype), kernel)
+    before = attend(q, keys, values, 0.7, window)
+    for cached in (keys, values):
+        cached[0, 5:] *= 1e3
+        cached[1] *= 2.0
+    after = attend(q, keys, values, 0.7, window)
+    torch.testing.assert_close(after[0], before[0], rtol=0, atol=1e-6)
+    assert not torch.allclose(after[1], before[1], atol=1e-2)
+
+
+def test_a_cpu_never_runs_flash_attention() -> None:
+    packed = PackedAttention([2], torch.device("cpu"), torch.bfloat16)
+    assert packed.attend == packed.attend_capped == packed._sdpa
+    slots = SlotAttention(torch.ones(1, dtype=torch.int32), 2, torch.bfloat16)
+    assert slots.attend == slots._products
+
+
+def test_an_older_torch_has_no_varlen_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A missing argument or a missing module: the caller takes another kernel."""
+    assert varlen_attention("no_such_argument") is None
+    monkeypatch.setattr("sodfast.model.attention.find_spec", lambda name: None)
+    assert varlen_attention("scale") is None
+
+
+# ---------------------------------------------------------------- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("window", [None, 7])
+def test_flash_attention_is_as_exact_as_sdpa(window: int | None, softcap: float | None) -> None:
+    """Values and gradients in bf16: at most twice sdpa's error against fp64."""
+    lengths = [300, 41, 41, 1]
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(383, heads, 64) for heads in (8, 2, 2, 8)]
+    *qkv, upstream = (torch.randn(shape, generator=generator).bfloat16() for shape in shapes)
+
+    def run(kernel: str, device: str, dtype: torch.dtype) -> list[Tensor]:
+        attention = PackedAttention(lengths, torch.device(device), dtype)
+        inputs = [x.to(device, dtype).requires_grad_() for x in qkv]
+        attend = attention._sdpa if kernel == "sdpa" else attention
+        attended = attend(*inputs, 0.125, window, softcap)
+        found = torch.autograd.grad(attended, inputs, upstream.to(device, dtype))
+        return [x.double().cpu() for x in (attended.detach(), *found)]
+
+    exact = run("sdpa", "cpu", torch.float64)
+    flash, sdpa = (run(kernel, "cuda", torch.bfloat16) for kernel in ("flash", "sdpa"))
+    for ours, theirs, reference in zip(flash, sdpa, exact, strict=True):
+        assert (ours - reference).norm() <= 2 * (theirs - reference).norm()

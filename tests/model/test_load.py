@@ -1,0 +1,306 @@
+"""Loading, prompts, and which models are refused."""
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from sodfast.errors import UsageError
+from sodfast.lab.model import build_tokenizer
+from sodfast.model.load import LanguageModel, cast_weights, load_model, to_ids, wrap_model
+from sodfast.tasks.base import Question
+
+CPU = torch.device("cpu")
+TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% if enable_thinking is false %}<quiet>{% endif %}"
+    "{% endif %}"
+)
+
+
+def tiny_llama(**changes: Any) -> LlamaForCausalLM:
+    settings = {
+        "vocab_size": len(build_tokenizer()),
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.3,
+        "eos_token_id": 1,
+        "bos_token_id": None,
+    }
+    torch.manual_seed(1)
+    return LlamaForCausalLM(LlamaConfig(**{**settings, **changes}))
+
+
+def wrap(network: Any, **changes: Any) -> LanguageModel:
+    tokenizer = build_tokenizer()
+    for name, value in changes.items():
+        setattr(tokenizer, name, value)
+    return wrap_model(network, tokenizer, CPU, "the model")
+
+
+# ---------------------------------------------------------------- prompts
+
+
+def test_a_chat_template_is_used_with_thinking_off(model: LanguageModel) -> None:
+    rendered: list[tuple[list[dict[str, str]], dict[str, Any]]] = []
+
+    class Tokenizer:
+        chat_template = TEMPLATE
+
+        def apply_chat_template(self, messages: list[dict[str, str]], **options: Any) -> str:
+            rendered.append((messages, options))
+            return "1+1="
+
+        def __call__(self, text: str, **options: Any) -> Any:
+            assert options == {"add_special_tokens": False}  # the template has them already
+            return model.tokenizer(text)
+
+    chat = LanguageModel(model.network, Tokenizer(), model.eos_ids, model.pad_id)
+    question = Question(prompt="P", answer="", system="S", id="1")
+    assert chat.encode_question(question) == model.encode("1+1=")
+    chat.encode("P", "")
+    system, user = {"role": "system", "content": "S"}, {"role": "user", "content": "P"}
+    options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
+    assert rendered == [([system, user], options), ([user], options)]
+
+
+def test_a_template_sees_that_thinking_is_off() -> None:
+    model = wrap(tiny_llama(), chat_template=TEMPLATE)
+    text = model.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "1"}],
+        tokenize=False,
+        add_generation_prompt=True,
+        enable_thinking=False,
+    )
+    assert text == "[user]1[assistant]<quiet>"
+    assert model.encode("1") == model.tokenizer(text).input_ids
+
+
+def test_a_template_without_system_messages_says_so() -> None:
+    template = "{% if messages[0].role == 'system' %}{{ raise_exception('none here') }}{% endif %}1"
+    model = wrap(tiny_llama(), chat_template=template)
+    assert model.encode("2") == model.tokenizer("1").input_ids
+    with pytest.raises(UsageError, match=r"system and user.*none here"):
+        model.encode("2", "3")
+
+
+def test_without_a_chat_template_the_text_stands_as_it_is(model: LanguageModel) -> None:
+    assert model.decode(model.encode("17*8+6=")) == "17*8+6="
+    assert model.encode("1+", "2") == model.tokenizer("2\n\n1+").input_ids
+
+
+def test_special_tokens_are_not_decoded(model: LanguageModel) -> None:
+    ids = [*model.encode("4="), model.pad_id, model.eos_ids[0]]
+    assert model.decode(ids) == model.decode(to_ids(ids)) == "4="
+
+
+# ---------------------------------------------------------------- loading
+
+
+@pytest.fixture
+def directory(tiny_model: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny model to break."""
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(UsageError) as error:
+        load_model(str(path), CPU)
+    message = str(error.value)
+    assert "\n" not in message and f"model.path={path}" in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("missing", "named"),
+    [
+        ("config.json", "config.json"),
+        ("model.safetensors", "safetensors"),
+        ("tokenizer.json", "tokenizer"),
+    ],
+)
+def test_a_missing_file_is_named(directory: Path, missing: str, named: str) -> None:
+    (directory / missing).unlink()
+    assert named in refusal(directory)
+
+
+def test_weights_that_would_be_unpickled_are_refused(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (directory / "model.safetensors").unlink()
+    torch.save({}, directory / "pytorch_model.bin")
+    monkeypatch.setattr(pickle, "load", None)
+    monkeypatch.setattr(torch, "load", None)
+    assert "unpickled" in refusal(directory)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "garbage", "empty"])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_damaged_file_is_a_usage_error(directory: Path, name: str, damage: str) -> None:
+    whole = (directory / name).read_bytes()
+    broken = {"truncated": whole[: len(whole) // 2], "garbage": b"\xff{" * 50, "empty": b""}
+    (directory / name).write_bytes(broken[damage])
+    refusal(directory)
+
+
+def test_weights_of_another_model_are_refused(directory: Path) -> None:
+    """transformers would fill the gap with random numbers and a warning."""
+    config = json.loads((directory / "config.json").read_text())
+    config["num_hidden_layers"] += 1
+    config.pop("layer_types", None)
+    (directory / "config.json").write_text(json.dumps(config))
+    assert "layers.2" in refusal(directory)
+
+
+def test_weights_of_another_size_are_refused(directory: Path) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "hidden_size": 64}))
+    refusal(directory)
+
+
+def test_a_path_that_does_not_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    refusal(tmp_path / "nowhere")
+
+
+def test_code_in_a_model_directory_never_runs(directory: Path, tmp_path: Path) -> None:
+    witness = tmp_path / "ran"
+    code = f"open({str(witness)!r}, 'w')\nclass Config: ...\nclass Model: ...\nclass Tok: ...\n"
+    (directory / "evil.py").write_text(code)
+    config = json.loads((directory / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    tokenizer = json.loads((directory / "tokenizer_config.json").read_text())
+    tokenizer["auto_map"] = {"AutoTokenizer": ["evil.Tok", "evil.Tok"]}
+    (directory / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    (directory / "config.json").write_text(json.dumps(config))
+    load_model(str(directory), CPU)  # a known architecture: the library's own class
+
+    for unknown in (config | {"model_type": "evil"}, {"auto_map": config["auto_map"]}):
+        (directory / "config.json").write_text(json.dumps(unknown))
+        refusal(directory)
+    assert not witness.exists()
+
+
+def test_fewer_embedding_rows_than_tokens_are_refused() -> None:
+    with pytest.raises(UsageError, match="18 tokens, the model 17"):
+        wrap(tiny_llama(vocab_size=17))
+
+
+def test_more_embedding_rows_than_tokens_are_fine() -> None:
+    assert wrap(tiny_llama(vocab_size=32)).head.shape[0] == 32
+
+
+def test_a_model_without_an_eos_token_is_refused() -> None:
+    with pytest.raises(UsageError, match="EOS"):
+        wrap(tiny_llama(eos_token_id=None), eos_token=None)
+
+
+def test_every_eos_token_of_the_generation_config_counts() -> None:
+    network = tiny_llama()
+    network.generation_config.eos_token_id = [1, 5]
+    assert wrap(network).eos_ids == (1, 5)
+
+
+def test_padding_falls_back_to_eos() -> None:
+    assert wrap(tiny_llama(), pad_token=None).pad_id == 1
+
+
+def test_a_head_with_a_bias_is_refused() -> None:
+    network = tiny_llama()
+    network.lm_head = torch.nn.Linear(32, 18)
+    with pytest.raises(UsageError, match="bias"):
+        wrap(network)
+
+
+def test_a_logit_scale_is_refused() -> None:
+    from transformers import CohereConfig, CohereForCausalLM
+
+    config = CohereConfig(
+        vocab_size=18,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        initializer_range=0.3,
+        logit_scale=0.5,
+        eos_token_id=1,
+        pad_token_id=0,
+        bos_token_id=None,
+    )
+    with pytest.raises(UsageError, match="logit scale"):
+        wrap(CohereForCausalLM(config))
+
+
+def test_a_model_that_transformers_cannot_pack_is_refused() -> None:
+    config = BloomConfig(vocab_size=18, hidden_size=16, n_layer=1, n_head=2, eos_token_id=1)
+    with pytest.raises(UsageError, match="BloomForCausalLM cannot be packed"):
+        wrap(BloomForCausalLM(config))
+
+
+def test_a_model_whose_layers_join_positions_by_themselves_is_refused() -> None:
+    class Shift(torch.nn.Module):
+        """What a convolution or a recurrent state does: it looks at the position before."""
+
+        def forward(self, hidden_BSH: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.pad(hidden_BSH, (0, 0, 1, 0))[:, :-1]
+
+    network = tiny_llama()
+    network.model.layers[1].mlp = Shift()
+    with pytest.raises(UsageError, match="otherwise than apart"):
+        wrap(network)
+
+
+def test_layers_of_an_unknown_kind_are_refused() -> None:
+    network = tiny_llama()
+    network.config.layer_types = ["full_attention", "chunked_attention"]
+    with pytest.raises(UsageError, match="cannot be packed"):
+        wrap(network)
+
+
+def test_a_soft_cap_is_known_to_the_objective() -> None:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    config = Gemma2Config(
+        vocab_size=18,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        initializer_range=0.5,
+        final_logit_softcapping=2.0,
+        eos_token_id=1,
+        pad_token_id=0,
+        bos_token_id=None,
+    )
+    assert wrap(Gemma2ForCausalLM(config)).softcap == 2.0
+
+
+def test_the_network_is_always_in_eval_mode() -> None:
+    """Dropout would part teacher and student where their weights agree."""
+    network = tiny_llama(attention_dropout=0.5).train()
+    assert not wrap(network).network.training
+
+
+# ---------------------------------------------------------------- 16-bit weights
+
+
+def test_weights_are_cast_as_they_are_loaded(tiny_model: Path, model: LanguageModel) -> None:
+    """The lab casts its warm start, a directory is read as bf16: the same weights and ties."""
+    loaded = load_model(str(tiny_model), model.device, torch.bfloat16).network
+    cast_weights(model.network, torch.bfloat16)
+    assert model.head is model.network.get_input_embeddings().weight
+    for kind in ("named_parameters", "named_buffers"):
+        ours, theirs = (dict(getattr(network, kind)()) for network in (model.network, loaded))
+        assert ours.keys() == theirs.keys() and ours
+        for name, tensor in ours.items():
+            assert tensor.dtype == theirs[name].dtype and torch.equal(tensor, theirs[name])

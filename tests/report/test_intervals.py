@@ -1,0 +1,182 @@
+"""The report's numbers against hand-computed cases and the textbook formulas."""
+
+from math import sqrt
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sodfast.report.intervals import (
+    Interval,
+    Mean,
+    Series,
+    band,
+    bin_width,
+    group_curve,
+    mean_and_error,
+    paired_difference,
+    wilson_interval,
+)
+
+nan = np.nan
+VALUES = st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=8)
+
+
+def test_mean_and_error_by_hand() -> None:
+    # deviations −1.5, −0.5, 0.5, 1.5: variance 5/3, standard error √(5/12)
+    found = mean_and_error([1.0, 2.0, 3.0, 4.0])
+    assert found is not None and found.error is not None
+    assert (found.value, found.n) == (2.5, 4)
+    assert found.error == pytest.approx(sqrt(5 / 12))
+
+
+def test_one_value_has_no_error_and_none_no_mean() -> None:
+    assert mean_and_error([0.7]) == Mean(0.7, None, 1)
+    assert mean_and_error([]) is None
+
+
+@pytest.mark.parametrize(
+    ("successes", "n", "low", "high"),
+    [
+        # Newcombe, Statistics in Medicine 17 (1998), table I, method 3.
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_wilson_interval_of_the_literature(successes: int, n: int, low: float, high: float) -> None:
+    found = wilson_interval(successes, n)
+    assert (found.low, found.high) == (
+        pytest.approx(low, abs=5e-5),
+        pytest.approx(high, abs=5e-5),
+    )
+
+
+@given(st.integers(1, 60).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_wilson_interval_solves_its_equation(case: tuple[int, int]) -> None:
+    """Its ends are where |k/n − p| = z √(p(1 − p)/n); it is the mirror image of n − k's."""
+    successes, n = case
+    found, mirrored = wilson_interval(successes, n), wilson_interval(n - successes, n)
+    z = 1.959963984540054
+    for end in (found.low, found.high):
+        distance = abs(successes / n - end)
+        assert distance == pytest.approx(z * sqrt(max(end * (1 - end), 0) / n), abs=1e-7)
+    assert 0 <= found.low < found.high <= 1
+    assert mirrored.low == pytest.approx(1 - found.high)
+
+
+def test_paired_difference_by_hand() -> None:
+    """Two pairs resample to (a, a), (a, b), (b, a), (b, b): each end of the distribution holds a
+    quarter of it, so the 95 % interval is [a, b]."""
+    found = paired_difference([0.8, 0.5], [0.5, 0.6])
+    assert found is not None
+    assert found.mean == pytest.approx(0.1)
+    assert found.interval is not None
+    assert (found.interval.low, found.interval.high) == (pytest.approx(-0.1), pytest.approx(0.3))
+    assert (found.n, found.above) == (2, 1)
+
+
+def test_pairing_removes_what_the_seeds_share() -> None:
+    """Seeds a world apart, differences alike: the interval is that of the differences."""
+    baseline = [0.0, 100.0, -50.0, 7.0, 1000.0]
+    found = paired_difference([x + 1 for x in baseline], baseline)
+    assert found is not None
+    assert found.mean == pytest.approx(1.0)
+    assert found.interval == Interval(pytest.approx(1.0), pytest.approx(1.0))
+    assert found.above == 5
+
+
+def test_the_bootstrap_of_many_pairs_is_the_normal_interval() -> None:
+    differences = np.random.default_rng(1).normal(0.3, 2.0, 400)
+    found = paired_difference(list(differences), [0.0] * 400)
+    assert found is not None and found.interval is not None
+    half = 1.96 * differences.std(ddof=1) / 20
+    assert found.interval.low == pytest.approx(found.mean - half, abs=0.02)
+    assert found.interval.high == pytest.approx(found.mean + half, abs=0.02)
+
+
+@given(VALUES)
+def test_paired_difference_is_deterministic_and_contains_the_mean(values: list[float]) -> None:
+    first, second = (paired_difference(values, [0.0] * len(values)) for _ in range(2))
+    assert first == second and first is not None and first.interval is not None
+    slack = 1e-9 * (1 + abs(first.mean))
+    assert min(values) - slack <= first.interval.low <= first.mean + slack
+    assert first.mean - slack <= first.interval.high <= max(values) + slack
+
+
+def test_one_pair_has_no_interval_and_none_no_difference() -> None:
+    found = paired_difference([0.75], [0.5])
+    assert found is not None
+    assert (found.mean, found.interval, found.n) == (0.25, None, 1)
+    assert paired_difference([], []) is None
+
+
+def test_unequal_pairs_are_refused() -> None:
+    with pytest.raises(ValueError):
+        paired_difference([1.0, 2.0, 3.0], [1.0, 2.0])
+
+
+def test_band_by_hand() -> None:
+    """Three seeds: t(2) = 4.3027 at 95 %; [1, 2, 3] has s = 1, so ± 4.3027/√3. A missing value
+    leaves its column with fewer seeds; one seed has no interval, none no mean."""
+    found = band(np.array([[1.0, 5.0, 4.0, nan], [2.0, 5.0, nan, nan], [3.0, 5.0, nan, nan]]))
+    assert found.n.tolist() == [3, 3, 1, 0]
+    assert found.mean.tolist()[:3] == [2.0, 5.0, 4.0]
+    assert found.low[0] == pytest.approx(2 - 4.302652730 / sqrt(3))
+    assert found.high[0] == pytest.approx(2 + 4.302652730 / sqrt(3))
+    assert found.low[1] == found.high[1] == 5.0
+    assert np.isnan([found.mean[3], found.low[2], found.high[2], found.low[3]]).all()
+
+
+def test_band_of_two_seeds_is_the_t_interval_of_one_degree() -> None:
+    found = band(np.array([[0.0], [2.0]]))
+    assert found.high[0] == pytest.approx(1 + 12.7062047362)
+
+
+def series(*pairs: tuple[float, float]) -> Series:
+    steps, values = np.array(pairs).T
+    return Series(steps, values)
+
+
+def test_a_curve_ends_with_its_first_run_and_the_others_go_on_alone() -> None:
+    """A mean over survivors would rise when the worst run stops."""
+    short = series((1, 0.0), (2, 0.0))
+    long = series((1, 1.0), (2, 1.0), (3, 1.0), (4, 1.0))
+    found = group_curve([short, long], [], width=1)
+    assert found.x.tolist() == [1, 2]
+    assert found.band.mean.tolist() == [0.5, 0.5]
+    assert [part.steps.tolist() for part in found.loose] == [[2, 3, 4]]
+
+
+def test_an_unfinished_run_is_drawn_but_not_averaged() -> None:
+    found = group_curve([series((1, 1.0), (2, 3.0))], [series((1, 9.0))], width=1)
+    assert found.band.mean.tolist() == [1.0, 3.0]
+    assert [part.values.tolist() for part in found.loose] == [[9.0]]
+
+
+def test_bins_are_means_of_steps_drawn_at_their_middle() -> None:
+    found = group_curve([series(*((step, step) for step in range(8)))], [], width=3)
+    # step 0 alone; 1, 2, 3; 4, 5, 6; and 7, the only step of bin 3 (7, 8, 9)
+    assert found.x.tolist() == [0, 2, 5, 8]
+    assert found.band.mean.tolist() == [0, 2, 5, 7]
+
+
+def test_steps_that_only_some_runs_carry_keep_their_place() -> None:
+    found = group_curve([series((1, 1.0), (3, 3.0)), series((2, 2.0), (3, 5.0))], [], width=1)
+    assert found.x.tolist() == [1, 2, 3]
+    assert found.band.mean.tolist() == [1.0, 2.0, 4.0]
+    assert found.band.n.tolist() == [1, 1, 2]
+
+
+def test_a_group_without_finished_runs_has_no_mean() -> None:
+    found = group_curve([], [series((1, 9.0))], width=1)
+    assert found.x.size == 0 and len(found.loose) == 1
+
+
+@given(st.integers(0, 20_000), st.integers(1, 400))
+def test_bins_reach_the_last_step_in_about_as_many_points(last: int, points: int) -> None:
+    width = bin_width(last, points)
+    assert width >= 1
+    assert (width - 1) * points < max(last, 1) <= max(width * points, 1)

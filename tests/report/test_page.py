@@ -1,0 +1,373 @@
+"""The report of a run and of a study: its numbers against the metrics, its refusals, its bytes."""
+
+import csv
+import json
+import re
+import sys
+from collections.abc import Callable
+from html.parser import HTMLParser
+from math import sqrt
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from synthetic import SCHEDULES, lab_run, schedule_study, write_run, write_study
+
+from sodfast import cli
+from sodfast.errors import UsageError
+from sodfast.report.page import write_report
+
+CUT = {"cgtr,seed2": 40, "fixed,seed1": None}
+SHORT = schedule_study(seeds=3, steps=60)
+
+
+class Page(HTMLParser):
+    """The tables of a page by name, its text, and every address it refers to."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tables: dict[str, list[list[str]]] = {}
+        self.links: list[str] = []
+        self.figures: list[str] = []
+        self.text = ""
+        self._rows: list[list[str]] | None = None
+        self._cell = False
+        self.feed(path.read_text())
+        self.text = " ".join(self.text.split())  # as a browser shows it
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        values = dict(attributes)
+        self.links += [v for k, v in attributes if v and k in ("href", "src", "xlink:href")]
+        if tag == "table":
+            self._rows = self.tables.setdefault(str(values["data-name"]), [])
+        elif tag == "tr" and self._rows is not None:
+            self._rows.append([])
+        elif tag in ("td", "th") and self._rows is not None:
+            self._rows[-1].append("")
+            self._cell = True
+        elif tag == "svg" and values.get("class") == "plot":
+            self.figures.append(str(values["data-name"]))
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "table":
+            self._rows = None
+        elif tag in ("td", "th"):
+            self._cell = False
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if self._cell and self._rows:
+            self._rows[-1][-1] += data.strip()
+
+    def rows(self, name: str) -> dict[str, dict[str, str]]:
+        head, *rows = self.tables[name]
+        return {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+
+
+def read_table(directory: Path, name: str) -> list[dict[str, str]]:
+    with (directory / "tables" / f"{name}.csv").open() as stream:
+        return list(csv.DictReader(stream))
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    """What a report has written."""
+    found = [
+        directory / "report.html",
+        *sorted((directory / "tables").glob("*")),
+        *sorted((directory / "figures").glob("*")),
+    ]
+    return {path.name: path.read_bytes() for path in found if path.is_file()}
+
+
+def last_score(directory: Path, trial: str) -> float:
+    lines = (directory / "runs" / trial / "metrics.jsonl").read_text().splitlines()
+    return float(json.loads(lines[-1])["eval/mean@16"])
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six schedules, three seeds; one trial unfinished, one never started; reported."""
+    directory = tmp_path_factory.mktemp("studies") / "schedules"
+    write_study(directory, SHORT, CUT)
+    write_report(directory)
+    return directory
+
+
+def test_means_errors_and_differences_are_those_of_the_metrics(study: Path) -> None:
+    """By hand: three seeds of hard 50; against fixed, whose seed 1 is missing, two pairs."""
+    scores = [last_score(study, f"hard-every50,seed{seed}") for seed in range(3)]
+    mean = sum(scores) / 3
+    error = sqrt(sum((score - mean) ** 2 for score in scores) / 2 / 3)
+    pairs = [scores[seed] - last_score(study, f"fixed,seed{seed}") for seed in (0, 2)]
+    row = {row["group"]: row for row in read_table(study, "results")}["hard, every 50"]
+    assert float(row["final_mean"]) == pytest.approx(mean)
+    assert float(row["final_error"]) == pytest.approx(error)
+    assert float(row["difference"]) == pytest.approx(sum(pairs) / 2)
+    assert float(row["difference_low"]) == pytest.approx(min(pairs))
+    assert float(row["difference_high"]) == pytest.approx(max(pairs))
+    assert (row["baseline"], row["pairs"]) == ("fixed", "2")
+    assert row["pairs_above"] == str(sum(pair > 0 for pair in pairs))
+
+
+def test_the_page_shows_the_numbers_of_the_csv(study: Path) -> None:
+    shown = Page(study / "report.html").rows("results")
+    rows = read_table(study, "results")
+    assert list(shown) == [row["group"] for row in rows]
+    for row in rows:
+        mean, error = float(row["final_mean"]), float(row["final_error"])
+        assert shown[row["group"]]["final"] == f"{mean:.3f} ± {error:.3f}"
+        low, high = float(row["collapse_low"]), float(row["collapse_high"])
+        rate = f"{row['collapsed']} of {row['n']} [{low:.2f}, {high:.2f}]"
+        assert shown[row["group"]]["collapsed [95 %]"] == rate
+    assert shown["fixed"]["difference [95 %]"] == "baseline"
+
+
+def test_collapses_are_counted_with_wilsons_interval(tmp_path: Path) -> None:
+    write_study(tmp_path / "s", schedule_study(seeds=2, steps=250))
+    write_report(tmp_path / "s")
+    rows = {row["group"]: row for row in read_table(tmp_path / "s", "results")}
+    row = rows["hard, every 1"]
+    assert (row["collapsed"], row["n"]) == ("2", "2")
+    # 2 of 2: the lower end is 1 / (1 + z²/2) and the upper 1
+    assert float(row["collapse_low"]) == pytest.approx(1 / (1 + 1.959963984540054**2 / 2))
+    assert float(row["collapse_high"]) == pytest.approx(1.0)
+    assert rows["fixed"]["collapsed"] == "0"
+    page = Page(tmp_path / "s" / "report.html")
+    assert {"collapses", "forecast"} <= set(page.figures)
+    assert "length tail" in page.rows("forecast")
+
+
+def test_unfinished_and_missing_trials_are_listed_and_labelled(study: Path) -> None:
+    page = Page(study / "report.html")
+    status = {name: row["status"] for name, row in page.rows("runs").items()}
+    assert len(status) == 18
+    assert (status["cgtr,seed2"], status["fixed,seed1"]) == ("interrupted", "missing")
+    shown = page.rows("results")
+    assert (shown["CGTR"]["n"], shown["fixed"]["n"]) == ("2 of 3", "2 of 3")
+    assert shown["hard, every 50"]["n"] == "3"
+    assert "1 of 18 trials are missing and in no mean: fixed,seed1" in page.text
+    assert "1 of 18 trials are interrupted and in no mean: cgtr,seed2" in page.text
+
+
+def test_gates_and_refreshes_are_those_of_the_events(study: Path) -> None:
+    events = []
+    for seed in range(2):  # the finished ones
+        file = study / "runs" / f"cgtr,seed{seed}" / "events.jsonl"
+        events.append([json.loads(line) for line in file.read_text().splitlines()])
+    row = next(row for row in read_table(study, "blocked"))
+    for gate in ("isolation", "reward", "length"):
+        counts = [
+            sum(e["event"] == "gate" and not e["gates"][gate]["pass"] for e in run)
+            for run in events
+        ]
+        assert float(row[f"blocked_{gate}_mean"]) == pytest.approx(sum(counts) / 2)
+    steps = [
+        (str(event["step"]), event["shock"])
+        for run in events
+        for event in run
+        if event["event"] == "refresh"
+    ]
+    found = [
+        (row["step"], float(row["shock"]))
+        for row in read_table(study, "refreshes")
+        if row["run"] in ("cgtr,seed0", "cgtr,seed1")
+    ]
+    assert found == steps
+
+
+def test_every_figure_is_there_and_has_its_numbers_beside_it(study: Path) -> None:
+    curves = {"score", "drift", "divergence", "reward", "entropy", "length", "tail"}
+    figures = set(Page(study / "report.html").figures)
+    assert curves | {"ranking", "gates", "shock", "marks"} <= figures
+    for name in curves:
+        rows = read_table(study, f"curve_{name}")
+        assert {row["group"] for row in rows} == {
+            row["group"] for row in read_table(study, "results")
+        }
+
+
+def test_the_page_is_self_contained(study: Path) -> None:
+    """References are to the page's own ids or to data that stands in it."""
+    page = Page(study / "report.html")
+    assert page.links
+    assert all(link.startswith(("#", "data:")) for link in page.links)
+    text = (study / "report.html").read_text()
+    assert not re.search(r"@import|<script|url\((?!#)", text)
+
+
+def test_the_same_runs_give_the_same_bytes(study: Path, tmp_path: Path) -> None:
+    write_study(tmp_path / study.name, SHORT, CUT)
+    write_report(tmp_path / study.name)
+    assert files(tmp_path / study.name) == files(study)
+    assert len(files(study)) >= 15
+
+
+def test_every_figure_is_also_a_file_of_its_own(study: Path) -> None:
+    page = (study / "report.html").read_text()
+    drawn = re.findall(r'data-name="([^"]+)"', page)
+    saved = {path.stem: path.read_text() for path in (study / "figures").glob("*.svg")}
+    assert "score" in saved and set(saved) <= set(drawn)
+    for name, text in saved.items():
+        root = ElementTree.fromstring(text)
+        assert root.tag == "{http://www.w3.org/2000/svg}svg" and root.get("data-name") == name
+        assert text.removeprefix("<svg ").partition(" data-name")[2].strip() in page
+
+
+def test_one_seed_has_no_interval_and_says_so(tmp_path: Path) -> None:
+    write_study(tmp_path / "s", schedule_study(seeds=1, steps=60))
+    page = Page(write_report(tmp_path / "s"))
+    assert "no errors, no intervals and no bands" in page.text
+    for name in ("results", "teacher", "diagnostics", "lengths"):
+        for row in page.tables[name][1:]:
+            assert not any("±" in cell or "[" in cell for cell in row)
+    for row in read_table(tmp_path / "s", "results"):
+        assert row["final_error"] == row["collapse_low"] == row["difference_low"] == ""
+    assert not any(row["low"] for row in read_table(tmp_path / "s", "curve_score"))
+
+
+def test_a_baseline_differs_in_one_axis_only(tmp_path: Path) -> None:
+    """schedule × lr: each group is compared at its own learning rate."""
+    axes = {"schedule": SCHEDULES[:2], "optimizer.lr": [1e-5, 1e-4], "seed": [0, 1]}
+    write_study(tmp_path / "s", {"base": "lab", "overrides": {"steps": 20}, "axes": axes})
+    write_report(tmp_path / "s")
+    found = {row["group"]: row["baseline"] for row in read_table(tmp_path / "s", "results")}
+    assert found == {
+        "fixed, lr 1e-05": "fixed, lr 1e-05",
+        "fixed, lr 0.0001": "fixed, lr 0.0001",
+        "hard, every 1, lr 1e-05": "fixed, lr 1e-05",
+        "hard, every 1, lr 0.0001": "fixed, lr 0.0001",
+    }
+    write_report(tmp_path / "s", baseline="optimizer.lr=0.0001")
+    found = {row["group"]: row["baseline"] for row in read_table(tmp_path / "s", "results")}
+    assert found["hard, every 1, lr 1e-05"] == "hard, every 1, lr 0.0001"
+
+
+@pytest.mark.parametrize("count", [9, 25])
+def test_many_groups_get_panels_or_a_map(tmp_path: Path, count: int) -> None:
+    axes = {"schedule": [{"kind": "hard", "every": m + 1} for m in range(count)]}
+    study = {"base": "lab", "overrides": {"steps": 12, "eval.every": 4}, "axes": axes}
+    write_study(tmp_path / "s", study)
+    page = Page(write_report(tmp_path / "s"))
+    assert len(page.rows("results")) == count
+    assert len(page.figures) == len(set(page.figures)) >= 9
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule["kind"])
+@pytest.mark.parametrize("steps", [0, 1, 3, 220])
+def test_a_run_of_any_schedule_and_length(
+    tmp_path: Path, schedule: dict[str, Any], steps: int
+) -> None:
+    """Only the line of step 0, a run too short for a window, and one that may have collapsed."""
+    config = lab_run("steps=220", *(f"schedule.{key}={value}" for key, value in schedule.items()))
+    write_run(tmp_path / "run", config, steps)
+    page = Page(write_report(tmp_path / "run"))
+    assert ("This run is not finished" in page.text) == (steps < 220)
+    assert not re.search(r"\b(nan|inf|None)\b", page.text)
+    for name in files(tmp_path / "run"):
+        if name.endswith(".csv"):
+            assert "nan" not in (tmp_path / "run" / "tables" / name).read_text()
+    collapsed = schedule.get("every") == 1 and steps == 220
+    assert ("the dotted line marks its collapse" in page.text) == collapsed
+    assert ("gates" in page.figures) == (schedule["kind"] == "cgtr" and steps == 220)
+
+
+def test_a_truncated_last_line_is_as_if_it_had_not_been_written(tmp_path: Path) -> None:
+    for name in ("whole", "cut"):
+        write_run(tmp_path / name / "run", lab_run("steps=30"), 20)
+    for file in ("metrics.jsonl", "events.jsonl"):
+        with (tmp_path / "cut" / "run" / file).open("a") as stream:
+            stream.write('{"step": 21, "reward/mea')
+    for name in ("whole", "cut"):
+        write_report(tmp_path / name / "run")
+    assert files(tmp_path / "cut" / "run") == files(tmp_path / "whole" / "run")
+
+
+def test_a_trained_run_is_reported_by_the_command(
+    tmp_path: Path,
+    train: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = train(tmp_path / "run", "schedule.check_every=2", "schedule.window=2")
+    monkeypatch.setattr(sys, "argv", ["sodfast", "report", str(tmp_path / "run")])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code in (0, None)
+    assert capsys.readouterr().out.strip() == str(tmp_path / "run" / "report.html")
+    (row,) = read_table(tmp_path / "run", "results")
+    assert float(row["final_mean"]) == found.summary["final"]
+    assert float(row["peak_mean"]) == found.summary["peak"]
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def refuse(directory: Path, match: str, baseline: str | None = None) -> None:
+    """One line that says what to change, and nothing of an earlier report is touched."""
+    before = files(directory)
+    with pytest.raises(UsageError, match=match) as error:
+        write_report(directory, baseline)
+    assert "\n" not in str(error.value)
+    assert files(directory) == before
+
+
+def test_a_directory_that_is_neither(tmp_path: Path) -> None:
+    refuse(tmp_path, "neither a run nor a study directory")
+    refuse(tmp_path / "absent", "neither a run nor a study directory")
+
+
+def test_a_run_without_metrics(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", lab_run("steps=4"), 0)
+    write_report(tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    refuse(tmp_path / "run", "no metrics yet: continue it with sodfast train --resume")
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    refuse(tmp_path / "run", "no metrics yet")
+
+
+def test_a_study_without_any_metrics(tmp_path: Path) -> None:
+    names = [f"{kind},seed0" for kind in ("fixed", "cgtr")]
+    axes = {"schedule": [{"kind": "fixed"}, {"kind": "cgtr"}], "seed": [0]}
+    study = {"base": "lab", "axes": axes}
+    assert write_study(tmp_path / "s", study, dict.fromkeys(names)) == names
+    refuse(tmp_path / "s", "no trial of .* has metrics yet: run sodfast sweep")
+
+
+def test_a_baseline_that_is_not_in_the_study(study: Path) -> None:
+    refuse(study, "it can be schedule=fixed, schedule=hard-every1", baseline="schedule=hard")
+
+
+@pytest.mark.parametrize(
+    ("line", "match"),
+    [
+        ("not JSON", r"metrics.jsonl:2: not JSON"),
+        ("[1, 2]", r"metrics.jsonl:2: no object with a step"),
+        ('{"reward/mean": 0.5}', r"metrics.jsonl:2: no object with a step"),
+        ('{"step": 1, "reward/mean": NaN}', r"reward/mean of step 1 is not finite"),
+    ],
+)
+def test_a_damaged_line(tmp_path: Path, line: str, match: str) -> None:
+    write_run(tmp_path / "run", lab_run("steps=9"))
+    write_report(tmp_path / "run")
+    file = tmp_path / "run" / "metrics.jsonl"
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([lines[0], line, *lines[2:]]) + "\n")
+    refuse(tmp_path / "run", match)
+
+
+def test_a_directory_that_cannot_be_written(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", lab_run("steps=4"))
+    (tmp_path / "run" / "tables").write_text("in the way")
+    refuse(tmp_path / "run", "cannot be written")
+
+
+def test_the_command_refuses_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["sodfast", "report", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "neither a run nor a study" in message

@@ -1,0 +1,93 @@
+"""The report in a real browser: Debian's Chromium, headless, driven by playwright.
+
+Nothing is installed here: where there is no Chromium the tests are skipped.
+"""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from synthetic import SCHEDULES, lab_run, schedule_study, write_run, write_study
+
+from sodfast.report.page import write_report
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        CHROMIUM is None, reason="no chromium on PATH (Debian: apt-get install chromium)"
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        running = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield running
+        running.close()
+
+
+def study(directory: Path) -> Path:
+    write_study(directory, schedule_study(seeds=2, steps=230), {"cgtr,seed1": 40})
+    return directory
+
+
+def many_groups(directory: Path) -> Path:
+    axes = {"schedule": [{"kind": "hard", "every": every} for every in range(1, 13)]}
+    write_study(directory, {"base": "lab", "overrides": {"steps": 20}, "axes": axes})
+    return directory
+
+
+def run(directory: Path) -> Path:
+    write_run(
+        directory, lab_run("steps=230", *(f"schedule.{k}={v}" for k, v in SCHEDULES[1].items()))
+    )
+    return directory
+
+
+@pytest.mark.parametrize("make", [study, many_groups, run], ids=lambda make: make.__name__)
+def test_a_page_opens_from_disk(make: Any, browser: Any, tmp_path: Path) -> None:
+    """No console message, no error, no request but for the file itself; figures that have a size,
+    text that lies inside of its figure, and a page no wider than the window."""
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    messages: list[str] = []
+    requests: list[str] = []
+    page.on("console", lambda message: messages.append(message.text))
+    page.on("pageerror", lambda error: messages.append(str(error)))
+    page.on("request", lambda request: requests.append(request.url))
+    path = write_report(make(tmp_path / make.__name__))
+    page.goto(path.as_uri())
+    page.wait_for_load_state("load")
+
+    assert messages == []
+    assert [url for url in requests if not url.startswith("data:")] == [path.as_uri()]
+    assert make.__name__ in page.title()
+    boxes = page.eval_on_selector_all(
+        "svg", "all => all.map(e => [e.dataset.name, e.getBoundingClientRect().toJSON()])"
+    )
+    assert len(boxes) >= 9
+    for name, box in boxes:
+        assert box["width"] > 20 and box["height"] > 10, name
+    # What a figure draws has a size, too, and its labels are not cut off.
+    outside = page.evaluate(
+        """() => [...document.querySelectorAll('svg.plot')].flatMap(svg => {
+            const frame = svg.getBoundingClientRect();
+            return [...svg.querySelectorAll('text')].filter(text => {
+                const box = text.getBoundingClientRect();
+                return box.left < frame.left - 2 || box.right > frame.right + 2
+                    || box.top < frame.top - 2 || box.bottom > frame.bottom + 2;
+            }).map(text => svg.dataset.name + ': ' + text.textContent);
+        })"""
+    )
+    assert outside == []
+    empty = page.eval_on_selector_all(
+        "svg.plot", "all => all.filter(e => !(e.getBBox().width > 100)).map(e => e.dataset.name)"
+    )
+    assert empty == []
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    page.close()

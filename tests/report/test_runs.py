@@ -1,0 +1,98 @@
+"""What a report reads of a directory: runs, groups and what they are compared with."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from synthetic import SCHEDULES, lab_run, schedule_study, write_run, write_study
+
+from sodfast.config import CGTRConfig, EMAConfig, FixedConfig, HardConfig, TrustRegionConfig
+from sodfast.errors import UsageError
+from sodfast.report.runs import Run, describe_schedule, load
+
+
+def test_a_run_is_a_group_of_its_own_in_any_state(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", lab_run("steps=30"), 12)
+    source = load(tmp_path / "run")
+    (group,), (run,) = source.groups, source.runs
+    assert source.single and (source.axis, source.value, group.baseline) == (None, None, None)
+    assert (group.label, group.used, run.finished, run.last_step) == ("CGTR", [run], False, 12)
+
+
+def test_groups_differ_in_more_than_their_seed(tmp_path: Path) -> None:
+    """Only finished runs are used; the first schedule is the baseline."""
+    study = schedule_study(seeds=2, steps=12)
+    write_study(tmp_path / "s", study, {"cgtr,seed1": 3, "fixed,seed0": None})
+    source = load(tmp_path / "s")
+    groups = {group.label: group for group in source.groups}
+    assert len(groups) == len(SCHEDULES) and not source.single
+    assert [run.config.seed for run in groups["CGTR"].used] == [0]
+    assert [run.status for run in groups["fixed"].runs] == ["missing", "done"]
+    assert (source.axis, source.value) == ("schedule", "fixed")
+    assert {group.baseline.label for group in source.groups if group.baseline} == {"fixed"}
+    other = load(tmp_path / "s", "schedule=cgtr")
+    assert {group.baseline.label for group in other.groups if group.baseline} == {"CGTR"}
+    with pytest.raises(UsageError, match="it can be schedule=fixed, schedule=hard-every1"):
+        load(tmp_path / "s", "schedule=none")
+
+
+def test_names_that_would_be_the_same_are_written_out(tmp_path: Path) -> None:
+    axes = {"optimizer.lr": [1e-5, 1e-4], "rollout.temperature": [0.6, 1.0]}
+    overrides = {"steps": 1}
+    write_study(tmp_path / "s", {"base": "lab", "overrides": overrides, "axes": axes})
+    labels = [group.label for group in load(tmp_path / "s").groups]
+    assert labels[0] == "lr 1e-05, temperature 0.6" and len(set(labels)) == 4
+
+
+def test_gates_of_a_schedule_without_gates_are_refused(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", lab_run("steps=9", "schedule.kind=fixed"))
+    check = {"step": 5, "event": "gate", "gates": {}, "refresh": False}
+    (tmp_path / "run" / "events.jsonl").write_text(json.dumps(check) + "\n")
+    with pytest.raises(UsageError, match="has gates but the schedule has none"):
+        load(tmp_path / "run")
+
+
+def run_of(lines: list[dict[str, Any]], *overrides: str) -> Run:
+    return Run("run", Path("run"), lab_run(*overrides), "done", {}, lines, [])
+
+
+def test_a_series_holds_the_steps_that_carry_it() -> None:
+    found = run_of([{"step": 0}, {"step": 1, "x": 2}, {"step": 2}, {"step": 3, "x": 4}]).series("x")
+    assert (found.steps.tolist(), found.values.tolist()) == ([1, 3], [2, 4])
+    with pytest.raises(UsageError, match="x of step 1 is not finite"):
+        run_of([{"step": 1, "x": np.inf}]).series("x")
+
+
+@pytest.mark.parametrize("unit", ["sequence", "shard"])
+def test_the_tail_is_the_one_that_the_gate_sees(unit: str) -> None:
+    """Pooled over the window, over fewer steps at the beginning, in the schedule's unit."""
+    prefix = "length/shard_" if unit == "shard" else "length/"
+    means, longest = [10.0, 20.0, 30.0], [30.0, 20.0, 60.0]
+    lines: list[dict[str, Any]] = [
+        {"step": step, f"{prefix}mean": mean, f"{prefix}max": most}
+        for step, (mean, most) in enumerate(zip(means, longest, strict=True), start=1)
+    ]
+    found = run_of(lines, "schedule.window=2", f"schedule.length_unit={unit}").tail()
+    assert found.values.tolist() == [3.0, 2.0, 60 / 25]
+    assert run_of([{"step": 0}]).tail().values.size == 0
+
+
+@pytest.mark.parametrize(
+    ("schedule", "name"),
+    [
+        (FixedConfig(), "fixed"),
+        (HardConfig(every=3), "hard, every 3"),
+        (EMAConfig(rate=0.1), "EMA 0.1"),
+        (TrustRegionConfig(), "trust region 0.04"),
+        (CGTRConfig(), "CGTR"),
+        (CGTRConfig(gates=("isolation", "length")), "CGTR, no reward gate"),
+        (
+            CGTRConfig(min_isolation=20, max_tail_ratio=4),
+            "CGTR, min_isolation 20, max_tail_ratio 4.0",
+        ),
+    ],
+)
+def test_schedules_have_short_names(schedule: Any, name: str) -> None:
+    assert describe_schedule(schedule) == name

@@ -1,0 +1,321 @@
+"""A run directory: one writer, nothing overwritten, and a resume that leaves no trace."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sodfast.config import Config, load_config
+from sodfast.errors import UsageError
+from sodfast.run.directory import (
+    RunDirectory,
+    check_out,
+    default_out,
+    fingerprint,
+    read_lines,
+    stored_config,
+)
+
+
+def lab(*overrides: str) -> Config:
+    return load_config(None, list(overrides))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Any:
+    directory = RunDirectory.create(tmp_path / "run", lab(), {"device": "cpu"})
+    yield directory
+    directory.close()
+
+
+def files(path: Path) -> dict[str, str]:
+    return {str(p.relative_to(path)): p.read_text() for p in path.rglob("*") if p.is_file()}
+
+
+def refusal(call: Any, *arguments: Any) -> str:
+    with pytest.raises(UsageError) as error:
+        call(*arguments)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# ---------------------------------------------------------------- creating
+
+
+def test_create_writes_what_a_resume_needs(run: RunDirectory) -> None:
+    assert load_config(str(run.path / "config.yaml"), []) == lab()
+    assert json.loads((run.path / "environment.json").read_text()) == {"device": "cpu"}
+    assert not list(run.path.glob("*.tmp"))
+
+
+def test_check_out_accepts_what_can_become_a_directory(tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for path in (empty, tmp_path / "new", tmp_path / "a" / "b" / "c", Path("no-such-folder/run")):
+        check_out(path)
+    assert files(tmp_path) == {} and sorted(tmp_path.iterdir()) == [empty]
+
+
+def test_check_out_refuses_what_exists(tmp_path: Path) -> None:
+    used = tmp_path / "used"
+    used.mkdir()
+    (used / "notes.txt").write_text("mine")
+    file = tmp_path / "file"
+    file.write_text("mine")
+    dangling = tmp_path / "dangling"
+    dangling.symlink_to(tmp_path / "nowhere")
+    before = files(tmp_path)
+    for path, message in (
+        (used, "not empty"),
+        (file, "is a file"),
+        (file / "run", "not a writable directory"),
+        (file / "deep" / "run", "not a writable directory"),
+        (dangling, "is a file"),
+        (dangling / "run", "not a writable directory"),
+    ):
+        assert message in refusal(check_out, path)
+        refusal(RunDirectory.create, path, lab(), {})
+    assert files(tmp_path) == before
+    assert f"--resume {used}" in refusal(check_out, used)
+
+
+@pytest.mark.parametrize("path", ["/proc/self/run", "/proc/sodfast/run", "runs/" + "a" * 300])
+def test_an_unwritable_place(path: str) -> None:
+    assert refusal(RunDirectory.create, Path(path), lab(), {}).startswith(f"out={path} cannot be ")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_directory(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    assert "not a writable directory" in refusal(check_out, tmp_path / "run")
+
+
+def test_default_directories_name_schedule_and_seed() -> None:
+    name = default_out(lab("schedule.kind=ema", "seed=3"))
+    assert name.startswith("runs/") and name.endswith("-ema-seed3")
+
+
+# ---------------------------------------------------------------- the lock
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from sodfast.run.directory import RunDirectory
+run = RunDirectory.open(Path(sys.argv[1]))
+print("locked", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_second_writer_is_refused_until_the_first_closes(run: RunDirectory) -> None:
+    assert "another process" in refusal(RunDirectory.open, run.path)
+    run.close()
+    RunDirectory.open(run.path).close()
+
+
+@pytest.mark.slow
+def test_a_killed_process_leaves_no_lock(run: RunDirectory) -> None:
+    run.close()
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(run.path)], stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None
+    try:
+        assert holder.stdout.readline() == "locked\n"
+        assert "another process" in refusal(RunDirectory.open, run.path)
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+        RunDirectory.open(run.path).close()
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdout.close()
+
+
+def test_only_a_run_directory_opens(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "missing"):
+        assert "not a run directory" in refusal(RunDirectory.open, path)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------- lines
+
+
+def fill(run: RunDirectory, steps: int, evaluated: tuple[int, ...] = (0,)) -> None:
+    for step in range(steps + 1):
+        line: dict[str, Any] = {"step": step}
+        if step:
+            line["reward/mean"] = step / 7
+        if step in evaluated:
+            line |= {"eval/mean@4": 0.5, "eval/best@1": 0.5}
+        run.append(run.metrics, line)
+        if step:
+            run.append(run.events, {"step": step, "event": "gate", "refresh": False})
+        if step % 5 == 0:
+            run.append(run.events, {"step": step, "event": "checkpoint"})
+
+
+def test_lines_survive_to_the_last_bit(run: RunDirectory) -> None:
+    fill(run, 3)
+    run.sync()
+    assert [line.get("reward/mean") for line in read_lines(run.metrics)] == [
+        None,
+        *(step / 7 for step in (1, 2, 3)),
+    ]
+
+
+def test_an_undefined_value_is_never_written(run: RunDirectory) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        run.append(run.metrics, {"step": 1, "reward/snr": float("nan")})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        run.write_summary({"final": float("inf")})
+    assert read_lines(run.metrics) == []
+    assert not (run.path / "summary.json").exists()
+
+
+def test_rewind_drops_what_came_after_the_checkpoint(run: RunDirectory) -> None:
+    fill(run, 8, evaluated=(0, 5))
+    run.append(run.events, {"step": 8, "event": "collapse", "reason": "length"})
+    metrics, events = run.metrics.read_text().splitlines(), run.events.read_text().splitlines()
+    kept = run.rewind(5, without_evaluation=False)
+    assert run.metrics.read_text().splitlines() == metrics[:6]
+    assert run.events.read_text().splitlines() == events[:7]
+    assert kept == read_lines(run.metrics)
+    assert "eval/mean@4" in kept[5]
+    again = run.metrics.read_bytes(), run.events.read_bytes()
+    run.rewind(5, without_evaluation=False)
+    assert (run.metrics.read_bytes(), run.events.read_bytes()) == again
+
+
+def test_rewind_strips_the_evaluation_that_only_a_last_step_gets(run: RunDirectory) -> None:
+    fill(run, 7, evaluated=(0, 5, 7))
+    run.append(run.events, {"step": 5, "event": "collapse", "reason": "eval"})
+    run.append(run.events, {"step": 7, "event": "collapse", "reason": "eval"})
+    run.append(run.events, {"step": 7, "event": "collapse", "reason": "length"})
+    kept = run.rewind(7, without_evaluation=True)
+    assert kept[7] == {"step": 7, "reward/mean": 1.0}
+    assert "eval/mean@4" in kept[5] and "eval/mean@4" in kept[0]
+    collapses = [event for event in read_lines(run.events) if event["event"] == "collapse"]
+    assert [(event["step"], event["reason"]) for event in collapses] == [(5, "eval"), (7, "length")]
+
+
+def test_rewind_to_the_start(run: RunDirectory) -> None:
+    fill(run, 3)
+    assert run.rewind(0, without_evaluation=False) == [
+        {"step": 0, "eval/mean@4": 0.5, "eval/best@1": 0.5}
+    ]
+    assert read_lines(run.events) == [{"step": 0, "event": "checkpoint"}]
+
+
+def test_a_line_cut_short_after_the_checkpoint_does_no_harm(run: RunDirectory) -> None:
+    fill(run, 5)
+    with run.metrics.open("a") as stream:
+        stream.write('{"step": 6, "reward/me')
+    run.rewind(5, without_evaluation=False)
+    run.append(run.metrics, {"step": 6})
+    assert [line["step"] for line in read_lines(run.metrics)] == list(range(7))
+
+
+def test_lines_before_the_checkpoint_must_all_be_there(run: RunDirectory) -> None:
+    fill(run, 5)
+    texts = run.metrics.read_text().splitlines()
+    for broken in (texts[:5], texts[1:], [*texts[:5], texts[5][:9]], []):
+        run.metrics.write_text("\n".join(broken))
+        assert "restore the file" in refusal(run.rewind, 5, False)
+    run.metrics.write_text("\n".join([*texts[:2], "{", *texts[3:]]))
+    assert refusal(run.rewind, 5, False).startswith(f"{run.metrics}:3: not JSON")
+    run.metrics.unlink()
+    assert "has 0 lines" in refusal(run.rewind, 5, False)
+
+
+# ---------------------------------------------------------------- resuming
+
+
+def store(run: RunDirectory, step: int, config: Config) -> Path:
+    directory = run.checkpoints / f"step-{step}"
+    directory.mkdir(parents=True)
+    (directory / "state.json").write_text(
+        json.dumps({"step": step, "fingerprint": fingerprint(config)})
+    )
+    return directory
+
+
+def test_a_stored_configuration_may_only_change_its_steps(run: RunDirectory) -> None:
+    store(run, 20, lab())
+    assert stored_config(run.path, []) == lab(f"out={run.path}")
+    assert stored_config(run.path, ["steps=400"]) == lab("steps=400", f"out={run.path}")
+    assert stored_config(run.path, ["steps=20"]).steps == 20
+    for override in ("seed=1", "stepss=1", "log.sinks=[wandb]", "out=elsewhere", "steps"):
+        assert "only steps=N" in refusal(stored_config, run.path, [override])
+    assert refusal(stored_config, run.path, ["steps=19"]) == (
+        "steps=19 lies before the checkpoint's 20"
+    )
+    assert refusal(stored_config, run.path, ["steps=many"]).startswith("steps: ")
+
+
+def test_the_newest_checkpoint_counts(run: RunDirectory) -> None:
+    for step in (5, 100, 20):
+        store(run, step, lab())
+    (run.checkpoints / ".step-120.tmp").mkdir()
+    (run.checkpoints / "step-old").mkdir()
+    assert "checkpoint's 100" in refusal(stored_config, run.path, ["steps=99"])
+
+
+def test_a_run_without_a_checkpoint_starts_over(run: RunDirectory) -> None:
+    assert stored_config(run.path, ["steps=1"]).steps == 1
+
+
+def test_another_configuration_is_refused(run: RunDirectory) -> None:
+    store(run, 20, lab("optimizer.lr=1e-3"))
+    assert "not the configuration" in refusal(stored_config, run.path, [])
+
+
+def test_a_moved_directory_is_its_own_out(run: RunDirectory, tmp_path: Path) -> None:
+    store(run, 20, lab())
+    moved = run.path.rename(tmp_path / "moved")
+    assert stored_config(moved, []).out == str(moved)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"step": 20}', '{"step": "x"}', None])
+def test_a_damaged_checkpoint_is_named(run: RunDirectory, content: str | None) -> None:
+    directory = store(run, 20, lab())
+    if content is None:
+        (directory / "state.json").unlink()
+    else:
+        (directory / "state.json").write_text(content)
+    message = refusal(stored_config, run.path, [])
+    assert str(directory) in message and "delete it" in message
+
+
+def test_a_directory_that_is_no_run(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "missing"):
+        assert str(path) in refusal(stored_config, path, [])
+
+
+@pytest.mark.parametrize(
+    ("override", "same"),
+    [
+        ("out=elsewhere", True),
+        ("steps=999", True),
+        ("log.sinks=[wandb]", True),
+        ("log.project=x", True),
+        ("checkpoint.every=1", True),
+        ("checkpoint.keep=9", True),
+        ("seed=1", False),
+        ("optimizer.lr=1e-3", False),
+        ("schedule.window=4", False),
+        ("schedule.kind=fixed", False),
+        ("eval.every=3", False),
+        ("collapse.stop=true", False),
+        ("task.train=100", False),
+        ("lab.seed=1", False),
+        ("teacher.feedback=true", False),
+    ],
+)
+def test_fingerprint(override: str, same: bool) -> None:
+    assert (fingerprint(lab(override)) == fingerprint(lab())) == same

@@ -1,0 +1,77 @@
+"""environment.json: what a figure must be quoted with."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+
+import pytest
+
+from sodfast.run import environment as module
+from sodfast.run.environment import environment
+
+
+def test_environment_names_versions_and_hardware() -> None:
+    found = environment(threads=3, device="cpu")
+    assert json.loads(json.dumps(found)) == found
+    assert found["threads"] == 3 and found["device"] == "cpu"
+    assert found["versions"]["torch"].startswith("2.")
+    assert found["versions"]["python"] == sys.version.split()[0]
+    assert found["cores"] == os.cpu_count()
+    assert found["ranks"] == 1 and environment(1, "cuda", ranks=8)["ranks"] == 8
+    started = datetime.fromisoformat(found["started"])
+    assert started.tzinfo is UTC and abs(datetime.now(UTC) - started) < timedelta(minutes=1)
+
+
+def test_a_missing_package_is_said_to_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(package: str) -> str:
+        if package == "triton":
+            raise PackageNotFoundError(package)
+        return f"{package} 1.0"
+
+    monkeypatch.setattr(module, "version", version)
+    versions = environment(1, "cpu")["versions"]
+    assert versions["triton"] == "not installed" and versions["torch"] == "torch 1.0"
+
+
+def test_the_commit_is_that_of_the_packages_repository(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever the command was started."""
+    folder = Path(module.__file__).parent
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty"]
+    expected = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    monkeypatch.chdir(tmp_path)
+    assert (environment(1, "cpu")["commit"] or "") == expected
+
+
+def test_without_git_or_a_repository_there_is_no_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "environment.py"))
+    assert environment(1, "cpu")["commit"] is None
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert environment(1, "cpu")["commit"] is None
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("processor\t: 0\nmodel name\t: Some CPU: 3 GHz\n", "Some CPU: 3 GHz"),
+        ("flags\t: x\n", None),
+    ],
+)
+def test_the_processor_is_the_kernels_name_for_it(
+    text: str, expected: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where /proc/cpuinfo has no name, as on Arm, Python's own."""
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(text)
+    monkeypatch.setattr(
+        module, "Path", lambda name: cpuinfo if name == "/proc/cpuinfo" else Path(name)
+    )
+    assert environment(1, "cpu")["processor"] == (expected or platform.processor())

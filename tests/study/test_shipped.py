@@ -1,0 +1,87 @@
+"""The shipped studies: each expands, says what it asks and costs, and is listed in their README."""
+
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from sodfast.config import ArithmeticConfig
+from sodfast.study.definition import STUDIES, Study, load_study
+
+FILES = sorted(STUDIES.glob("*.yaml"))
+README = (STUDIES / "README.md").read_text()
+# `study` | question | in the paper | runs × steps of _lab | its time | runs × steps of _qwen3_8b
+ROW = re.compile(r"^\| `(\w+)` \|.*\| ([^|]+) \| [^|]+ \| ([^|]+) \|$", re.MULTILINE)
+LISTED = {
+    f"{name}_{model}": cost
+    for name, *costs in ROW.findall(README)
+    for model, cost in zip(("lab", "qwen3_8b"), costs, strict=True)
+    if cost != "–"
+}
+
+
+@cache
+def shipped(name: str) -> Study:
+    return load_study(STUDIES / f"{name}.yaml")
+
+
+def test_the_readme_lists_every_study() -> None:
+    assert set(LISTED) == {path.stem for path in FILES}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_study_expands_to_what_it_says(path: Path) -> None:
+    study = shipped(path.stem)
+    trials = study.trials()
+    (steps,) = {trial.config.steps for trial in trials}
+    cost = f"{len(trials)} runs × {steps} steps"
+    assert LISTED[path.stem] == cost
+    comment = " ".join(
+        line.removeprefix("# ") for line in path.read_text().splitlines() if line.startswith("# ")
+    )
+    question, _, rest = comment.partition("? ")
+    assert question and "The paper: " in rest and f"Cost: {cost}, " in rest
+    assert "schedule" in study.axes and len(study.axes["seed"]) >= 3
+    for trial in trials:
+        on_lab = trial.config.model.path is None
+        assert on_lab == path.stem.endswith("_lab")
+        assert on_lab == isinstance(trial.config.task, ArithmeticConfig)
+
+
+def test_the_main_study_has_six_schedules_and_five_seeds() -> None:
+    axes = shipped("schedules_lab").axes
+    assert len(axes["schedule"]) >= 6 and len(axes["seed"]) >= 5
+
+
+def test_the_ablation_drops_each_gate_once() -> None:
+    for name in ("gate_ablation_lab", "gate_ablation_qwen3_8b"):
+        trials = shipped(name).trials()
+        gates = {"isolation", "reward", "length"}
+        dropped = {tuple(gates - set(trial.config.schedule.gates)) for trial in trials}
+        assert dropped == {(), ("isolation",), ("reward",), ("length",)}
+
+
+def test_the_sensitivity_study_moves_one_threshold_at_a_time() -> None:
+    trials = shipped("sensitivity_qwen3_8b").trials()
+    points = {
+        (s.min_isolation, s.reward_margin, s.max_tail_ratio)
+        for s in (trial.config.schedule for trial in trials)
+    }
+    centre = (30, 0.05, 3.2)
+    assert points == {
+        centre,
+        *((value, *centre[1:]) for value in (20, 40)),
+        *((30, value, 3.2) for value in (0.02, 0.1)),
+        *((30, 0.05, value) for value in (2.8, 4.0)),
+    }
+
+
+def test_the_refresh_sweep_has_the_papers_schedules() -> None:
+    for name in ("refresh_sweep_lab", "refresh_sweep_qwen3_8b"):
+        schedules = shipped(name).axes["schedule"]
+        assert [s["every"] for s in schedules if s["kind"] == "hard"] == [
+            *(1, 2, 3, 4, 5, 8, 10, 20, 50)
+        ]
+        assert [s["rate"] for s in schedules if s["kind"] == "ema"] == [0.1, 0.04]
+        assert {"fixed", "cgtr"} <= {s["kind"] for s in schedules}

@@ -1,0 +1,235 @@
+"""Building the parts of a command: devices, what is refused before anything is written, and ends.
+
+What the commands print and do as a user runs them stands in test_cli.py.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from sodfast import commands
+from sodfast.commands import build_trainer, evaluate_model, export_model, pick_device, train_run
+from sodfast.config import load_config
+from sodfast.errors import UsageError
+from sodfast.parallel.ranks import Ranks
+from sodfast.run.console import Reporter
+from sodfast.run.directory import RunDirectory
+from sodfast.run.interrupt import Interrupted
+
+# ---------------------------------------------------------------- devices
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """`gpus(n)`: a machine with so many."""
+
+    def give(count: int) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+    return give
+
+
+@pytest.mark.parametrize(
+    ("count", "name", "expected"),
+    [
+        (0, "auto", "cpu"),
+        (0, "cpu", "cpu"),
+        (1, "auto", "cuda"),
+        (1, "cpu", "cpu"),
+        (1, "cuda", "cuda"),
+        (2, "cuda:1", "cuda:1"),
+    ],
+)
+def test_one_process_takes_the_device_that_it_names(
+    gpus: Callable[[int], None], count: int, name: str, expected: str
+) -> None:
+    gpus(count)
+    assert pick_device(name) == torch.device(expected)
+
+
+@pytest.mark.parametrize(("count", "name"), [(0, "cuda"), (0, "cuda:0"), (1, "cuda:1")])
+def test_a_gpu_that_is_not_there_is_refused(
+    gpus: Callable[[int], None], count: int, name: str
+) -> None:
+    gpus(count)
+    with pytest.raises(UsageError, match=rf"device={name}: this machine has {count} GPUs"):
+        pick_device(name)
+
+
+def test_a_device_for_each_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert pick_device("auto", Ranks(1, 2)) == torch.device("cuda:1")
+    assert pick_device("cpu", Ranks(1, 2)) == torch.device("cpu")
+    with pytest.raises(UsageError, match="set device=cuda"):
+        pick_device("cuda:0", Ranks(1, 2))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(UsageError, match="nproc-per-node"):
+        pick_device("cuda", Ranks(1, 3))
+
+
+# ---------------------------------------------------------------- refused before any work
+
+
+@pytest.fixture
+def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither questions nor a model may be built."""
+    monkeypatch.setattr(commands, "build_task", None)
+    monkeypatch.setattr(commands, "build_model", None)
+
+
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rollout.engine=vllm", r"rollout\.engine=vllm runs in one process, not in 2"),
+        ("model.lora={}", r"model\.lora runs in one process, not in 2"),
+    ],
+)
+def test_what_runs_in_one_process_is_refused_on_several_ranks(
+    tiny_run: list[str], tmp_path: Path, override: str, message: str
+) -> None:
+    config = load_config("lab", [*tiny_run, f"out={tmp_path / 'run'}", override])
+    for rank in range(2):
+        with pytest.raises(UsageError, match=message):
+            build_trainer(config, None, Reporter(), Ranks(rank, 2))
+    assert not list(tmp_path.iterdir())
+
+
+def test_ligers_kernels_are_refused_without_a_gpu(
+    build: Callable[..., Any], tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=r"model\.liger=true"):
+        build(tmp_path / "run", "device=cpu", "model.liger=on")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_cannot_be_streamed_is_refused_before_the_run(
+    build: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(network: Any) -> None:
+        raise UsageError("set teacher.storage=device")
+
+    monkeypatch.setattr("sodfast.commands.decoder_layers", refuse)
+    with pytest.raises(UsageError, match=r"teacher\.storage=device"):
+        build(tmp_path / "run", "teacher.storage=host")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_trainer_that_cannot_be_built_leaves_the_directory_unlocked(
+    build: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+
+    def fail(*arguments: Any) -> None:
+        with pytest.raises(UsageError, match="another process"):
+            RunDirectory.open(out)
+        raise MemoryError
+
+    monkeypatch.setattr(commands, "Trainer", fail)
+    with pytest.raises(MemoryError):
+        build(out)
+    RunDirectory.open(out).close()
+
+
+# ---------------------------------------------------------------- how a run ends
+
+
+@pytest.mark.parametrize("status", ["done", "collapsed", "interrupted"])
+def test_a_run_is_closed_and_printed_however_it_ends(
+    status: str, tiny_run: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interruption is raised only after all of that."""
+    calls: list[Any] = []
+    reporter = SimpleNamespace(stop=lambda: calls.append("stop"))
+    trainer = SimpleNamespace(
+        train=lambda: calls.append("train") or status,
+        summary=lambda status: {"status": status},
+        lines=[],
+        run=SimpleNamespace(path=Path("run"), close=lambda: calls.append("close")),
+    )
+    monkeypatch.setattr(commands, "build_reporter", lambda: reporter)
+    monkeypatch.setattr(commands, "build_trainer", lambda *arguments: trainer)
+    monkeypatch.setattr(commands, "print_run", lambda *arguments: calls.append(arguments))
+    config = load_config("lab", tiny_run)
+    if status == "interrupted":
+        with pytest.raises(Interrupted):
+            train_run(config, None)
+    else:
+        train_run(config, None)
+    assert calls == ["train", "close", "stop", (Path("run"), {"status": status}, [])]
+
+
+def test_a_failure_stops_the_display(tiny_run: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped: list[bool] = []
+    monkeypatch.setattr(
+        commands, "build_reporter", lambda: SimpleNamespace(stop=lambda: stopped.append(True))
+    )
+
+    def fail(*arguments: Any) -> None:
+        raise UsageError("no such thing")
+
+    monkeypatch.setattr(commands, "build_trainer", fail)
+    with pytest.raises(UsageError, match="no such thing"):
+        train_run(load_config("lab", tiny_run), None)
+    assert stopped == [True]
+
+
+# ---------------------------------------------------------------- eval and export
+
+
+@pytest.mark.usefixtures("no_work")
+def test_a_run_without_a_checkpoint_is_neither_evaluated_nor_exported(
+    tiny_run: list[str], tmp_path: Path
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    RunDirectory.create(run, load_config("lab", tiny_run), {}).close()
+    with pytest.raises(UsageError, match="holds no checkpoint"):
+        evaluate_model(str(run), [])
+    with pytest.raises(UsageError, match="holds no checkpoint"):
+        export_model(run, out)
+    assert not out.exists()
+
+
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize("override", ["model.lora={}", "model.lora.rank=3"])
+def test_adapters_are_a_property_of_the_run(finished: Path, override: str) -> None:
+    with pytest.raises(UsageError, match=r"model\.lora is a property of the run"):
+        evaluate_model(str(finished), [override])
+
+
+def test_a_model_is_asked_under_the_limits_of_the_preset_of_its_task(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lab's questions under the lab's limits, and another task's under those of `base`."""
+    presets: list[str | None] = []
+
+    def stop(preset: str | None, overrides: list[str]) -> None:
+        presets.append(preset)
+        assert overrides[0] == f"model.path={tiny_model}"
+        raise UsageError("enough")
+
+    monkeypatch.setattr(commands, "load_config", stop)
+    for overrides in ([], ["eval.samples=2"], ["task.name=multiple_choice", "task.train=a.jsonl"]):
+        with pytest.raises(UsageError, match="enough"):
+            evaluate_model(str(tiny_model), overrides)
+    assert presets == ["lab", "lab", "base"]
+
+
+def test_an_export_never_overwrites_and_names_what_it_cannot_write(
+    finished: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "mine").write_text("mine")
+    with pytest.raises(UsageError, match="exists: choose another"):
+        export_model(finished, tmp_path / "mine")
+    with pytest.raises(UsageError, match="cannot be written"):
+        export_model(finished, tmp_path / "mine" / "below a file")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    assert (tmp_path / "mine").read_text() == "mine"

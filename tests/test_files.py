@@ -1,0 +1,111 @@
+"""Files that others read or hold at the same time: whole replacement, lines, and locks."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sodfast import files
+from sodfast.errors import UsageError
+from sodfast.files import is_held, read_lines, replace_text, try_lock
+
+# ---------------------------------------------------------------- whole replacement
+
+
+def test_a_file_is_replaced_as_a_whole_and_nothing_stays_beside_it(tmp_path: Path) -> None:
+    file = tmp_path / "summary.json"
+    for text in ("first", "the second, longer", ""):
+        replace_text(file, text)
+        assert file.read_text() == text and list(tmp_path.iterdir()) == [file]
+
+
+def test_an_open_reader_keeps_the_text_that_it_opened(tmp_path: Path) -> None:
+    file = tmp_path / "summary.json"
+    replace_text(file, "old")
+    with file.open() as reader:
+        replace_text(file, "new")
+        assert reader.read() == "old"
+    assert file.read_text() == "new"
+
+
+def test_a_crash_before_the_replacement_leaves_the_old_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "summary.json"
+    replace_text(file, "old")
+
+    def crash(source: Path, target: Path) -> None:
+        assert source.read_text() == "new" and target == file
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(files.os, "replace", crash)
+        replace_text(file, "new")
+    assert file.read_text() == "old"
+    replace_text(file, "newer")  # what the crash left aside is in nobody's way
+    assert file.read_text() == "newer" and list(tmp_path.iterdir()) == [file]
+
+
+# ---------------------------------------------------------------- lines
+
+
+def test_a_missing_file_has_no_lines(tmp_path: Path) -> None:
+    assert read_lines(tmp_path / "metrics.jsonl") == []
+    assert read_lines(tmp_path) == []
+
+
+@given(st.integers(0, 60))
+def test_a_last_line_cut_short_is_left_out_wherever_it_was_cut(
+    tmp_path_factory: pytest.TempPathFactory, cut: int
+) -> None:
+    file = tmp_path_factory.mktemp("lines") / "metrics.jsonl"
+    texts = ['{"step": 0, "name": "a b"}', '{"step": 1, "x": [1.5, null]}']
+    whole = "\n".join(texts) + "\n"
+    file.write_text(whole[:cut])
+    complete = [i for i in (0, 1) if cut >= len("\n".join(texts[: i + 1]))]
+    assert [line["step"] for line in read_lines(file)] == complete
+
+
+def test_a_broken_line_before_the_last_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "events.jsonl"
+    file.write_text('{"step": 0}\n{"step": \n{"step": 2}\n')
+    with pytest.raises(UsageError, match=r"events\.jsonl:2: not JSON"):
+        read_lines(file)
+
+
+# ---------------------------------------------------------------- locks
+
+
+def test_a_lock_is_held_once_and_until_it_is_closed(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    lock = try_lock(path)
+    assert lock is not None
+    assert try_lock(path) is None and is_held(path)
+    lock.close()
+    assert not is_held(path)
+    again = try_lock(path)
+    assert again is not None
+    again.close()
+
+
+def test_a_lock_is_held_while_a_process_that_inherited_it_lives(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    lock = try_lock(path)
+    assert lock is not None
+    inherited = os.dup(lock.fileno())  # what a child of the sweep gets
+    lock.close()
+    assert is_held(path) and try_lock(path) is None
+    os.close(inherited)
+    assert not is_held(path)
+
+
+def test_asking_about_a_lock_neither_makes_nor_takes_it(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    assert not is_held(path) and not path.exists()
+    path.touch()
+    assert not is_held(path) and not is_held(path)
+    lock = try_lock(path)
+    assert lock is not None
+    lock.close()
