@@ -32,6 +32,11 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+def power_of_two(value: int) -> int:
+    """The least that is not below `value`; Triton's own is made for kernels and slow outside."""
+    return 1 << (value - 1).bit_length()
+
+
 def words(number: int) -> tuple[int, int]:
     """Low and high 32 bits, as signed integers so that their type never depends on the value."""
     low, high = number & WORD, (number >> 32) & WORD

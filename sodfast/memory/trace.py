@@ -52,7 +52,7 @@ class LiveBytes(TorchDispatchMode):
     def __init__(
         self, known: Iterable[Tensor], extra: dict[Any, Callable[..., int]] | None = None
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._extra = extra or {}
         self._live = self._peak = 0
         self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in known}

@@ -231,7 +231,7 @@ def _share_above(threshold: float, values: Array) -> float:
 
 def _threshold(stable: Array) -> float:
     """The least score of a stable run that at most `MAX_FALSE_ALARM_RATE` of them exceed."""
-    ascending = np.sort(stable).tolist()
+    ascending: list[float] = np.sort(stable).tolist()
     return next(t for t in ascending if _share_above(t, stable) <= MAX_FALSE_ALARM_RATE)
 
 

@@ -81,7 +81,8 @@ def _drawn(curves: Mapping[str, Curve]) -> Array:
     parts = [curve.band.mean for curve in curves.values()]
     parts += [series.values for curve in curves.values() for series in curve.loose]
     values = np.concatenate([*parts, np.empty(0)])
-    return values[np.isfinite(values)]
+    finite: Array = values[np.isfinite(values)]
+    return finite
 
 
 def _draw(axes: Axes, curve: Curve, style: canvas.Style, markers: bool) -> None:

@@ -110,7 +110,7 @@ def _arguments(directory: Path, trial: Trial) -> list[str]:
     if (run / "config.yaml").exists():
         return ["train", "--resume", str(run)]
     if run.exists():  # killed while it was made: config.yaml comes last, before any result
-        for file in (run / ".lock", run / "environment.json", *run.glob("config.yaml.*.tmp")):
+        for file in (run / ".lock", run / "environment.json", *run.glob("*.tmp")):
             file.unlink(missing_ok=True)
         run.rmdir()  # refuses if there is anything else
     base = str(directory / "base.yaml")

@@ -117,7 +117,7 @@ def test_each_phases_peak_is_the_plans_within_five_percent(
         *hidden,
         scores.head,
     )
-    line |= trainer._statistics(rollouts)
+    line |= {"step": 2, **trainer._statistics(rollouts)}
     _, peaks["refresh"] = measured(trainer, lambda: trainer._move_teacher(2, line))
     _, peaks["evaluate"] = measured(trainer, lambda: trainer._evaluate(2))
 

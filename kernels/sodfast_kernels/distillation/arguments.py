@@ -37,7 +37,11 @@ class Objective(NamedTuple):
 
 class Sides(NamedTuple):
     """Student and teacher: logits [N, V] without heads, or hidden [N, H] with heads [V, H]; the
-    teacher may be `stored_ids`, `stored_logprobs` [N, K] instead."""
+    teacher may be `stored_ids`, `stored_logprobs` [N, K] instead.
+
+    The teacher's are detached. They must be views: torch.compile takes no tensor twice, and teacher
+    and student may share a head.
+    """
 
     student: Tensor
     student_head: Tensor | None

@@ -211,14 +211,11 @@ def _path(triton: bool) -> Any:
 
 def _loss(sides: Sides, objective: Objective) -> DistillationOutput:
     settings, tokens = check_settings(objective, sides), check_tokens(objective, sides)
-    # torch.compile takes no tensor twice, and teacher and student may share a head: a view is
-    # another tensor. The teacher is never differentiated anyway.
-    teacher, teacher_head = (
-        None if side is None else side.detach() for side in (sides.teacher, sides.teacher_head)
-    )
-    sides = sides._replace(teacher=teacher, teacher_head=teacher_head)
     scalar = objective.reduction == "sum"
     outputs = _Loss.apply(settings, scalar, *sides, *tokens)  # type: ignore[no-untyped-call]
+    if torch.compiler.is_compiling():
+        # torch 2.11 forgets there that the statistics were marked as not differentiable.
+        outputs = (outputs[0], *(entry.detach() for entry in outputs[1:]))
     if objective.target_ids is None:
         outputs = (*outputs[:4], None, None)
     return DistillationOutput(*outputs)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..launch import Configuration
+from ..launch import Configuration, power_of_two
 from .arguments import Call
 from .bucket_kernels import stored_kernel, top_k_kernel
 from .row_kernel import full_kernel, scale_kernel
@@ -78,7 +78,7 @@ def launch_rows(
             stored_row_stride=ids.shape[1],
             k=ids.shape[1],
             ADD_TAIL=settings.add_tail,
-            CAPACITY=_power_of_two(ids.shape[1]),
+            CAPACITY=power_of_two(ids.shape[1]),
         )
         return
     arguments |= {"teacher_ptr": teacher_nV, "teacher_row_stride": teacher_nV.stride(0)}
@@ -111,12 +111,7 @@ def launch_scale(gradient: Tensor, factor: Tensor) -> None:
 
 def capacity(top_k: int) -> int:
     """Slots for top-k candidates: about 1.15·k of them are expected, or a few more."""
-    return max(256, _power_of_two(top_k + top_k // 2))
-
-
-def _power_of_two(value: int) -> int:
-    """The least that is not below."""
-    return 1 << (value - 1).bit_length()
+    return max(256, power_of_two(top_k + top_k // 2))
 
 
 def launch_options(vocabulary: int, buckets: bool = False) -> dict[str, int]:
@@ -178,7 +173,7 @@ def _configuration(variant: str, kind: str, form: str) -> Configuration:
         "KIND": number, "HALF": half, "BF16": bf16, **sizes, "upstream_ptr": None, "softcap": None,
     }  # fmt: skip
     if name != "full":
-        slots = capacity(int(k)) if name == "top" else _power_of_two(int(k))
+        slots = capacity(int(k)) if name == "top" else power_of_two(int(k))
         constexprs |= {"ADD_TAIL": True, "CAPACITY": slots}
     strides = ["student_row_stride", "teacher_row_stride", "d_logits_row_stride"]
     types = {

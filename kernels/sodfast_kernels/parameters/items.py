@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launch import power_of_two
+
 BLOCK_SIZE = 1024  # elements handled at a time by a program: 8 a thread
 CHUNK = 32 * BLOCK_SIZE  # elements of a program
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
@@ -52,7 +54,7 @@ class Table:
         self.numels = [tensor.numel() for tensor in tensors]
         counts = [-(-numel // CHUNK) for numel in self.numels]
         self.programs = sum(counts)
-        self.columns = max(2, triton.next_power_of_2(len(counts)))
+        self.columns = max(2, power_of_two(len(counts)))
         self.device = tensors[0].device
         firsts = [sum(counts[:index]) for index in range(len(counts))]
         self.first_programs = firsts + [NO_PROGRAM] * (self.columns - len(firsts))

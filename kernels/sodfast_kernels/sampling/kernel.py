@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import libdevice
 
-from ..launch import INTERPRETED, Configuration, on_device, words
+from ..launch import INTERPRETED, Configuration, on_device, power_of_two, words
 from ..softmax import LN2, LOG2E, MASKED, MASKED_BELOW, add_online, log_sum, masked_logit
 
 CHUNK = 8192  # logits of a program of the sweep
@@ -291,7 +291,7 @@ def sample(
     if rows == 0:
         return token, logprob, entropy
     greedy = temperature == 0
-    chunks = triton.cdiv(vocabulary, CHUNK)
+    chunks = -(-vocabulary // CHUNK)
     partial = torch.empty(rows, chunks, 4, dtype=torch.float32, device=logits.device)
     index = torch.empty(rows, chunks, dtype=torch.int32, device=logits.device)
     nucleus, best_k = top_p < 1 and not greedy, top_k is not None and not greedy
@@ -324,7 +324,7 @@ def sample(
             k=vocabulary if top_k is None else top_k,
             TOP_P=nucleus,
             TOP_K=best_k,
-            CHUNKS=triton.next_power_of_2(chunks),
+            CHUNKS=power_of_two(chunks),
             **settle_options(vocabulary, nucleus or best_k),
         )
     return token, logprob, entropy

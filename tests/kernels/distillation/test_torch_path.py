@@ -1,4 +1,4 @@
-"""The chunked backend against the fp64 definition on unrounded logits, and its bound on memory."""
+"""The PyTorch path against the fp64 definition on unrounded logits, and its bound on memory."""
 
 import subprocess
 import sys
