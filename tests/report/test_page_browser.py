@@ -1,6 +1,6 @@
 """The report in a real browser: Debian's Chromium, headless, driven by playwright.
 
-Nothing is installed here: where there is no Chromium the tests are skipped.
+Nothing is installed here: where there is no Chromium, or no playwright, the tests are skipped.
 """
 
 import shutil
@@ -24,9 +24,8 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as driver:
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    with playwright.sync_playwright() as driver:
         running = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield running
         running.close()
