@@ -1,11 +1,20 @@
-"""Inputs of the Triton kernels that several of their tests share."""
+"""Where the tests of the kernels run, and inputs that several of them share.
+
+Every call that may run a Triton kernel is given tensors on DEVICE: there the kernel is compiled on
+a machine with a GPU and interpreted on others. Random numbers are drawn on the CPU and moved, so
+that they are the same everywhere. What only PyTorch computes (the reference, the PyTorch path,
+Philox, the number formats) is tested on the CPU.
+"""
 
 from typing import Any
 
+import pytest
 import torch
 from sodfast_kernels import SampledTokens, sample_tokens
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# The marker skips a test where there is neither a GPU nor the interpreter.
+BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.triton)]
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 # A vector of tensors that 16 divides (wide accesses), odd ones, one longer than a block.
 SHAPES = [(64, 16), (3, 5), (16,), (1,), (1027,)]

@@ -11,6 +11,15 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
+from sodfast_kernels.launch import INTERPRETED  # noqa: E402
+
+CAN_RUN_TRITON = torch.cuda.is_available() or INTERPRETED
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("triton") and not CAN_RUN_TRITON:
+        pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1")
+
 
 @pytest.fixture(autouse=True)
 def quiet_interpreter() -> Iterator[None]:

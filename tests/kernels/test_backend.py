@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from kernel_inputs import DEVICE
 from sodfast_kernels import AdamW, backend, copy_teacher_, distillation_loss, sample_tokens
 from sodfast_kernels.backend import MAX_TOP_K, uses_triton
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_CPU = [torch.ones(2)]
 
 

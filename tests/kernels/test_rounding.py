@@ -4,10 +4,11 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from kernel_inputs import DEVICE
 from sodfast_kernels import philox, rounding
 from sodfast_kernels.launch import words
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = pytest.mark.triton
 COUNT = 512
 
 

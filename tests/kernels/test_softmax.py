@@ -6,9 +6,10 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from kernel_inputs import DEVICE
 from sodfast_kernels import softmax
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = pytest.mark.triton
 
 
 @triton.jit

@@ -8,14 +8,17 @@ import math
 
 import pytest
 import torch
+from kernel_inputs import DEVICE
 from sodfast_kernels import distillation_loss, reference
+
+pytestmark = pytest.mark.triton
 
 
 def test_more_candidates_than_the_buffer_holds_are_searched_exactly():
     generator = torch.Generator().manual_seed(3)
     # Three values only: thousands of equal logits around the threshold.
-    student = torch.randint(0, 3, (1, 3000), generator=generator).float()
-    teacher = torch.randn(1, 3000, generator=generator)
+    student = torch.randint(0, 3, (1, 3000), generator=generator).float().to(DEVICE)
+    teacher = torch.randn(1, 3000, generator=generator).to(DEVICE)
     logits, wide = student.clone().requires_grad_(), student.double().requires_grad_()
     distillation_loss(logits, teacher, top_k=1024, backend="triton").loss.backward()
     reference.distillation_loss(wide, teacher.double(), top_k=1024).loss.backward()
@@ -26,13 +29,14 @@ def test_more_candidates_than_the_buffer_holds_are_searched_exactly():
 @pytest.mark.parametrize("add_tail", [True, False])
 def test_a_stored_teacher_over_several_blocks(alpha, add_tail):
     generator = torch.Generator().manual_seed(5)
-    student = 2 * torch.randn(2, 3001, generator=generator)
-    logprobs, ids = (student + torch.randn(2, 3001, generator=generator)).log_softmax(-1).topk(37)
+    student = 2 * torch.randn(2, 3001, generator=generator).to(DEVICE)
+    teacher = student + torch.randn(2, 3001, generator=generator).to(DEVICE)
+    logprobs, ids = teacher.log_softmax(-1).topk(37)
     given = {
         "alpha": alpha,
         "add_tail": add_tail,
-        "target_ids": torch.tensor([int(ids[0, 3]), 7]),
-        "advantage": torch.tensor([1.0, -1.0]),
+        "target_ids": torch.tensor([int(ids[0, 3]), 7], device=DEVICE),
+        "advantage": torch.tensor([1.0, -1.0], device=DEVICE),
     }
     results = []
     for function, extra in (
@@ -48,13 +52,17 @@ def test_a_stored_teacher_over_several_blocks(alpha, add_tail):
 
 
 def test_a_stored_teacher_of_no_mass_at_all():
-    ids, nothing = torch.arange(4)[None], torch.full((1, 4), -math.inf)
+    ids = torch.arange(4, device=DEVICE)[None]
+    nothing = torch.full((1, 4), -math.inf, device=DEVICE)
     for backend in ("torch", "triton"):
         output = distillation_loss(
-            torch.zeros(1, 9), teacher_topk=(ids, nothing), backend=backend, alpha=0.5
+            torch.zeros(1, 9, device=DEVICE),
+            teacher_topk=(ids, nothing),
+            backend=backend,
+            alpha=0.5,
         )
         # Everything is in the tail: S has 5/9 there, Q all.
         s, q = torch.tensor([4 / 9, 5 / 9]), torch.tensor([1e-30, 1.0])
         m = (s + q) / 2
         expected = ((s * (s / m).log()).sum() + (q * (q / m).log()).sum()) / 2
-        torch.testing.assert_close(output.divergence[0], expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(output.divergence[0].cpu(), expected, rtol=1e-5, atol=1e-6)

@@ -2,21 +2,22 @@
 
 import pytest
 import torch
+from kernel_inputs import BACKENDS, DEVICE
 from sodfast_kernels import distillation_loss, linear_distillation_loss, reference
 
 N, H, V = 5, 4, 13
-BACKENDS = ["torch", "triton"]
 
 
 def hidden_and_head(seed=0):
     generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(N, H, generator=generator, requires_grad=True)
-    head = torch.randn(V, H, generator=generator, requires_grad=True)
-    return hidden, head, torch.randn(N, H, generator=generator), head.detach().clone()
+    hidden, head, teacher = (
+        torch.randn(rows, H, generator=generator).to(DEVICE) for rows in (N, V, N)
+    )
+    return hidden.requires_grad_(), head.requires_grad_(), teacher, head.detach().clone()
 
 
-IDS = torch.arange(N)
-ONES = torch.ones(N)
+IDS = torch.arange(N, device=DEVICE)
+ONES = torch.ones(N, device=DEVICE)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -39,8 +40,8 @@ def test_accumulating_twice_in_one_graph_and_backward_twice(backend):
             torch.testing.assert_close(actual, factor * expected)
     hidden.grad = head.grad = None
     loss = linear_distillation_loss(hidden, head, *teacher, backend=backend).loss
-    loss.backward(torch.tensor(2.0), retain_graph=True)
-    loss.backward(torch.tensor(0.5))
+    loss.backward(torch.tensor(2.0, device=DEVICE), retain_graph=True)
+    loss.backward(torch.tensor(0.5, device=DEVICE))
     torch.testing.assert_close(hidden.grad, 2.5 * once[0])
     torch.testing.assert_close(head.grad, 2.5 * once[1])
 
@@ -83,8 +84,8 @@ def test_compiled(backend, reduction):
 def test_compiled_with_arguments_that_are_one_tensor():
     """Default weights of both terms, one head for both models, one weight given twice."""
     hidden, head, teacher, _ = hidden_and_head()
-    weight = torch.full((len(IDS),), 0.1)
-    terms = {"target_ids": IDS, "advantage": torch.linspace(-1, 1, len(IDS))}
+    weight = torch.full((len(IDS),), 0.1, device=DEVICE)
+    terms = {"target_ids": IDS, "advantage": torch.linspace(-1, 1, len(IDS), device=DEVICE)}
 
     def step(hidden, head):
         first = linear_distillation_loss(2 * hidden, head, teacher, head, **terms)
@@ -101,7 +102,7 @@ def test_compiled_with_arguments_that_are_one_tensor():
 
 def test_autocast_casts_like_a_linear_layer():
     hidden, head, *teacher = hidden_and_head()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         mixed = linear_distillation_loss(hidden, head, *teacher)
         mixed.loss.backward()
     assert hidden.grad.dtype == head.grad.dtype == mixed.loss.dtype == torch.float32
@@ -112,11 +113,9 @@ def test_autocast_casts_like_a_linear_layer():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_rows(backend):
-    hidden = torch.zeros(0, H, requires_grad=True)
-    head = torch.randn(V, H, requires_grad=True)
-    output = linear_distillation_loss(
-        hidden, head, torch.zeros(0, H), head.detach(), backend=backend
-    )
+    hidden = torch.zeros(0, H, device=DEVICE, requires_grad=True)
+    head = torch.randn(V, H, device=DEVICE, requires_grad=True)
+    output = linear_distillation_loss(hidden, head, hidden.detach(), head.detach(), backend=backend)
     output.loss.backward()
     assert output.loss == 0 and output.divergence.shape == (0,)
     assert not head.grad.any() and hidden.grad.shape == (0, H)
@@ -125,8 +124,8 @@ def test_no_rows(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_stored_teacher(backend):
     generator = torch.Generator().manual_seed(4)
-    student = torch.randn(N, V, generator=generator)
-    logprobs, ids = torch.randn(N, V, generator=generator).log_softmax(-1).topk(5)
+    student, teacher = (torch.randn(N, V, generator=generator).to(DEVICE) for _ in range(2))
+    logprobs, ids = teacher.log_softmax(-1).topk(5)
     for alpha in (0, 0.3, 0.5, 1):
         for add_tail in (True, False):
             results = []

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
+from kernel_inputs import BACKENDS, DEVICE
 from sodfast_kernels import distillation_loss, linear_distillation_loss, reference
 
 INF, NAN = math.inf, math.nan
-BACKENDS = ["torch", "triton"]
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
 
 
@@ -33,7 +33,7 @@ def compare(student, teacher, backend, **given):
 @pytest.mark.parametrize("top_k, softcap", [(None, None), (4, None), (None, 3.0)])
 def test_masked_broken_and_overflowed_logits(backend, alpha, top_k, softcap):
     generator = torch.Generator().manual_seed(0)
-    student, teacher = torch.randn(2, 8, 11, generator=generator)
+    student, teacher = torch.randn(2, 8, 11, generator=generator).to(DEVICE)
     student[0, 3] = teacher[0, 3] = -INF  # masked on both sides
     student[1, 3] = -INF  # S = 0 < Q
     teacher[2, 3] = -INF  # Q = 0 < S
@@ -49,7 +49,7 @@ def test_masked_broken_and_overflowed_logits(backend, alpha, top_k, softcap):
         alpha=alpha,
         top_k=top_k,
         softcap=softcap,
-        target_ids=torch.full((8,), 3),
+        target_ids=torch.full((8,), 3, device=DEVICE),
     )
     assert output.divergence[3:7].isnan().all() and gradient[3:7].isnan().all()
     assert output.divergence[0].isfinite() and gradient[0].isfinite().all()
@@ -64,7 +64,7 @@ def test_masked_broken_and_overflowed_logits(backend, alpha, top_k, softcap):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_equal_bits_give_exactly_nothing(backend, alpha, top_k, add_tail, dtype):
     generator = torch.Generator().manual_seed(1)
-    logits = (4 * torch.randn(3, 37, generator=generator)).to(dtype)
+    logits = (4 * torch.randn(3, 37, generator=generator)).to(DEVICE, dtype)
     logits[1] *= 8  # nearly all mass on one token: the cap of the tail binds
     output, gradient = run(
         logits, logits.clone(), alpha=alpha, top_k=top_k, add_tail=add_tail, backend=backend
@@ -73,8 +73,10 @@ def test_equal_bits_give_exactly_nothing(backend, alpha, top_k, add_tail, dtype)
 
 
 def test_equal_logits_keep_the_lower_index(backend):
-    student = torch.tensor([[1.0, 2.0, 2.0, 0.0, 2.0, -0.0], [0.0, -0.0, 0.0, 0.0, 0.0, 0.0]])
-    teacher = torch.tensor([[3.0, 1.0, 0.5, 1.0, 4.0, 0.0], [1.0, 5.0, 2.0, 0.0, 7.0, 3.0]])
+    rows = [[1.0, 2.0, 2.0, 0.0, 2.0, -0.0], [0.0, -0.0, 0.0, 0.0, 0.0, 0.0]]
+    student = torch.tensor(rows, device=DEVICE)
+    rows = [[3.0, 1.0, 0.5, 1.0, 4.0, 0.0], [1.0, 5.0, 2.0, 0.0, 7.0, 3.0]]
+    teacher = torch.tensor(rows, device=DEVICE)
     for k in (1, 2, 3, 5):
         compare(student, teacher, backend, top_k=k)
         compare(student, teacher, backend, top_k=k, add_tail=False, alpha=0)
@@ -82,7 +84,7 @@ def test_equal_logits_keep_the_lower_index(backend):
 
 def test_the_teacher_is_not_read_and_nothing_leaks_where_weights_are_zero(backend):
     generator = torch.Generator().manual_seed(2)
-    student, teacher, head = torch.randn(3, 6, 6, generator=generator)
+    student, teacher, head = torch.randn(3, 6, 6, generator=generator).to(DEVICE)
     teacher[1] = NAN  # no distillation
     teacher[2] = student[2] = NAN  # no weight at all
     hidden, matrix = student.requires_grad_(), head.clone().requires_grad_()
@@ -92,10 +94,10 @@ def test_the_teacher_is_not_read_and_nothing_leaks_where_weights_are_zero(backen
         teacher,
         head,
         backend=backend,
-        distill_weight=torch.tensor([1.0, 0, 0, 1, 1, 1]),
-        target_ids=torch.tensor([0, 1, -100, 2, 3, 4]),
-        advantage=torch.tensor([1.0, 1, NAN, 1, 1, 1]),
-        policy_weight=torch.tensor([1.0, 1, 0, 0, 1, 1]),
+        distill_weight=torch.tensor([1.0, 0, 0, 1, 1, 1], device=DEVICE),
+        target_ids=torch.tensor([0, 1, -100, 2, 3, 4], device=DEVICE),
+        advantage=torch.tensor([1.0, 1, NAN, 1, 1, 1], device=DEVICE),
+        policy_weight=torch.tensor([1.0, 1, 0, 0, 1, 1], device=DEVICE),
     )
     output.loss.backward()
     assert output.loss.isfinite() and hidden.grad.isfinite().all() and matrix.grad.isfinite().all()
@@ -112,8 +114,9 @@ def test_the_teacher_is_not_read_and_nothing_leaks_where_weights_are_zero(backen
 
 
 def test_no_weight_at_all(backend):
-    student, teacher = torch.randn(2, 3, 9)
-    output, gradient = run(student, teacher, backend=backend, distill_weight=torch.zeros(3))
+    student, teacher = torch.randn(2, 3, 9, device=DEVICE)
+    weight = torch.zeros(3, device=DEVICE)
+    output, gradient = run(student, teacher, backend=backend, distill_weight=weight)
     assert output.loss == 0 and not gradient.any()
     assert all(not entries.any() for entries in (output.divergence, output.student_entropy))
 
@@ -122,13 +125,13 @@ def test_no_weight_at_all(backend):
 @pytest.mark.parametrize("rows", [1, 3])
 def test_the_ends_of_k(backend, k, rows):
     generator = torch.Generator().manual_seed(3)
-    student, teacher = torch.randn(2, rows, 17, generator=generator)
+    student, teacher = torch.randn(2, rows, 17, generator=generator).to(DEVICE)
     compare(student, teacher, backend, top_k=k, temperature=0.6)
 
 
 def test_views_that_are_not_contiguous(backend):
     generator = torch.Generator().manual_seed(4)
-    wide = torch.randn(2, 6, 24, generator=generator)
+    wide = torch.randn(2, 6, 24, generator=generator).to(DEVICE)
     student, teacher = wide[0, ::2, :11], wide[1].T[:11, :3].T
     expected, gradient = run(student.contiguous(), teacher.contiguous(), backend=backend)
     base = wide[0].clone().requires_grad_()
@@ -141,8 +144,9 @@ def test_views_that_are_not_contiguous(backend):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_small_gradients_survive_16_bit_inputs(backend, dtype):
     generator = torch.Generator().manual_seed(5)
-    student = torch.randn(4, 300, generator=generator).to(dtype)
-    teacher = (student.float() + 0.02 * torch.randn(4, 300, generator=generator)).to(dtype)
+    student = torch.randn(4, 300, generator=generator).to(DEVICE, dtype)
+    drift = 0.02 * torch.randn(4, 300, generator=generator).to(DEVICE)
+    teacher = (student.float() + drift).to(dtype)
     scale = 65536.0  # a loss scale, as fp16 training uses
     logits = student.clone().requires_grad_()
     (scale * distillation_loss(logits, teacher, backend=backend).loss).backward()

@@ -1,8 +1,11 @@
-"""The Triton kernels in the interpreter, against the fp64 definition on unrounded logits."""
+"""The Triton kernels against the fp64 definition on unrounded logits."""
 
 import pytest
 import torch
+from kernel_inputs import DEVICE
 from sodfast_kernels import distillation_loss, reference
+
+pytestmark = pytest.mark.triton
 
 # fp16 gradients wait in fp32 and are rounded as the definition's are.
 FLOOR = {torch.float32: 1e-5, torch.bfloat16: 3e-3, torch.float16: 1e-5}
@@ -31,13 +34,13 @@ def test_gradient_error_is_that_of_the_definition(alpha, top_k, dtype, policy):
         student = torch.randn(rows, vocabulary, generator=generator, dtype=torch.float64)
         student[1] *= 5
         teacher = student + drift * torch.randn(rows, vocabulary, generator=generator)
-        student, teacher = student.to(dtype), teacher.to(dtype)
+        student, teacher = student.to(DEVICE, dtype), teacher.to(DEVICE, dtype)
         given = {"alpha": alpha, "top_k": top_k, "temperature": temperature}
         if policy:
             given |= {
-                "target_ids": torch.tensor([5, 1002]),
-                "advantage": torch.tensor([0.01, -0.02]),
-                "old_logprob": torch.tensor([-7.0, -9.0]),
+                "target_ids": torch.tensor([5, 1002], device=DEVICE),
+                "advantage": torch.tensor([0.01, -0.02], device=DEVICE),
+                "old_logprob": torch.tensor([-7.0, -9.0], device=DEVICE),
                 "ratio_cap": 2.0,
             }
         check(student, teacher, given)
@@ -60,8 +63,8 @@ def check(student, teacher, given):
 @pytest.mark.parametrize("alpha", [0, 0.3, 0.5, 1])
 def test_small_divergences_are_positive_and_accurate(alpha):
     generator = torch.Generator().manual_seed(1)
-    student = 3 * torch.randn(2, 500, generator=generator)
-    teacher = student + 5e-4 * torch.randn(2, 500, generator=generator)
+    student = 3 * torch.randn(2, 500, generator=generator).to(DEVICE)
+    teacher = student + 5e-4 * torch.randn(2, 500, generator=generator).to(DEVICE)
     ours = distillation_loss(student, teacher, alpha=alpha, backend="triton")
     exact = reference.distillation_loss(student.double(), teacher.double(), alpha=alpha)
     assert exact.divergence.max() < 2e-7
@@ -72,8 +75,8 @@ def test_small_divergences_are_positive_and_accurate(alpha):
 @pytest.mark.parametrize("top_k", [None, 100])
 def test_a_real_vocabulary_and_the_same_bits_twice(top_k):
     generator = torch.Generator().manual_seed(2)
-    student = 2 * torch.randn(1, 151_936, generator=generator)
-    teacher = student + 0.05 * torch.randn(1, 151_936, generator=generator)
+    student = 2 * torch.randn(1, 151_936, generator=generator).to(DEVICE)
+    teacher = student + 0.05 * torch.randn(1, 151_936, generator=generator).to(DEVICE)
     given = {"top_k": top_k, "backend": "triton"}
     first = run(student, teacher, distillation_loss, **given)
     second = run(student, teacher, distillation_loss, **given)

@@ -1,6 +1,8 @@
 """Launches of the row kernels: arguments by their names, options, rows that lie far apart."""
 
+import pytest
 import torch
+from kernel_inputs import DEVICE
 from sodfast_kernels import distillation_loss, reference
 from sodfast_kernels.distillation import row_launch
 
@@ -36,12 +38,13 @@ def test_a_thread_has_eight_elements_and_twice_the_registers_with_buckets():
     assert full["num_warps"] == 2 * buckets["num_warps"]
 
 
+@pytest.mark.triton
 def test_rows_further_apart_than_32_bits_count():
-    base = torch.empty(2**31 + 64, dtype=torch.float16)  # untouched pages cost nothing
+    base = torch.empty(2**31 + 64, dtype=torch.float16, device=DEVICE)  # untouched pages are free
     student = base.as_strided((2, 40), (2**31, 1))
     generator = torch.Generator().manual_seed(4)
     student.copy_(torch.randn(2, 40, generator=generator))
-    teacher = torch.randn(2, 40, generator=generator)
+    teacher = torch.randn(2, 40, generator=generator).to(DEVICE)
     logits = student.detach().requires_grad_()
     output = distillation_loss(logits, teacher, top_k=5, backend="triton")
     exact = reference.distillation_loss(student.double(), teacher.double(), top_k=5)

@@ -4,9 +4,10 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from kernel_inputs import DEVICE
 from sodfast_kernels.distillation import row_terms
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = pytest.mark.triton
 COUNT = 256
 
 

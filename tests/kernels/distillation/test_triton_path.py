@@ -1,24 +1,26 @@
-"""Tiles and slabs around the row kernel, in the interpreter."""
+"""Tiles and slabs around the row kernel."""
 
 import pytest
 import torch
+from kernel_inputs import DEVICE
 from sodfast_kernels import linear_distillation_loss, reference
 from sodfast_kernels.distillation import triton_path
 
+pytestmark = pytest.mark.triton
 N, H, V = 11, 3, 45
 
 
 def tensors(dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
     shapes = ((N, H), (V, H), (N, H + 1), (V, H + 1))
-    return [torch.randn(*shape, generator=generator).to(dtype) for shape in shapes]
+    return [torch.randn(*shape, generator=generator).to(DEVICE, dtype) for shape in shapes]
 
 
 def run(function, given, dtype=torch.float32, **extra):
     hidden, head, *teacher = (tensor.to(dtype) for tensor in given)
     hidden, head = hidden.clone().requires_grad_(), head.clone().requires_grad_()
-    output = function(hidden, head, *teacher, target_ids=torch.arange(N), **extra)
-    upstream = torch.linspace(1, 2, N) if extra.get("reduction") == "none" else 1.0
+    output = function(hidden, head, *teacher, target_ids=torch.arange(N, device=DEVICE), **extra)
+    upstream = torch.linspace(1, 2, N, device=DEVICE) if extra.get("reduction") == "none" else 1.0
     (output.loss * upstream).sum().backward()
     return [*output, hidden.grad, head.grad]
 
@@ -54,14 +56,14 @@ def test_a_smaller_scratch_gives_the_same_and_too_small_a_one_is_refused():
 
 def test_the_factor_scales_in_place_and_rounds_to_nearest_even():
     generator = torch.Generator().manual_seed(1)
-    values = torch.randn(9001, generator=generator).bfloat16()
-    factor = torch.tensor(1.2345)
+    values = torch.randn(9001, generator=generator).to(DEVICE).bfloat16()
+    factor = torch.tensor(1.2345, device=DEVICE)
     expected = (values.float() * factor).bfloat16()
     scaled = triton_path.scale_(values, factor)
     assert scaled.data_ptr() == values.data_ptr()
     assert torch.equal(scaled, expected)
     before = scaled.clone()
-    assert torch.equal(triton_path.scale_(scaled, torch.tensor(1.0)), before)
+    assert torch.equal(triton_path.scale_(scaled, torch.ones_like(factor)), before)
 
 
 def on_gpu(device: str) -> list[torch.Tensor]:

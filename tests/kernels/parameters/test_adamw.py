@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from kernel_inputs import DEVICE
 from sodfast_kernels.parameters import adamw
 from sodfast_kernels.parameters.adamw import AdamW
 from sodfast_kernels.parameters.formats import join
@@ -16,7 +17,7 @@ SHAPES = [(7, 33), (256,), (1,), (300, 5)]
 def parameters(dtype: torch.dtype, seed: int = 0) -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(seed)
     return [
-        nn.Parameter((0.02 * torch.randn(s, generator=generator)).bfloat16().to(dtype))
+        nn.Parameter((0.02 * torch.randn(s, generator=generator)).bfloat16().to(DEVICE, dtype))
         for s in SHAPES
     ]
 
@@ -27,7 +28,7 @@ def set_gradients(params, step: int) -> None:
     for param in params:
         size = torch.exp(2 * torch.randn(param.shape, generator=generator)) * 1e-3
         gradient = (torch.randn(param.shape, generator=generator) * size).bfloat16()
-        param.grad = gradient.to(param.dtype)
+        param.grad = gradient.to(DEVICE, param.dtype)
 
 
 def train(params, optimizer, steps: int, first: int = 0, **arguments) -> list[torch.Tensor]:
@@ -95,7 +96,7 @@ def test_bf16_weights_keep_the_drift_of_the_fp64_trajectory(lr):
     """200 steps: rounding to nearest loses nearly everything, the three states do not."""
     count = 1 << 16
     generator = torch.Generator().manual_seed(0)
-    start = (0.02 * torch.randn(count, generator=generator)).bfloat16()
+    start = (0.02 * torch.randn(count, generator=generator)).to(DEVICE).bfloat16()
     signal = torch.randn(count, generator=generator)
     size = torch.exp(2 * torch.randn(count, generator=generator)) * 1e-4
 
@@ -107,7 +108,7 @@ def test_bf16_weights_keep_the_drift_of_the_fp64_trajectory(lr):
     for _ in range(200):
         gradient = ((signal + torch.randn(count, generator=generator)) * size).bfloat16()
         for param in (exact, nearest, *ours.values()):
-            param.grad = gradient.to(param.dtype)
+            param.grad = gradient.to(DEVICE, param.dtype)
         for optimizer in optimizers:
             optimizer.step()
 
@@ -127,13 +128,13 @@ def test_bf16_weights_keep_the_drift_of_the_fp64_trajectory(lr):
 def regression_loss(make_optimizer, seed: int, dtype: torch.dtype) -> float:
     """Mean loss of the last steps of a small network learning another one's function."""
     torch.manual_seed(1)
-    target = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 16))
+    target = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 16)).to(DEVICE)
     torch.manual_seed(10 + seed)
-    network = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 16)).to(dtype)
+    network = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 16)).to(DEVICE, dtype)
     optimizer = make_optimizer(network.parameters())
     losses = []
     for _ in range(150):
-        inputs = torch.randn(64, 16)
+        inputs = torch.randn(64, 16).to(DEVICE)
         with torch.no_grad():
             targets = target(inputs)
         loss = (network(inputs.to(dtype)).float() - targets).square().mean()
@@ -226,8 +227,8 @@ def test_a_gradient_that_is_not_finite_changes_nothing_but_the_norm(state, bad):
 
 
 def test_non_contiguous_gradients_count_as_their_values():
-    straight, turned = [nn.Parameter(torch.ones(8, 4)) for _ in range(2)]
-    straight.grad = torch.arange(32.0).view(8, 4) / 100
+    straight, turned = [nn.Parameter(torch.ones(8, 4, device=DEVICE)) for _ in range(2)]
+    straight.grad = torch.arange(32.0, device=DEVICE).view(8, 4) / 100
     turned.grad = straight.grad.T.contiguous().T
     for param in (straight, turned):
         AdamW([param], 0.1).step()
@@ -235,9 +236,9 @@ def test_non_contiguous_gradients_count_as_their_values():
 
 
 def test_in_place_updates_are_seen_by_autograd():
-    weight = nn.Parameter(torch.ones(3))
+    weight = nn.Parameter(torch.ones(3, device=DEVICE))
     loss = (weight * weight).sum()
-    weight.grad = torch.ones(3)
+    weight.grad = torch.ones_like(weight)
     AdamW([weight], 0.1).step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
@@ -245,7 +246,7 @@ def test_in_place_updates_are_seen_by_autograd():
 
 def test_memory_of_the_states():
     def state_bytes(state):
-        param = nn.Parameter(torch.zeros(1 << 16, dtype=torch.bfloat16))
+        param = nn.Parameter(torch.zeros(1 << 16, dtype=torch.bfloat16, device=DEVICE))
         param.grad = torch.zeros_like(param)
         optimizer = AdamW([param], state=state)
         optimizer.step()
@@ -296,7 +297,7 @@ def test_parameters_and_calls_that_do_not_fit_are_named():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_parts_are_stepped_as_in_the_whole(state, dtype):
     """Cut at blocks, given their positions and the norm of all gradients: bit for bit."""
-    whole = [nn.Parameter(torch.linspace(-1, 1, n).to(dtype)) for n in (1000, 31)]
+    whole = [nn.Parameter(torch.linspace(-1, 1, n).to(DEVICE, dtype)) for n in (1000, 31)]
     set_gradients(whole, 0)
     cuts = [(0, slice(0, 512)), (0, slice(512, 1000)), (1, slice(0, 31))]
     parts = [nn.Parameter(whole[index].detach()[cut].clone()) for index, cut in cuts]

@@ -7,6 +7,7 @@ from sodfast_kernels import ema_update_
 from sodfast_kernels.parameters.adamw import AdamW
 from torch import nn
 
+pytestmark = pytest.mark.triton
 COMBINATIONS = [
     (state, dtype)
     for state in ("8bit", "fp32", "exact")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_inputs import DEVICE, FLOATS, clones
 from sodfast_kernels import (
     ParameterUpdate,
     copy_teacher_,
@@ -13,12 +14,10 @@ from sodfast_kernels import (
     parameter_distance,
 )
 
-FLOATS = [torch.float32, torch.bfloat16, torch.float16]
-
 
 def tensors(seed: int, dtype: torch.dtype, shapes=((3, 5), (17,), (), (0, 4), (8, 8))):
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    return [torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in shapes]
 
 
 def oracle_distance(teacher, student) -> float:
@@ -26,10 +25,6 @@ def oracle_distance(teacher, student) -> float:
         (s.double() - t.double()).square().sum() for t, s in zip(teacher, student, strict=True)
     ]
     return torch.stack(squares).sum().sqrt().item()
-
-
-def clones(params):
-    return [param.clone() for param in params]
 
 
 @pytest.mark.parametrize("student_dtype", [*FLOATS, torch.float64])
@@ -82,8 +77,8 @@ def test_equal_parameters_are_a_fixed_point(rate, seed, step):
 
 def test_rounding_is_unbiased_and_keyed_by_seed_step_and_place():
     def moved(**key):
-        teacher = [torch.ones(40_000, dtype=torch.bfloat16)]
-        ema_update_(teacher, [torch.full((40_000,), 2.0)], 0.001, **key)
+        teacher = [torch.ones(40_000, dtype=torch.bfloat16, device=DEVICE)]
+        ema_update_(teacher, [torch.full((40_000,), 2.0, device=DEVICE)], 0.001, **key)
         return teacher[0]
 
     base = moved(seed=1, step=1)
@@ -93,7 +88,7 @@ def test_rounding_is_unbiased_and_keyed_by_seed_step_and_place():
     assert not torch.equal(base, moved(seed=2, step=1))
     assert not torch.equal(base, moved(seed=1, step=2))
     # The key is the place of the element, not how the work is cut.
-    teacher = [torch.ones(8, dtype=torch.bfloat16), torch.ones(39_992, dtype=torch.bfloat16)]
+    teacher = [part.clone() for part in torch.ones_like(base).split([8, 39_992])]
     ema_update_(teacher, [torch.full_like(t, 2.0) for t in teacher], 0.001, seed=1, step=1)
     assert torch.equal(base, torch.cat(teacher))
 
@@ -104,7 +99,7 @@ def test_chunks_do_not_change_the_result(monkeypatch):
         monkeypatch.setattr("sodfast_kernels.parameters.teacher.CHUNK", chunk)
         teacher, student = (
             [t.bfloat16() for t in tensors(7, torch.float32, [(1001,)])],
-            [torch.linspace(-1, 1, 1001)],
+            [torch.linspace(-1, 1, 1001, device=DEVICE)],
         )
         results.append((ema_update_(teacher, student, 0.3, seed=2), teacher[0]))
     assert results[0][0].item() == pytest.approx(results[1][0].item(), rel=1e-7)
@@ -127,14 +122,14 @@ def test_an_update_in_parts_is_the_update(cuts, dtype, rate):
 
 
 def test_tied_tensors_count_and_move_once():
-    head, student_head = torch.zeros(4, 6), torch.ones(4, 6)
+    head, student_head = torch.zeros(4, 6, device=DEVICE), torch.ones(4, 6, device=DEVICE)
     distance = ema_update_([head, head.view(4, 6)], [student_head, student_head], 0.5)
     assert distance.item() == pytest.approx(24**0.5)
-    assert torch.equal(head, torch.full((4, 6), 0.5))
+    assert (head == 0.5).all()
 
 
 def test_two_rows_of_one_buffer_are_not_tied():
-    flat, student = torch.zeros(2, 8), torch.ones(2, 8)
+    flat, student = torch.zeros(2, 8, device=DEVICE), torch.ones(2, 8, device=DEVICE)
     distance = copy_teacher_(list(flat), list(student))
     assert distance.item() == pytest.approx(4.0) and flat.sum() == 16
 
@@ -146,9 +141,9 @@ def test_a_teacher_tie_the_student_lacks_is_refused():
 
 
 def test_non_contiguous_tensors_are_updated_in_place():
-    storage = torch.zeros(6, 4, dtype=torch.bfloat16)
-    teacher, student = storage.T, torch.arange(24.0).view(4, 6)
-    same, other = torch.zeros(4, 6, dtype=torch.bfloat16), student.T.contiguous().T
+    storage = torch.zeros(6, 4, dtype=torch.bfloat16, device=DEVICE)
+    teacher, student = storage.T, torch.arange(24.0, device=DEVICE).view(4, 6)
+    same, other = storage.clone().view(4, 6), student.T.contiguous().T
     for _ in range(2):
         ema_update_([teacher], [student], 0.1, seed=3)
         ema_update_([same], [other], 0.1, seed=3)
@@ -156,8 +151,8 @@ def test_non_contiguous_tensors_are_updated_in_place():
 
 
 def test_parameters_that_require_gradients_stay_leaves():
-    teacher = torch.nn.Linear(3, 2)
-    student = torch.nn.Linear(3, 2)
+    teacher = torch.nn.Linear(3, 2, device=DEVICE)
+    student = torch.nn.Linear(3, 2, device=DEVICE)
     copy_teacher_(teacher.parameters(), student.parameters())
     ema_update_(teacher.parameters(), student.parameters(), 0.5)
     assert teacher.weight.is_leaf and teacher.weight.grad_fn is None
@@ -167,7 +162,8 @@ def test_parameters_that_require_gradients_stay_leaves():
 @pytest.mark.parametrize("teacher_dtype", FLOATS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_non_finite_student_never_becomes_a_number(teacher_dtype, bad):
-    teacher, student = torch.ones(9, dtype=teacher_dtype), torch.full((9,), 0.5)
+    teacher = torch.ones(9, dtype=teacher_dtype, device=DEVICE)
+    student = torch.full((9,), 0.5, device=DEVICE)
     student[4] = bad
     distance = ema_update_([teacher], [student], 0.04)
     assert not teacher[4].isfinite() and not distance.isfinite()
@@ -202,8 +198,9 @@ def test_a_bf16_teacher_follows_the_exact_average(lr):
     """200 steps of a slowly moving student: ≥ 99 % of the fp64 teacher's drift is kept."""
     count, rate = 1 << 17, 0.04
     generator = torch.Generator().manual_seed(0)
-    start = (0.02 * torch.randn(count, generator=generator)).bfloat16()
+    start = (0.02 * torch.randn(count, generator=generator)).to(DEVICE).bfloat16()
     direction = torch.randn(count, generator=generator, dtype=torch.float64).sign()
+    direction = direction.to(DEVICE)
     stochastic, nearest, exact = [start.clone()], start.clone(), start.double()
     for step in range(200):
         student = start.double() + lr * (step + 1) * direction
@@ -221,7 +218,7 @@ def test_a_bf16_teacher_follows_the_exact_average(lr):
 
 
 def test_a_part_at_its_position_is_rounded_as_in_the_whole():
-    student = torch.linspace(-1, 1, 1000)
+    student = torch.linspace(-1, 1, 1000, device=DEVICE)
     whole = student.flip(0).bfloat16()
     halves = [whole[:496].clone(), whole[496:].clone()]
     distance = ema_update_([whole], [student], 0.3, seed=5, step=2)

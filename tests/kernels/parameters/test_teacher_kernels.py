@@ -6,6 +6,8 @@ from kernel_inputs import DEVICE, FLOATS, HUGE_SEED, HUGE_STEP, clones, same_bit
 from sodfast_kernels import copy_teacher_, ema_update_, parameter_distance
 from sodfast_kernels.parameters import items
 
+pytestmark = pytest.mark.triton
+
 
 @pytest.mark.parametrize("student_dtype", FLOATS)
 @pytest.mark.parametrize("teacher_dtype", FLOATS)

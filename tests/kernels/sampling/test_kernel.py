@@ -22,6 +22,7 @@ def agree(logits, **given):
     return ours
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("given", TRUNCATIONS, ids=str)
 @pytest.mark.parametrize("vocabulary", [2, 3, 130, 1027])
 def test_the_kernel_draws_what_the_definition_draws(given, vocabulary):
@@ -30,6 +31,7 @@ def test_the_kernel_draws_what_the_definition_draws(given, vocabulary):
     agree(logits[:, :vocabulary], **given)
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("given", [{}, {"top_k": 9, "top_p": 0.8}], ids=str)
 def test_16_bit_logits(dtype, given):
@@ -38,11 +40,13 @@ def test_16_bit_logits(dtype, given):
 
 
 @pytest.mark.slow
+@pytest.mark.triton
 @pytest.mark.parametrize("given", TRUNCATIONS, ids=str)
 def test_several_chunks_and_blocks(given):
     agree(2 * torch.randn(2, 19_001, generator=torch.Generator().manual_seed(5)), **given)
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("given", TRUNCATIONS, ids=str)
 def test_ties_in_the_kernel(given):
     logits = torch.randint(0, 3, (3, 200), generator=torch.Generator().manual_seed(6)).float()
@@ -50,6 +54,7 @@ def test_ties_in_the_kernel(given):
     agree(torch.full((2, 200), -0.0).index_fill(1, torch.arange(0, 200, 2), 0.0), **given)
 
 
+@pytest.mark.triton
 @settings(max_examples=25, deadline=None)
 @given(
     st.lists(
@@ -68,6 +73,7 @@ def test_the_kernel_agrees_on_any_row(row, temperature, top_p, top_k):
         assert out.entropy.isnan().all()
 
 
+@pytest.mark.triton
 def test_rows_further_apart_than_32_bits_count():
     base = torch.empty(2**31 + 64, dtype=torch.float16, device=DEVICE)  # untouched pages are free
     logits = base.as_strided((2, 40), (2**31, 1))
