@@ -7,8 +7,9 @@ BIN := .venv/bin
 OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
 # One thread for each of the test processes: more would fight over the cores. A worker takes whole
-# stretches of neighbouring tests, so that most of what a file shares is made once.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --dist worksteal
+# stretches of neighbouring tests, so that most of what a file shares is made once. pytest compiles
+# the tests anew for every worker where PYTHONDONTWRITEBYTECODE is set, as it is in many containers.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --dist worksteal
 
 # What `make test-oldest` tests, and the interpreter its venv is made from: python3.12 on PATH,
 # which pyenv provides once it is told the version.
@@ -21,9 +22,9 @@ HAS_OLDEST = $(shell $(PYTHON_OLDEST) --version 2>/dev/null)
 demo: .venv/ready
 	$(BIN)/sodfast train out=$(OUT)
 
-# What to run after every change: all but the tests that take long or start processes.
+# What to run after every change: all but the slow tests. It names the ones that should be slow.
 quick: lint
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow" --durations=10 --durations-min=1
 
 test: lint
 	$(PYTEST)

@@ -108,6 +108,7 @@ def test_resuming_a_finished_run_changes_nothing(train: Train, tmp_path: Path) -
     assert train(out, "steps=3") == first
 
 
+@pytest.mark.slow
 def test_a_teacher_that_is_the_student_needs_no_file(
     train: Train, undisturbed: Train, tmp_path: Path
 ) -> None:
@@ -134,6 +135,7 @@ def test_lines_after_the_checkpoint_are_written_again(
     assert train(out, f"steps={STEPS}") == undisturbed("cgtr")
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(
     train: Train, undisturbed: Train, tmp_path: Path
 ) -> None:
@@ -189,6 +191,7 @@ def test_a_signal_never_tears_a_step_apart(
     assert train(out) == undisturbed("cgtr")
 
 
+@pytest.mark.slow
 def test_a_signal_during_the_first_evaluation_leaves_a_run_to_resume(
     build: Callable[..., Trainer],
     train: Train,

@@ -229,6 +229,7 @@ def test_how_a_step_is_cut_changes_only_the_rounding(runs: Train, reduction: str
     assert_close(runs(f"objective.reduction={reduction}", "steps=3", cut).lines, whole.lines)
 
 
+@pytest.mark.slow
 def test_recomputed_layers_change_no_bit(runs: Train) -> None:
     assert runs("model.gradient_checkpointing=true") == runs()
 
@@ -403,6 +404,7 @@ def test_equal_weights_and_context_have_no_gradient(runs: Train) -> None:
     assert all(line["optim/grad_norm"] <= 1e-7 for line in run.lines[1:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("updates", [2, 4])
 def test_several_updates_per_step(runs: Train, updates: int) -> None:
     run = runs(f"optimizer.updates_per_step={updates}", "steps=3")
@@ -424,7 +426,10 @@ def test_several_updates_per_step(runs: Train, updates: int) -> None:
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-@pytest.mark.parametrize(("kind", "dtype"), [("hard", "float32"), ("ema", "bfloat16")])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("hard", "float32"), pytest.param("ema", "bfloat16", marks=pytest.mark.slow)],
+)
 def test_a_nan_names_its_step_and_the_last_good_state_is_saved(
     build: Build, train: Train, runs: Train, tmp_path: Path, where: str, kind: str, dtype: str
 ) -> None:

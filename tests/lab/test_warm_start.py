@@ -164,7 +164,16 @@ def replace_by_another_lab(path: Path) -> None:
     next(other.iterdir()).replace(path)
 
 
-@pytest.mark.parametrize("damage", [flip_a_weight, cut_in_half, empty, replace_by_another_lab])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        empty,
+        *(
+            pytest.param(damage, marks=pytest.mark.slow)
+            for damage in (flip_a_weight, cut_in_half, replace_by_another_lab)
+        ),
+    ],
+)
 def test_a_damaged_entry_is_reported_and_rebuilt(
     damage: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -216,6 +225,7 @@ def test_builds_that_start_together_share_one_warm_start(
     assert all(same_bits(built[0], other) for other in built[1:])
 
 
+@pytest.mark.slow
 def test_builds_that_race_leave_one_sound_entry(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

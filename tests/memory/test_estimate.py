@@ -92,10 +92,15 @@ def measured(trainer: Trainer, phase: Callable[[], Any], *others: Tensor) -> tup
     "overrides",
     [
         [],
-        ["model.gradient_checkpointing=true", "optimizer.micro_batch_tokens=256"],
-        ["model.dtype=bfloat16", "teacher.storage=host", "objective.top_k=5"],
-        ["schedule.kind=trust_region", "optimizer.adamw=8bit"],
-        ["model.lora.rank=4", "model.dtype=bfloat16"],
+        *(
+            pytest.param(overrides, marks=pytest.mark.slow)
+            for overrides in (
+                ["model.gradient_checkpointing=true", "optimizer.micro_batch_tokens=256"],
+                ["model.dtype=bfloat16", "teacher.storage=host", "objective.top_k=5"],
+                ["schedule.kind=trust_region", "optimizer.adamw=8bit"],
+                ["model.lora.rank=4", "model.dtype=bfloat16"],
+            )
+        ),
     ],
     ids=lambda overrides: ",".join(text.partition("=")[2] for text in overrides) or "defaults",
 )
@@ -239,6 +244,7 @@ def test_the_estimate_and_the_engine_give_one_answer(
     assert estimate.refused == str(caught.value) and not estimate.fits
 
 
+@pytest.mark.slow
 def test_longer_answers_take_more_and_smaller_micro_batches_less(
     by_hand: Callable[..., Estimate],
 ) -> None:
@@ -268,6 +274,7 @@ def test_the_siblings_are_known_offline(preset: str, parameters: int) -> None:
     assert estimate.network.config.rope_parameters["rope_theta"] == 1e6
 
 
+@pytest.mark.slow
 def test_other_architectures_have_a_plan_too(tmp_path: Path) -> None:
     """What the native engine does not know runs under transformers' generate."""
     (tmp_path / "config.json").write_text(json.dumps(gemma()))

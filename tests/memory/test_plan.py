@@ -16,6 +16,7 @@ def last_line(out: str) -> Any:
     return json.loads(out.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("offline")
 def test_the_8b_preset_fits_as_the_byte_budget_says(cli: Command) -> None:
     outcome = cli("plan", "qwen3_8b_80gb")
@@ -43,6 +44,7 @@ def test_the_8b_preset_fits_as_the_byte_budget_says(cli: Command) -> None:
     assert "fits" in outcome.out and "8,190,735,360 parameters" in outcome.out
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("offline")
 def test_in_fp32_the_8b_model_does_not_fit_and_the_plan_says_what_does(cli: Command) -> None:
     outcome = cli("plan", "qwen3_8b_80gb", "model.dtype=float32")
@@ -54,6 +56,7 @@ def test_in_fp32_the_8b_model_does_not_fit_and_the_plan_says_what_does(cli: Comm
     assert Estimate(override(load_config("qwen3_8b_80gb", []), result["changes"])).fits
 
 
+@pytest.mark.slow
 def test_the_other_plans_of_the_byte_budget() -> None:
     resident = Estimate(load_config("qwen3_8b_80gb", ["teacher.storage=device"]))
     assert resident.peaks["train"] / GIB == pytest.approx(77.3, rel=0.01)  # hardly
@@ -71,6 +74,7 @@ def small(small_model: Path) -> Config:
     return load_config(None, overrides)
 
 
+@pytest.mark.slow
 def test_the_largest_micro_batch_fits_and_a_larger_one_does_not(small: Config) -> None:
     def planned(config: Config, tokens: int) -> Estimate:
         return Estimate(override(config, [f"optimizer.micro_batch_tokens={tokens}"]))
@@ -104,6 +108,7 @@ def test_where_nothing_helps_there_are_no_changes(cli: Command, small: Config) -
     assert last_line(outcome.out)["changes"] == []
 
 
+@pytest.mark.slow
 def test_several_changes_are_the_fewest(small: Config) -> None:
     config = override(small, ["optimizer.micro_batch_tokens=4096"])
     plain = Estimate(config).peaks["train"]

@@ -129,7 +129,7 @@ def test_the_kernels_run_again_after_a_trace() -> None:
 
 @pytest.mark.parametrize(
     ("contents", "recompute", "tokens"),
-    [(qwen(), False, 8), (gemma(), True, 60)],
+    [(qwen(), False, 8), pytest.param(gemma(), True, 60, marks=pytest.mark.slow)],
     ids=["qwen3", "gemma2-recomputed"],
 )
 def test_a_deep_network_is_what_two_depths_of_it_say(

@@ -322,6 +322,7 @@ def test_monotone_transforms_change_no_area(
     assert auc([transform(x) for x in high], [transform(x) for x in low]) == auc(high, low)
 
 
+@pytest.mark.slow
 @given(HEIGHTS, HEIGHTS, st.sampled_from([0.25, 2.0, 1024.0]))
 def test_a_relative_forecast_has_no_unit(high: list[float], low: list[float], unit: float) -> None:
     """Entropy in bits instead of nats announces the same collapses at the same steps."""
@@ -359,6 +360,7 @@ def test_with_one_run_each_it_is_wilsons_interval_of_one_trial() -> None:
     assert auc_interval(0.0, 1, 1) == (0.0, pytest.approx(z2 / (1 + z2)))
 
 
+@pytest.mark.slow
 @given(st.floats(0, 1), st.integers(1, 40), st.integers(1, 40))
 def test_the_interval_holds_the_area_and_mirrors(area: float, m: int, n: int) -> None:
     low, high = auc_interval(area, m, n)

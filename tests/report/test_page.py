@@ -123,6 +123,7 @@ def test_the_page_shows_the_numbers_of_the_csv(study: Path) -> None:
     assert shown["fixed"]["difference [95 %]"] == "baseline"
 
 
+@pytest.mark.slow
 def test_collapses_are_counted_with_wilsons_interval(tmp_path: Path) -> None:
     write_study(tmp_path / "s", schedule_study(seeds=2, steps=250))
     write_report(tmp_path / "s")
@@ -196,6 +197,7 @@ def test_the_page_is_self_contained(study: Path) -> None:
     assert not re.search(r"@import|<script|url\((?!#)", text)
 
 
+@pytest.mark.slow
 def test_the_same_runs_give_the_same_bytes(study: Path, tmp_path: Path) -> None:
     write_study(tmp_path / study.name, SHORT, CUT)
     write_report(tmp_path / study.name)
@@ -214,6 +216,7 @@ def test_every_figure_is_also_a_file_of_its_own(study: Path) -> None:
         assert text.removeprefix("<svg ").partition(" data-name")[2].strip() in page
 
 
+@pytest.mark.slow
 def test_one_seed_has_no_interval_and_says_so(tmp_path: Path) -> None:
     write_study(tmp_path / "s", schedule_study(seeds=1, steps=60))
     page = Page(write_report(tmp_path / "s"))
@@ -226,6 +229,7 @@ def test_one_seed_has_no_interval_and_says_so(tmp_path: Path) -> None:
     assert not any(row["low"] for row in read_table(tmp_path / "s", "curve_score"))
 
 
+@pytest.mark.slow
 def test_a_baseline_differs_in_one_axis_only(tmp_path: Path) -> None:
     """schedule × lr: each group is compared at its own learning rate."""
     axes = {"schedule": SCHEDULES[:2], "optimizer.lr": [1e-5, 1e-4], "seed": [0, 1]}
@@ -243,6 +247,7 @@ def test_a_baseline_differs_in_one_axis_only(tmp_path: Path) -> None:
     assert found["hard, every 1, lr 1e-05"] == "hard, every 1, lr 0.0001"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [9, 25])
 def test_many_groups_get_panels_or_a_map(tmp_path: Path, count: int) -> None:
     axes = {"schedule": [{"kind": "hard", "every": m + 1} for m in range(count)]}
@@ -254,7 +259,9 @@ def test_many_groups_get_panels_or_a_map(tmp_path: Path, count: int) -> None:
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule["kind"])
-@pytest.mark.parametrize("steps", [0, 1, 3, 220])
+@pytest.mark.parametrize(
+    "steps", [3, *(pytest.param(steps, marks=pytest.mark.slow) for steps in (0, 1, 220))]
+)
 def test_a_run_of_any_schedule_and_length(
     tmp_path: Path, schedule: dict[str, Any], steps: int
 ) -> None:
@@ -272,6 +279,7 @@ def test_a_run_of_any_schedule_and_length(
     assert ("gates" in page.figures) == (schedule["kind"] == "cgtr" and steps == 220)
 
 
+@pytest.mark.slow
 def test_a_truncated_last_line_is_as_if_it_had_not_been_written(tmp_path: Path) -> None:
     for name in ("whole", "cut"):
         write_run(tmp_path / name / "run", lab_run("steps=30"), 20)
@@ -356,6 +364,7 @@ def test_a_damaged_line(tmp_path: Path, line: str, match: str) -> None:
     refuse(tmp_path / "run", match)
 
 
+@pytest.mark.slow
 def test_a_directory_that_cannot_be_written(tmp_path: Path) -> None:
     write_run(tmp_path / "run", lab_run("steps=4"))
     (tmp_path / "run" / "tables").write_text("in the way")

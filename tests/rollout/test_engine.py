@@ -52,7 +52,10 @@ def build(name: str, model: LanguageModel, batch_size: int = 100) -> Engine:
     return {"hf": HFEngine, "native": NativeEngine}[name](model, batch_size)
 
 
-@pytest.mark.parametrize("truncation", [{}, {"top_p": 0.9}, {"top_k": 4, "temperature": 0.6}])
+@pytest.mark.parametrize(
+    "truncation",
+    [{}, pytest.param({"top_p": 0.9}, marks=pytest.mark.slow), {"top_k": 4, "temperature": 0.6}],
+)
 def test_a_sample_does_not_depend_on_its_batch(
     engine_name: str, any_model: LanguageModel, truncation: dict[str, Any]
 ) -> None:

@@ -17,8 +17,11 @@ from sodfast.rollout.engine import SampleKey, Sampling
 from sodfast.rollout.hf import HFEngine
 from sodfast.rollout.native import NativeEngine
 
+SOME = ("qwen3", "mistral-window")
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in NETWORKS if name not in SOME]
 
-@pytest.fixture(params=NETWORKS)
+
+@pytest.fixture(params=[*SOME, *SLOW])
 def any_model(request: pytest.FixtureRequest) -> LanguageModel:
     return tiny(request.param)
 
@@ -169,7 +172,9 @@ def test_adapters_are_heard(any_model: LanguageModel) -> None:
         move_adapters(model, seed)
 
 
-@pytest.mark.parametrize("rank", [1, 4, 5])
+@pytest.mark.parametrize(
+    "rank", [4, *(pytest.param(rank, marks=pytest.mark.slow) for rank in (1, 5))]
+)
 def test_adapters_answer_the_same_in_other_company(rank: int) -> None:
     model, prompts = with_adapters(tiny("qwen3"), rank), ragged(20)
     together = answer(NativeEngine(model, 64), prompts, 30)

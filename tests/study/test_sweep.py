@@ -107,6 +107,7 @@ def test_out_defaults_to_the_studys_name(
     assert sweep(str(stand_in(seed=[0])), []) == tmp_path / "runs" / "study" / "table.csv"
 
 
+@pytest.mark.slow
 def test_crashes_are_retried_where_they_happened_and_the_sweep_goes_on(
     stand_in: Write, tmp_path: Path
 ) -> None:
@@ -212,6 +213,7 @@ def test_options_that_do_not_fit_leave_nothing(
     refused(study, out, "no GPU")
 
 
+@pytest.mark.slow
 def test_a_changed_study_is_refused_and_more_values_are_not(
     stand_in: Write, tmp_path: Path
 ) -> None:
@@ -291,6 +293,7 @@ def ended(pid: int) -> Callable[[], bool]:
     return check
 
 
+@pytest.mark.slow
 def test_trials_end_when_their_driver_is_killed_and_go_on_with_the_next(
     stand_in: Write, driver: Driver, tmp_path: Path
 ) -> None:
@@ -309,6 +312,7 @@ def test_trials_end_when_their_driver_is_killed_and_go_on_with_the_next(
     assert starts(out, "project-slow") == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_sweep_saves_and_continues(
     stand_in: Write, driver: Driver, tmp_path: Path, number: int
@@ -342,6 +346,7 @@ def test_a_second_driver_is_refused(stand_in: Write, driver: Driver, tmp_path: P
     assert process.poll() is None and starts(out, "project-slow") == 1
 
 
+@pytest.mark.slow
 def test_a_trial_that_still_ends_is_waited_for(stand_in: Write, tmp_path: Path) -> None:
     study, out = stand_in(seed=[0, 1]), tmp_path / "out"
     (out / "logs").mkdir(parents=True)
@@ -357,6 +362,7 @@ def test_a_trial_that_still_ends_is_waited_for(stand_in: Write, tmp_path: Path) 
     assert statuses(out)["seed0"] == "done" and starts(out, "seed0") == 1
 
 
+@pytest.mark.slow
 def test_a_live_trial_never_runs_twice_under_any_kills(
     stand_in: Write, driver: Driver, tmp_path: Path
 ) -> None:

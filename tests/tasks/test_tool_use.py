@@ -207,7 +207,7 @@ def reordered(value: Any) -> Any:
             return value
 
 
-@settings(deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(values=OBJECTS)
 def test_equality_is_reflexive_and_blind_to_key_order(
     task: ToolUseTask, values: dict[str, Any]

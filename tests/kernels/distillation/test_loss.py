@@ -60,6 +60,7 @@ def test_only_the_arguments_that_require_it_get_a_gradient(backend):
     assert not output.divergence.requires_grad and not output.student_entropy.requires_grad
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_compiled(backend, reduction):
@@ -81,6 +82,7 @@ def test_compiled(backend, reduction):
     torch.testing.assert_close(logprob, step(hidden, head)[1])
 
 
+@pytest.mark.slow
 def test_compiled_with_arguments_that_are_one_tensor():
     """Default weights of both terms, one head for both models, one weight given twice."""
     hidden, head, teacher, _ = hidden_and_head()

@@ -159,6 +159,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("top_k", [None, 20])
 def test_measured_memory_stays_within_the_bound(top_k):
     bound = 32 * 2**20

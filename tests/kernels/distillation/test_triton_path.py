@@ -7,7 +7,7 @@ from sodfast_kernels import linear_distillation_loss, reference
 from sodfast_kernels.distillation import triton_path
 
 pytestmark = pytest.mark.triton
-N, H, V = 11, 3, 45
+N, H, V = 7, 2, 45
 
 
 def tensors(dtype=torch.float32):
@@ -27,14 +27,18 @@ def run(function, given, dtype=torch.float32, **extra):
 
 @pytest.mark.parametrize(
     "dtype, floor",
-    [(torch.float32, 1e-5), (torch.bfloat16, 6e-3), (torch.float16, 2e-3)],
+    [
+        (torch.float32, 1e-5),
+        pytest.param(torch.bfloat16, 6e-3, marks=pytest.mark.slow),
+        pytest.param(torch.float16, 2e-3, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("tile, slab_tokens", [(512, 100), (2, 2)])
 def test_tiles_and_slabs(monkeypatch, dtype, floor, tile, slab_tokens):
     monkeypatch.setattr(triton_path, "TILE_ROWS", tile)
     given = [tensor.to(dtype) for tensor in tensors()]
-    if slab_tokens == 2:  # 2H = 6 rows: two slabs of three tiles, the last one short
+    if slab_tokens == 2:  # 2H = 4 rows: two slabs of two tiles, the last one short
         assert triton_path._ceil(N, 2 * H) == 2
     for extra in ({}, {"top_k": 7, "reduction": "none"}):
         exact = run(reference.linear_distillation_loss, given, torch.float64, **extra)

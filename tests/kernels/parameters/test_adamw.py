@@ -91,6 +91,7 @@ def test_the_exact_master_is_fp32_training_bit_for_bit():
             assert ((narrow.double() - wide).abs() <= (wide.bfloat16() - wide).abs()).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lr", [1e-6, 1e-5])
 def test_bf16_weights_keep_the_drift_of_the_fp64_trajectory(lr):
     """200 steps: rounding to nearest loses nearly everything, the three states do not."""
@@ -145,6 +146,7 @@ def regression_loss(make_optimizer, seed: int, dtype: torch.dtype) -> float:
     return sum(losses[-30:]) / 30
 
 
+@pytest.mark.slow
 def test_8bit_tracks_torch_within_the_noise_of_the_seed():
     theirs, ours = [], []
     for seed in range(3):

@@ -193,6 +193,7 @@ def test_arguments_that_do_not_fit_are_named(teacher, student, rate, message):
         ema_update_(teacher, student, rate)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lr", [1e-6, 1e-5])
 def test_a_bf16_teacher_follows_the_exact_average(lr):
     """200 steps of a slowly moving student: ≥ 99 % of the fp64 teacher's drift is kept."""

@@ -192,6 +192,7 @@ def test_no_rows_no_tokens(backend):
     assert [len(entry) for entry in out] == [0, 0, 0] and out.token.dtype == torch.int64
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_it_compiles_into_one_graph(backend):
     def call(logits):
