@@ -36,7 +36,7 @@ def close(found: Any, expected: Any) -> bool:
     return bool(found == expected)
 
 
-@pytest.mark.parametrize("name", ["cgtr", pytest.param("ema_bf16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["cgtr", "ema_bf16"])
 def test_a_run_of_0_1_0_goes_on(
     name: str, tmp_path: Path, read_run: Callable[[Path], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -76,11 +76,7 @@ def assert_close(left: list[dict[str, Any]], right: list[dict[str, Any]]) -> Non
 
 
 @pytest.mark.parametrize(
-    ("kind", "dtype"),
-    [
-        *((kind, "float32") for kind in SCHEDULES),
-        pytest.param("cgtr", "bfloat16", marks=pytest.mark.slow),
-    ],
+    ("kind", "dtype"), [*((kind, "float32") for kind in SCHEDULES), ("cgtr", "bfloat16")]
 )
 def test_the_lines_hold_the_keys_of_their_schedule(
     train: Train, tmp_path: Path, kind: str, dtype: str
@@ -323,7 +319,6 @@ def gradient(build: Build, out: Path, rollouts: Any, *overrides: str) -> torch.T
     return grads[0]
 
 
-@pytest.mark.slow
 def test_bf16_gradients_point_where_fp32_ones_do(build: Build, tmp_path: Path) -> None:
     """However a step is cut: each of the 16 sums over micro-batches rounds at 2⁻⁹."""
     trainer = build(tmp_path / "rollouts")
@@ -389,11 +384,7 @@ def test_a_group_without_success_is_not_distilled(
 
 
 @pytest.mark.parametrize(
-    "cut",
-    [
-        "optimizer.micro_batch_tokens=1000",
-        pytest.param("optimizer.micro_batch_tokens=1", marks=pytest.mark.slow),
-    ],
+    "cut", ["optimizer.micro_batch_tokens=1000", "optimizer.micro_batch_tokens=1"]
 )
 def test_equal_weights_and_context_do_not_diverge(runs: Train, cut: str) -> None:
     run = runs("teacher.context=none", "schedule.kind=hard", "schedule.every=1", "steps=3", cut)
@@ -467,7 +458,6 @@ def test_a_nan_names_its_step_and_the_last_good_state_is_saved(
     assert train(out) == runs(*overrides)
 
 
-@pytest.mark.slow
 def test_a_nan_in_a_later_update_of_a_step_keeps_the_checkpoint_before(
     build: Build, train: Train, tmp_path: Path
 ) -> None:
@@ -549,7 +539,6 @@ def test_weights_that_are_not_finite_name_their_step(
     assert all(tensor.isfinite().all() for tensor in stored.student.values())
 
 
-@pytest.mark.slow
 def test_runaway_length_collapses(runs: Train) -> None:
     collapse = ("collapse.length_fraction=0.1", "collapse.length_steps=2")
     stopped = runs(*collapse, "collapse.stop=true", "steps=5")

@@ -1,11 +1,15 @@
 """Triton: philox.py's random bits, and rounding to 16 bits: stochastic, or to nearest even.
 
-Done in integers, so that the results are those of the PyTorch path bit for bit, and those of the
-interpreter too, which truncates to bf16 where a GPU rounds.
+Stochastic rounding is done in integers, so that its results are those of the PyTorch path bit for
+bit. To nearest even it is the GPU's own conversion; the interpreter, which would truncate, takes
+the integers.
 """
 
 import triton
 import triton.language as tl
+
+# What one instruction of a GPU does, the interpreter needs several for.
+NATIVE = tl.constexpr(not triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -35,9 +39,12 @@ def random_bits(first_group, seed_low, seed_high, step_low, step_high, GROUPS: t
 @triton.jit
 def round_bf16(x):
     """The bits of x in bf16, to nearest even."""
-    bits = x.to(tl.int32, bitcast=True)
-    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    return tl.where(x != x, 0x7FC0, bits).to(tl.int16)
+    if NATIVE:
+        return x.to(tl.bfloat16).to(tl.int16, bitcast=True)
+    else:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return tl.where(x != x, 0x7FC0, bits).to(tl.int16)
 
 
 @triton.jit

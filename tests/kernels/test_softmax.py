@@ -13,20 +13,26 @@ pytestmark = pytest.mark.triton
 
 
 @triton.jit
-def row_kernel(z_ptr, out_ptr, count, scale2, BLOCK_SIZE: tl.constexpr):
-    lanes = tl.arange(0, BLOCK_SIZE)
-    peak = tl.zeros([BLOCK_SIZE], tl.float32) + softmax.MASKED
-    total = tl.zeros([BLOCK_SIZE], tl.float32)
-    moment = total
-    for start in range(0, count, BLOCK_SIZE):
-        ids = start + lanes
-        z = tl.load(z_ptr + ids, mask=ids < count, other=0.0)
-        z = softmax.masked_logit(z, ids < count, None)
-        peak, total, moment, _, _ = softmax.add_online(z, peak, total, moment, scale2)
-    log_sum2, entropy, top, log_mass2 = softmax.log_sum(peak, total, moment, scale2)
+def row_kernel(z_ptr, out_ptr, count, scale2, BLOCK_SIZE: tl.constexpr, COLUMNS: tl.constexpr):
+    tile = softmax.tile_ids(BLOCK_SIZE, COLUMNS)
+    sums = softmax.no_sums(BLOCK_SIZE // COLUMNS)
+    whole = count // BLOCK_SIZE * BLOCK_SIZE
+    for start in range(0, whole, BLOCK_SIZE):
+        z = softmax.load_tile(z_ptr, start + tile, count, None, False)
+        sums, _, _ = softmax.add_tile(z, sums, scale2)
+    if whole < count:
+        z = softmax.load_tile(z_ptr, whole + tile, count, None, True)
+        sums, _, _ = softmax.add_tile(z, sums, scale2)
+    log_sum2, entropy, top, log_mass2 = softmax.log_sum(sums, scale2)
     tl.store(out_ptr, log_sum2)
     tl.store(out_ptr + 1, entropy)
     tl.store(out_ptr + 2, top * scale2 + log_mass2)
+
+
+@triton.jit
+def load_kernel(z_ptr, out_ptr, count, softcap, BLOCK_SIZE: tl.constexpr, COLUMNS: tl.constexpr):
+    tile = softmax.tile_ids(BLOCK_SIZE, COLUMNS)
+    tl.store(out_ptr + tile, softmax.load_tile(z_ptr, tile, count, softcap, True))
 
 
 @triton.jit
@@ -38,14 +44,15 @@ def cap_kernel(z_ptr, out_ptr, softcap, COUNT: tl.constexpr):
 
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 2.0])
-@pytest.mark.parametrize("count", [1, 16, 100])
+@pytest.mark.parametrize("count", [1, 16, 100, 128])
 @pytest.mark.parametrize("masked", [False, True])
 def test_log_sum_exp_and_entropy(temperature, count, masked):
     z = 5 * torch.randn(count, generator=torch.Generator().manual_seed(count))
     if masked and count > 1:
         z[::3] = -math.inf
     out = torch.empty(3, device=DEVICE)
-    row_kernel[(1,)](z.to(DEVICE), out, count, math.log2(math.e) / temperature, BLOCK_SIZE=16)
+    scale2 = math.log2(math.e) / temperature
+    row_kernel[(1,)](z.to(DEVICE), out, count, scale2, BLOCK_SIZE=16, COLUMNS=4)
     log_p = (z.double() / temperature).log_softmax(0)
     entropy = torch.special.entr(log_p.exp()).sum()
     log_sum2 = (z.double() / temperature).logsumexp(0) * math.log2(math.e)
@@ -56,8 +63,18 @@ def test_log_sum_exp_and_entropy(temperature, count, masked):
 def test_a_row_without_mass_is_nan():
     out = torch.empty(3, device=DEVICE)
     z = torch.full((20,), -math.inf, device=DEVICE)
-    row_kernel[(1,)](z, out, 20, 1.0, BLOCK_SIZE=16)
+    row_kernel[(1,)](z, out, 20, 1.0, BLOCK_SIZE=16, COLUMNS=4)
     assert out.isnan().all()
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_what_lies_behind_the_vocabulary_has_no_mass(softcap):
+    z = torch.tensor([1.0, -math.inf, math.nan, 2.0] + 12 * [7.0], device=DEVICE)
+    out = torch.empty(16, device=DEVICE)
+    load_kernel[(1,)](z, out, 4, softcap, BLOCK_SIZE=16, COLUMNS=4)
+    inside = z[:4].cpu() if softcap is None else 5.0 * torch.tanh(z[:4].cpu() / 5.0)
+    expected = torch.cat([inside.clamp(min=-1e30), torch.full((12,), -1e30)])
+    torch.testing.assert_close(out.cpu(), expected, equal_nan=True)
 
 
 def test_the_softcap_and_its_derivative():

@@ -136,7 +136,6 @@ def test_a_second_build_loads_and_a_first_one_shows_progress(tmp_path: Path) -> 
     assert second.config.eos_token_id == tokenizer.eos_token_id
 
 
-@pytest.mark.slow
 def test_the_cache_directory_comes_from_the_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -145,8 +145,7 @@ def test_the_text_shows_both_and_says_where_they_part(tmp_path: Path) -> None:
         (["schedule.kind=fixed"], [], 10),
         (["schedule.kind=ema"], [], 1),
         (["schedule.kind=trust_region"], [], 1),
-        # Other values, the same decisions.
-        pytest.param(["schedule.max_tail_ratio=4"], [10], None, marks=pytest.mark.slow),
+        (["schedule.max_tail_ratio=4"], [10], None),  # other values, the same decisions
     ],
 )
 def test_other_kinds(

@@ -198,9 +198,7 @@ def optimizer_tensors(model: LanguageModel, optimizer: torch.optim.Optimizer) ->
     }
 
 
-@pytest.mark.parametrize(
-    "limit", [20_000, *(pytest.param(limit, marks=pytest.mark.slow) for limit in (300, 300_000))]
-)
+@pytest.mark.parametrize("limit", [300, 20_000, 300_000])
 def test_a_full_disk_while_training(
     build: Callable[..., Trainer], read_run: Callable[..., Any], tmp_path: Path, limit: int
 ) -> None:

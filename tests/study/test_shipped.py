@@ -10,8 +10,6 @@ from sodfast.config import ArithmeticConfig
 from sodfast.study.definition import STUDIES, Study, load_study
 
 FILES = sorted(STUDIES.glob("*.yaml"))
-LAB = [path for path in FILES if path.stem.endswith("_lab")]
-LARGE = [pytest.param(path, marks=pytest.mark.slow) for path in FILES if path not in LAB]
 README = (STUDIES / "README.md").read_text()
 # `study` | question | in the paper | runs × steps of _lab | its time | runs × steps of _qwen3_8b
 ROW = re.compile(r"^\| `(\w+)` \|.*\| ([^|]+) \| [^|]+ \| ([^|]+) \|$", re.MULTILINE)
@@ -32,7 +30,7 @@ def test_the_readme_lists_every_study() -> None:
     assert set(LISTED) == {path.stem for path in FILES}
 
 
-@pytest.mark.parametrize("path", LAB + LARGE, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_study_expands_to_what_it_says(path: Path) -> None:
     study = shipped(path.stem)
     trials = study.trials()

@@ -224,7 +224,7 @@ NEAR_OBJECTS = st.dictionaries(
 )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(deadline=None)
 @given(left=OBJECTS | NEAR_OBJECTS, right=OBJECTS | NEAR_OBJECTS)
 def test_equality_is_that_of_json_and_symmetric(
     task: ToolUseTask, left: dict[str, Any], right: dict[str, Any]

@@ -7,11 +7,14 @@ from torch import Tensor
 
 from ..launch import Configuration, power_of_two
 from .arguments import Call
-from .bucket_kernels import stored_kernel, top_k_kernel
+from .bucket_kernels import stored_kernel
 from .row_kernel import full_kernel, scale_kernel
 from .row_terms import FORWARD, JSD, REVERSE
+from .top_k_kernel import top_k_kernel
 
 SCALE_BLOCK_SIZE = 4096
+# Programs of the scale kernel, more than any GPU runs at once.
+SCALE_PROGRAMS = 2048
 
 
 def launch_rows(
@@ -65,7 +68,7 @@ def launch_rows(
         "KIND": {0.0: FORWARD, 1.0: REVERSE}.get(settings.alpha, JSD),
         "HALF": settings.alpha == 0.5,
         "BF16": bf16,
-        **launch_options(sides.vocabulary, settings.top_k is not None or teacher_nV is None),
+        **SIZES,
     }
     grid = (count,)
     if teacher_nV is None:
@@ -85,21 +88,26 @@ def launch_rows(
     if settings.top_k is None:
         full_kernel[grid](**arguments)
         return
-    slots = capacity(settings.top_k)
-    top_k_kernel[grid](
-        **arguments,
-        values_ptr=student_nV.new_empty(count, 2, slots, dtype=torch.float32),
-        ids_ptr=student_nV.new_empty(count, slots, dtype=torch.int32),
-        k=settings.top_k,
-        ADD_TAIL=settings.add_tail,
-        CAPACITY=slots,
-    )
+    options = top_k_options(settings.top_k, sides.vocabulary)
+    lanes, slots = lane_count(options), options["CAPACITY"]
+    arguments |= options
+    arguments |= {
+        "lanes_ptr": student_nV.new_empty(count, 7, lanes, dtype=torch.float32),
+        "hot_ptr": student_nV.new_empty(count, lanes, dtype=torch.int32),
+        "values_ptr": student_nV.new_empty(count, 2, slots, dtype=torch.float32),
+        "ids_ptr": student_nV.new_empty(count, slots, dtype=torch.int32),
+        "overflow_ptr": student_nV.new_empty(count, dtype=torch.int32),
+        "k": settings.top_k,
+        "ADD_TAIL": settings.add_tail,
+    }
+    top_k_kernel[grid](**arguments, SEARCH=False)
+    top_k_kernel[grid](**arguments, SEARCH=True)
 
 
 def launch_scale(gradient: Tensor, factor: Tensor) -> None:
     """gradient ← factor · gradient, in place."""
     count, bf16 = gradient.numel(), gradient.dtype == torch.bfloat16
-    scale_kernel[(-(-count // SCALE_BLOCK_SIZE),)](
+    scale_kernel[(min(-(-count // SCALE_BLOCK_SIZE), SCALE_PROGRAMS),)](
         values_ptr=gradient.view(torch.int16) if bf16 else gradient,
         factor_ptr=factor,
         count=count,
@@ -114,17 +122,32 @@ def capacity(top_k: int) -> int:
     return max(256, power_of_two(top_k + top_k // 2))
 
 
-def launch_options(vocabulary: int, buckets: bool = False) -> dict[str, int]:
-    """Block, pipeline stages and warps: eight elements a thread, so bf16 is stored 16 bytes wide.
+# Eight neighbouring elements a thread, so bf16 is stored 16 bytes wide. Programs of four warps wait
+# for few others between two sweeps, and many of them on a multiprocessor fill those gaps.
+SIZES = {"BLOCK_SIZE": 1024, "COLUMNS": 8, "num_warps": 4}
 
-    buckets: for the kernels with buckets, which have more to remember and so get the registers of
-        half as many threads.
-    """
-    if vocabulary <= 1024:
-        return {"BLOCK_SIZE": 1024, "STAGES": 1, "num_warps": 4}
-    if buckets:
-        return {"BLOCK_SIZE": 2048, "STAGES": 3, "num_warps": 8}
-    return {"BLOCK_SIZE": 4096, "STAGES": 3, "num_warps": 16}
+
+def top_k_scratch(top_k: int, vocabulary: int) -> int:
+    """Bytes of what the top-k kernel keeps of a row between its sweeps."""
+    options = top_k_options(top_k, vocabulary)
+    return 32 * lane_count(options) + 12 * options["CAPACITY"] + 4
+
+
+def lane_count(options: dict[str, int]) -> int:
+    """Lanes of a row, from `top_k_options`."""
+    return options["SEGMENTS"] * SIZES["BLOCK_SIZE"] // SIZES["COLUMNS"]
+
+
+def top_k_options(top_k: int, vocabulary: int) -> dict[str, int]:
+    """The constants of top_k_kernel beside `SIZES`: 1,024 lanes of a large vocabulary, or twice as
+    many, so that few more than k of its elements reach the k-th greatest of their maxima."""
+    tiles = -(-vocabulary // SIZES["BLOCK_SIZE"])
+    segments = min(8 if top_k <= 512 else 16, power_of_two(tiles))
+    return {
+        "CAPACITY": capacity(top_k),
+        "SEGMENTS": segments,
+        "ROUNDS": -(-tiles // segments),
+    }
 
 
 # The logits' type, that of the d-logits as the kernel sees them, and whether they are bf16.
@@ -135,6 +158,7 @@ FORMS = {
     "fp16": ("*fp16", "*fp32", False),
 }
 KINDS = {"forward": (0, False), "reverse": (1, False), "jsd": (2, True), "any": (2, False)}
+VARIANTS = ("full", "top_20", "top_100", "top_1024", "search_100", "search_1024", "stored_100")
 
 
 def production_configurations() -> list[Configuration]:
@@ -145,7 +169,7 @@ def production_configurations() -> list[Configuration]:
     found = []
     for form in FORMS:
         for kind in KINDS:
-            for variant in ("full", "top_100", "top_1024", "stored_100"):
+            for variant in VARIANTS:
                 if form == "fp32" or kind == "jsd" or (form == "bf16" and variant == "full"):
                     found.append(_configuration(variant, kind, form))
     for name, values, bf16 in (("bf16", "*i16", True), ("fp32", "*fp32", False)):
@@ -166,20 +190,22 @@ def _configuration(variant: str, kind: str, form: str) -> Configuration:
     logits, d_logits, bf16 = FORMS[form]
     number, half = KINDS[kind]
     name, _, k = variant.partition("_")
+    search = name == "search"
+    name = "top" if search else name
     kernel = {"full": full_kernel, "top": top_k_kernel, "stored": stored_kernel}[name]
-    sizes = launch_options(151_936, buckets=name != "full")
-    warps = {"num_warps": sizes.pop("num_warps")}
+    sizes = {key: SIZES[key] for key in ("BLOCK_SIZE", "COLUMNS")}
     constexprs: dict[str, Any] = {
         "KIND": number, "HALF": half, "BF16": bf16, **sizes, "upstream_ptr": None, "softcap": None,
     }  # fmt: skip
-    if name != "full":
-        slots = capacity(int(k)) if name == "top" else power_of_two(int(k))
-        constexprs |= {"ADD_TAIL": True, "CAPACITY": slots}
+    if name == "top":
+        constexprs |= {"ADD_TAIL": True, "SEARCH": search, **top_k_options(int(k), 151_936)}
+    elif name == "stored":
+        constexprs |= {"ADD_TAIL": True, "CAPACITY": power_of_two(int(k))}
     strides = ["student_row_stride", "teacher_row_stride", "d_logits_row_stride"]
     types = {
         **dict.fromkeys(["student_ptr", "teacher_ptr"], logits),
         "d_logits_ptr": d_logits,
-        "ids_ptr": "*i32",
+        **dict.fromkeys(["ids_ptr", "hot_ptr", "overflow_ptr"], "*i32"),
         **dict.fromkeys(["target_ptr", "stored_ids_ptr"], "*i64"),
         **dict.fromkeys([*strides, "vocabulary", "width"], "i32:16"),
         **dict.fromkeys(["stats_row_stride", "stored_row_stride", "k"], "i32"),
@@ -193,6 +219,6 @@ def _configuration(variant: str, kind: str, form: str) -> Configuration:
         kernel=kernel,
         signature={argument: types.get(argument, "*fp32") for argument in arguments},
         constexprs=constexprs,
-        options=warps,
+        options={"num_warps": SIZES["num_warps"]},
         streamed=[argument for argument in streamed if argument in arguments],
     )

@@ -2,15 +2,30 @@
 
 Teacher and student nearly agree, so everything is built from δ = log q − log s, taken as
 (z_q − z_s)/T − (L_q − L_s): the first difference is nearly exact, and an error in the log-sum-exps
-L shifts a whole row, which the gradient s_j (g_j − E) takes out again. From δ come expm1(−|δ|) and
-log1p, by series where they would cancel. Names ending in 2 are in base 2.
+L shifts a whole row, which the gradient s_j (g_j − E) takes out again. From δ come tanh(δ/2) and
+log cosh(δ/2), by polynomials where a difference would cancel. Names ending in 2 are in base 2: δ2
+and the summands of D in bits.
 """
 
 import triton
 import triton.language as tl
 
 from ..rounding import round_bf16
-from ..softmax import LN2, MASKED_BELOW, expm1_negative, masked_logit
+from ..softmax import (
+    LN2,
+    LOG2E,
+    MASKED_BELOW,
+    add_tile,
+    expm1_negative,
+    fast_log2,
+    load_raw,
+    load_tile,
+    log_sum,
+    masked_logit,
+    no_sums,
+    soft_cap,
+    tile_ids,
+)
 
 TAIL_FLOOR = tl.constexpr(9.9999995e-08)
 LOG_RATIO_BOUND = tl.constexpr(20.0)
@@ -22,8 +37,8 @@ LOSS, DIVERGENCE, STUDENT_ENTROPY, TEACHER_ENTROPY, STUDENT_LOGPROB, TEACHER_LOG
 
 
 @triton.jit
-def _log1p_negative(u, HALF: tl.constexpr):
-    """log(1 + u) for −1 < u ≤ 0; HALF promises u ≥ −1/2, where the series holds everywhere."""
+def _log1p_negative(u):
+    """log(1 + u) for −1 < u ≤ 0."""
     r = u / (u + 2.0)
     square = r * r
     series = 2.0 / 15
@@ -34,49 +49,93 @@ def _log1p_negative(u, HALF: tl.constexpr):
     series = series * square + 2.0 / 5
     series = series * square + 2.0 / 3
     series = (series * square + 2.0) * r
-    if HALF:
-        return series
     return tl.where(u > -0.5, series, tl.log(1.0 + u))
 
 
 @triton.jit
-def bucket_terms(delta2, s, q, alpha, KIND: tl.constexpr, HALF: tl.constexpr):
-    """A bucket's summand of D and s·g, g = ∂D/∂s, from δ and both masses. Never overflows."""
-    delta = delta2 * LN2
-    shrink = expm1_negative(-tl.abs(delta))
-    if KIND == JSD:
-        if HALF:
-            # log m − max(log s, log q)
-            log_mix = _log1p_negative(0.5 * shrink, HALF)
-            slope = -0.5 * s * (tl.maximum(delta, 0.0) + log_mix)
-            return slope + 0.5 * q * (tl.minimum(delta, 0.0) - log_mix), slope
-        side = tl.where(delta > 0, 1.0 - alpha, alpha)
-        log_mix = _log1p_negative(side * shrink, HALF)
-        slope = (alpha - 1.0) * s * (tl.maximum(delta, 0.0) + log_mix)
-        return slope + alpha * q * (tl.minimum(delta, 0.0) - log_mix), slope
-    # q − s, exact also where they nearly agree
-    excess = tl.maximum(s, q) * tl.where(delta > 0, -shrink, shrink)
-    if KIND == FORWARD:
-        return q * delta - excess, -excess
-    slope = -s * delta
-    return excess + slope, slope
+def log_cosh2(delta2):
+    """log2 cosh(δ/2) for |δ2| < 0.7: a minimax polynomial of it over δ2², relative error 1e-7."""
+    square = delta2 * delta2
+    series = 5.40999825585e-05 * square - 1.73423771879e-03
+    return (series * square + 8.66433903637e-02) * square
 
 
 @triton.jit
-def diverges(z_s, z_q, valid, KIND: tl.constexpr):
+def log_mix2(delta2):
+    """log2 m − max(log2 s, log2 q) of m = (s + q) / 2."""
+    size = tl.abs(delta2)
+    far = fast_log2(0.5 * tl.exp2(-size) + 0.5)
+    return tl.where(size < 0.7, log_cosh2(delta2) - 0.5 * size, far)
+
+
+@triton.jit
+def _excess2(delta2, s, q):
+    """(q − s)·log2 e, as (q + s)·tanh(δ/2) where they nearly agree: a minimax polynomial of
+    tanh(δ/2)·log2(e)/δ2 over δ2², relative error 5e-8."""
+    square = delta2 * delta2
+    series = -4.39687197125e-05 * square + 9.60711266855e-04
+    series = series * square - 2.00187354080e-02
+    series = series * square + 0.5
+    return tl.where(tl.abs(delta2) < 0.8, (q + s) * (series * delta2), (q - s) * LOG2E)
+
+
+@triton.jit
+def unit(KIND: tl.constexpr, HALF: tl.constexpr):
+    """Nats of one unit of `bucket_terms`."""
+    if KIND == JSD and HALF:
+        return 0.5 * LN2
+    else:
+        return LN2
+
+
+@triton.jit
+def bucket_terms(delta2, s, q, alpha, KIND: tl.constexpr, HALF: tl.constexpr):
+    """A bucket's summand of D and s·g, g = ∂D/∂s, from δ2 and both masses, both in `unit`s. Never
+    overflows."""
+    if KIND == JSD:
+        if HALF:
+            mix2 = log_mix2(delta2)
+            slope = -s * (tl.maximum(delta2, 0.0) + mix2)
+            return slope + q * (tl.minimum(delta2, 0.0) - mix2), slope
+        else:
+            shrink = expm1_negative(-tl.abs(delta2) * LN2)
+            side = tl.where(delta2 > 0, 1.0 - alpha, alpha)
+            mix2 = _log1p_negative(side * shrink) * LOG2E
+            slope = (alpha - 1.0) * s * (tl.maximum(delta2, 0.0) + mix2)
+            return slope + alpha * q * (tl.minimum(delta2, 0.0) - mix2), slope
+    else:
+        excess2 = _excess2(delta2, s, q)
+        if KIND == FORWARD:
+            return q * delta2 - excess2, -excess2
+        else:
+            slope = -s * delta2
+            return excess2 + slope, slope
+
+
+@triton.jit
+def diverges(z_s, z_q, KIND: tl.constexpr):
     """1 where this token alone makes the KL infinite."""
     if KIND == FORWARD:
-        return tl.where(valid & (z_s < MASKED_BELOW) & (z_q > MASKED_BELOW), 1, 0)
-    return tl.where(valid & (z_q < MASKED_BELOW) & (z_s > MASKED_BELOW), 1, 0)
+        return tl.where((z_s < MASKED_BELOW) & (z_q > MASKED_BELOW), 1, 0)
+    else:
+        return tl.where((z_q < MASKED_BELOW) & (z_s > MASKED_BELOW), 1, 0)
 
 
 @triton.jit
 def store_gradient(pointer, value, mask, BF16: tl.constexpr):
-    """Stores fp32, or bf16 through a pointer to 16-bit integers."""
+    """Stores fp32, or bf16 through a pointer to 16-bit integers; `mask` may be None."""
     if BF16:
-        tl.store(pointer, round_bf16(value), mask=mask)
+        value = round_bf16(value)
+    tl.store(pointer, value, mask=mask)
+
+
+@triton.jit
+def store_tile(row_ptr, ids, value, width, BF16: tl.constexpr, LAST: tl.constexpr):
+    """d-logits of a tile; of the LAST one what is below `width`."""
+    if LAST:
+        store_gradient(row_ptr + ids, value, ids < width, BF16)
     else:
-        tl.store(pointer, value, mask=mask)
+        store_gradient(row_ptr + ids, value, None, BF16)
 
 
 @triton.jit
@@ -91,18 +150,22 @@ def row_weights(row, distill_ptr, policy_ptr):
 
 
 @triton.jit
-def target_logprob2(base_ptr, target, wanted, log_sum2, scale2, softcap, vocabulary):
-    """Log-prob of one token in base 2; NaN for an id outside the vocabulary."""
+def load_target(row_ptr, target, vocabulary):
+    """The logit of one token as it is; NaN for an id outside the vocabulary."""
     inside = (target >= 0) & (target < vocabulary)
-    z = tl.load(base_ptr + target, mask=wanted & inside, other=0.0).to(tl.float32)
-    z = masked_logit(z, True, softcap)
-    logprob2 = tl.where(z < MASKED_BELOW, log_sum2 * 0.0 - float("inf"), z * scale2 - log_sum2)
-    return tl.where(inside, logprob2, float("nan"))
+    return tl.load(row_ptr + target, mask=inside, other=float("nan")).to(tl.float32)
 
 
 @triton.jit
-def save(stats_ptr, stats_row_stride, row, entry: tl.constexpr, value, counts):
-    tl.store(stats_ptr + entry * stats_row_stride + row, tl.where(counts, value, 0.0))
+def target_logprob2(row_ptr, target, log_sum2, scale2, softcap, vocabulary):
+    """Log-prob of one token in base 2; NaN for an id outside the vocabulary."""
+    z = masked_logit(load_target(row_ptr, target, vocabulary), softcap)
+    return tl.where(z < MASKED_BELOW, log_sum2 * 0.0 - float("inf"), z * scale2 - log_sum2)
+
+
+@triton.jit
+def save(stats_ptr, stats_row_stride, row, entry: tl.constexpr, value):
+    tl.store(stats_ptr + entry * stats_row_stride + row, value)
 
 
 @triton.jit
@@ -138,8 +201,8 @@ def _policy(
 @triton.jit
 def sampled_token(
     row, student_ptr, stats_ptr, target_ptr, advantage_ptr, policy_ptr, old_ptr, upstream_ptr,
-    stats_row_stride, vocabulary, log_s2, scale2, weight, active, inverse_temperature, softcap,
-    clip_low, clip_high, ratio_cap,
+    stats_row_stride, vocabulary, log_s2, scale2, weight, inverse_temperature, softcap, clip_low,
+    clip_high, ratio_cap,
 ):  # fmt: skip
     """What depends on the sampled token alone: the token (−1 without one), the distillation weight
     times the capped ratio, the factor of the row's gradient, the policy loss and its `d_target`.
@@ -151,11 +214,10 @@ def sampled_token(
     d_target = 0.0
     target = -1
     if target_ptr is not None:
-        target = tl.load(target_ptr + row, mask=active, other=0)
-        logprob = LN2 * target_logprob2(
-            student_ptr, target, active, log_s2, scale2, softcap, vocabulary
-        )
-        save(stats_ptr, stats_row_stride, row, STUDENT_LOGPROB, logprob, active)
+        target = tl.load(target_ptr + row)
+        logprob2 = target_logprob2(student_ptr, target, log_s2, scale2, softcap, vocabulary)
+        logprob = logprob2 * LN2
+        save(stats_ptr, stats_row_stride, row, STUDENT_LOGPROB, logprob)
         weight, policy_loss, d_target = _policy(
             row, logprob, weight, scale, advantage_ptr, policy_ptr, old_ptr, clip_low, clip_high,
             ratio_cap,
@@ -164,8 +226,102 @@ def sampled_token(
 
 
 @triton.jit
-def save_loss(stats_ptr, stats_row_stride, row, divergence, weight, policy_loss, distilled, active):
+def save_loss(stats_ptr, stats_row_stride, row, divergence, weight, policy_loss):
     """The row's divergence and its share of the loss."""
-    save(stats_ptr, stats_row_stride, row, DIVERGENCE, divergence, distilled)
-    loss = policy_loss + tl.where(distilled, weight * divergence, 0.0)
-    save(stats_ptr, stats_row_stride, row, LOSS, loss, active)
+    save(stats_ptr, stats_row_stride, row, DIVERGENCE, divergence)
+    save(stats_ptr, stats_row_stride, row, LOSS, policy_loss + weight * divergence)
+
+
+@triton.jit
+def store_target(d_logits_ptr, target, value, z_s, softcap, vocabulary, BF16: tl.constexpr):
+    """The d-logit of the sampled token, over what the sweep has written there."""
+    if softcap is not None:
+        _, slope = soft_cap(z_s, softcap)
+        value *= slope
+    tl.debug_barrier()
+    store_gradient(d_logits_ptr + target, value, (target >= 0) & (target < vocabulary), BF16)
+
+
+@triton.jit
+def student_sums(
+    student_ptr, vocabulary, softcap, scale2, BLOCK_SIZE: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Sums of one row's log-sum-exp and entropy, where the teacher's row is not read."""
+    tile = tile_ids(BLOCK_SIZE, COLUMNS)
+    sums = no_sums(BLOCK_SIZE // COLUMNS)
+    whole = vocabulary // BLOCK_SIZE * BLOCK_SIZE
+    for start in tl.range(0, whole, BLOCK_SIZE, num_stages=1):
+        z = load_tile(student_ptr, start + tile, vocabulary, softcap, False)
+        sums, _, _ = add_tile(z, sums, scale2)
+    if whole < vocabulary:
+        z = load_tile(student_ptr, whole + tile, vocabulary, softcap, True)
+        sums, _, _ = add_tile(z, sums, scale2)
+    return sums
+
+
+@triton.jit
+def _outside_tile(
+    student_ptr, d_logits_ptr, ids, vocabulary, width, softcap, scale2, log_s2, outside,
+    BF16: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    z = load_tile(student_ptr, ids, vocabulary, softcap, LAST)
+    value = tl.exp2(z * scale2 - log_s2) * outside
+    if softcap is not None:
+        _, slope = soft_cap(load_raw(student_ptr, ids, vocabulary, LAST), softcap)
+        value *= slope
+    store_tile(d_logits_ptr, ids, value, width, BF16, LAST)
+
+
+@triton.jit
+def write_outside(
+    student_ptr, d_logits_ptr, vocabulary, width, softcap, scale2, log_s2, outside,
+    BF16: tl.constexpr, BLOCK_SIZE: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """d-logits s_j · outside of a whole row."""
+    tile = tile_ids(BLOCK_SIZE, COLUMNS)
+    whole = vocabulary // BLOCK_SIZE * BLOCK_SIZE
+    for start in tl.range(0, whole, BLOCK_SIZE, num_stages=1):
+        _outside_tile(
+            student_ptr, d_logits_ptr, start + tile, vocabulary, width, softcap, scale2, log_s2,
+            outside, BF16, False,
+        )  # fmt: skip
+    if whole < width:
+        _outside_tile(
+            student_ptr, d_logits_ptr, whole + tile, vocabulary, width, softcap, scale2, log_s2,
+            outside, BF16, True,
+        )  # fmt: skip
+
+
+@triton.jit
+def undistilled_row(
+    row, student_ptr, d_logits_ptr, stats_ptr, target_ptr, advantage_ptr, policy_ptr, old_ptr,
+    upstream_ptr, stats_row_stride, vocabulary, width, weight, active, inverse_temperature,
+    softcap, clip_low, clip_high, ratio_cap,
+    BF16: tl.constexpr, BLOCK_SIZE: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """A row with the policy term alone, or with none: the teacher is not read."""
+    if policy_ptr is not None and active:
+        scale2 = inverse_temperature * LOG2E
+        sums = student_sums(student_ptr, vocabulary, softcap, scale2, BLOCK_SIZE, COLUMNS)
+        log_s2, entropy_s, _, _ = log_sum(sums, scale2)
+        save(stats_ptr, stats_row_stride, row, STUDENT_ENTROPY, entropy_s)
+        target, _, _, policy_loss, d_target = sampled_token(
+            row, student_ptr, stats_ptr, target_ptr, advantage_ptr, policy_ptr, old_ptr,
+            upstream_ptr, stats_row_stride, vocabulary, log_s2, scale2, weight,
+            inverse_temperature, softcap, clip_low, clip_high, ratio_cap,
+        )  # fmt: skip
+        save(stats_ptr, stats_row_stride, row, LOSS, policy_loss)
+        if d_logits_ptr is not None:
+            write_outside(
+                student_ptr, d_logits_ptr, vocabulary, width, softcap, scale2, log_s2,
+                -d_target, BF16, BLOCK_SIZE, COLUMNS,
+            )  # fmt: skip
+            z = load_target(student_ptr, target, vocabulary)
+            s = tl.exp2(masked_logit(z, softcap) * scale2 - log_s2)
+            value = d_target - s * d_target
+            store_target(d_logits_ptr, target, value, z, softcap, vocabulary, BF16)
+    if d_logits_ptr is not None:
+        lanes = tl.arange(0, BLOCK_SIZE)
+        zero = tl.zeros([BLOCK_SIZE], tl.float32)
+        for start in range(0, tl.where(active, 0, width), BLOCK_SIZE):
+            store_tile(d_logits_ptr, start + lanes, zero, width, BF16, True)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..launch import on_device
 from .arguments import Call, Settings, Sides
-from .row_launch import capacity, launch_rows, launch_scale
+from .row_launch import launch_rows, launch_scale, top_k_scratch
 
 TILE_ROWS = 512
 # Columns are padded to this, so that rows of fp32 and bf16 start on 16 bytes.
@@ -159,7 +159,7 @@ def _scratch(
     width, d_size = _width(sides), _d_logits_dtype(sides).itemsize
     tile_row = width * 4 * (1 if sides.teacher is None else 2)
     if settings.top_k is not None:
-        tile_row += 12 * capacity(settings.top_k)
+        tile_row += top_k_scratch(settings.top_k, sides.vocabulary)
     slab_row = width * d_size if wants else 0
     slab_row += hidden * d_size if want_head else 0
     fixed = 4 * WIDENED_ROWS * hidden if sides.student.dtype == torch.float16 and wants else 0

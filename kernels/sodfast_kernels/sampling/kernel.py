@@ -20,21 +20,23 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import libdevice
 
-from ..launch import INTERPRETED, Configuration, on_device, power_of_two, words
-from ..softmax import LN2, LOG2E, MASKED, MASKED_BELOW, add_online, log_sum, masked_logit
+from ..launch import Configuration, on_device, power_of_two, words
+from ..softmax import (
+    LN2,
+    LOG2E,
+    MASKED,
+    MASKED_BELOW,
+    add_tile,
+    fast_log2,
+    load_tile,
+    log_sum,
+    no_sums,
+    tile_ids,
+)
 
 CHUNK = 8192  # logits of a program of the sweep
-FAST_LOG = tl.constexpr(not INTERPRETED)
 NO_INDEX = tl.constexpr(2**31 - 1)
-
-
-@triton.jit
-def _log2(x):
-    """log2 of a normal x > 0: one instruction where tl.log2 takes twenty. Its error is 2^-22,
-    absolute between 1/2 and 2, else relative."""
-    return libdevice.fast_log2f(x) if FAST_LOG else tl.log2(x)
 
 
 @triton.jit
@@ -52,12 +54,8 @@ def _log1p_negated(x):
 
 
 @triton.jit
-def _score2(
-    z, first, inverse_temperature, sample, position, seed_low, seed_high, step,
-    BLOCK_SIZE: tl.constexpr,
-):  # fmt: skip
-    """z / T − log E in base 2, of the tokens `first` … `first` + BLOCK_SIZE − 1, `first`
-    a multiple of 4."""
+def _log_wait2(first, sample, position, seed_low, seed_high, step, BLOCK_SIZE: tl.constexpr):
+    """log2 E of the tokens `first` … `first` + BLOCK_SIZE − 1, `first` a multiple of 4."""
     low = seed_low.to(tl.uint32, bitcast=True).to(tl.uint64)
     seed = (seed_high.to(tl.uint32, bitcast=True).to(tl.uint64) << 32) | low
     group = first // 4 + tl.arange(0, BLOCK_SIZE // 4)
@@ -67,8 +65,18 @@ def _score2(
     # u, or 1 − u where the highest bit is set.
     high = word >> 31
     smaller = ((word ^ high).to(tl.float32) + 0.5) * (2.0**-32)
-    wait = tl.where(high < 0, _log2(smaller) * -LN2, _log1p_negated(smaller))
-    return z * (inverse_temperature * LOG2E) - _log2(wait)
+    return fast_log2(tl.where(high < 0, fast_log2(smaller) * -LN2, _log1p_negated(smaller)))
+
+
+@triton.jit
+def _score2(
+    z, first, inverse_temperature, sample, position, seed_low, seed_high, step,
+    BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    """z / T − log E in base 2, of the tokens `first` … `first` + BLOCK_SIZE − 1, `first`
+    a multiple of 4."""
+    waits = _log_wait2(first, sample, position, seed_low, seed_high, step, BLOCK_SIZE)
+    return z * (inverse_temperature * LOG2E) - waits
 
 
 @triton.jit
@@ -78,15 +86,49 @@ def _argmax(best, index):
     return top, tl.min(tl.where(best == top, index, NO_INDEX), 0)
 
 
+@triton.jit
+def _tile_scores(
+    z, first, inverse_temperature, sample, position, seed_low, seed_high, step,
+    GREEDY: tl.constexpr, BLOCK_SIZE: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The scores of a tile of logits; greedy ones are the logits."""
+    if GREEDY:
+        return z
+    else:
+        waits = _log_wait2(first, sample, position, seed_low, seed_high, step, BLOCK_SIZE)
+        waits = tl.reshape(waits, [BLOCK_SIZE // COLUMNS, COLUMNS])
+        return z * (inverse_temperature * LOG2E) - waits
+
+
+@triton.jit
+def _sweep_tile(
+    logits_ptr, start, tile, vocabulary, scale2, sums, best, best_start, inverse_temperature,
+    sample, position, seed_low, seed_high, step,
+    GREEDY: tl.constexpr, BLOCK_SIZE: tl.constexpr, COLUMNS: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    z = load_tile(logits_ptr, start + tile, vocabulary, None, LAST)
+    sums, _, _ = add_tile(z, sums, scale2)
+    score = _tile_scores(
+        z, start, inverse_temperature, sample, position, seed_low, seed_high, step, GREEDY,
+        BLOCK_SIZE, COLUMNS,
+    )  # fmt: skip
+    if LAST:
+        score = tl.where(start + tile < vocabulary, score, -float("inf"))
+    top = tl.max(score, 1)
+    better = top > best
+    return sums, tl.where(better, top, best), tl.where(better, start, best_start)
+
+
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "step"])
 def sweep_kernel(
     logits_ptr, sample_ptr, position_ptr, partial_ptr, index_ptr, logits_row_stride, vocabulary,
     inverse_temperature, seed_low, seed_high, step,
-    GREEDY: tl.constexpr, CHUNK: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    GREEDY: tl.constexpr, CHUNK: tl.constexpr, BLOCK_SIZE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One chunk of one row: peak, Σ 2^(y − peak), Σ 2^(y − peak)(y − peak), best score; its index.
 
-    partial: [B, chunks, 4] fp32, index: [B, chunks] int32.
+    A lane remembers in which tile it met its best score; which token of that tile it was, one more
+    look tells. partial: [B, chunks, 4] fp32, index: [B, chunks] int32.
     """
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
@@ -94,31 +136,39 @@ def sweep_kernel(
     scale2 = inverse_temperature * LOG2E
     sample = tl.load(sample_ptr + row).to(tl.int32)
     position = tl.load(position_ptr + row).to(tl.int32)
-    lanes = tl.arange(0, BLOCK_SIZE)
-    peak = tl.zeros([BLOCK_SIZE], tl.float32) + MASKED
-    total = tl.zeros([BLOCK_SIZE], tl.float32)
-    moment = total
-    best = tl.zeros([BLOCK_SIZE], tl.float32) - float("inf")
-    index = tl.zeros([BLOCK_SIZE], tl.int32)
-    stop = tl.minimum((chunk + 1) * CHUNK, vocabulary)
-    for start in range(chunk * CHUNK, stop, BLOCK_SIZE):
-        ids = start + lanes
-        z = tl.load(logits_ptr + ids, mask=ids < vocabulary, other=0.0).to(tl.float32)
-        z = masked_logit(z, ids < vocabulary, None)
-        peak, total, moment, _, _ = add_online(z, peak, total, moment, scale2)
-        score = z
-        if not GREEDY:
-            score = _score2(
-                z, start, inverse_temperature, sample, position, seed_low, seed_high, step,
-                BLOCK_SIZE,
-            )  # fmt: skip
-        better = (ids < vocabulary) & (score > best)
-        best = tl.where(better, score, best)
-        index = tl.where(better, ids, index)
+    tile = tile_ids(BLOCK_SIZE, COLUMNS)
+    sums = no_sums(BLOCK_SIZE // COLUMNS)
+    first = chunk * CHUNK
+    stop = tl.minimum(first + CHUNK, vocabulary)
+    whole = first + (stop - first) // BLOCK_SIZE * BLOCK_SIZE
+    best = sums[1] - float("inf")
+    best_start = tl.zeros([BLOCK_SIZE // COLUMNS], tl.int32) + first
+    for start in range(first, whole, BLOCK_SIZE):
+        sums, best, best_start = _sweep_tile(
+            logits_ptr, start, tile, vocabulary, scale2, sums, best, best_start,
+            inverse_temperature, sample, position, seed_low, seed_high, step, GREEDY, BLOCK_SIZE,
+            COLUMNS, False,
+        )  # fmt: skip
+    if whole < stop:
+        sums, best, best_start = _sweep_tile(
+            logits_ptr, whole, tile, vocabulary, scale2, sums, best, best_start,
+            inverse_temperature, sample, position, seed_low, seed_high, step, GREEDY, BLOCK_SIZE,
+            COLUMNS, True,
+        )  # fmt: skip
+    best, start = _argmax(best, best_start)
+    z = load_tile(logits_ptr, start + tile, vocabulary, None, True)
+    score = _tile_scores(
+        z, start, inverse_temperature, sample, position, seed_low, seed_high, step, GREEDY,
+        BLOCK_SIZE, COLUMNS,
+    )  # fmt: skip
+    # In a row with NaN any token will do, but there must be one.
+    score = tl.where((start + tile < stop) & (score == score), score, -float("inf"))
+    _, index = _argmax(tl.reshape(score, [BLOCK_SIZE]), tl.reshape(start + tile, [BLOCK_SIZE]))
+
+    peak, total, moment = sums
     top = tl.max(peak, 0)
     gap = (peak - top) * scale2
     factor = tl.exp2(gap)
-    best, index = _argmax(best, index)
     slot = row * tl.num_programs(1) + chunk
     tl.store(partial_ptr + 4 * slot, top)
     tl.store(partial_ptr + 4 * slot + 1, tl.sum(total * factor, 0))
@@ -129,8 +179,7 @@ def sweep_kernel(
 
 @triton.jit
 def _read(logits_ptr, ids, vocabulary):
-    z = tl.load(logits_ptr + ids, mask=ids < vocabulary, other=0.0).to(tl.float32)
-    return masked_logit(z, ids < vocabulary, None)
+    return load_tile(logits_ptr, ids, vocabulary, None, True)
 
 
 @triton.jit
@@ -234,7 +283,7 @@ def settle_kernel(
     moment = tl.load(partial_ptr + 2, mask=exists, other=0.0)
     best = tl.load(partial_ptr + 3, mask=exists, other=-float("inf"))
     index = tl.load(index_ptr + row * chunks + slots, mask=exists, other=NO_INDEX)
-    _, entropy, top, log_mass2 = log_sum(peak, total, moment, scale2)
+    _, entropy, top, log_mass2 = log_sum((peak, total, moment), scale2)
     _, token = _argmax(best, index)
     if TOP_P or TOP_K:
         sample = tl.load(sample_ptr + row).to(tl.int32)
@@ -260,10 +309,10 @@ def settle_kernel(
 
 
 def launch_options(vocabulary: int) -> dict[str, int]:
-    """Eight logits a thread, so 16-bit ones are read 16 bytes at a time."""
+    """Eight neighbouring logits a thread, so 16-bit ones are read 16 bytes at a time."""
     if vocabulary <= 1024:
-        return {"BLOCK_SIZE": 1024, "num_warps": 4}
-    return {"BLOCK_SIZE": 2048, "num_warps": 8}
+        return {"BLOCK_SIZE": 1024, "COLUMNS": 8, "num_warps": 4}
+    return {"BLOCK_SIZE": 2048, "COLUMNS": 8, "num_warps": 8}
 
 
 def settle_options(vocabulary: int, truncates: bool) -> dict[str, int]:

@@ -1,9 +1,14 @@
 """The Triton kernels against the fp64 definition on unrounded logits."""
 
+import math
+
 import pytest
 import torch
+import triton
+import triton.language as tl
 from kernel_inputs import DEVICE
-from sodfast_kernels import distillation_loss, reference
+from sodfast_kernels import distillation_loss, reference, softmax
+from sodfast_kernels.distillation import row_kernel, row_terms
 
 pytestmark = pytest.mark.triton
 
@@ -31,7 +36,7 @@ def error(actual, expected):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradient_error_is_that_of_the_definition(alpha, top_k, dtype):
     generator = torch.Generator().manual_seed(0)
-    rows, vocabulary = 2, 1003
+    rows, vocabulary = 2, 2507  # two whole tiles and a part
     # Divergences from about 1e-5 to 1, on a random and on a peaked row.
     for temperature, drift, policy in ((0.6, 0.005, True), (1.0, 0.05, False), (2.0, 1.0, True)):
         student = torch.randn(rows, vocabulary, generator=generator, dtype=torch.float64)
@@ -41,7 +46,7 @@ def test_gradient_error_is_that_of_the_definition(alpha, top_k, dtype):
         given = {"alpha": alpha, "top_k": top_k, "temperature": temperature}
         if policy:
             given |= {
-                "target_ids": torch.tensor([5, 1002], device=DEVICE),
+                "target_ids": torch.tensor([5, 2502], device=DEVICE),
                 "advantage": torch.tensor([0.01, -0.02], device=DEVICE),
                 "old_logprob": torch.tensor([-7.0, -9.0], device=DEVICE),
                 "ratio_cap": 2.0,
@@ -87,3 +92,80 @@ def test_a_real_vocabulary_and_the_same_bits_twice(top_k):
     exact = run(student.double(), teacher.double(), reference.distillation_loss, top_k=top_k)
     assert torch.equal(first[1], second[1]) and torch.equal(first[0].loss, second[0].loss)
     assert error(first[1], exact[1]) < 1e-4
+
+
+@triton.jit
+def expansion_kernel(
+    student_ptr, teacher_ptr, out_ptr, gap0, scale2, BLOCK_SIZE: tl.constexpr, COLUMNS: tl.constexpr
+):
+    LANES: tl.constexpr = BLOCK_SIZE // COLUMNS
+    tile = softmax.tile_ids(BLOCK_SIZE, COLUMNS)
+    z_s, z_q = tl.load(student_ptr + tile), tl.load(teacher_ptr + tile)
+    sums_s, factor, mass = softmax.add_tile(z_s, softmax.no_sums(LANES), scale2)
+    sums_q, _, _ = softmax.add_tile(z_q, softmax.no_sums(LANES), scale2)
+    more = row_kernel._no_more(LANES, 2, True)
+    more = row_kernel._add_more(more, z_s, z_q, factor, mass, gap0, scale2, 2, True)
+    log_s2, _, top, _ = softmax.log_sum(sums_s, scale2)
+    log_q2, _, _, _ = softmax.log_sum(sums_q, scale2)
+    factor = tl.exp2((sums_s[0] - top) * scale2)
+    epsilon2 = log_q2 - log_s2 - gap0 * scale2
+    mean2, enough = row_kernel._expanded_mean2(more, factor, sums_s[1], epsilon2, -6.0, 4.0)
+    tl.store(out_ptr, mean2 * row_terms.unit(2, True))
+    tl.store(out_ptr + 1, epsilon2)
+    tl.store(out_ptr + 2, enough.to(tl.float32))
+
+
+@pytest.mark.parametrize("epsilon", [-0.2, -0.03, 0.0, 0.1, 0.2, 0.5, 2.0])
+@pytest.mark.parametrize("drift", [1e-3, 0.05, 0.5, 3.0])
+def test_the_mean_slope_is_expanded_around_another_shift(epsilon, drift):
+    generator = torch.Generator().manual_seed(7)
+    student = 2 * torch.randn(256, generator=generator)
+    teacher = student + drift * torch.randn(256, generator=generator)
+    log_s, log_q = student.double().log_softmax(0), teacher.double().log_softmax(0)
+    shift = teacher.double().logsumexp(0) - student.double().logsumexp(0)
+    out = torch.empty(3, device=DEVICE)
+    expansion_kernel[(1,)](
+        student.to(DEVICE), teacher.to(DEVICE), out, shift.item() - epsilon, math.log2(math.e),
+        BLOCK_SIZE=256, COLUMNS=8,
+    )  # fmt: skip
+    delta = log_q - log_s
+    expected = -0.5 * (log_s.exp() * torch.nn.functional.softplus(delta)).sum() + 0.5 * math.log(2)
+    assert out[1].item() == pytest.approx(epsilon * math.log2(math.e), abs=1e-5)
+    spread = (log_s.exp() * (torch.sigmoid(delta) - 0.5 + 0.5 * expected) ** 2).sum().sqrt()
+    if out[2]:  # the spread of g, about
+        assert out[0].item() == pytest.approx(expected.item(), abs=1e-7 + 1e-5 * spread.item())
+    else:
+        assert abs(epsilon) > 0.1 or drift < 0.01
+
+
+@pytest.mark.parametrize("drift", [2e-3, 0.05, 0.5])
+@pytest.mark.parametrize("spread", [0.3, 3.0, 12.0])
+def test_whatever_token_was_sampled_the_gradient_is_accurate(drift, spread):
+    """Probable and improbable tokens, one that teacher and student disagree about: no worse than by
+    the sweep of its own that a row without a token takes."""
+    generator = torch.Generator().manual_seed(8)
+    rows, vocabulary = 6, 1100
+    student = spread * torch.randn(1, vocabulary, generator=generator).repeat(rows, 1)
+    teacher = student + drift * torch.randn(rows, vocabulary, generator=generator)
+    teacher[2:] += 5.0  # Δ is large, ε is not
+    order = student[0].argsort(descending=True)
+    target = order[torch.tensor([0, 1, 5, 50, 500, 1099])]
+    teacher[4, target[4]] += 1.0
+    student, teacher, target = student.to(DEVICE), teacher.to(DEVICE), target.to(DEVICE)
+    for row in range(rows):
+        one = slice(row, row + 1)
+        exact = run(
+            student[one].double(), teacher[one].double(), reference.distillation_loss, alpha=0.5
+        )
+        plain = run(student[one], teacher[one], reference.distillation_loss, alpha=0.5)
+        swept = run(student[one], teacher[one], distillation_loss, backend="triton", alpha=0.5)
+        ours = run(
+            student[one],
+            teacher[one],
+            distillation_loss,
+            backend="triton",
+            alpha=0.5,
+            target_ids=target[one],
+        )
+        known = max(error(plain[1], exact[1]), error(swept[1], exact[1]))
+        assert error(ours[1], exact[1]) <= 2 * known + FLOOR[torch.float32]

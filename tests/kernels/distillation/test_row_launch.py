@@ -1,5 +1,7 @@
 """Launches of the row kernels: arguments by their names, options, rows that lie far apart."""
 
+import math
+
 import pytest
 import torch
 from kernel_inputs import DEVICE
@@ -19,7 +21,7 @@ def test_production_configurations_name_real_arguments():
 
 def test_every_variant_is_compiled_over_our_own_tiles():
     names = {configuration.name for configuration in row_launch.production_configurations()}
-    for variant in ("full", "top_100", "top_1024", "stored_100"):
+    for variant in row_launch.VARIANTS:
         assert {f"{variant}_{kind}_fp32" for kind in row_launch.KINDS} <= names
 
 
@@ -29,13 +31,24 @@ def test_the_buffer_of_candidates_is_a_power_of_two_with_room_to_spare():
         assert slots >= 1.5 * top_k - 1 and slots >= 256 and slots & (slots - 1) == 0
 
 
-def test_a_thread_has_eight_elements_and_twice_the_registers_with_buckets():
-    for vocabulary in (100, 1024, 1025, 151_936):
-        for buckets in (False, True):
-            options = row_launch.launch_options(vocabulary, buckets)
-            assert options["BLOCK_SIZE"] == 8 * 32 * options["num_warps"]
-    full, buckets = (row_launch.launch_options(151_936, buckets) for buckets in (False, True))
-    assert full["num_warps"] == 2 * buckets["num_warps"]
+def test_a_thread_has_eight_neighbouring_elements():
+    sizes = row_launch.SIZES
+    assert (
+        sizes["BLOCK_SIZE"] == 32 * sizes["num_warps"] * sizes["COLUMNS"] and sizes["COLUMNS"] == 8
+    )
+
+
+def test_the_lanes_of_a_row_hold_all_of_it_and_enough_of_them_are_few_elements():
+    for vocabulary in (5, 1024, 1025, 32_000, 151_936, 262_144):
+        for top_k in (1, 100, 512, 513, 1024):
+            options = row_launch.top_k_options(top_k, vocabulary)
+            lanes = row_launch.lane_count(options)
+            assert lanes * options["ROUNDS"] * row_launch.SIZES["COLUMNS"] >= vocabulary
+            assert lanes & (lanes - 1) == 0
+            if vocabulary > 20_000:
+                # Elements above the k-th of the lanes' maxima, where all are as likely to be.
+                expected = -lanes * math.log1p(-top_k / lanes)
+                assert expected + 5 * expected**0.5 < options["CAPACITY"]
 
 
 @pytest.mark.triton

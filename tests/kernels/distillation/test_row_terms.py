@@ -20,8 +20,9 @@ def terms_kernel(
     term, slope = row_terms.bucket_terms(
         log_q2 - log_s2, tl.exp2(log_s2), tl.exp2(log_q2), alpha, KIND, HALF
     )
-    tl.store(out_ptr + at, term)
-    tl.store(out_ptr + COUNT + at, slope)
+    nats = row_terms.unit(KIND, HALF)
+    tl.store(out_ptr + at, term * nats)
+    tl.store(out_ptr + COUNT + at, slope * nats)
 
 
 def run(log_s2, log_q2, alpha):

@@ -2,19 +2,17 @@
 
 import pytest
 import torch
-from kernel_inputs import DEVICE, HUGE_SEED, tensors
+from kernel_inputs import DEVICE, FLOATS, HUGE_SEED, tensors
 from sodfast_kernels import ema_update_
 from sodfast_kernels.parameters.adamw import AdamW
 from torch import nn
 
 pytestmark = pytest.mark.triton
 COMBINATIONS = [
-    *(
-        (state, dtype)
-        for state in ("8bit", "fp32", "exact")
-        for dtype in (torch.float32, torch.bfloat16)
-    ),
-    *(pytest.param(state, torch.float16, marks=pytest.mark.slow) for state in ("8bit", "fp32")),
+    (state, dtype)
+    for state in ("8bit", "fp32", "exact")
+    for dtype in FLOATS
+    if (state, dtype) != ("exact", torch.float16)
 ]
 
 
