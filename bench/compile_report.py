@@ -1,12 +1,16 @@
 """Compile every Triton kernel for sm_80, sm_90 and sm_100, without a GPU, and check the result.
 
-    python bench/compile_report.py
+    python bench/compile_report.py [--only REGEX] [--arch 90] [--update]
 
-Reports registers, spilled bytes, shared memory and the narrowest access to a streamed tensor of
-each kernel in its production configuration. Exit code 1 when a kernel spills, or reads or writes a
-streamed tensor less than 16 bytes at a time (8 bytes for 8-bit elements). The last line is JSON.
+Reports of each kernel in its production configuration: registers, spilled bytes, shared memory, the
+narrowest access to a streamed tensor, programs and warps that fit on a multiprocessor, instructions
+and bytes an element of each loop over its data, and from them a predicted time (predict.py). Exit
+code 1 when a kernel spills, reads or writes a streamed tensor less than 16 bytes at a time (8 bytes
+for 8-bit elements), misses a target, or takes over 5 % more instructions an element than
+bench/results/compiled.json says; --update writes that file and the table compiled.md.
 """
 
+import argparse
 import functools
 import json
 import multiprocessing
@@ -22,6 +26,9 @@ from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)  # the kernels must be compiled
 
+import compiled_table
+import predict
+import sass
 import triton
 from sodfast_kernels.distillation import row_launch
 from sodfast_kernels.launch import Configuration
@@ -37,7 +44,7 @@ MODULES = (teacher_kernels, adamw_kernels, row_launch, sampling_kernel)
 
 def compile_ptx(configuration: Configuration, arch: int) -> tuple[str, int]:
     """PTX and bytes of shared memory."""
-    _, kernel, signature, constexprs, options, _ = configuration
+    _, kernel, signature, constexprs, options, *_ = configuration
     names = kernel.arg_names
     # Pointers of our own buffers are aligned; ":16" marks an integer that 16 divides.
     aligned = [n for n, kind in signature.items() if kind.startswith("*") or kind.endswith(":16")]
@@ -51,21 +58,19 @@ def compile_ptx(configuration: Configuration, arch: int) -> tuple[str, int]:
     return compiled.asm["ptx"], compiled.metadata.shared
 
 
-def assemble(ptx: str, arch: int, fuse: bool) -> tuple[int, int]:
-    """Registers a thread and spilled bytes, by the ptxas that Triton uses."""
+def assemble(ptx: str, arch: int, fuse: bool) -> tuple[int, int, list[sass.Loop]]:
+    """Registers a thread, spilled bytes and the loops, by the ptxas that Triton uses."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.ptx")
+        path, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
         path.write_text(ptx)
-        command = [nvidia.get_ptxas(arch).path, "-v", "--regAllocOptLevel=2"]
+        command = [nvidia.get_ptxas(arch).path, "-v", "-lineinfo", "--regAllocOptLevel=2"]
         command += [f"--gpu-name={nvidia.sm_arch_from_capability(arch)}"]
         command += [] if fuse else ["--fmad=false"]
         result = subprocess.run(
-            [*command, str(path), "-o", str(Path(folder, "kernel.cubin"))],
-            capture_output=True,
-            text=True,
-            check=True,
+            [*command, str(path), "-o", str(cubin)], capture_output=True, text=True, check=True
         )
-    return read_ptxas(result.stdout + result.stderr)
+        disassembler = Path(nvidia.__file__).parent / "bin" / "nvdisasm"
+        return *read_ptxas(result.stdout + result.stderr), sass.memory_loops(disassembler, cubin)
 
 
 def read_ptxas(log: str) -> tuple[int, int]:
@@ -130,21 +135,17 @@ def _width(opcode: str, operands: str) -> int:
     return int(element[1]) // 8 * (int(lanes[1]) if lanes else 1)
 
 
-def examine(configuration: Configuration, arch: int) -> tuple[dict[str, Any], list[str]]:
-    """The report of one kernel, and what is wrong with it."""
-    name, kernel, signature, constexprs, options, streamed = configuration
-    ptx, shared = compile_ptx(configuration, arch)
-    registers, spilled = assemble(ptx, arch, options.get("enable_fp_fusion", True))
-    passed = [n for n in kernel.arg_names if n not in constexprs]
-    found = accesses(ptx, passed)
-    problems = [f"spills {spilled} bytes"] if spilled else []
-    narrowest: list[int] = []
+def narrowest_accesses(configuration: Configuration, ptx: str) -> tuple[int | None, list[str]]:
+    """Bytes of the narrowest access to a streamed tensor, and what is accessed too narrowly."""
+    passed = [n for n in configuration.kernel.arg_names if n not in configuration.constexprs]
+    found, streamed = accesses(ptx, passed), configuration.streamed
+    problems, narrowest = [], []
     for argument in streamed:
         if isinstance(streamed, dict):  # behind a table of pointers
             bits = streamed[argument]
             widths = [width for origin, width in found if "*" + argument in origin]
         else:  # an index read from memory makes it a gather
-            bits = int(re.sub(r"\D+", "", signature[argument]))
+            bits = int(re.sub(r"\D+", "", configuration.signature[argument]))
             gathers = [any(name.startswith("*") for name in origin) for origin, _ in found]
             widths = [
                 width
@@ -158,15 +159,99 @@ def examine(configuration: Configuration, arch: int) -> tuple[dict[str, Any], li
             narrowest.append(min(widths))
         if min(widths) < (16 if bits > 8 else 8):
             problems.append(f"{argument} ({bits} bits) is accessed {min(widths)} bytes at a time")
-    report = {
-        "name": name,
+    return min(narrowest, default=None), problems
+
+
+def count_sweeps(
+    configuration: Configuration, loops: list[sass.Loop]
+) -> tuple[dict[str, float], list[str]]:
+    """Instructions an element of each sweep, and what of the loops is not as declared.
+
+    A loop that stands twice in the code, on two ways through the kernel, is counted once. How often
+    the assembler has unrolled it its bytes tell.
+    """
+    threads = 32 * configuration.options["num_warps"]
+    tile = configuration.constexprs.get("BLOCK_SIZE", 0) // threads
+    found: dict[str, float] = {}
+    problems = []
+    for loop in loops:
+        names = [name for name in configuration.sweeps if name in loop.functions]
+        if not names:
+            if configuration.sweeps and loop.wide:
+                problems.append(f"a loop of {sorted(loop.functions)} is not declared")
+            continue
+        name = min(names, key=list(configuration.sweeps).index)
+        sweep = configuration.sweeps[name]
+        elements = sweep.elements or loop.bytes / sweep.bytes
+        if sweep.elements is None and elements % tile:
+            problems.append(f"{name} moves {loop.bytes / tile} bytes an element, not {sweep.bytes}")
+        found[name] = max(found.get(name, 0.0), loop.instructions / elements)
+    missing = [
+        name for name, sweep in configuration.sweeps.items() if sweep.share and name not in found
+    ]
+    problems += [f"no loop of {name} found" for name in missing]
+    return found, problems
+
+
+def examine(configuration: Configuration, arch: int) -> tuple[dict[str, Any], list[str]]:
+    """The report of one kernel, and what is wrong with it."""
+    ptx, shared = compile_ptx(configuration, arch)
+    fuse = configuration.options.get("enable_fp_fusion", True)
+    registers, spilled, loops = assemble(ptx, arch, fuse)
+    narrowest, problems = narrowest_accesses(configuration, ptx)
+    if spilled:
+        problems.append(f"spills {spilled} bytes")
+    counted, undeclared = count_sweeps(configuration, loops)
+    problems += undeclared
+    report: dict[str, Any] = {
+        "name": configuration.name,
         "arch": f"sm_{arch}",
         "registers": registers,
         "spill_bytes": spilled,
         "shared_bytes": shared,
-        "narrowest_streamed_access_bytes": min(narrowest, default=None),
+        "narrowest_streamed_access_bytes": narrowest,
     }
+    if configuration.sweeps and not undeclared:
+        report |= predictions(configuration, arch, registers, shared, counted)
+        problems += compiled_table.missed_targets(report)
     return report, problems
+
+
+def predictions(
+    configuration: Configuration,
+    arch: int,
+    registers: int,
+    shared: int,
+    counted: dict[str, float],
+) -> dict[str, Any]:
+    """Instructions and bytes an element of the row, programs at once, and picoseconds an element
+    with their share of what the bytes alone would take, for each GPU of this architecture."""
+    sweeps, warps = configuration.sweeps, configuration.options["num_warps"]
+    seen = {name: counted[name] for name, sweep in sweeps.items() if sweep.share}
+    weighted = [
+        (count * sweeps[name].share, sweeps[name].bytes * sweeps[name].share)
+        for name, count in seen.items()
+    ]
+    moved = sum(size for _, size in weighted)
+    report: dict[str, Any] = {
+        "instructions_of_loops": {name: round(count, 1) for name, count in seen.items()},
+        "instructions": round(sum(count for count, _ in weighted), 1),
+        "bytes": round(moved, 2),
+        "predicted": {},
+    }
+    for name, gpu in predict.GPUS.items():
+        programs = predict.programs_at_once(registers, shared, warps, gpu)
+        if gpu.arch == arch:
+            seconds = predict.seconds_an_element(weighted, programs * warps, gpu)
+            report["programs"], report["warps"] = programs, programs * warps
+            report["predicted"][name] = {
+                "picoseconds": round(seconds * 1e12, 3),
+                "share": round(moved / gpu.copy / seconds, 2),
+                "over_the_products": round(
+                    predict.over_the_products(seconds, gpu, 8192, 151_936, 4096), 3
+                ),
+            }
+    return report
 
 
 @functools.cache
@@ -185,19 +270,34 @@ def run_job(index: int) -> tuple[dict[str, Any], list[str]]:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", default="", help="kernels whose name holds this expression")
+    parser.add_argument("--arch", type=int, choices=ARCHITECTURES, action="append")
+    parser.add_argument("--update", action="store_true", help="write bench/results/compiled.*")
+    options = parser.parse_args()
+    chosen = [
+        index
+        for index, (configuration, arch) in enumerate(jobs())
+        if re.search(options.only, configuration.name) and arch in (options.arch or ARCHITECTURES)
+    ]
     reports, failures = [], 0
     # Spawned, not forked: the compiler has threads. Kernels cannot be sent, their numbers can.
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(os.cpu_count(), mp_context=spawn) as pool:
-        for report, problems in pool.map(run_job, range(len(jobs()))):
+        for report, problems in pool.map(run_job, chosen):
             reports.append(report)
+            if not options.update:
+                problems = problems + compiled_table.grown(report, triton.__version__)
             failures += bool(problems)
             print(
                 f"{report['name']:40} {report['arch']:7} {report['registers']:4} registers "
-                f"{report['spill_bytes']:5} spilled {report['shared_bytes']:6} shared ",
+                f"{report['spill_bytes']:5} spilled {report['shared_bytes']:6} shared "
+                f"{report.get('instructions', ''):>5} instructions {report.get('bytes', ''):>5} B ",
                 "; ".join(problems) or "ok",
                 flush=True,
             )
+    if options.update:
+        compiled_table.update(reports, triton.__version__)
     print(json.dumps({"kernels": reports}))
     return 1 if failures else 0
 

@@ -1,6 +1,8 @@
 """What the launches of all Triton kernels share. Imported only when one of them runs."""
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -11,12 +13,26 @@ from .philox import WORD
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
 
+class Sweep(NamedTuple):
+    """A loop of a kernel over its data, for bench/compile_report.py.
+
+    bytes: read and written an element of the loop.
+    share: how often the loop sees an element; 0 for what only a rare row takes.
+    elements: of a thread at a time; None: those of a tile.
+    """
+
+    bytes: float
+    share: float = 1.0
+    elements: int | None = None
+
+
 class Configuration(NamedTuple):
     """One compiled variant of a kernel, for bench/compile_report.py.
 
     signature: Triton's type of each argument; ":16" marks an integer that 16 divides.
     streamed: the arguments whose accesses must be wide; where they are tables of pointers, with the
         bits of an element behind the pointer.
+    sweeps: its loops, by a function that only the loop's instructions come from.
     """
 
     name: str
@@ -25,6 +41,7 @@ class Configuration(NamedTuple):
     constexprs: dict[str, Any]
     options: dict[str, Any]
     streamed: list[str] | dict[str, int]
+    sweeps: Mapping[str, Sweep] = MappingProxyType({})
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:

@@ -5,12 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..launch import Configuration, power_of_two
+from ..launch import Configuration, Sweep, power_of_two
 from .arguments import Call
 from .bucket_kernels import stored_kernel
 from .row_kernel import full_kernel, scale_kernel
 from .row_terms import FORWARD, JSD, REVERSE
-from .top_k_kernel import top_k_kernel
+from .top_k_kernel import GATHERED, top_k_kernel
 
 SCALE_BLOCK_SIZE = 4096
 # Programs of the scale kernel, more than any GPU runs at once.
@@ -101,7 +101,7 @@ def launch_rows(
         "ADD_TAIL": settings.add_tail,
     }
     top_k_kernel[grid](**arguments, SEARCH=False)
-    top_k_kernel[grid](**arguments, SEARCH=True)
+    top_k_kernel[grid](**arguments, SEARCH=True, **SEARCH_OPTIONS)
 
 
 def launch_scale(gradient: Tensor, factor: Tensor) -> None:
@@ -125,6 +125,8 @@ def capacity(top_k: int) -> int:
 # Eight neighbouring elements a thread, so bf16 is stored 16 bytes wide. Programs of four warps wait
 # for few others between two sweeps, and many of them on a multiprocessor fill those gaps.
 SIZES = {"BLOCK_SIZE": 1024, "COLUMNS": 8, "num_warps": 4}
+# Of the search, which is rare: the assembler would rather spill than let fewer programs run at once.
+SEARCH_OPTIONS = {"maxnreg": 255}
 
 
 def top_k_scratch(top_k: int, vocabulary: int) -> int:
@@ -181,6 +183,7 @@ def production_configurations() -> list[Configuration]:
                 constexprs={"BF16": bf16, "BLOCK_SIZE": SCALE_BLOCK_SIZE},
                 options={"num_warps": 8},
                 streamed=["values_ptr"],
+                sweeps={"scale_kernel": Sweep(4.0 if bf16 else 8.0)},
             )
         )
     return found
@@ -219,6 +222,36 @@ def _configuration(variant: str, kind: str, form: str) -> Configuration:
         kernel=kernel,
         signature={argument: types.get(argument, "*fp32") for argument in arguments},
         constexprs=constexprs,
-        options={"num_warps": SIZES["num_warps"]},
+        options={"num_warps": SIZES["num_warps"], **(SEARCH_OPTIONS if search else {})},
         streamed=[argument for argument in streamed if argument in arguments],
+        sweeps=_sweeps(variant, kind, logits, d_logits),
     )
+
+
+def _sweeps(variant: str, kind: str, logits: str, d_logits: str) -> dict[str, Sweep]:
+    """The loops of a row kernel at V = 151,936, with a sampled token, when a gradient is wanted."""
+    read, written = (int(kind.lstrip("*fpib")) // 8 for kind in (logits, d_logits))
+    # First what only a row without a teacher takes, or one with nothing.
+    rare = {
+        "student_sums": Sweep(read, 0),
+        "_outside_tile": Sweep(read + written, 0),
+        "undistilled_row": Sweep(written, 0),
+    }
+    name, _, k = variant.partition("_")
+    if name == "full":
+        rare |= {"_any_diverges": Sweep(2 * read, 0)} if kind in ("forward", "reverse") else {}
+        # Of rows whose divergence is 1e-3 about one in ten has no expansion.
+        extra = {"jsd": 0.1, "any": 1.0}.get(kind)
+        rare |= {} if extra is None else {"_mean_slope2": Sweep(2 * read, extra)}
+        return {**rare, "add_tile": Sweep(2 * read), "_gradient": Sweep(2 * read + written)}
+    if name == "stored":
+        student = {"student_sums": Sweep(read), "_outside_tile": Sweep(read + written)}
+        return {**rare, **student, "_whole_mass": Sweep(read)}
+    lanes = lane_count(top_k_options(int(k), 151_936))
+    return {
+        **rare,
+        "_count": Sweep(read, 0),
+        "_collect": Sweep(2 * read, int(k) / lanes, GATHERED.value // (32 * SIZES["num_warps"])),
+        "_sum_lanes": Sweep(2 * read),
+        "_outside_tile": Sweep(read + written),
+    }

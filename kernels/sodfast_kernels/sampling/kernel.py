@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Configuration, on_device, power_of_two, words
+from ..launch import Configuration, Sweep, on_device, power_of_two, words
 from ..softmax import (
     LN2,
     LOG2E,
@@ -403,7 +403,13 @@ def production_configurations() -> list[Configuration]:
             constexprs = {"GREEDY": greedy, "CHUNK": CHUNK, **sizes}
             found.append(
                 Configuration(
-                    f"{name}_{dtype}", sweep_kernel, common, constexprs, warps, ["logits_ptr"]
+                    f"{name}_{dtype}",
+                    sweep_kernel,
+                    common,
+                    constexprs,
+                    warps,
+                    ["logits_ptr"],
+                    {"_sweep_tile": Sweep(4.0 if dtype == "fp32" else 2.0)},
                 )
             )
         for name, top_p, top_k in (

@@ -11,12 +11,20 @@ from sodfast_kernels.distillation import row_launch
 
 def test_production_configurations_name_real_arguments():
     names = set()
-    for name, kernel, signature, constexprs, _, streamed in row_launch.production_configurations():
+    for (
+        name,
+        kernel,
+        signature,
+        constexprs,
+        _,
+        streamed,
+        sweeps,
+    ) in row_launch.production_configurations():
         assert name not in names
         names.add(name)
         assert not signature.keys() & constexprs.keys()
         assert signature.keys() | constexprs.keys() == set(kernel.arg_names)
-        assert set(streamed) <= signature.keys()
+        assert set(streamed) <= signature.keys() and sweeps
 
 
 def test_every_variant_is_compiled_over_our_own_tiles():
