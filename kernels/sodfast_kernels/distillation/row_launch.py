@@ -125,7 +125,7 @@ def capacity(top_k: int) -> int:
 # Eight neighbouring elements a thread, so bf16 is stored 16 bytes wide. Programs of four warps wait
 # for few others between two sweeps, and many of them on a multiprocessor fill those gaps.
 SIZES = {"BLOCK_SIZE": 1024, "COLUMNS": 8, "num_warps": 4}
-# Of the search, which is rare: the assembler would rather spill than let fewer programs run at once.
+# Of the search, which is rare: the assembler would rather spill than run fewer programs at once.
 SEARCH_OPTIONS = {"maxnreg": 255}
 
 

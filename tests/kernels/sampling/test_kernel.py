@@ -84,7 +84,7 @@ def test_rows_further_apart_than_32_bits_count():
 def test_production_configurations_name_real_arguments():
     names = set()
     for configuration in sampling_kernel.production_configurations():
-        name, kernel, signature, constexprs, _, streamed = configuration
+        name, kernel, signature, constexprs, _, streamed, _ = configuration
         assert name not in names
         names.add(name)
         assert not signature.keys() & constexprs.keys()
