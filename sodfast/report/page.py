@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from sodfast.config import CGTRConfig
@@ -205,18 +205,11 @@ def _render(
     figures: Mapping[str, str],
     found: Forecast | None,
 ) -> str:
-    environment = Environment(
-        loader=PackageLoader("sodfast.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     told = not source.single and len(source.groups) <= canvas.OVERLAID
     labels = [group.label for group in source.groups] if told else []
     lasts = [{run.last_step for run in group.used} for group in source.groups]
     uneven = any(len(steps) > 1 for steps in lasts)
-    return environment.get_template("page.html.j2").render(
+    return template("page.html.j2").render(
         title=source.directory.resolve().name,
         source=source,
         tables=rows,
@@ -228,8 +221,6 @@ def _render(
         metric=_metric(source),
         baseline=_baseline_label(source) if source.axis else None,
         environments=_environments(source),
-        number=tables.number,
-        with_error=tables.with_error,
         OVERLAID=canvas.OVERLAID,
         PANELS=plots.PANELS,
         TIMELINES=TIMELINES,
@@ -239,6 +230,16 @@ def _render(
         ENDS=tables.ENDS,
         FALSE_ALARMS=f"{MAX_FALSE_ALARM_RATE:.0%}",
     )
+
+
+def template(name: str) -> Template:
+    """page.html.j2, or tables.html.j2 with the columns of its tables."""
+    look: dict[str, Any] = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
+    loader = PackageLoader("sodfast.report", ".")
+    environment = Environment(loader=loader, undefined=StrictUndefined, **look)
+    for write in (tables.number, tables.significant, tables.with_error, tables.runs_of):
+        environment.globals[write.__name__] = write
+    return environment.get_template(name)
 
 
 def _environments(source: Source) -> Counter[str]:
