@@ -107,6 +107,11 @@ class Series(NamedTuple):
     steps: Array
     values: Array
 
+    @classmethod
+    def of(cls, pairs: Sequence[tuple[float, float]]) -> "Series":
+        """Of (step, value), as float64."""
+        return cls(*np.array(pairs, dtype=np.float64).reshape(-1, 2).T)
+
 
 class Curve(NamedTuple):
     """A group's metric over steps, ready to be drawn.

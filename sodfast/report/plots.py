@@ -24,6 +24,8 @@ from sodfast.report.runs import Group, Line, Run
 from sodfast.report.tables import final, number, runs_of
 
 PANELS = 24
+TIMELINES = 48  # runs whose gates are drawn
+DOTS, MARKS = 100, 400  # refreshes per group that are drawn, as points and as ticks
 GATES = {"isolation": "#8A8A8A", "reward": "#E69F00", "length": "#0072B2"}
 REFRESH, COLLAPSE = "#000000", "#D55E00"
 

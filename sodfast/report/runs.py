@@ -72,12 +72,11 @@ class Run:
 
     def series(self, key: str) -> Series:
         """A metric at the steps that carry it. Raises `UsageError` where it is not finite."""
-        pairs = [(line["step"], line[key]) for line in self.lines if key in line]
-        steps, values = np.array(pairs, dtype=np.float64).reshape(-1, 2).T
-        if not np.isfinite(values).all():
-            step = int(steps[~np.isfinite(values)][0])
+        found = Series.of([(line["step"], line[key]) for line in self.lines if key in line])
+        if not np.isfinite(found.values).all():
+            step = int(found.steps[~np.isfinite(found.values)][0])
             raise UsageError(f"{self.path}/metrics.jsonl: {key} of step {step} is not finite")
-        return Series(steps, values)
+        return found
 
     def tail(self) -> Series:
         """max / mean response length pooled over the last `window` steps: what the gate sees."""
@@ -132,17 +131,38 @@ class Source:
     def single(self) -> bool:
         return not self.definition
 
+    @property
+    def steps(self) -> int:
+        return max(run.last_step for run in self.runs)
+
+    @property
+    def metric(self) -> str:
+        """What the test score is called."""
+        samples = {run.config.eval.samples for run in self.runs}
+        return f"mean@{samples.pop()}" if len(samples) == 1 else "mean@k"
+
+    @property
+    def baseline(self) -> str | None:
+        """What all groups are compared with: one group's name, or, with further axes, the value
+        that the baselines share."""
+        if self.axis is None:
+            return None
+        found = {group.baseline.label: group.baseline for group in self.groups if group.baseline}
+        label, group = next(iter(found.items()))
+        if len(found) == 1:
+            return label
+        if self.axis == "schedule":
+            return describe_schedule(group.runs[0].config.schedule)
+        return f"{self.axis}={self.value}"
+
 
 def load(directory: Path, baseline: str | None = None) -> Source:
     """Read a run or a study directory, each metrics file once. Raises `UsageError`."""
     definition = ""
     if (directory / "study.yaml").is_file():
         definition = (directory / "study.yaml").read_text()
-        runs = []
-        for item in read_runs(directory):
-            trial = item.trial
-            point = {axis: label for axis, label in trial.point.items() if axis != "seed"}
-            runs.append(_read_run(trial.name, item.path, trial.config, item.status, point))
+        found = [(item.trial, item.path, item.status) for item in read_runs(directory)]
+        runs = [_read_run(t.name, path, t.config, status, t.point) for t, path, status in found]
         if not any(run.lines for run in runs):
             raise UsageError(
                 f"no trial of {directory} has metrics yet: run sodfast sweep, or look into "
@@ -164,16 +184,16 @@ def load(directory: Path, baseline: str | None = None) -> Source:
         )
     groups = group_runs(runs, single=not definition)
     axis, value = _baseline(groups, baseline)
-    if axis is not None and value is not None:
-        members = {tuple(group.point.items()): group for group in groups}
-        points = [tuple({**group.point, axis: value}.items()) for group in groups]
-        pairs = zip(groups, points, strict=True)
-        groups = [replace(group, baseline=members.get(point)) for group, point in pairs]
+    if axis is not None:
+        points = [{**group.point, axis: value} for group in groups]
+        others = [next((g for g in groups if g.point == point), None) for point in points]
+        groups = [replace(g, baseline=other) for g, other in zip(groups, others, strict=True)]
     return Source(directory, runs, groups, axis, value, definition)
 
 
 def _read_run(name: str, path: Path, config: Config, status: str, point: Mapping[str, str]) -> Run:
     lines, events = read_lines(path / "metrics.jsonl"), read_lines(path / "events.jsonl")
+    point = {axis: label for axis, label in point.items() if axis != "seed"}
     for file, items in (("metrics.jsonl", lines), ("events.jsonl", events)):
         for number, item in enumerate(items, start=1):
             if not isinstance(item, dict) or not isinstance(item.get("step"), int):
