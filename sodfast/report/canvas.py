@@ -8,7 +8,7 @@ reads as well. The same input gives the same bytes.
 
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from html import escape
 from textwrap import wrap
@@ -78,9 +78,11 @@ def swatch(index: int) -> str:
         return to_svg(figure, f"swatch{index}", "", css="swatch")
 
 
-def add_axes(figure: Figure, **inches: float) -> Axes:
-    """Axes inside of margins (left, right, top, bottom) given in inches."""
-    margins = {"left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM, **inches}
+def add_axes(figure: Figure, labelled: bool = False, **inches: float) -> Axes:
+    """Axes inside of margins (left, right, top, bottom) given in inches. By default the right one
+    has room for labels where there are any."""
+    right = RIGHT if labelled else UNLABELLED
+    margins = {"left": LEFT, "right": right, "top": TOP, "bottom": BOTTOM, **inches}
     left, right, top, bottom = margins.values()
     width, height = figure.get_size_inches()
     return figure.add_axes(
@@ -144,18 +146,20 @@ def clip(text: str, width: int) -> str:
 
 
 def label_ends(
-    axes: Axes, ends: Sequence[tuple[tuple[float, float], str, Style]], leader: bool = True
+    axes: Axes, ends: Mapping[str, tuple[float, float] | None], leader: bool = True
 ) -> None:
-    """A label per group right of the plot, at the height of its curve's end or next to it."""
+    """A label right of the plot per group with an end, at its height or next to it."""
     to_axes = axes.transData + axes.transAxes.inverted()
     extent = axes.get_window_extent()
     inch, height = axes.figure.dpi / extent.width, extent.height / axes.figure.dpi
     frame: Style = {"transform": axes.transAxes, "clip_on": False}
     placed = []
-    for end, group, style in ends:
-        text = "\n".join(wrap(group, 25)[:3])
-        x, y = map(float, to_axes.transform(end))
-        placed.append((y, x, text, ((text.count("\n") + 1) * 10.5 + 2.5) / 72 / height, style))
+    for index, (group, end) in enumerate(ends.items()):
+        if end is not None:
+            text = "\n".join(wrap(group, 25)[:3])
+            x, y = map(float, to_axes.transform(end))
+            tall = ((text.count("\n") + 1) * 10.5 + 2.5) / 72 / height
+            placed.append((y, x, text, tall, style_of(index)))
     placed.sort(key=lambda item: item[0])
     centers = spread([item[0] for item in placed], [item[3] for item in placed])
     start = 1 + 0.12 * inch

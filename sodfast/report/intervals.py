@@ -125,6 +125,16 @@ class Curve(NamedTuple):
     band: Band
     loose: tuple[Series, ...]
 
+    @property
+    def parts(self) -> tuple[Series, ...]:
+        """The mean, then what is outside of it."""
+        return Series(self.x, self.band.mean), *self.loose
+
+    @property
+    def end(self) -> tuple[float, float] | None:
+        """The last point of the first part that has one."""
+        return next(((p.steps[-1], p.values[-1]) for p in self.parts if p.steps.size), None)
+
 
 def bin_width(last_step: int, points: int) -> int:
     """Steps per point such that about `points` of them reach the last step."""
