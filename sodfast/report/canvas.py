@@ -25,8 +25,8 @@ from scipy.optimize import isotonic_regression
 OVERLAID = 8  # groups that share a plot
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#7F7F7F")
 DASHES = (
-    *((5, 1.5), (6, 1.5, 1, 1.5), (1, 1), (9, 2)),
-    *((3, 1, 1, 1, 1, 1), (2.5, 1.2), (9, 1.5, 1, 1.5)),
+    *((), (5, 1.5), (6, 1.5, 1, 1.5), (1, 1)),
+    *((9, 2), (3, 1, 1, 1, 1, 1), (2.5, 1.2), (9, 1.5, 1, 1.5)),
 )
 MARKERS = "os^DvPXh"
 INK, FAINT, GRID = "#222222", "#8A8A8A", "#E4E4E4"
@@ -47,24 +47,21 @@ _SETTINGS: dict[Any, Any] = {
     "lines.solid_capstyle": "round",
     "text.parse_math": False,  # a label may hold a dollar sign
     **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), FAINT),
-    **dict.fromkeys(("axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), INK),
+    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), INK),
     **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
     **dict.fromkeys(("axes.grid", "axes.axisbelow"), True),
 }
 
 Style = dict[str, Any]  # the keywords of a plotted line
-PLAIN: Style = {"color": COLORS[0], "ls": "-", "marker": "o"}
+STYLES: list[Style] = [
+    {"color": color, "ls": (0, dashes) if dashes else "-", "marker": marker}
+    for color, dashes, marker in zip(COLORS, DASHES, MARKERS, strict=True)
+]
 
 
 def style_of(index: int, groups: int = 1) -> Style:
     """How the group of an index looks wherever it appears, all alike if there are too many."""
-    if groups > OVERLAID:
-        return PLAIN
-    lines = ["-", *((0, dashes) for dashes in DASHES)]
-    return {
-        key: values[index % len(values)]
-        for key, values in (("color", COLORS), ("ls", lines), ("marker", MARKERS))
-    }
+    return STYLES[index % OVERLAID if groups <= OVERLAID else 0]
 
 
 def swatch(index: int) -> str:
@@ -170,7 +167,7 @@ def label_ends(
         line = style if leader else style | {"ls": "none"}
         across = [start, start + 0.15 * inch, start + 0.3 * inch]
         axes.plot(across, [center] * 3, **line, markevery=[1], ms=4, lw=1.4, **frame)
-        look: Style = {"fontsize": 8, "linespacing": 1.05, "color": INK, "va": "center"}
+        look: Style = {"fontsize": 8, "linespacing": 1.05, "va": "center"}
         axes.text(start + 0.38 * inch, center, text, transform=axes.transAxes, **look)
 
 
@@ -210,8 +207,8 @@ def to_svg(figure: Figure, name: str, label: str, css: str = "plot") -> str:
     figure.savefig(stream, format="svg", dpi=150, metadata={"Date": None, "Creator": None})
     text = stream.getvalue()
     text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
-    text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)  # would hold for the whole page
+    # A style would hold for the whole page.
+    text = re.sub(r"<metadata>.*?</metadata>\s*|<style.*?</style>", "", text, flags=re.DOTALL)
     text = re.sub(r'<g id="[^"]*"', "<g", text)
     named = f'role="img" aria-label="{escape(label)}"' if label else 'aria-hidden="true"'
     width, height = figure.get_size_inches()
@@ -225,6 +222,5 @@ def to_svg(figure: Figure, name: str, label: str, css: str = "plot") -> str:
 
 def standalone(svg: str) -> str:
     """A figure as a file of its own, with the page's font and a ground that any viewer shows."""
-    return (
-        svg.replace("<svg ", '<svg style="background: white; font-family: sans-serif" ', 1) + "\n"
-    )
+    look = "background: white; font-family: sans-serif"
+    return svg.replace("<svg ", f'<svg style="{look}" ', 1) + "\n"

@@ -16,7 +16,7 @@ from matplotlib.patches import Rectangle
 
 from sodfast.config import CGTRConfig
 from sodfast.report import canvas
-from sodfast.report.canvas import BOTTOM, FAINT, GRID, INK, LEFT, OVERLAID, PLAIN, TOP, WIDTH
+from sodfast.report.canvas import BOTTOM, FAINT, GRID, INK, LEFT, OVERLAID, TOP, WIDTH
 from sodfast.report.early_warning import DiagnosticForecast
 from sodfast.report.intervals import Curve, Series
 from sodfast.report.runs import Group, Line, Run
@@ -66,9 +66,8 @@ def curve_figure(
         for text, value in _limit(axes, curves, thresholds or {}).items():
             axes.axhline(value, color=INK, lw=0.9, ls=(0, (4, 2)))
             box = {"facecolor": "white", "alpha": 0.8, "lw": 0, "pad": 0.6}
-            look: dict[str, Any] = {"fontsize": 7.5, "color": INK, "zorder": 6, "bbox": box}
             place = ((0, value), (3, 2), ("axes fraction", "data"), "offset points")
-            axes.annotate(text, *place, **look)
+            axes.annotate(text, *place, fontsize=7.5, zorder=6, bbox=box)
         if collapse is not None:
             axes.axvline(collapse, color=COLLAPSE, lw=1.1, ls=(0, (1, 1.2)))
         if len(curves) > 1:
@@ -125,19 +124,19 @@ def _panels(
         for axes, (group, curve) in zip(grid.flat, curves.items(), strict=False):
             for other in curves.values():
                 axes.plot(other.x, other.band.mean, color="#CFCFCF", lw=0.6)
-            _draw(axes, curve, PLAIN, markers=False)
+            _draw(axes, curve, canvas.style_of(0), markers=False)
             for value in thresholds.values():
                 axes.axhline(value, color=INK, lw=0.7, ls=(0, (4, 2)))
             tick: dict[str, Any] = {"color": REFRESH, "ms": 6, "mew": 0.7, "clip_on": False}
             at = list(marks.get(group, ()))
             axes.plot(at, [0] * len(at), "|", **tick, transform=axes.get_xaxis_transform())
-            axes.set_title(canvas.clip(group, 34), fontsize=7.5, loc="left", pad=3, color=INK)
+            axes.set_title(canvas.clip(group, 34), fontsize=7.5, loc="left", pad=3)
         for axes in grid.flat[len(curves) :]:
             axes.axis("off")
         grid.flat[0].set_xlim(0, max(steps, 1))
         grid.flat[0].xaxis.set_major_locator(canvas.ticks(4, integer=True))
-        figure.supylabel(label, fontsize=8.5, x=0.12 / WIDTH, ha="left", color=INK)
-        figure.supxlabel("step", fontsize=8.5, y=0.08 / height, va="bottom", color=INK)
+        figure.supylabel(label, fontsize=8.5, x=0.12 / WIDTH, ha="left")
+        figure.supxlabel("step", fontsize=8.5, y=0.08 / height, va="bottom")
         return canvas.to_svg(figure, name, label)
 
 
@@ -223,9 +222,8 @@ def _draw_differences(axes: Axes, rows: Sequence[Line]) -> None:
             if difference > high:
                 edge, arrow, side, align = (high, ">", -8, "right")
             axes.plot(edge, index, arrow, color=color, ms=6, clip_on=False)
-            look: dict[str, Any] = {"va": "center", "ha": align, "fontsize": 8, "color": INK}
-            place = ((edge, index), (side, 0), "data", "offset points")
-            axes.annotate(number(difference, sign=True), *place, **look)
+            place = (number(difference, sign=True), (edge, index), (side, 0))
+            axes.annotate(*place, textcoords="offset points", va="center", ha=align, fontsize=8)
     axes.set_xlim(low, high)
 
 
@@ -336,12 +334,12 @@ def _gate_legend(figure: Figure, height: float) -> None:
     for gate, color in GATES.items():
         size = (0.22 / WIDTH, 0.11 / height)
         figure.add_artist(Rectangle((x, 1 - 0.27 / height), *size, color=color, lw=0))
-        figure.text(x + 0.3 / WIDTH, y, f"{gate} blocks", va="center", color=INK, fontsize=8)
+        figure.text(x + 0.3 / WIDTH, y, f"{gate} blocks", va="center", fontsize=8)
         x += 1.35 / WIDTH
     for symbol, color, text in (("v", REFRESH, "refresh"), ("X", COLLAPSE, "collapse")):
         look: dict[str, Any] = {"marker": symbol, "color": color, "mec": "white", "mew": 0.6}
         figure.add_artist(Line2D([x + 0.1 / WIDTH], [y], **look, ms=7))
-        figure.text(x + 0.24 / WIDTH, y, text, va="center", color=INK, fontsize=8)
+        figure.text(x + 0.24 / WIDTH, y, text, va="center", fontsize=8)
         x += 0.95 / WIDTH
 
 
