@@ -11,10 +11,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from html import escape
+from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
 import matplotlib
+import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -29,28 +31,12 @@ DASHES = (
     *((9, 2), (3, 1, 1, 1, 1, 1), (2.5, 1.2), (9, 1.5, 1, 1.5)),
 )
 MARKERS = "os^DvPXh"
-INK, FAINT, GRID = "#222222", "#8A8A8A", "#E4E4E4"
+SHEET = Path(__file__).with_name("figure.mplstyle")
+_LOOK = matplotlib.rc_params_from_file(SHEET)
+INK, FAINT, GRID = (_LOOK[key] for key in ("text.color", "axes.edgecolor", "grid.color"))
 
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 9.6, 0.82, 2.15, 0.14, 0.5  # inches
 UNLABELLED = 0.2  # the right margin without labels
-_SETTINGS: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "font.family": "DejaVu Sans",  # comes with matplotlib: the layout is the same everywhere
-    "font.size": 8.5,
-    "axes.linewidth": 0.7,
-    "axes.grid.axis": "y",
-    "grid.color": GRID,
-    "grid.linewidth": 0.7,
-    "xtick.major.size": 3,
-    "ytick.major.size": 0,
-    "lines.linewidth": 1.6,
-    "lines.solid_capstyle": "round",
-    "text.parse_math": False,  # a label may hold a dollar sign
-    **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), FAINT),
-    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), INK),
-    **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
-    **dict.fromkeys(("axes.grid", "axes.axisbelow"), True),
-}
 
 Style = dict[str, Any]  # the keywords of a plotted line
 STYLES: list[Style] = [
@@ -189,9 +175,8 @@ def spread(centers: Sequence[float], heights: Sequence[float]) -> list[float]:
 
 @contextmanager
 def new_figure(name: str, width: float, height: float) -> Iterator[Figure]:
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # whatever the user's matplotlibrc says
-        matplotlib.rcParams.update(_SETTINGS | {"svg.hashsalt": name})
+    # After a reset: whatever the user's matplotlibrc says.
+    with matplotlib.style.context([SHEET, {"svg.hashsalt": name}], after_reset=True):
         figure = Figure(figsize=(width, height))
         FigureCanvasSVG(figure)
         yield figure
