@@ -49,13 +49,10 @@ class Replay:
     @property
     def first_difference(self) -> int | None:
         """The first step after which the teachers differ; None: they never do."""
-        for step, (decision, recorded) in enumerate(self._pairs(), start=1):
-            if _move(self.schedule, decision) != _move(self.recorded_schedule, recorded):
-                return step
-        return None
-
-    def _pairs(self) -> Iterator[tuple[Decision, Decision]]:
-        return zip(self.decisions, self.recorded, strict=True)
+        ours = [_move(self.schedule, decision) for decision in self.decisions]
+        theirs = [_move(self.recorded_schedule, decision) for decision in self.recorded]
+        steps = enumerate(zip(ours, theirs, strict=True), start=1)
+        return next((step for step, (our, their) in steps if our != their), None)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -82,15 +79,14 @@ class Replay:
                 "COUNTERFACTUAL: the data came from the recorded schedule. The teachers part after "
                 f"step {first}; from step {first + 1} on the run itself would have gone elsewhere."
             )
-        rows = [("step", "replay", "recorded", "gates (value against threshold)")]
-        for step, pair in enumerate(self._pairs(), start=1):
-            if pair[0].gates or any(decision.action == "copy" for decision in pair):
-                ours, theirs = ("refresh" if d.action == "copy" else "-" for d in pair)
-                rows.append((str(step), ours, theirs, "  ".join(_gates(pair[0]))))
-        if len(rows) > 1:
-            yield ""
-            for number, replayed, recorded, gates in rows:
-                yield f"{number:>6}  {replayed:<8}  {recorded:<8}  {gates}".rstrip()
+        line = "{:>6}  {:<8}  {:<8}  {}".format
+        table = [line("step", "replay", "recorded", "gates (value against threshold)")]
+        for step, pair in enumerate(zip(self.decisions, self.recorded, strict=True), start=1):
+            moves = ["refresh" if decision.action == "copy" else "-" for decision in pair]
+            if pair[0].gates or "refresh" in moves:
+                table.append(line(step, *moves, "  ".join(_gates(pair[0]))).rstrip())
+        if len(table) > 1:
+            yield from ("", *table)
         yield ""
         for name, decisions in (("replay", self.decisions), ("recorded", self.recorded)):
             yield f"{name}: {_summary(decisions)}"

@@ -249,14 +249,12 @@ def group_runs(runs: Sequence[Run], single: bool = False) -> list[Group]:
     for run in runs:
         members.setdefault(tuple(run.point.items()), []).append(run)
     short = [_short_label(own[0]) for own in members.values()]
-    return [
-        Group(
-            text if short.count(text) == 1 else ", ".join(f"{key}={label}" for key, label in point),
-            own,
-            [run for run in own if run.finished or single],
-        )
-        for text, (point, own) in zip(short, members.items(), strict=True)
-    ]
+    groups = []
+    for text, (point, own) in zip(short, members.items(), strict=True):
+        if short.count(text) > 1:
+            text = ", ".join(f"{axis}={label}" for axis, label in point)
+        groups.append(Group(text, own, [run for run in own if run.finished or single]))
+    return groups
 
 
 def _short_label(run: Run) -> str:
