@@ -27,6 +27,7 @@ from sodfast.report.intervals import Curve, Series, bin_width, group_curve
 from sodfast.report.runs import Group, Line, Run, Source, load
 from sodfast.summary import SPIKE_STEPS
 
+Tables = dict[str, tables.Table]
 # Figure: the label of its axis and a run's numbers.
 CURVES: dict[str, tuple[str, Callable[[Run], Series]]] = {
     "score": ("test {metric}", attrgetter("scores")),
@@ -50,14 +51,12 @@ def write_report(directory: Path, baseline: str | None = None) -> Path:
     rows = tables.build_tables(source.groups, found)
     figures = _draw(source, rows, found)
     page = _render(source, rows, figures, found)
+    files = {f"tables/{name}.csv": table.to_csv() for name, table in rows.items()}
+    files |= {f"figures/{name}.svg": canvas.standalone(svg) for name, svg in figures.items()}
     try:
-        (directory / "tables").mkdir(exist_ok=True)
-        for name, table in rows.items():
-            replace_text(directory / "tables" / f"{name}.csv", table.to_csv())
-        (directory / "figures").mkdir(exist_ok=True)
-        for name, svg in figures.items():
-            replace_text(directory / "figures" / f"{name}.svg", canvas.standalone(svg))
-        replace_text(directory / "report.html", page)
+        for name, text in [*files.items(), ("report.html", page)]:
+            (directory / name).parent.mkdir(exist_ok=True)
+            replace_text(directory / name, text)
     except OSError as error:
         raise UsageError(f"{directory} cannot be written: {error.strerror}") from error
     return directory / "report.html"
@@ -66,9 +65,10 @@ def write_report(directory: Path, baseline: str | None = None) -> Path:
 # ---------------------------------------------------------------- figures
 
 
-def _draw(source: Source, rows: dict[str, tables.Table], found: Forecast | None) -> dict[str, str]:
+def _draw(source: Source, rows: Tables, found: Forecast | None) -> dict[str, str]:
     """Every figure that has something to show, by its name. The curves' numbers become tables."""
     groups, single, steps = source.groups, source.single, source.steps
+    several = len(groups) > 1
     refreshes = rows["refreshes"].rows
     shocks, spikes = (_thin(groups, refreshes, key) for key in ("shock", "spike_ratio"))
     ticks = _thin(groups, refreshes, "shock", plots.MARKS)
@@ -83,42 +83,39 @@ def _draw(source: Source, rows: dict[str, tables.Table], found: Forecast | None)
         "tail": {"thresholds": _limits(source)},
     }
     collapse = source.runs[0].collapse_step if single else None
-    figures = {}
+    figures: dict[str, str] = {}
+
+    def add(name: str, draw: Callable[..., str], *args: Any, **keys: Any) -> None:
+        figures[name] = draw(name, *args, **keys)
+
     for name, (label, series) in CURVES.items():
         curves = {g.label: g.curve(series, _width(source, name == "score")) for g in groups}
         rows[f"curve_{name}"] = tables.curve(curves)
         more = {"collapse": collapse, **options.get(name, {})}
-        label = label.format(metric=source.metric)
-        figures[name] = plots.curve_figure(name, label, curves, steps, **more)
+        add(name, plots.curve_figure, label.format(metric=source.metric), curves, steps, **more)
     if refreshes:
-        figures["shock"] = plots.scatter_figure("shock", "shock ‖θ − φ‖₂", shocks, steps)
-    look: dict[str, Any] = {"labelled": len(groups) > 1}
+        add("shock", plots.scatter_figure, "shock ‖θ − φ‖₂", shocks, steps)
     if lanes:
-        figures["marks"] = plots.lane_figure("marks", "Refreshes", marks, steps, **look)
+        add("marks", plots.lane_figure, "Refreshes", marks, steps, labelled=several)
     if any(spikes.values()):
-        figures["spikes"] = plots.scatter_figure("spikes", "spike ratio", spikes, steps, ratio=True)
+        add("spikes", plots.scatter_figure, "spike ratio", spikes, steps, ratio=True)
     gated = {f"{g.label}, seed {r.config.seed}": r for g in groups for r in g.runs if r.checks}
     if gated and single:
-        figures["gates"] = plots.gate_figure("gates", {"": source.runs[0]}, steps)
+        add("gates", plots.gate_figure, {"": source.runs[0]}, steps)
         bars = _reward_bars(source.runs[0], _width(source))
-        figures["reward_gate"] = plots.curve_figure("reward_gate", "reward", bars, steps)
+        add("reward_gate", plots.curve_figure, "reward", bars, steps)
     elif gated:
-        shown = dict(islice(gated.items(), plots.TIMELINES))
-        figures["gates"] = plots.gate_figure("gates", shown, steps)
+        add("gates", plots.gate_figure, dict(islice(gated.items(), plots.TIMELINES)), steps)
     ends = {g.label: [run.collapse_step for run in g.runs if run.collapse_step] for g in groups}
     lost = {label: at for label, at in ends.items() if at}
     if lost and not single:
-        look |= {"symbol": "x", "color": plots.COLLAPSE}
-        figures["collapses"] = plots.lane_figure(
-            "collapses", "Steps of collapses", lost, steps, **look
-        )
+        look = {"labelled": several, "collapses": True}
+        add("collapses", plots.lane_figure, "Steps of collapses", lost, steps, **look)
     if not single:
-        label = f"final test {source.metric}"
-        against = f"difference to {source.baseline}" if source.axis else ""
-        results = rows["results"].rows
-        figures["ranking"] = plots.ranking_figure("ranking", label, groups, results, against)
+        label, against = f"final test {source.metric}", f"difference to {source.baseline}"
+        add("ranking", plots.ranking_figure, label, groups, rows["results"].rows, against)
     if found is not None and found.diagnostics:
-        figures["forecast"] = plots.forecast_figure("forecast", found.diagnostics)
+        add("forecast", plots.forecast_figure, found.diagnostics)
     return figures
 
 
@@ -176,13 +173,10 @@ def _width(source: Source, scores: bool = False) -> int:
 
 
 def _render(
-    source: Source,
-    rows: Mapping[str, tables.Table],
-    figures: Mapping[str, str],
-    found: Forecast | None,
+    source: Source, rows: Tables, figures: Mapping[str, str], found: Forecast | None
 ) -> str:
-    told = not source.single and len(source.groups) <= canvas.OVERLAID
-    labels = [group.label for group in source.groups] if told else []
+    many = source.single or len(source.groups) > canvas.OVERLAID
+    labels = [] if many else [group.label for group in source.groups]
     lasts = [{run.last_step for run in group.used} for group in source.groups]
     uneven = any(len(steps) > 1 for steps in lasts)
     return template("page.html.j2").render(

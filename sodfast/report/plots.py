@@ -277,24 +277,19 @@ def _ratio_axis(axes: Axes, which: Literal["x", "y"], values: Sequence[float]) -
 
 
 def lane_figure(
-    name: str,
-    label: str,
-    lanes: Marks,
-    steps: int,
-    *,
-    labelled: bool,
-    symbol: str = "|",
-    color: str | None = None,
+    name: str, label: str, lanes: Marks, steps: int, *, labelled: bool, collapses: bool = False
 ) -> str:
-    """Steps at which something happened, a lane per group. `labelled` says whether the curve
-    figure above it, with which it is aligned, has labels on its right; then the lanes have, too."""
+    """Steps at which something happened, a lane per group; crosses for `collapses`. `labelled` says
+    whether the curve figure above it, with which it is aligned, has labels on its right; then the
+    lanes have, too."""
     row = 0.17 if len(lanes) <= 60 else 12.0 / len(lanes)
-    size = min(8.0, row * 60) if symbol == "|" else 6
+    symbol, size = ("x", 6.0) if collapses else ("|", min(8.0, row * 60))
     with canvas.new_figure(name, WIDTH, row * len(lanes) + TOP + BOTTOM) as figure:
         axes = canvas.add_axes(figure, labelled=labelled)
         for index, at in enumerate(lanes.values()):
             own = canvas.style_of(index)["color"] if len(lanes) <= OVERLAID else INK
-            axes.plot(list(at), [index] * len(at), symbol, color=color or own, ms=size, mew=1.1)
+            color = COLLAPSE if collapses else own
+            axes.plot(list(at), [index] * len(at), symbol, color=color, ms=size, mew=1.1)
         canvas.finish_lanes(axes, steps, len(lanes) - 0.5, -0.5)
         canvas.name_rows(axes, list(lanes) if labelled else [""] * len(lanes), row, width=32)
         return canvas.to_svg(figure, name, label)

@@ -86,11 +86,10 @@ class Run:
         greatest, mean = self.series(max_key), self.series(mean_key)
         if not mean.steps.size:
             return mean
-        lead = np.full(window - 1, np.nan)
-        view = np.lib.stride_tricks.sliding_window_view
-        maxima = np.nanmax(view(np.concatenate([lead, greatest.values]), window), axis=1)
-        means = np.nanmean(view(np.concatenate([lead, mean.values]), window), axis=1)
-        return Series(mean.steps, maxima / means)
+        before = np.full((2, window - 1), np.nan)
+        known = np.concatenate([before, [greatest.values, mean.values]], axis=1)
+        longest, means = np.lib.stride_tricks.sliding_window_view(known, window, axis=1)
+        return Series(mean.steps, np.nanmax(longest, axis=1) / np.nanmean(means, axis=1))
 
 
 @dataclass(frozen=True)
