@@ -27,8 +27,9 @@ shown, in both directions where neither is obvious: the best of several is so pa
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from math import fsum, inf, sqrt
-from statistics import NormalDist, median
+from functools import partial
+from math import inf, sqrt
+from statistics import NormalDist, fmean, median
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,7 +55,7 @@ class Diagnostic(NamedTuple):
 
 
 def _mean(values: Sequence[float]) -> float | None:
-    return fsum(values) / len(values) if values else None
+    return fmean(values) if values else None
 
 
 def _tail(window: Window, step: int) -> float | None:
@@ -63,29 +64,27 @@ def _tail(window: Window, step: int) -> float | None:
     return max(longest) / mean if longest and mean else None
 
 
-def _change(key: str, sign: int = 1, opening: bool = True) -> Score:
+def _change(
+    key: str, window: Window, step: int, sign: int = 1, opening: bool = True
+) -> float | None:
     """Relative change of the window's mean, 0.3 for 30 % more, against the opening window or the
     window before; None without a positive base. `sign` −1: a fall is alarming."""
-
-    def score(window: Window, step: int) -> float | None:
-        now = _mean(window(key, step))
-        before = _mean(window(key, WINDOW if opening else step - WINDOW))
-        return None if now is None or before is None or before <= 0 else sign * (now / before - 1)
-
-    return score
+    now = _mean(window(key, step))
+    before = _mean(window(key, WINDOW if opening else step - WINDOW))
+    return None if now is None or before is None or before <= 0 else sign * (now / before - 1)
 
 
 ENTROPY, DIVERGENCE, DRIFT = "policy/entropy", "distill/divergence", "teacher/drift"
 LENGTH = "length/mean"  # runaway length is itself a collapse criterion
 DIAGNOSTICS = (
     Diagnostic("length tail", LENGTH, _tail),
-    Diagnostic("entropy rise", ENTROPY, _change(ENTROPY)),
-    Diagnostic("entropy fall", ENTROPY, _change(ENTROPY, sign=-1)),
-    Diagnostic("temporal KL rise", DIVERGENCE, _change(DIVERGENCE)),
-    Diagnostic("temporal KL fall", DIVERGENCE, _change(DIVERGENCE, sign=-1)),
-    Diagnostic("temporal KL jump", DIVERGENCE, _change(DIVERGENCE, opening=False)),
-    Diagnostic("teacher drift", DRIFT, _change(DRIFT)),
-    Diagnostic("mean length", LENGTH, _change(LENGTH), leaks=True),
+    Diagnostic("entropy rise", ENTROPY, partial(_change, ENTROPY)),
+    Diagnostic("entropy fall", ENTROPY, partial(_change, ENTROPY, sign=-1)),
+    Diagnostic("temporal KL rise", DIVERGENCE, partial(_change, DIVERGENCE)),
+    Diagnostic("temporal KL fall", DIVERGENCE, partial(_change, DIVERGENCE, sign=-1)),
+    Diagnostic("temporal KL jump", DIVERGENCE, partial(_change, DIVERGENCE, opening=False)),
+    Diagnostic("teacher drift", DRIFT, partial(_change, DRIFT)),
+    Diagnostic("mean length", LENGTH, partial(_change, LENGTH), leaks=True),
 )
 
 

@@ -171,11 +171,8 @@ def ranking_figure(
     `rows` are those of the groups in the results table."""
     height = (0.3 if len(rows) <= 30 else 0.2) * len(rows) + TOP + BOTTOM
     differences = any(row["difference"] is not None for row in rows)
-    left = 2.3
-    whole = WIDTH - left - 0.2
-    width = 0.56 * whole if differences else whole
     with canvas.new_figure(name, WIDTH, height) as figure:
-        axes = canvas.add_axes(figure, left=left, right=WIDTH - left - width)
+        axes = canvas.add_axes(figure, left=2.3, right=3.324 if differences else 0.2)
         for index, (group, row) in enumerate(zip(groups, rows, strict=True)):
             style = canvas.style_of(index, len(rows))
             mean, error = row["final_mean"], row["final_error"]
@@ -190,7 +187,7 @@ def ranking_figure(
                 axes.plot(mean, index + 0.2, "|", color=INK, ms=6, mew=1.4)
         canvas.finish_rows(axes, [f"{row['group']} ({runs_of(row)})" for row in rows], label)
         if differences:
-            other = canvas.add_axes(figure, left=left + width + 0.25, right=0.2)
+            other = canvas.add_axes(figure, left=6.526, right=0.2)
             _draw_differences(other, rows)
             canvas.finish_rows(other, [""] * len(rows), difference_label)
         return canvas.to_svg(figure, name, label)
@@ -218,9 +215,8 @@ def _draw_differences(axes: Axes, rows: Sequence[Line]) -> None:
                 axes.plot(ends, (index, index), color=color, lw=2, solid_capstyle="butt")
             axes.plot(difference, index, marker=style["marker"], color=color, ms=5)
         else:
-            edge, arrow, side, align = (low, "<", 8, "left")
-            if difference > high:
-                edge, arrow, side, align = (high, ">", -8, "right")
+            ends = (low, "<", 8, "left"), (high, ">", -8, "right")
+            edge, arrow, side, align = ends[difference > high]
             axes.plot(edge, index, arrow, color=color, ms=6, clip_on=False)
             place = (number(difference, sign=True), (edge, index), (side, 0))
             axes.annotate(*place, textcoords="offset points", va="center", ha=align, fontsize=8)

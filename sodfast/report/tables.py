@@ -5,6 +5,7 @@ import csv
 import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -82,20 +83,18 @@ def runs_of(row: Line) -> str:
 
 
 Value = Callable[[Run], float | None]
-
-
-def metric(key: str, how: Callable[[Any], Any] = np.mean, part: slice = slice(None)) -> Value:
-    """What `how` makes of a metric over these of a run's steps; of its test scores without key."""
-
-    def of(run: Run) -> float | None:
-        values = (run.series(key) if key else run.scores).values[part]
-        return float(how(values)) if values.size else None
-
-    return of
-
-
 _BEGIN, _END, _LAST = slice(ENDS), slice(-ENDS, None), slice(-1, None)
-final, peak = metric("", part=_LAST), metric("", np.max)
+
+
+def metric(
+    key: str, run: Run, how: Callable[[Any], Any] = np.mean, part: slice = slice(None)
+) -> float | None:
+    """What `how` makes of a metric over these of a run's steps; of its test scores without key."""
+    values = (run.series(key) if key else run.scores).values[part]
+    return float(how(values)) if values.size else None
+
+
+final, peak = partial(metric, "", part=_LAST), partial(metric, "", how=np.max)
 
 
 def _start(run: Run) -> float | None:
@@ -103,15 +102,11 @@ def _start(run: Run) -> float | None:
     return float(run.scores.values[0]) if 0 in run.scores.steps else None
 
 
-def _last_of(kind: str) -> Value:
+def _last_of(kind: str, run: Run) -> float | None:
     """eval/<kind>@k of the last evaluation at the greatest k."""
-
-    def of(run: Run) -> float | None:
-        keys = [key for line in run.lines[-1:] for key in line if key.startswith(f"eval/{kind}@")]
-        key = max(keys, key=lambda key: int(key.rpartition("@")[2]), default=None)
-        return None if key is None else metric(key, part=_LAST)(run)
-
-    return of
+    keys = [key for line in run.lines[-1:] for key in line if key.startswith(f"eval/{kind}@")]
+    key = max(keys, key=lambda key: int(key.rpartition("@")[2]), default=None)
+    return None if key is None else metric(key, run, part=_LAST)
 
 
 def _mean(values: Iterable[float]) -> float | None:
@@ -119,12 +114,9 @@ def _mean(values: Iterable[float]) -> float | None:
     return found and found.value
 
 
-def _blocked(gate: str) -> Value:
-    def of(run: Run) -> float | None:
-        passed = [check["gates"][gate]["pass"] for check in run.checks]
-        return passed.count(False) if passed else None
-
-    return of
+def _blocked(gate: str, run: Run) -> float | None:
+    passed = [check["gates"][gate]["pass"] for check in run.checks]
+    return passed.count(False) if passed else None
 
 
 # The tables with a row per group, like those of the paper; the page shows them in this order.
@@ -134,32 +126,32 @@ MEASURES: dict[str, dict[str, Value]] = {
     # Table 3: when the teacher moved, how far, and what it did to the KL
     "teacher": {
         "refreshes": lambda run: len(run.refreshes) if run.copies else None,
-        "age": metric("teacher/age"),
+        "age": partial(metric, "teacher/age"),
         "shock": lambda run: _mean(event["shock"] for event in run.refreshes),
         "spike": lambda run: _mean(run.spikes.values()),
     },
     # Table 4: checks at which each gate blocked
     "blocked": {
         "checks": lambda run: len(run.checks) or None,
-        **{f"blocked_{gate}": _blocked(gate) for gate in GATES},
+        **{f"blocked_{gate}": partial(_blocked, gate) for gate in GATES},
     },
     # Table 10: each run's mean over its steps, then over the runs
     "diagnostics": {
-        "success_group_fraction": metric("reward/success_group_fraction"),
-        "snr": metric("reward/snr"),
-        "reward_last": metric("reward/mean", part=_END),
-        "entropy": metric("policy/entropy"),
-        "entropy_last": metric("policy/entropy", part=_END),
-        "divergence": metric("distill/divergence"),
+        "success_group_fraction": partial(metric, "reward/success_group_fraction"),
+        "snr": partial(metric, "reward/snr"),
+        "reward_last": partial(metric, "reward/mean", part=_END),
+        "entropy": partial(metric, "policy/entropy"),
+        "entropy_last": partial(metric, "policy/entropy", part=_END),
+        "divergence": partial(metric, "distill/divergence"),
     },
     # response lengths, and what the last evaluation says beside its mean
     "lengths": {
-        "length_first": metric("length/mean", part=_BEGIN),
-        "length_last": metric("length/mean", part=_END),
-        "tail": metric("length/tail_ratio"),
-        "tail_max": metric("length/tail_ratio", np.max),
-        "best": _last_of("best"),
-        "maj": _last_of("maj"),
+        "length_first": partial(metric, "length/mean", part=_BEGIN),
+        "length_last": partial(metric, "length/mean", part=_END),
+        "tail": partial(metric, "length/tail_ratio"),
+        "tail_max": partial(metric, "length/tail_ratio", how=np.max),
+        "best": partial(_last_of, "best"),
+        "maj": partial(_last_of, "maj"),
     },
 }
 
