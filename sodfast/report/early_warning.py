@@ -1,7 +1,8 @@
 """Diagnostics that predict: does a run's past announce its collapse, how early, how often in vain?
 
 A diagnostic gives each step a score that depends on that step and those before it. An alarm is
-the first score above a threshold. A run is labelled by whether it collapsed, and judged whole:
+the first score above a threshold. A run is labelled by whether it collapsed, and judged whole, by
+its greatest score; the ROC is over thresholds on these:
 
 * A collapsed run is watched up to its horizon, `collapse_step − detector_steps`. The detector
   calls a collapse on the last of `detector_steps` long steps (`collapse.length_steps`, 5), so the
@@ -10,20 +11,18 @@ the first score above a threshold. A run is labelled by whether it collapsed, an
 * A stable run is watched to its last step, and any alarm in it is false. Stable runs are mostly
   watched longer, which counts against every diagnostic. A run that ended early might have
   collapsed later: give finished runs only.
-* A run's score is its greatest up to there, and the ROC is over thresholds on these scores.
 * The lead is `collapse_step − alarm_step`. A first alarm may be a fluke that subsides long before;
   the standing lead counts from the start of the alarm that still stands at the horizon.
 
-Windows are `WINDOW` = 5 steps, as CGTR's. Relative scores compare the last window with the run's
-opening window, steps 1 to 5, so that tasks, learning rates and model sizes are comparable. Scores
-begin at step 10, where the two no longer overlap. A mean is over the steps of its window that
-carry the metric.
+Windows are `WINDOW` = 5 steps, as CGTR's; a mean is over the steps of its window that carry the
+metric. Relative scores compare the last window with the run's opening window, steps 1 to 5, so
+that tasks, learning rates and model sizes are comparable. Scores begin at step 10, where the two
+windows no longer overlap.
 
-What the numbers cannot say. The runs of a study differ in schedule, and a diagnostic may tell
-schedules apart rather than foresee a collapse: an alarm at the first score is a property of the
-schedule, and shows as a lead time of nearly the whole run. Seeds of one schedule are near
-replicates, so that intervals, which take runs as independent, are too narrow. Every diagnostic is
-shown, in both directions where neither is obvious: the best of several is so partly by chance.
+What the numbers cannot say: the runs of a study differ in schedule, and a diagnostic may tell
+schedules apart rather than foresee a collapse. Seeds of one schedule are near replicates, so that
+intervals, which take runs as independent, are too narrow. Every diagnostic is shown, in both
+directions where neither is obvious: the best of several is so partly by chance.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -118,9 +117,8 @@ class DiagnosticForecast(NamedTuple):
     value is undefined.
 
     Its threshold is the least with at most `MAX_FALSE_ALARM_RATE` false alarms among these runs,
-    so its detection and false-alarm rate are in-sample. The held-out rates choose it, for each
-    group in turn, on the stable runs of the other groups; None where the stable runs are all of
-    one group. The AUC has a 95 % interval (`auc_interval`). Leads are in steps. `roc` is
+    so its rates are in-sample. The held-out rates choose it, for each group in turn, on the stable
+    runs of the other groups; None where the stable runs are all of one group. `roc` is
     (threshold, false-alarm rate, detection rate) from no alarm to one wherever there is a score.
     """
 
@@ -185,7 +183,7 @@ def _judge(
     collapsed, stable = top[lost], top[~lost]
     threshold, area = _threshold(stable), auc(collapsed, stable)
     low, high = auc_interval(area, len(collapsed), len(stable))
-    held_out = _held_out(top, lost, np.array([group for group, _, _ in watched])) or (None, None)
+    held_out = _held_out(top, lost, np.array([group for group, _, _ in watched]))
     alarms = [_alarm(run, known, threshold) for _, run, known in watched]
     leads = [alarm.lead for alarm in alarms if alarm.lead is not None]
     standing = [alarm.standing_lead for alarm in alarms if alarm.standing_lead is not None]
@@ -230,18 +228,17 @@ def _share_above(threshold: float, values: Array) -> float:
 
 def _threshold(stable: Array) -> float:
     """The least score of a stable run that at most `MAX_FALSE_ALARM_RATE` of them exceed."""
-    ascending: list[float] = np.sort(stable).tolist()
-    return next(t for t in ascending if _share_above(t, stable) <= MAX_FALSE_ALARM_RATE)
+    return float(np.sort(stable)[::-1][int(MAX_FALSE_ALARM_RATE * len(stable))])
 
 
-def _held_out(top: Array, lost: Any, groups: Any) -> tuple[float, float] | None:
-    """(detection, false-alarm) rates with each group judged by the others' threshold."""
+def _held_out(top: Array, lost: Any, groups: Any) -> tuple[float | None, float | None]:
+    """Detection and false-alarm rate with each group judged by the others' threshold."""
     alarmed = np.zeros(len(top), dtype=bool)
-    for group in set(groups.tolist()):
+    for group in np.unique(groups):
         own = groups == group
         others = top[~own & ~lost]
         if not others.size:
-            return None
+            return None, None
         alarmed[own] = top[own] > _threshold(others)
     return float(alarmed[lost].mean()), float(alarmed[~lost].mean())
 

@@ -75,12 +75,13 @@ def _draw(source: Source, rows: Tables, found: Forecast | None) -> dict[str, str
     marks = {label: [step for step, _ in pairs] for label, pairs in ticks.items()}
     # Panels have ticks of their own; other layouts have lanes below.
     lanes = bool(refreshes) and not canvas.OVERLAID < len(groups) <= plots.PANELS
+    runaway, limits = _thresholds(source)
     options: dict[str, dict[str, Any]] = {
         "score": {"markers": True},
         "drift": {"xlabel": not refreshes},
         "divergence": {"xlabel": not lanes, "marks": marks},
-        "length": {"xlabel": False, "thresholds": _caps(source)},
-        "tail": {"thresholds": _limits(source)},
+        "length": {"xlabel": False, "thresholds": runaway},
+        "tail": {"thresholds": limits},
     }
     collapse = source.runs[0].collapse_step if single else None
     figures: dict[str, str] = {}
@@ -119,18 +120,15 @@ def _draw(source: Source, rows: Tables, found: Forecast | None) -> dict[str, str
     return figures
 
 
-def _limits(source: Source) -> dict[str, float]:
-    """The length gate's limits, the first four."""
-    schedules = [run.config.schedule for run in source.runs if run.lines]
-    limits = sorted({s.max_tail_ratio for s in schedules if isinstance(s, CGTRConfig)})
-    return {f"limit {limit:g}": limit for limit in limits[:4]}
-
-
-def _caps(source: Source) -> dict[str, float]:
-    """The mean length that counts as a collapse, where it is the same in all runs."""
+def _thresholds(source: Source) -> tuple[dict[str, float], dict[str, float]]:
+    """The mean length that counts as a collapse, where it is the same in all runs; and the length
+    gate's limits, the first four."""
     configs = [run.config for run in source.runs if run.lines]
     caps = {c.collapse.length_fraction * c.rollout.max_new_tokens for c in configs}
-    return {"runaway length": caps.pop()} if len(caps) == 1 else {}
+    schedules = [config.schedule for config in configs]
+    limits = sorted({s.max_tail_ratio for s in schedules if isinstance(s, CGTRConfig)})[:4]
+    runaway = {"runaway length": caps.pop()} if len(caps) == 1 else {}
+    return runaway, {f"limit {limit:g}": limit for limit in limits}
 
 
 def _reward_bars(run: Run, width: int) -> dict[str, Curve]:

@@ -101,9 +101,8 @@ def _limit(axes: Axes, curves: Curves, thresholds: Levels) -> Levels:
     low, high = float(values.min()), float(values.max())
     spread = (high - low) or abs(high) or 1.0
     for _, band, _ in curves.values():
-        if (band.n > 1).any():
-            low = min(low, max(float(band.low[band.n > 1].min()), low - 0.25 * spread))
-            high = max(high, min(float(band.high[band.n > 1].max()), high + 0.25 * spread))
+        low = min(low, max(np.fmin.reduce(band.low, initial=np.inf), low - 0.25 * spread))
+        high = max(high, min(np.fmax.reduce(band.high, initial=-np.inf), high + 0.25 * spread))
     margin = 0.05 * ((high - low) or abs(high) or 1.0)
     # Nothing below zero where nothing was measured below zero.
     axes.set_ylim(max(low - margin, -margin / 2 if values.min() >= 0 else -np.inf), high + margin)
