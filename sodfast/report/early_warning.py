@@ -39,6 +39,9 @@ from sodfast.report.runs import Group, Line, Run
 WINDOW = 5
 MAX_FALSE_ALARM_RATE = 0.1
 
+Watched = tuple[
+    str, Run, Mapping[int, float]
+]  # a run's group, the run, its scores up to its horizon
 Window = Callable[[str, int], list[float]]  # a metric's values in the window that ends at a step
 Score = Callable[[Window, int], float | None]
 
@@ -87,15 +90,15 @@ DIAGNOSTICS = (
 )
 
 
-def scores(diagnostic: Diagnostic, lines: Sequence[Line]) -> dict[int, float]:
-    """The score of every step that has one. A step's score does not depend on later lines."""
+def scores(diagnostic: Diagnostic, lines: Sequence[Line], last: float = inf) -> dict[int, float]:
+    """The score of every step up to `last` that has one; it does not depend on later lines."""
     by_step = {line["step"]: line for line in lines if line["step"] > 0}
 
     def window(key: str, end: int) -> list[float]:
         inside = (by_step.get(step, {}) for step in range(end - WINDOW + 1, end + 1))
         return [line[key] for line in inside if key in line]
 
-    found = {step: diagnostic.score(window, step) for step in by_step if step >= 2 * WINDOW}
+    found = {step: diagnostic.score(window, step) for step in by_step if 2 * WINDOW <= step <= last}
     return {step: score for step, score in found.items() if score is not None}
 
 
@@ -158,13 +161,11 @@ def forecast(groups: Sequence[Group]) -> Forecast:
         return Forecast(collapsed, stable, (), (note,))
     judged, notes = [], []
     for diagnostic in DIAGNOSTICS:
-        watched = []
-        for group, run in runs:
-            if any(diagnostic.key in line for line in run.lines):
-                every = scores(diagnostic, run.lines)
-                known = {step: score for step, score in every.items() if step <= horizon(run)}
-                if known or run.collapse_step is not None:
-                    watched.append((group, run, known))
+        having = [pair for pair in runs if any(diagnostic.key in line for line in pair[1].lines)]
+        scored = [
+            (group, run, scores(diagnostic, run.lines, horizon(run))) for group, run in having
+        ]
+        watched = [one for one in scored if one[2] or one[1].collapse_step is not None]
         stays = {run.collapse_step is None for _, run, _ in watched}
         if len(stays) == 2:
             judged.append(_judge(diagnostic, watched))
@@ -174,10 +175,7 @@ def forecast(groups: Sequence[Group]) -> Forecast:
     return Forecast(collapsed, stable, tuple(judged), tuple(notes))
 
 
-def _judge(
-    diagnostic: Diagnostic, watched: Sequence[tuple[str, Run, Mapping[int, float]]]
-) -> DiagnosticForecast:
-    """`watched`: a run's group, the run, and its scores up to its horizon."""
+def _judge(diagnostic: Diagnostic, watched: Sequence[Watched]) -> DiagnosticForecast:
     top = np.array([max(known.values(), default=-inf) for _, _, known in watched])
     lost = np.array([run.collapse_step is not None for _, run, _ in watched])
     collapsed, stable = top[lost], top[~lost]
