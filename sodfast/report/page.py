@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from sodfast.config import CGTRConfig
@@ -25,6 +24,7 @@ from sodfast.report import canvas, plots, tables
 from sodfast.report.early_warning import MAX_FALSE_ALARM_RATE, Forecast, forecast
 from sodfast.report.intervals import Curve, Series, bin_width, group_curve
 from sodfast.report.runs import Group, Line, Run, Source, load
+from sodfast.report.templates import template
 from sodfast.summary import SPIKE_STEPS
 
 Tables = dict[str, tables.Table]
@@ -177,7 +177,7 @@ def _render(
     labels = [] if many else [group.label for group in source.groups]
     lasts = [{run.last_step for run in group.used} for group in source.groups]
     uneven = any(len(steps) > 1 for steps in lasts)
-    return template("page.html.j2").render(
+    return template("page.html.j2", *tables.WRITERS).render(
         title=source.directory.resolve().name,
         source=source,
         tables=rows,
@@ -192,16 +192,6 @@ def _render(
         ENDS=tables.ENDS,
         FALSE_ALARMS=f"{MAX_FALSE_ALARM_RATE:.0%}",
     )
-
-
-def template(name: str) -> Template:
-    """page.html.j2, or tables.html.j2 with the columns of its tables."""
-    look: dict[str, Any] = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
-    loader = PackageLoader("sodfast.report", ".")
-    environment = Environment(loader=loader, undefined=StrictUndefined, **look)
-    for write in (tables.number, tables.significant, tables.with_error, tables.runs_of):
-        environment.globals[write.__name__] = write
-    return environment.get_template(name)
 
 
 def _environments(source: Source) -> Counter[str]:

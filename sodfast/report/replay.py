@@ -6,7 +6,7 @@ steps is what the schedule says about these data, not what the other run would h
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from sodfast.config import CGTRConfig, Config, ScheduleConfig, read_overrides, validate
 from sodfast.errors import UsageError
 from sodfast.files import read_lines
+from sodfast.report.templates import template
 from sodfast.schedule import Decision, build_schedule, replay, student_share
 
 
@@ -66,33 +67,12 @@ class Replay:
             "first_difference": self.first_difference,
         }
 
-    def text(self) -> Iterator[str]:
-        """For people: the caveat, each check and each refresh, and the sums."""
-        yield f"{self.run}: {len(self.decisions)} steps"
-        yield f"recorded under {_describe(self.recorded_schedule)}"
-        yield f"replayed under {_describe(self.schedule)}"
-        first = self.first_difference
-        if first is None:
-            yield "Every decision is the recorded one."
-        else:
-            yield (
-                "COUNTERFACTUAL: the data came from the recorded schedule. The teachers part after "
-                f"step {first}; from step {first + 1} on the run itself would have gone elsewhere."
-            )
-        line = "{:>6}  {:<8}  {:<8}  {}".format
-        table = [line("step", "replay", "recorded", "gates (value against threshold)")]
-        for step, pair in enumerate(zip(self.decisions, self.recorded, strict=True), start=1):
-            moves = ["refresh" if decision.action == "copy" else "-" for decision in pair]
-            if pair[0].gates or "refresh" in moves:
-                table.append(line(step, *moves, "  ".join(_gates(pair[0]))).rstrip())
-        if len(table) > 1:
-            yield from ("", *table)
-        yield ""
-        for name, decisions in (("replay", self.decisions), ("recorded", self.recorded)):
-            yield f"{name}: {_summary(decisions)}"
-        if self.blocked:
-            blocked = ", ".join(f"{name} {count}" for name, count in self.blocked.items())
-            yield f"checks blocked by: {blocked}"
+    def text(self) -> list[str]:
+        """The lines for people: the caveat, each check and each refresh, and the sums."""
+        pairs = enumerate(zip(self.decisions, self.recorded, strict=True), start=1)
+        rows = [(step, ours, theirs) for step, (ours, theirs) in pairs]
+        shown = [row for row in rows if row[1].gates or "copy" in (row[1].action, row[2].action)]
+        return template("replay.txt.j2", describe).render(replay=self, shown=shown).splitlines()
 
 
 def replay_run(run: Path, overrides: Sequence[str]) -> Replay:
@@ -155,7 +135,7 @@ def _copies(decisions: Sequence[Decision]) -> list[int]:
     return [step for step, decision in enumerate(decisions, start=1) if decision.action == "copy"]
 
 
-def _describe(schedule: ScheduleConfig) -> str:
+def describe(schedule: ScheduleConfig) -> str:
     values = schedule.model_dump(mode="json", exclude={"kind"})
     if isinstance(schedule, CGTRConfig) and schedule.length_shards is None:
         del values["shards"]
@@ -164,18 +144,3 @@ def _describe(schedule: ScheduleConfig) -> str:
         for key, value in values.items()
     )
     return f"{schedule.kind} ({keys})" if keys else schedule.kind
-
-
-def _gates(decision: Decision) -> Iterator[str]:
-    for name, gate in (decision.gates or {}).items():
-        threshold = f"{gate['threshold']:.4g}" if "threshold" in gate else "none yet"
-        verdict = "pass" if gate["pass"] else "BLOCK"
-        off = "" if gate["active"] else " (off)"
-        yield f"{name} {gate['value']:.4g}/{threshold} {verdict}{off}"
-
-
-def _summary(decisions: Sequence[Decision]) -> str:
-    if any(decision.action == "average" for decision in decisions):
-        return "averages after every step"
-    steps = ", ".join(map(str, _copies(decisions)))
-    return f"refreshes at {steps}" if steps else "no refresh"

@@ -79,6 +79,9 @@ def runs_of(row: Line) -> str:
     return str(row["n"]) if row["n"] == row["listed"] else f"{row['n']} of {row['listed']}"
 
 
+WRITERS = (number, significant, with_error, runs_of)  # what the templates call
+
+
 # ---------------------------------------------------------------- numbers of a run
 
 

@@ -11,9 +11,17 @@ from synthetic import lab_run
 
 from sodfast.report.early_warning import Forecast
 from sodfast.report.intervals import Series, group_curve
-from sodfast.report.page import template
 from sodfast.report.runs import Group, Run
-from sodfast.report.tables import Table, build_tables, curve, number, significant, with_error
+from sodfast.report.tables import (
+    WRITERS,
+    Table,
+    build_tables,
+    curve,
+    number,
+    significant,
+    with_error,
+)
+from sodfast.report.templates import template
 
 
 def run_of(seed: int, score: float, events: list[dict[str, Any]], copies: bool = True) -> Run:
@@ -51,7 +59,7 @@ def row_of(table: Table) -> dict[str, Any]:
 def shown(name: str, group: Group) -> list[str]:
     """The cells of a group's row on the page."""
     (row,) = tables_of(group)[name].rows
-    columns: Any = template("tables.html.j2").module
+    columns: Any = template("tables.html.j2", *WRITERS).module
     return [write(row, *more) for _, write, *more in columns.columns[name]]
 
 
