@@ -148,10 +148,8 @@ def group_curve(finished: Sequence[Series], unfinished: Sequence[Series], width:
     """
     binned = [_bin(series, width) for series in finished if series.steps.size]
     loose = [_bin(series, width) for series in unfinished if series.steps.size]
-    if not binned:
-        return Curve(np.empty(0), band(np.empty((0, 0))), tuple(loose))
-    end = min(series.steps[-1] for series in binned)
-    x = np.unique(np.concatenate([series.steps for series in binned]))
+    end = min((series.steps[-1] for series in binned), default=0)
+    x = np.unique(np.concatenate([np.empty(0), *(series.steps for series in binned)]))
     x = x[x <= end]
     values = np.full((len(binned), len(x)), np.nan)
     for row, (steps, own) in enumerate(binned):

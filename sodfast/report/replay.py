@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sodfast.config import CGTRConfig, Config, ScheduleConfig, read_overrides, validate
+from sodfast.config import Config, ScheduleConfig, read_overrides, validate
 from sodfast.errors import UsageError
 from sodfast.files import read_lines
 from sodfast.report.templates import template
@@ -72,7 +72,7 @@ class Replay:
         pairs = enumerate(zip(self.decisions, self.recorded, strict=True), start=1)
         rows = [(step, ours, theirs) for step, (ours, theirs) in pairs]
         shown = [row for row in rows if row[1].gates or "copy" in (row[1].action, row[2].action)]
-        return template("replay.txt.j2", describe).render(replay=self, shown=shown).splitlines()
+        return template("replay.txt.j2").render(replay=self, shown=shown).splitlines()
 
 
 def replay_run(run: Path, overrides: Sequence[str]) -> Replay:
@@ -133,14 +133,3 @@ def _move(schedule: ScheduleConfig, decision: Decision) -> tuple[Any, ...]:
 
 def _copies(decisions: Sequence[Decision]) -> list[int]:
     return [step for step, decision in enumerate(decisions, start=1) if decision.action == "copy"]
-
-
-def describe(schedule: ScheduleConfig) -> str:
-    values = schedule.model_dump(mode="json", exclude={"kind"})
-    if isinstance(schedule, CGTRConfig) and schedule.length_shards is None:
-        del values["shards"]
-    keys = ", ".join(
-        f"{key} {'+'.join(value) or 'none' if isinstance(value, list) else value}"
-        for key, value in values.items()
-    )
-    return f"{schedule.kind} ({keys})" if keys else schedule.kind

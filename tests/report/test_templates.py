@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from jinja2 import UndefinedError
 
+from sodfast.config import HardConfig
 from sodfast.report.tables import WRITERS
 from sodfast.report.templates import template
 
@@ -16,15 +17,11 @@ def test_html_is_escaped_and_text_is_not() -> None:
     replay = SimpleNamespace(run="a < b", first_difference=None, blocked={})
     for name in ("decisions", "recorded", "refreshes", "recorded_refreshes"):
         setattr(replay, name, [])
-    replay.schedule = replay.recorded_schedule = "s"
-    text = template("replay.txt.j2", describe).render(replay=replay, shown=[])
-    assert text.splitlines()[:2] == ["a < b: 0 steps", "recorded under S"]
-
-
-def describe(schedule: str) -> str:
-    return schedule.upper()
+    replay.schedule = replay.recorded_schedule = HardConfig(every=3)
+    text = template("replay.txt.j2").render(replay=replay, shown=[])
+    assert text.splitlines()[:2] == ["a < b: 0 steps", "recorded under hard (every 3)"]
 
 
 def test_a_name_that_is_not_given_is_an_error() -> None:
     with pytest.raises(UndefinedError, match="replay"):
-        template("replay.txt.j2", describe).render(shown=[])
+        template("replay.txt.j2").render(shown=[])
