@@ -75,8 +75,7 @@ def add_axes(figure: Figure, labelled: bool = False, **inches: float) -> Axes:
 
 def hollow(axes: Axes, x: Any, y: Any, style: Style, **more: Any) -> None:
     """A group's markers, unfilled and unconnected."""
-    more = {"marker": style["marker"], "mec": style["color"], **more}
-    axes.plot(x, y, ls="none", mfc="none", **more)
+    axes.plot(x, y, ls="", mfc="none", **{"marker": style["marker"], "mec": style["color"], **more})
 
 
 def finish_steps(axes: Axes, steps: int, label: str, xlabel: bool = True) -> None:
@@ -190,8 +189,7 @@ def to_svg(figure: Figure, name: str, label: str, css: str = "plot") -> str:
     """
     stream = io.StringIO()
     figure.savefig(stream, format="svg", dpi=150, metadata={"Date": None, "Creator": None})
-    text = stream.getvalue()
-    text = text[text.index("<svg") :]
+    text = stream.getvalue().partition("<svg")[2].partition(">")[2]
     # A style would hold for the whole page.
     text = re.sub(r"<metadata>.*?</metadata>\s*|<style.*?</style>", "", text, flags=re.DOTALL)
     text = re.sub(r'<g id="[^"]*"', "<g", text)
@@ -202,7 +200,7 @@ def to_svg(figure: Figure, name: str, label: str, css: str = "plot") -> str:
         f'viewBox="0 0 {width * 72:g} {height * 72:g}" xmlns="http://www.w3.org/2000/svg" '
         f'xmlns:xlink="http://www.w3.org/1999/xlink">'
     )
-    return re.sub(r"<svg[^>]*>", head, text, count=1).rstrip()
+    return head + text.rstrip()
 
 
 def standalone(svg: str) -> str:

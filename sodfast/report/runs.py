@@ -148,11 +148,9 @@ class Source:
             return None
         found = {group.baseline.label: group.baseline for group in self.groups if group.baseline}
         label, group = next(iter(found.items()))
-        if len(found) == 1:
-            return label
-        if self.axis == "schedule":
+        if len(found) > 1 and self.axis == "schedule":
             return describe_schedule(group.runs[0].config.schedule)
-        return f"{self.axis}={self.value}"
+        return label if len(found) == 1 else f"{self.axis}={self.value}"
 
 
 def load(directory: Path, baseline: str | None = None) -> Source:

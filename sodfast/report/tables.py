@@ -199,15 +199,14 @@ def _by_group(
     and `more`."""
     rows = []
     for group in groups:
-        row: dict[str, Any] = {"group": group.label, "n": len(group.used)}
-        row["listed"] = len(group.runs)
+        row: Line = {"group": group.label, "n": len(group.used), "listed": len(group.runs)}
         for key, of in measures.items():
-            values = [value for value in map(of, group.used) if value is not None]
-            found = mean_and_error(values)
-            row |= {f"{key}_mean": found and found.value, f"{key}_error": found and found.error}
+            found = mean_and_error([value for value in map(of, group.used) if value is not None])
+            spread = {f"{key}_mean": found and found.value, f"{key}_error": found and found.error}
+            row = {**row, **spread}
         rows.append({**row, **more(group)})
-    spread = [f"{key}_{part}" for key in measures for part in ("mean", "error")]
-    return Table(list(dict.fromkeys(chain(["group", "n", "listed", *spread], *rows))), rows)
+    numbers = [f"{key}_{part}" for key in measures for part in ("mean", "error")]
+    return Table(list(dict.fromkeys(chain(["group", "n", "listed", *numbers], *rows))), rows)
 
 
 def _outcome(group: Group) -> dict[str, Any]:
@@ -277,7 +276,5 @@ def _refreshes(run: Run) -> Iterator[Line]:
 def _checks(run: Run) -> Iterator[Line]:
     for check in run.checks:
         for gate, found in check["gates"].items():
-            row = {"threshold": None, **check, **found, "gate": gate}
-            flags = {"active": found["active"], "blocked": not found["pass"]}
-            flags["refresh"] = check["refresh"]
-            yield row | {key: int(flag) for key, flag in flags.items()}
+            row = {"threshold": None, **check, **found, "gate": gate, "blocked": not found["pass"]}
+            yield row | {flag: int(row[flag]) for flag in ("active", "blocked", "refresh")}
