@@ -62,9 +62,6 @@ def write_report(directory: Path, baseline: str | None = None) -> Path:
     return directory / "report.html"
 
 
-# ---------------------------------------------------------------- figures
-
-
 def _draw(source: Source, rows: Tables, found: Forecast | None) -> dict[str, str]:
     """Every figure that has something to show, by its name. The curves' numbers become tables."""
     groups, single, steps = source.groups, source.single, source.steps
@@ -167,9 +164,6 @@ def _width(source: Source, scores: bool = False) -> int:
     return bin_width(source.steps, points)
 
 
-# ---------------------------------------------------------------- page
-
-
 def _render(
     source: Source, rows: Tables, figures: Mapping[str, str], found: Forecast | None
 ) -> str:
@@ -177,7 +171,7 @@ def _render(
     labels = [] if many else [group.label for group in source.groups]
     lasts = [{run.last_step for run in group.used} for group in source.groups]
     uneven = any(len(steps) > 1 for steps in lasts)
-    return template("page.html.j2", *tables.WRITERS).render(
+    return template("page.html.j2").render(
         title=source.directory.resolve().name,
         source=source,
         tables=rows,

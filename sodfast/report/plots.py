@@ -20,7 +20,8 @@ from sodfast.report.canvas import BOTTOM, FAINT, GRID, INK, LEFT, OVERLAID, TOP,
 from sodfast.report.early_warning import DiagnosticForecast
 from sodfast.report.intervals import Curve, Series
 from sodfast.report.runs import Group, Line, Run
-from sodfast.report.tables import final, number, runs_of
+from sodfast.report.tables import final
+from sodfast.report.templates import number, runs_of
 
 PANELS = 24
 TIMELINES = 48  # runs whose gates are drawn

@@ -83,9 +83,7 @@ def replay_run(run: Path, overrides: Sequence[str]) -> Replay:
     """
     for text in overrides:
         if text.partition("=")[0].partition(".")[0] != "schedule":
-            raise UsageError(
-                f"replay takes only schedule.key=value; {text!r} would need another run"
-            )
+            raise UsageError(f"replay takes only schedule.key=value; {text!r} needs another run")
     if not (run / "config.yaml").is_file():
         raise UsageError(f"{run} is not a run directory: it has no config.yaml")
     config = validate(read_overrides(run / "config.yaml", []))

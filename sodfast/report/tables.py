@@ -40,51 +40,6 @@ def _cell(value: Any) -> Any:
     return " ".join(map(str, value)) if isinstance(value, tuple) else value
 
 
-# ---------------------------------------------------------------- how numbers are written
-
-
-def number(value: float | None, digits: int = 3, sign: bool = False) -> str:
-    """With a true minus sign; a dash where there is no value."""
-    if value is None:
-        return "–"
-    text = f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"
-    if not text.strip("+-0."):  # no sign before a rounded zero
-        text = text.lstrip("+-")
-    return text.replace("-", "−")
-
-
-def significant(value: float | None, digits: int = 3) -> str:
-    """With this many significant digits, for quantities of any magnitude."""
-    if not value:
-        return "0" if value == 0 else number(value)
-    exponent = int(np.floor(np.log10(abs(value))))
-    if exponent < -4:
-        return f"{value:.{digits - 1}e}".replace("-", "−")
-    return number(value, max(0, digits - 1 - exponent))
-
-
-def with_error(row: Line, key: str, digits: int | None = 3) -> str:
-    """mean ± standard error to the mean's last digit; the mean alone where there is no error.
-    Without `digits` the mean has three significant ones."""
-    mean, error = row[f"{key}_mean"], row[f"{key}_error"]
-    text = significant(mean) if digits is None else number(mean, digits)
-    if error is None:
-        return text
-    decimals = len(text.partition(".")[2]) if "e" not in text else 0
-    return f"{text} ± {number(error, decimals) if decimals else significant(error)}"
-
-
-def runs_of(row: Line) -> str:
-    """How many runs a group's means are over, and of how many."""
-    return str(row["n"]) if row["n"] == row["listed"] else f"{row['n']} of {row['listed']}"
-
-
-WRITERS = (number, significant, with_error, runs_of)  # what the templates call
-
-
-# ---------------------------------------------------------------- numbers of a run
-
-
 Value = Callable[[Run], float | None]
 _BEGIN, _END, _LAST = slice(ENDS), slice(-ENDS, None), slice(-1, None)
 
@@ -159,9 +114,6 @@ MEASURES: dict[str, dict[str, Value]] = {
 }
 
 
-# ---------------------------------------------------------------- rows
-
-
 def build_tables(groups: Sequence[Group], found: Forecast | None) -> dict[str, Table]:
     """Every table but those of the curves, by the name of its CSV."""
     more = {"results": _outcome, "teacher": _moves}
@@ -199,11 +151,10 @@ def _by_group(
     and `more`."""
     rows = []
     for group in groups:
-        row: Line = {"group": group.label, "n": len(group.used), "listed": len(group.runs)}
+        row = {"group": group.label, "n": len(group.used), "listed": len(group.runs)}
         for key, of in measures.items():
             found = mean_and_error([value for value in map(of, group.used) if value is not None])
-            spread = {f"{key}_mean": found and found.value, f"{key}_error": found and found.error}
-            row = {**row, **spread}
+            row |= {f"{key}_mean": found and found.value, f"{key}_error": found and found.error}
         rows.append({**row, **more(group)})
     numbers = [f"{key}_{part}" for key in measures for part in ("mean", "error")]
     return Table(list(dict.fromkeys(chain(["group", "n", "listed", *numbers], *rows))), rows)

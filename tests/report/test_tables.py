@@ -1,4 +1,4 @@
-"""The tables' rows by hand, and how a number is written."""
+"""The tables' rows by hand, and the cells that the page shows."""
 
 import csv
 import io
@@ -12,15 +12,7 @@ from synthetic import lab_run
 from sodfast.report.early_warning import Forecast
 from sodfast.report.intervals import Series, group_curve
 from sodfast.report.runs import Group, Run
-from sodfast.report.tables import (
-    WRITERS,
-    Table,
-    build_tables,
-    curve,
-    number,
-    significant,
-    with_error,
-)
+from sodfast.report.tables import Table, build_tables, curve
 from sodfast.report.templates import template
 
 
@@ -59,7 +51,7 @@ def row_of(table: Table) -> dict[str, Any]:
 def shown(name: str, group: Group) -> list[str]:
     """The cells of a group's row on the page."""
     (row,) = tables_of(group)[name].rows
-    columns: Any = template("tables.html.j2", *WRITERS).module
+    columns: Any = template("tables.html.j2").module
     return [write(row, *more) for _, write, *more in columns.columns[name]]
 
 
@@ -128,32 +120,6 @@ def test_a_curve_has_bounds_where_several_runs_have_a_point() -> None:
     text = curve(curves).to_csv().splitlines()
     assert text[0] == "group,step,n,mean,low,high" and text[2] == "one,1.0,1,1.0,,"
     assert text[1].startswith("two,1.0,2,2.0,-10.7") and len(text) == 4
-
-
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [(None, "–"), (0.12345, "0.123"), (-0.5, "−0.500"), (-0.0001, "0.000")],
-)
-def test_numbers(value: float | None, expected: str) -> None:
-    assert number(value) == expected
-
-
-def test_signs_and_significant_digits() -> None:
-    assert (number(0.5, 1, sign=True), number(0.0, 1, sign=True)) == ("+0.5", "0.0")
-    assert [significant(x) for x in (0.0, 123.4, 0.0123, 1.5e-6, None)] == [
-        "0",
-        "123",
-        "0.0123",
-        "1.50e−06",
-        "–",
-    ]
-
-
-def test_an_error_has_the_digits_of_its_mean() -> None:
-    row = {"x_mean": 12.345, "x_error": 0.0666, "y_mean": 0.5, "y_error": None}
-    assert with_error(row, "x") == "12.345 ± 0.067"
-    assert with_error(row, "x", None) == "12.3 ± 0.1"
-    assert with_error(row, "y") == "0.500"
 
 
 def test_a_forecast_without_both_kinds_is_a_table_without_rows() -> None:
