@@ -39,11 +39,9 @@ from sodfast.report.runs import Group, Line, Run
 WINDOW = 5
 MAX_FALSE_ALARM_RATE = 0.1
 
-Watched = tuple[
-    str, Run, Mapping[int, float]
-]  # a run's group, the run, its scores up to its horizon
 Window = Callable[[str, int], list[float]]  # a metric's values in the window that ends at a step
-Score = Callable[[Window, int], float | None]
+Score = Callable[[str, Window, int], float | None]  # of a metric in the window that ends at a step
+Watched = tuple[str, Run, Mapping[int, float]]  # a group, its run, the scores up to its horizon
 
 
 class Diagnostic(NamedTuple):
@@ -56,14 +54,10 @@ class Diagnostic(NamedTuple):
     leaks: bool = False
 
 
-def _mean(values: Sequence[float]) -> float | None:
-    return fmean(values) if values else None
-
-
-def _tail(window: Window, step: int) -> float | None:
-    """max / mean length pooled over the window, as CGTR's gate."""
-    longest, mean = window("length/max", step), _mean(window("length/mean", step))
-    return max(longest) / mean if longest and mean else None
+def _tail(key: str, window: Window, step: int) -> float | None:
+    """max / mean length pooled over the window, as CGTR's gate; `key` is the mean's."""
+    longest, means = window("length/max", step), window(key, step)
+    return max(longest) / fmean(means) if longest and any(means) else None
 
 
 def _change(
@@ -71,22 +65,23 @@ def _change(
 ) -> float | None:
     """Relative change of the window's mean, 0.3 for 30 % more, against the opening window or the
     window before; None without a positive base. `sign` −1: a fall is alarming."""
-    now = _mean(window(key, step))
-    before = _mean(window(key, WINDOW if opening else step - WINDOW))
-    return None if now is None or before is None or before <= 0 else sign * (now / before - 1)
+    now, before = window(key, step), window(key, WINDOW if opening else step - WINDOW)
+    if not now or not before or fmean(before) <= 0:
+        return None
+    return sign * (fmean(now) / fmean(before) - 1)
 
 
 ENTROPY, DIVERGENCE, DRIFT = "policy/entropy", "distill/divergence", "teacher/drift"
 LENGTH = "length/mean"  # runaway length is itself a collapse criterion
 DIAGNOSTICS = (
     Diagnostic("length tail", LENGTH, _tail),
-    Diagnostic("entropy rise", ENTROPY, partial(_change, ENTROPY)),
-    Diagnostic("entropy fall", ENTROPY, partial(_change, ENTROPY, sign=-1)),
-    Diagnostic("temporal KL rise", DIVERGENCE, partial(_change, DIVERGENCE)),
-    Diagnostic("temporal KL fall", DIVERGENCE, partial(_change, DIVERGENCE, sign=-1)),
-    Diagnostic("temporal KL jump", DIVERGENCE, partial(_change, DIVERGENCE, opening=False)),
-    Diagnostic("teacher drift", DRIFT, partial(_change, DRIFT)),
-    Diagnostic("mean length", LENGTH, partial(_change, LENGTH), leaks=True),
+    Diagnostic("entropy rise", ENTROPY, _change),
+    Diagnostic("entropy fall", ENTROPY, partial(_change, sign=-1)),
+    Diagnostic("temporal KL rise", DIVERGENCE, _change),
+    Diagnostic("temporal KL fall", DIVERGENCE, partial(_change, sign=-1)),
+    Diagnostic("temporal KL jump", DIVERGENCE, partial(_change, opening=False)),
+    Diagnostic("teacher drift", DRIFT, _change),
+    Diagnostic("mean length", LENGTH, _change, leaks=True),
 )
 
 
@@ -98,7 +93,8 @@ def scores(diagnostic: Diagnostic, lines: Sequence[Line], last: float = inf) -> 
         inside = (by_step.get(step, {}) for step in range(end - WINDOW + 1, end + 1))
         return [line[key] for line in inside if key in line]
 
-    found = {step: diagnostic.score(window, step) for step in by_step if 2 * WINDOW <= step <= last}
+    steps = [step for step in by_step if 2 * WINDOW <= step <= last]
+    found = {step: diagnostic.score(diagnostic.key, window, step) for step in steps}
     return {step: score for step, score in found.items() if score is not None}
 
 
@@ -161,11 +157,12 @@ def forecast(groups: Sequence[Group]) -> Forecast:
         return Forecast(collapsed, stable, (), (note,))
     judged, notes = [], []
     for diagnostic in DIAGNOSTICS:
-        having = [pair for pair in runs if any(diagnostic.key in line for line in pair[1].lines)]
-        scored = [
-            (group, run, scores(diagnostic, run.lines, horizon(run))) for group, run in having
-        ]
-        watched = [one for one in scored if one[2] or one[1].collapse_step is not None]
+        watched: list[Watched] = []
+        for group, run in runs:
+            known = scores(diagnostic, run.lines, horizon(run))
+            recorded = any(diagnostic.key in line for line in run.lines)
+            if known or (recorded and run.collapse_step is not None):
+                watched.append((group, run, known))
         stays = {run.collapse_step is None for _, run, _ in watched}
         if len(stays) == 2:
             judged.append(_judge(diagnostic, watched))

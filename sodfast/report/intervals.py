@@ -160,8 +160,6 @@ def group_curve(finished: Sequence[Series], unfinished: Sequence[Series], width:
 
 
 def _bin(series: Series, width: int) -> Series:
-    if width == 1:
-        return series
     bins, where = np.unique(np.ceil(series.steps / width), return_inverse=True)
     means = np.bincount(where, series.values) / np.bincount(where)
     return Series(np.where(bins > 0, bins * width - (width - 1) / 2, 0.0), means)

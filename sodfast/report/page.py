@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from markupsafe import Markup
 
 from sodfast.config import CGTRConfig
 from sodfast.errors import UsageError
@@ -175,9 +174,9 @@ def _render(
         title=source.directory.resolve().name,
         source=source,
         tables=rows,
-        figures={name: Markup(svg) for name, svg in figures.items()},
+        figures=figures,
         found=found,
-        swatches={label: Markup(canvas.swatch(index)) for index, label in enumerate(labels)},
+        swatches={label: canvas.swatch(index) for index, label in enumerate(labels)},
         loose=uneven or not all(run.finished for run in source.runs),
         width=_width(source),
         environments=_environments(source),

@@ -261,9 +261,8 @@ def _ratio_axis(axes: Axes, which: Literal["x", "y"], values: Sequence[float]) -
     """Equal distances for equal factors; 1 marked, and the range kept readable."""
     low, high = min(0.9, *values) / 1.05, max(1.1, *values) * 1.05
     fine = () if high / low > 4 else (0.8, 0.9, 1.1, 1.25)
-    at = [
-        tick for tick in sorted([0.1, 0.2, 0.5, 1, 1.5, 2, 3, 5, 10, *fine]) if low <= tick <= high
-    ]
+    ticks = sorted([0.1, 0.2, 0.5, 1, 1.5, 2, 3, 5, 10, *fine])
+    at = [tick for tick in ticks if low <= tick <= high]
     axis = {"x": axes.xaxis, "y": axes.yaxis}[which]
     axes.set(**{f"{which}scale": "log"})
     axis.set_ticks(at, [f"{tick:g}" for tick in at])

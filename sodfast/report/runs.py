@@ -257,8 +257,7 @@ def group_runs(runs: Sequence[Run], single: bool = False) -> list[Group]:
 def _short_label(run: Run) -> str:
     """A run's values on the axes, a schedule as `describe_schedule` calls it."""
     schedule = describe_schedule(run.config.schedule)
-    parts = [
-        schedule if axis == "schedule" else f"{axis.rpartition('.')[2]} {label}"
-        for axis, label in run.point.items()
-    ]
-    return ", ".join(parts) or schedule
+    parts = {axis: f"{axis.rpartition('.')[2]} {label}" for axis, label in run.point.items()}
+    if "schedule" in parts:
+        parts["schedule"] = schedule
+    return ", ".join(parts.values()) or schedule

@@ -1,5 +1,4 @@
-"""The report's tables: what the CSVs hold, in full precision. tables.html.j2 says how the page
-shows them."""
+"""The report's tables as the CSVs hold them, in full precision. tables.html.j2 shows them."""
 
 import csv
 import io

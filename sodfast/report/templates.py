@@ -1,7 +1,4 @@
-"""All that the report says stands in its templates: the page, its tables, the text of a replay.
-
-Here is how they are opened, and how they write numbers.
-"""
+"""What the report says stands in its templates: here they are opened, and numbers are written."""
 
 from collections.abc import Mapping
 from math import floor, log10
