@@ -46,7 +46,7 @@ STYLES: list[Style] = [
 
 
 def style_of(index: int, groups: int = 1) -> Style:
-    """How the group of an index looks wherever it appears, all alike if there are too many."""
+    """How the group of this index looks in every figure; more than `OVERLAID` groups look alike."""
     return STYLES[index % OVERLAID if groups <= OVERLAID else 0]
 
 
@@ -63,7 +63,7 @@ def swatch(index: int) -> str:
 
 def add_axes(figure: Figure, labelled: bool = False, **inches: float) -> Axes:
     """Axes inside of margins (left, right, top, bottom) given in inches. By default the right one
-    has room for labels where there are any."""
+    has room for labels if the axes are `labelled`."""
     right = RIGHT if labelled else UNLABELLED
     margins = {"left": LEFT, "right": right, "top": TOP, "bottom": BOTTOM, **inches}
     left, right, top, bottom = margins.values()
@@ -130,7 +130,7 @@ def clip(text: str, width: int) -> str:
 def label_ends(
     axes: Axes, ends: Mapping[str, tuple[float, float] | None], leader: bool = True
 ) -> None:
-    """A label right of the plot per group with an end, at its height or next to it."""
+    """Write the groups' names right of the plot, each as near as possible to its curve's end."""
     to_axes = axes.transData + axes.transAxes.inverted()
     extent = axes.get_window_extent()
     inch, height = axes.figure.dpi / extent.width, extent.height / axes.figure.dpi
@@ -146,7 +146,7 @@ def label_ends(
     centers = spread([item[0] for item in placed], [item[3] for item in placed])
     start = 1 + 0.12 * inch
     for (y, x, text, _, style), center in zip(placed, centers, strict=True):
-        if leader:  # unlike any curve
+        if leader:  # dotted as no curve is
             dots: Style = {"color": FAINT, "lw": 0.7, "ls": (0, (1, 1.6)), "zorder": 1}
             axes.plot([min(x, 1.0), start], [y, center], **dots, **frame)
         line = style if leader else style | {"ls": "none"}
@@ -160,7 +160,7 @@ def spread(centers: Sequence[float], heights: Sequence[float]) -> list[float]:
     """Move ascending centers apart, as little as possible in the squared sense, until boxes of
     these heights do not overlap; within [0, 1] if they fit.
 
-    Centers less what the boxes below need must ascend: an isotonic regression.
+    Each center, less the room that the boxes below need, must ascend: an isotonic regression.
     """
     if not centers:
         return []
@@ -174,7 +174,7 @@ def spread(centers: Sequence[float], heights: Sequence[float]) -> list[float]:
 
 @contextmanager
 def new_figure(name: str, width: float, height: float) -> Iterator[Figure]:
-    # After a reset: whatever the user's matplotlibrc says.
+    # The reset undoes what the user's matplotlibrc says.
     with matplotlib.style.context([SHEET, {"svg.hashsalt": name}], after_reset=True):
         figure = Figure(figsize=(width, height))
         FigureCanvasSVG(figure)
@@ -184,13 +184,13 @@ def new_figure(name: str, width: float, height: float) -> Iterator[Figure]:
 def to_svg(figure: Figure, name: str, label: str, css: str = "plot") -> str:
     """The figure as an `<svg>` element: scalable, named for screen readers, free of a date.
 
-    Group ids go, since several figures stand in one page; ids that are referred to are hashes
-    salted with the figure's name.
+    Ids of groups are removed, since they repeat in every figure of a page; the ids that others
+    refer to stay: they are hashes salted with the figure's name.
     """
     stream = io.StringIO()
     figure.savefig(stream, format="svg", dpi=150, metadata={"Date": None, "Creator": None})
     text = stream.getvalue().partition("<svg")[2].partition(">")[2]
-    # A style would hold for the whole page.
+    # A <style> would apply to the whole page.
     text = re.sub(r"<metadata>.*?</metadata>\s*|<style.*?</style>", "", text, flags=re.DOTALL)
     text = re.sub(r'<g id="[^"]*"', "<g", text)
     named = f'role="img" aria-label="{escape(label)}"' if label else 'aria-hidden="true"'

@@ -22,7 +22,7 @@ windows no longer overlap.
 What the numbers cannot say: the runs of a study differ in schedule, and a diagnostic may tell
 schedules apart rather than foresee a collapse. Seeds of one schedule are near replicates, so that
 intervals, which take runs as independent, are too narrow. Every diagnostic is shown, in both
-directions where neither is obvious: the best of several is so partly by chance.
+directions where neither is obvious: the best of several is the best partly by chance.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -116,8 +116,8 @@ class DiagnosticForecast(NamedTuple):
     value is undefined.
 
     Its threshold is the least with at most `MAX_FALSE_ALARM_RATE` false alarms among these runs,
-    so its rates are in-sample. The held-out rates choose it, for each group in turn, on the stable
-    runs of the other groups; None where the stable runs are all of one group. `roc` is
+    so its rates are in-sample. For the held-out rates each group is judged by the threshold of the
+    other groups; they are None where the stable runs are all of one group. `roc` is
     (threshold, false-alarm rate, detection rate) from no alarm to one wherever there is a score.
     """
 
@@ -128,7 +128,7 @@ class DiagnosticForecast(NamedTuple):
 
 
 class Forecast(NamedTuple):
-    """`notes` says what is missing and why; without a collapsed or a stable run, that is all."""
+    """`notes` says what is missing and why; without a collapsed or a stable run, all is missing."""
 
     n_collapsed: int
     n_stable: int
@@ -137,7 +137,7 @@ class Forecast(NamedTuple):
 
 
 def horizon(run: Run) -> int:
-    """The last step whose score counts."""
+    """The last step whose score may announce a collapse."""
     step = run.collapse_step
     return run.last_step if step is None else step - run.config.collapse.length_steps
 
@@ -257,7 +257,7 @@ def auc_interval(area: float, n_collapsed: int, n_stable: int) -> Interval:
     others = (n_collapsed + n_stable) / 2 - 1
 
     def end(without: float) -> float:
-        """Bisect to where the interval ends on the way from `area` to `without`, or there."""
+        """The last θ of the interval on the way from `area` to `without`, found by bisection."""
         within, middle = area, without
         for _ in range(61):
             terms = 1 + others * ((1 - middle) / (2 - middle) + middle / (1 + middle))

@@ -1,4 +1,4 @@
-"""The report's statistics: names and conventions of ours over numpy and scipy.
+"""The report's statistics: numpy and scipy under the names and conventions of this project.
 
 Every function takes few values, one per seed, and answers None where the data allow no
 statement: an error or an interval of a single seed does not exist. Intervals are 95 %.
@@ -32,7 +32,7 @@ class Mean(NamedTuple):
 
 
 def mean_and_error(values: Sequence[float]) -> Mean | None:
-    """None without values."""
+    """The mean of the values; None where there are none."""
     if not values:
         return None
     error = float(stats.sem(values)) if len(values) > 1 else None
@@ -109,7 +109,7 @@ class Series(NamedTuple):
 
     @classmethod
     def of(cls, pairs: Sequence[tuple[float, float]]) -> "Series":
-        """Of (step, value), as float64."""
+        """From pairs (step, value), as float64."""
         return cls(*np.array(pairs, dtype=np.float64).reshape(-1, 2).T)
 
 
@@ -127,7 +127,7 @@ class Curve(NamedTuple):
 
     @property
     def parts(self) -> tuple[Series, ...]:
-        """The mean, then what is outside of it."""
+        """All that is drawn: the mean, then the loose parts."""
         return Series(self.x, self.band.mean), *self.loose
 
     @property

@@ -27,7 +27,7 @@ from sodfast.report.templates import template
 from sodfast.summary import SPIKE_STEPS
 
 Tables = dict[str, tables.Table]
-# Figure: the label of its axis and a run's numbers.
+# Figure: the label of its axis, and what gives the series of a run.
 CURVES: dict[str, tuple[str, Callable[[Run], Series]]] = {
     "score": ("test {metric}", attrgetter("scores")),
     "drift": ("‖θ − φ‖₂", methodcaller("series", "teacher/drift")),
@@ -62,14 +62,14 @@ def write_report(directory: Path, baseline: str | None = None) -> Path:
 
 
 def _draw(source: Source, rows: Tables, found: Forecast | None) -> dict[str, str]:
-    """Every figure that has something to show, by its name. The curves' numbers become tables."""
+    """Every figure that has something to show, by its name. Adds the curves' numbers to `rows`."""
     groups, single, steps = source.groups, source.single, source.steps
     several = len(groups) > 1
     refreshes = rows["refreshes"].rows
     shocks, spikes = (_thin(groups, refreshes, key) for key in ("shock", "spike_ratio"))
     ticks = _thin(groups, refreshes, "shock", plots.MARKS)
     marks = {label: [step for step, _ in pairs] for label, pairs in ticks.items()}
-    # Panels have ticks of their own; other layouts have lanes below.
+    # Panels mark refreshes on their own axes; below other layouts stands a figure of lanes.
     lanes = bool(refreshes) and not canvas.OVERLAID < len(groups) <= plots.PANELS
     runaway, limits = _thresholds(source)
     options: dict[str, dict[str, Any]] = {
@@ -128,7 +128,7 @@ def _thresholds(source: Source) -> tuple[dict[str, float], dict[str, float]]:
 
 
 def _reward_bars(run: Run, width: int) -> dict[str, Curve]:
-    """What the reward gate of a run compares."""
+    """The two values that the reward gate of a run compares, as curves."""
     curves = {}
     for name, key in (("mean reward of the window", "value"), ("bar to pass", "threshold")):
         gates = [(check["step"], check["gates"]["reward"]) for check in run.checks]

@@ -1,6 +1,6 @@
 """The report's figures: rows and curves in, SVG text out. Nothing here reads a file.
 
-Up to `OVERLAID` groups share one plot; up to `PANELS` get a panel each, before the others in
+Up to `OVERLAID` groups share one plot; up to `PANELS` get a panel each, with the others behind in
 grey; more become the rows of a map.
 """
 
@@ -105,7 +105,7 @@ def _limit(axes: Axes, curves: Curves, thresholds: Levels) -> Levels:
         low = min(low, max(np.fmin.reduce(band.low, initial=np.inf), low - 0.25 * spread))
         high = max(high, min(np.fmax.reduce(band.high, initial=-np.inf), high + 0.25 * spread))
     margin = 0.05 * ((high - low) or abs(high) or 1.0)
-    # Nothing below zero where nothing was measured below zero.
+    # The axis stays above zero where nothing below zero was measured.
     axes.set_ylim(max(low - margin, -margin / 2 if values.min() >= 0 else -np.inf), high + margin)
     return thresholds
 
@@ -147,7 +147,7 @@ def _map(name: str, label: str, curves: Curves, steps: int) -> str:
     points = np.unique(np.concatenate([curve.x for curve in curves.values()]))
     values = np.full((len(curves), len(points)), np.nan)
     for index, curve in enumerate(curves.values()):
-        if curve.x.size:  # between a group's points the one before, up to its last
+        if curve.x.size:  # each point holds until the next, the last one ends the row
             inside = (points >= curve.x[0]) & (points <= curve.x[-1])
             before = np.searchsorted(curve.x, points[inside], side="right") - 1
             values[index, inside] = curve.band.mean[before]
@@ -176,7 +176,7 @@ def ranking_figure(
         for index, (group, row) in enumerate(zip(groups, rows, strict=True)):
             style = canvas.style_of(index, len(rows))
             mean, error = row["final_mean"], row["final_error"]
-            above = 0.0 if error is None else 0.16  # the runs over their mean
+            above = 0.0 if error is None else 0.16  # the runs are drawn above their mean
             for run in group.used:
                 if run.scores.values.size:
                     cross = {} if run.collapse_step is None else {"marker": "x"}
@@ -292,7 +292,7 @@ def lane_figure(
 
 def gate_figure(name: str, runs: Mapping[str, Run], steps: int) -> str:
     """Three lanes per run of CGTR, one per gate, filled over the checks at which that gate
-    blocked. The runs have names, an empty one where it needs none."""
+    blocked. `runs`: by the name that stands beside its lanes; an empty name is not written."""
     height = 0.34 * len(runs) + 0.95
     with canvas.new_figure(name, WIDTH, height) as figure:
         axes = canvas.add_axes(figure, labelled=any(runs), top=0.42)

@@ -125,7 +125,7 @@ def _training_lines(run: Path, recorded: Config, other: Config) -> list[dict[str
 
 
 def _move(schedule: ScheduleConfig, decision: Decision) -> tuple[Any, ...]:
-    """What a decision makes of the teacher. A trust region never moves, but mixes its logits."""
+    """What a decision does to the teacher. A trust region never moves it, but mixes its logits."""
     return decision.action, decision.rate, student_share(schedule) or 0.0
 
 

@@ -33,7 +33,7 @@ class Table:
 
 
 def _cell(value: Any) -> Any:
-    """Steps with spaces between them, and those of several seeds one after the other."""
+    """Steps are written with spaces between them, and those of several seeds in a row."""
     if isinstance(value, Mapping):
         return "; ".join(f"seed {seed}: {_cell(own) or 'none'}" for seed, own in value.items())
     return " ".join(map(str, value)) if isinstance(value, tuple) else value
@@ -46,7 +46,7 @@ _BEGIN, _END, _LAST = slice(ENDS), slice(-ENDS, None), slice(-1, None)
 def metric(
     key: str, run: Run, how: Callable[[Any], Any] = np.mean, part: slice = slice(None)
 ) -> float | None:
-    """What `how` makes of a metric over these of a run's steps; of its test scores without key."""
+    """`how` of a metric over a part of a run's steps; of its test scores where `key` is empty."""
     values = (run.series(key) if key else run.scores).values[part]
     return float(how(values)) if values.size else None
 
@@ -195,7 +195,7 @@ def _moves(group: Group) -> dict[str, Any]:
 def _by_run(
     groups: Iterable[Group], keys: Sequence[str], of: Callable[[Run], Iterable[Line]]
 ) -> Table:
-    """The rows `of` every run, whatever became of it, after its name and its group's."""
+    """The rows that `of` gives for every run, finished or not, after its name and its group's."""
     rows = [
         {"run": run.name, "group": group.label, **row}
         for group in groups
