@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
 from sodfast_kernels import linear_distillation_loss
@@ -147,8 +146,8 @@ def measure(progress: Callable[[str], None]) -> dict[str, Any]:
     return {"device": "cpu", "torch": torch.__version__, "cases": result["rows"]}
 
 
-@pytest.mark.benchmark(group="objective")
 def test_objective(benchmark: Any) -> None:
+    benchmark.group = "objective"
     benchmark.extra_info.update(
         benchmark.pedantic(measure, args=(lambda text: None,), rounds=1, iterations=1)
     )

@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pytest
 import torch
 from sodfast_kernels import AdamW, copy_teacher_, ema_update_
 from torch import Tensor, nn
@@ -201,8 +200,8 @@ def measure(progress: Callable[[str], None]) -> dict[str, Any]:
     return {"device": "cpu", "torch": torch.__version__, "cases": rows}
 
 
-@pytest.mark.benchmark(group="parameters")
 def test_parameters(benchmark: Any) -> None:
+    benchmark.group = "parameters"
     benchmark.extra_info.update(
         benchmark.pedantic(measure, args=(lambda text: None,), rounds=1, iterations=1)
     )

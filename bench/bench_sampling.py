@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from sodfast_kernels import gumbel_noise, sample_tokens
 from torch import Tensor
@@ -136,8 +135,8 @@ def measure(progress: Callable[[str], None]) -> dict[str, Any]:
     return {"device": "cpu", "torch": torch.__version__, "cases": rows}
 
 
-@pytest.mark.benchmark(group="sampling")
 def test_sampling(benchmark: Any) -> None:
+    benchmark.group = "sampling"
     benchmark.extra_info.update(
         benchmark.pedantic(measure, args=(lambda text: None,), rounds=1, iterations=1)
     )

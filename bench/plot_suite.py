@@ -55,13 +55,11 @@ def draw(folder: Path) -> list[Path]:
 
 
 def panels(path: Path, found: dict[str, Series], xlabel: str, ylabel: str) -> list[Path]:
-    import matplotlib
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = path.name  # the same bytes for the same figures
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(found), figsize=(11, 4), sharey=True)
+    figure = Figure(figsize=(11, 4))
+    axes = figure.subplots(1, len(found), sharey=True)
     names = sorted({name for series in found.values() for name in series})
     colours = {name: f"C{number}" for number, name in enumerate(names)}
     for axis, (kind, series) in zip(axes, found.items(), strict=True):
@@ -80,10 +78,10 @@ def panels(path: Path, found: dict[str, Series], xlabel: str, ylabel: str) -> li
         axis.legend(fontsize=7)
     axes[0].set_ylabel(ylabel)
     files = [path.with_suffix(suffix) for suffix in (".svg", ".png")]
-    for file in files:
-        metadata = {"Date": None} if file.suffix == ".svg" else None
-        figure.savefig(file, dpi=150, bbox_inches="tight", metadata=metadata)
-    plt.close(figure)
+    # The same bytes for the same figures: no date, and ids that are no random numbers.
+    with rc_context({"svg.hashsalt": path.name}):
+        figure.savefig(files[0], bbox_inches="tight", metadata={"Date": None})
+    figure.savefig(files[1], dpi=150, bbox_inches="tight")
     return files
 
 

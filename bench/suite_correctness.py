@@ -45,7 +45,7 @@ SMALL = Size(77, 256, 5003)
 LARGE = Size(16_384, 4096, 151_936)
 MEDIUM = Size(2048, 4096, 151_936)
 TINY = Size(21, 16, 1203)
-TINIER = Size(5, 8, 67)
+TINIER = Size(3, 8, 67)
 
 ours = partial(linear_distillation_loss, backend="triton")
 
@@ -59,7 +59,7 @@ def objective_cases(plan: Plan) -> list[Case]:
     small, large, medium = (SMALL, LARGE, MEDIUM) if full else (TINIER, TINY, TINY)
     # What four slabs of the medium size take, and a few of the tiny one.
     scratch = 3_300_000_000 if full else 150_000
-    k = (20, 100, 1024) if full else (4, 9, 30)
+    k = (20, 100, 1024) if full else (4, 30, 60)
 
     def linear(size: Size, dtype: torch.dtype, **settings: Any) -> Callable[[], Result]:
         return partial(against_fp64, size, dtype, device, **settings)

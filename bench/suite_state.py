@@ -34,14 +34,14 @@ def cases(plan: Plan) -> list[Case]:
     batch = (256, 151_936, 8) if full else (4, 1203, 1)
     found = [
         Case("copy and average", 0.2, partial(teachers, shapes, DTYPES, device)),
-        Case("copy and average, 2³¹ elements", 0.7, partial(teachers, many, DTYPES[:1], device)),
+        Case("copy and average, 2³¹ elements", 0.5, partial(teachers, many, DTYPES[:1], device)),
     ]
     for state in ("8bit", "fp32", "exact"):
         found.append(Case(f"AdamW {state}", 0.2, partial(adamw, state, shapes, device, 3)))
-    found.append(Case("AdamW 8bit, 2³¹ elements", 1.0, partial(adamw, "8bit", many, device, 1)))
+    found.append(Case("AdamW 8bit, 2³¹ elements", 0.8, partial(adamw, "8bit", many, device, 1)))
     for dtype in DTYPES:
         run = partial(sampling, *batch, dtype, device)
-        found.append(Case(f"sampling, {str(dtype)[6:]}", 0.3, run))
+        found.append(Case(f"sampling, {str(dtype)[6:]}", 0.2, run))
     return found
 
 
@@ -163,7 +163,7 @@ def sampling(
             other += int((~same).sum())
             drawn += rows
             # A log-prob is of its own token, so it is compared where the tokens agree.
-            gaps = [(ours.logprob - exact.logprob)[same], ours.entropy - exact.entropy]
+            gaps = [(ours.logprob - exact.logprob).where(same, 0), ours.entropy - exact.entropy]
             errors += [float(gap.abs().max()) for gap in gaps]
             half = {name: v[::2] if torch.is_tensor(v) else v for name, v in key.items()}
             part = sample_tokens(logits[::2], **half, **options, backend="triton")
