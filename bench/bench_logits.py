@@ -51,13 +51,12 @@ def measure(shape: tuple[int, int], dtype: torch.dtype, plan: Plan) -> Result:
     def ours(**given: Any) -> Work:
         return Work(lambda: distillation_loss(student, teacher, **given).loss.backward(), clear)
 
-    k = (20, 100) if plan.full else (4, 9)
     works: dict[str, Work] = {
         "copy": Work(lambda: target.copy_(teacher)),
         "KL": ours(alpha=0.0),
         "JSD": ours(alpha=0.5),
-        "top-20 + tail": ours(alpha=0.5, top_k=k[0]),
-        "top-100 + tail": ours(alpha=0.5, top_k=k[1]),
+        "top-20 + tail": ours(alpha=0.5, top_k=20),
+        "top-100 + tail": ours(alpha=0.5, top_k=100),
     }
     return {"rows": shares(take_turns(works, plan.device), dtype, shape)}
 

@@ -12,22 +12,18 @@ hidden states and head, each as one product on random data.
 """
 
 import json
-import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from sodfast_kernels import linear_distillation_loss
-from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parent))
 from suite_gradients import Size
 from suite_peers import Sides, objective_peers
-from suite_record import Case, Plan, Result
-from suite_timing import Work, ceilings, take_turns
+from suite_record import Case, Plan, Result, cpu_result
+from suite_timing import Work, ceilings, product_ceiling, take_turns
+from torch import Tensor
 
 KINDS = {"KL": 0.0, "JSD": 0.5}
 CPU_SIZE, TINY = Size(2048, 256, 32_000), Size(24, 16, 203)
@@ -49,17 +45,20 @@ def cases(plan: Plan) -> list[Case]:
 
 
 def measure_rows(size: Size, alpha: float, plan: Plan) -> Result:
-    """Rows with `times_the_floor` and the rate of the four products in `flops_per_second`."""
-    found = take_turns(works(size, alpha, plan), plan.device)
+    """Rows with `times_the_floor`, and the rate at which four products in that time would be done
+    as a share of the product that takes turns with them."""
+    ceiling = product_ceiling(plan.device, plan.full)
+    found = take_turns({"8192³": ceiling.work, **works(size, alpha, plan)}, plan.device)
+    rate = ceiling.amount / found.pop("8192³")["milliseconds"]
     floor = found["four products"]["milliseconds"]
     flops = 4 * 2 * size.rows * size.hidden * size.vocabulary
     rows = []
     for name, row in found.items():
         if "milliseconds" in row:
             row["times_the_floor"] = row["milliseconds"] / floor
-            row["flops_per_second"] = flops / row["milliseconds"] * 1e3
+            row["share_of_product_rate"] = flops / row["milliseconds"] / rate
         rows.append({"name": name, "rows": size.rows, "alpha": alpha, **row})
-    return {"size": size, "rows": rows}
+    return {"size": size, "flops_per_second": rate * 1e3, "rows": rows}
 
 
 def works(size: Size, alpha: float, plan: Plan) -> dict[str, Work]:
@@ -83,12 +82,11 @@ def works(size: Size, alpha: float, plan: Plan) -> dict[str, Work]:
         return backward(lambda: linear_distillation_loss(*given_sides, alpha=alpha, **given).loss)
 
     frozen = head.detach()
-    k = (20, 100) if plan.full else (4, 9)
     found = {
         **products(sides),
         "ours": ours(head),
-        "ours, top-20 + tail": ours(head, top_k=k[0]),
-        "ours, top-100 + tail": ours(head, top_k=k[1]),
+        "ours, top-20 + tail": ours(head, top_k=20),
+        "ours, top-100 + tail": ours(head, top_k=100),
         "ours, frozen head": ours(frozen),
     }
     if size.rows <= EAGER_ROWS:
@@ -140,10 +138,7 @@ def eager_divergence(sides: Sides, alpha: float) -> Tensor:
 def measure(progress: Callable[[str], None]) -> dict[str, Any]:
     """The CPU bench, by PyTorch's path."""
     plan = Plan(torch.device("cpu"), full=False)
-    result = measure_rows(CPU_SIZE, 0.5, plan)
-    for row in result["rows"]:
-        progress(json.dumps(row))
-    return {"device": "cpu", "torch": torch.__version__, "cases": result["rows"]}
+    return cpu_result(measure_rows(CPU_SIZE, 0.5, plan)["rows"], progress)
 
 
 def test_objective(benchmark: Any) -> None:

@@ -10,20 +10,16 @@ next one is built.
 """
 
 import json
-import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from sodfast_kernels import AdamW, copy_teacher_, ema_update_
-from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).parent))
 from suite_peers import torchao_adamw
-from suite_record import Case, Plan, Result
-from suite_timing import Work, ceilings, take_turns
+from suite_record import Case, Plan, Result, cpu_result
+from suite_timing import Work, ceilings, copy_ceiling, take_turns
+from torch import Tensor, nn
 
 # Of the memory that the process may take, what is left free for temporaries.
 SPARE = 0.15
@@ -158,13 +154,11 @@ def group(name: str, plan: Plan) -> Result:
     build, bytes_per_parameter = GROUPS[name]
     shapes = shapes_that_fit(plan, bytes_per_parameter, memory_limit(plan))
     updates = build(shapes, plan.device)
-    size = 2 << 30 if plan.full else 16 << 20
-    source = torch.randint(256, (size,), dtype=torch.uint8, device=plan.device)
-    target = torch.empty_like(source)
-    works = {"plain copy": Work(lambda: target.copy_(source))}
+    ceiling = copy_ceiling(plan.device, plan.full)
+    works = {"plain copy": ceiling.work}
     works |= {name: Work(update.run) for name, update in updates.items()}
     found = take_turns(works, plan.device)
-    bandwidth = 2 * size / found.pop("plain copy")["milliseconds"] * 1e3
+    bandwidth = ceiling.amount / found.pop("plain copy")["milliseconds"] * 1e3
     rows = []
     for name, row in found.items():
         row |= {"name": name, "parameters": count(shapes), "tensors": len(shapes)}
@@ -194,10 +188,7 @@ def host(plan: Plan) -> Result:
 def measure(progress: Callable[[str], None]) -> dict[str, Any]:
     """The CPU bench, by PyTorch's path."""
     plan = Plan(torch.device("cpu"), full=False)
-    rows = [row for name in GROUPS for row in group(name, plan)["rows"]]
-    for row in rows:
-        progress(json.dumps(row))
-    return {"device": "cpu", "torch": torch.__version__, "cases": rows}
+    return cpu_result([row for name in GROUPS for row in group(name, plan)["rows"]], progress)
 
 
 def test_parameters(benchmark: Any) -> None:

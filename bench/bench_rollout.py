@@ -31,7 +31,6 @@ from importlib.util import find_spec
 from statistics import median
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -563,8 +562,8 @@ def check_repeatability(device: torch.device, dtype: torch.dtype) -> list[dict[s
     return [target("samples equal bit for bit in one bucket", sum(same) / len(same), 1.0)]
 
 
-@pytest.mark.benchmark(group="rollout")
 def test_rollout(benchmark: Any) -> None:
+    benchmark.group = "rollout"
     benchmark.extra_info.update(
         benchmark.pedantic(measure_cpu, args=(lambda text: None, 3), rounds=1, iterations=1)
     )

@@ -10,21 +10,17 @@ rows of 18 logits. All cases take turns in each round; medians.
 """
 
 import json
-import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from sodfast_kernels import gumbel_noise, sample_tokens
-from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parent))
 from suite_peers import flashinfer, flashinfer_top_p
-from suite_record import Case, Plan, Result
+from suite_record import Case, Plan, Result, cpu_result
 from suite_state import likely_logits
 from suite_timing import Run, Work, ceilings, take_turns
+from torch import Tensor
 
 CALLS = {"cuda": 20, "cpu": 200}
 NUCLEUS = {"temperature": 0.6, "top_p": 0.95}
@@ -129,10 +125,8 @@ def measure_rows(rows: int, dtype: torch.dtype, plan: Plan) -> Result:
 
 def measure(progress: Callable[[str], None]) -> dict[str, Any]:
     """The CPU bench: the lab's decode step."""
-    rows = measure_rows(64, torch.float32, Plan(torch.device("cpu"), full=False))["rows"]
-    for row in rows:
-        progress(json.dumps(row))
-    return {"device": "cpu", "torch": torch.__version__, "cases": rows}
+    plan = Plan(torch.device("cpu"), full=False)
+    return cpu_result(measure_rows(64, torch.float32, plan)["rows"], progress)
 
 
 def test_sampling(benchmark: Any) -> None:

@@ -75,6 +75,19 @@ def worst(values: Iterable[float]) -> float:
     return math.nan if any(math.isnan(value) for value in found) else max(found)
 
 
+def cpu_result(rows: list[Result], progress: Callable[[str], None]) -> Result:
+    """What a bench on a CPU says. There are no peers there whose faults could be expected.
+
+    Raises:
+        RuntimeError: if a row failed.
+    """
+    for row in rows:
+        progress(json.dumps(row))
+        if "failed" in row:
+            raise RuntimeError(f"{row['name']}: {row['failed']}")
+    return {"device": "cpu", "torch": torch.__version__, "cases": rows}
+
+
 class Record:
     """The JSON of one part."""
 

@@ -19,8 +19,9 @@ FLOORS = {
 }
 TRL_RATIO = {"KL": 1.4, "JSD": 1.8}
 EXTRA_BYTES = 3.5e9
-# Shares of a copy's bandwidth, at least. The JSD over bf16 logits is bound by instructions.
-LOGIT_SHARES = {("bfloat16", "JSD"): 0.65}
+# Shares of a copy's bandwidth, at least. The JSD over bf16 logits, and so its top-k, is bound by
+# instructions; everything else by bytes.
+LOGIT_SHARES = {("bfloat16", row): 0.65 for row in ("JSD", "top-20 + tail", "top-100 + tail")}
 OTHER_LOGIT_SHARE = 0.80
 PARAMETER_SHARES = {
     "copy": 0.9,

@@ -120,22 +120,35 @@ def host_seconds(work: Work, device: torch.device) -> float:
     return taken
 
 
-def ceilings(device: torch.device, full: bool) -> dict[str, float]:
-    """What the machine can do: a copy's bytes a second, read and written counted, and flops a
-    second of a bf16 product (8192³ in full), both on random data: zeros are faster to multiply."""
-    size, side = (2 * GIB, 8192) if full else (1 << 20, 64)
+class Ceiling(NamedTuple):
+    """work: what is timed. amount: the bytes or flops of one turn."""
+
+    work: Work
+    amount: float
+
+
+def copy_ceiling(device: torch.device, full: bool) -> Ceiling:
+    """A copy of random bytes, 2 GiB in full; read and written count."""
+    size = 2 * GIB if full else 16 << 20
     source = torch.randint(256, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
+    return Ceiling(Work(lambda: target.copy_(source)), 2 * size)
+
+
+def product_ceiling(device: torch.device, full: bool) -> Ceiling:
+    """A bf16 product, 8192³ in full, on random data: zeros are faster to multiply."""
+    side = 8192 if full else 64
     left, right = (torch.randn(side, side, device=device).bfloat16() for _ in range(2))
-    rows = take_turns(
-        {
-            "copy": Work(lambda: target.copy_(source)),
-            "product": Work(lambda: left @ right),
-        },
-        device,
-        rounds=11,
-    )
+    return Ceiling(Work(lambda: left @ right), 2 * side**3)
+
+
+def ceilings(device: torch.device, full: bool) -> dict[str, float]:
+    """What the machine can do: a copy's bytes a second, and a product's flops a second."""
+    found = {
+        "copy_bytes_per_second": copy_ceiling(device, full),
+        "product_flops_per_second": product_ceiling(device, full),
+    }
+    rows = take_turns({name: ceiling.work for name, ceiling in found.items()}, device, rounds=11)
     return {
-        "copy_bytes_per_second": 2 * size / rows["copy"]["milliseconds"] * 1e3,
-        "product_flops_per_second": 2 * side**3 / rows["product"]["milliseconds"] * 1e3,
+        name: ceiling.amount / rows[name]["milliseconds"] * 1e3 for name, ceiling in found.items()
     }

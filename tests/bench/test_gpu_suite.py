@@ -12,7 +12,7 @@ from typing import Any
 import gpu_suite
 import pytest
 import torch
-from suite_record import Case, Plan, Result, Skipped, check, versions
+from suite_record import Case, Plan, Result, Skipped, check, cpu_result, versions
 
 KERNEL_PARTS = [part for part in gpu_suite.PARTS if part != "rollout"]
 Suite = Callable[..., int]
@@ -183,6 +183,14 @@ def test_versions_tell_sources_and_sizes_apart(tmp_path: Path) -> None:
         found.append(versions(Plan(torch.device("cpu"), full), [source]))
     assert found[0] == found[3]
     assert found[0] != found[1] and found[0] != found[2]
+
+
+def test_a_cpu_bench_reports_a_failed_row_as_an_error() -> None:
+    said: list[str] = []
+    good = {"name": "ours", "milliseconds": 1.0}
+    assert cpu_result([good], said.append)["cases"] == [good] and len(said) == 1
+    with pytest.raises(RuntimeError, match="ours: ValueError"):
+        cpu_result([good, {"name": "ours", "failed": "ValueError: no"}], said.append)
 
 
 def test_what_does_not_fit_the_budget_is_named(
