@@ -20,7 +20,7 @@ FLOORS = {torch.float32: 1e-5, torch.float16: 1e-5, torch.bfloat16: 3e-3}
 # A row by itself: errors do not average out as over all rows.
 ROW_FLOOR = 5.0
 # The upstream gradient: a power of two, which changes no digit and keeps fp16 gradients normal.
-UPSTREAM = 4096.0
+UPSTREAM = 1024.0
 STATISTICS = ("divergence", "student_entropy", "teacher_entropy", "student_logprob")
 
 
@@ -153,6 +153,14 @@ def compare(ours: Found, exact: Found, plain: Found, dtype: torch.dtype, ties: b
     least = ours.statistics["divergence"].min()
     checks.append(check("least divergence", float(least), 0.0, at_most=False))
     return checks
+
+
+def judged(inputs: Inputs, found: Found, dtype: torch.dtype, **settings: Any) -> list[Any]:
+    """Checks of `found` against the definition with these settings, in fp64 and in fp32."""
+    exact, plain = (
+        defined(inputs, compute, **settings) for compute in (torch.float64, torch.float32)
+    )
+    return compare(found, exact, plain, dtype, ties=settings.get("top_k") is not None)
 
 
 def differing(left: Found, right: Found) -> float:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import suite_accuracy
 import suite_correctness
+import suite_situations
 import suite_state
 import torch
 from sodfast_kernels import distillation_loss, linear_distillation_loss
@@ -44,6 +45,12 @@ def with_wrong_gradient(function: Callable[..., Any], factor: float) -> Callable
     return call
 
 
+def use(monkeypatch: pytest.MonkeyPatch, wrong: Callable[..., Any]) -> None:
+    """In place of the linear form."""
+    for module in (suite_correctness, suite_situations):
+        monkeypatch.setattr(module, "ours", wrong)
+
+
 LINEAR = [
     "every k and soft cap, α=0.3",
     "16,384 rows, KL",
@@ -51,6 +58,8 @@ LINEAR = [
     "several slabs",
     "fp16",
     "shared head",
+    "frozen head",
+    "a loss for each row",
     "head gathered by FSDP",
 ]
 
@@ -62,7 +71,7 @@ def test_a_wrong_gradient_is_a_miss(
     name: str, factor: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrong = with_wrong_gradient(linear_distillation_loss, factor)
-    monkeypatch.setattr(suite_correctness, "ours", wrong)
+    use(monkeypatch, wrong)
     found = missed(name)
     assert any(check.startswith("d_state: error") for check in found), found
 
@@ -80,7 +89,7 @@ def test_a_gradient_where_models_are_equal_is_a_miss(monkeypatch: pytest.MonkeyP
     def noisy(state: Any, head: Any, teacher: Any, *others: Any, **named: Any) -> Any:
         return linear_distillation_loss(state, head, teacher * 1.01, *others, **named)
 
-    monkeypatch.setattr(suite_correctness, "ours", noisy)
+    use(monkeypatch, noisy)
     assert len(missed("equal models")) == 3
 
 
@@ -88,14 +97,14 @@ def test_a_nan_that_is_dropped_or_spreads_is_a_miss(monkeypatch: pytest.MonkeyPa
     def dropping(state: torch.Tensor, *others: Any, **named: Any) -> Any:
         return linear_distillation_loss(state.nan_to_num(0.0), *others, **named, backend="triton")
 
-    monkeypatch.setattr(suite_correctness, "ours", dropping)
+    use(monkeypatch, dropping)
     found = missed("NaN comes out")
     assert [check for check in found if "weight 1.0" in check]
 
     def spreading(state: torch.Tensor, *others: Any, **named: Any) -> Any:
         return linear_distillation_loss(state + 0 * state.sum(), *others, **named, backend="triton")
 
-    monkeypatch.setattr(suite_correctness, "ours", spreading)
+    use(monkeypatch, spreading)
     found = missed("NaN comes out")
     assert [check for check in found if "weight 0.0" in check]
 
