@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 import suite_peers
 import torch
+from kernel_inputs import DEVICE
 from sodfast_kernels import reference
 from suite_peers import Call, Peer, Sides
 
 PEERS = {peer.name: peer for peer in suite_peers.objective_peers(0.0)}
 MODULE = {"TRL": "trl", "Liger": "liger_kernel", "fla": "fla"}
-# These have no kernels, or another path beside them, and so can be evaluated on a CPU.
-ON_CPU = [name for name in PEERS if name in ("TRL: chunked divergence", "Liger: chunked_loss JSD")]
 
 
 def sides() -> Sides:
@@ -30,14 +29,20 @@ def bind(call: Call) -> dict[str, Any]:
     return dict(call.signature.bind(*call.positional, **call.named).arguments)
 
 
+def peer_of(name: str, alpha: float) -> Peer:
+    pytest.importorskip(MODULE[name.partition(":")[0]], reason="the extra `peers` is absent")
+    peers = {peer.name: peer for peer in suite_peers.objective_peers(alpha)}
+    if name not in peers:
+        pytest.skip("it has no such divergence")
+    return peers[name]
+
+
 @pytest.mark.parametrize("name", PEERS)
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
 def test_objective_peers_take_what_they_are_given(name: str, alpha: float) -> None:
-    pytest.importorskip(MODULE[name.partition(":")[0]], reason="the extra `peers` is absent")
-    if name not in {peer.name for peer in suite_peers.objective_peers(alpha)}:
-        pytest.skip("it has no such divergence")
+    peer = peer_of(name, alpha)
     given = sides()
-    bound = bind(PEERS[name].call(given, alpha))
+    bound = bind(peer.call(given, alpha))
     # Whatever the order and the names: the student's tensors where gradients are made.
     roles = {
         "TRL": ("student_hidden", "student_weight", "teacher_hidden", "teacher_weight"),
@@ -75,13 +80,15 @@ def test_other_peers_take_what_they_are_given(make: Callable[[], Call], named: A
     assert {name: bound[name] for name in named} == named
 
 
-@pytest.mark.parametrize("name", ON_CPU)
+@pytest.mark.parametrize("name", PEERS)
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5])
 def test_a_peer_computes_the_mean_divergence(name: str, alpha: float) -> None:
-    """Else its time would be compared with that of something else."""
-    pytest.importorskip(MODULE[name.partition(":")[0]], reason="the extra `peers` is absent")
-    given, ours = sides(), sides()
-    peer: Peer = PEERS[name]
+    """Else its time would be compared with that of something else. Their kernels, too, run in
+    Triton's interpreter where there is no GPU."""
+    peer = peer_of(name, alpha)
+    given, ours = (Sides(*(tensor.detach().to(DEVICE) for tensor in sides())) for _ in range(2))
+    for tensor in (*given[:2], *ours[:2]):
+        tensor.requires_grad_()
     loss = peer.loss(peer.call(given, alpha)())
     expected = reference.linear_distillation_loss(*ours, alpha=alpha).loss
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
