@@ -52,7 +52,7 @@ WARM_UP = 1
 CPU_TARGETS = {"lab": 1.5, "long tail": 2.0}
 # Tokens of a block of transformers' paged cache, by default (the option that sets them has had two
 # names, so it is left alone), and the patience with its answers.
-PAGE, RIVAL_SECONDS = 256, 300
+PAGE, RIVAL_SECONDS = 256, 120
 
 
 def clock(device: torch.device) -> float:

@@ -54,7 +54,11 @@ def objective_cases(plan: Plan) -> list[Case]:
         return partial(against_fp64, size, dtype, device, **settings)
 
     found = [
-        Case(f"every k and soft cap, α={alpha}", 0.3, partial(grid, small, device, alpha, k))
+        Case(
+            f"every k and soft cap, α={alpha}",
+            0.3,
+            partial(grid, small, device, alpha, k if full else k[:1]),
+        )
         for alpha in (0.0, 0.3, 0.5, 1.0)
     ]
     found += [
