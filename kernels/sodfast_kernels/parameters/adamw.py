@@ -150,8 +150,8 @@ class AdamW(torch.optim.Optimizer):
         update = self._captured(work) if capturing else self._counted(work)
         if norm is None:
             norm = update.gradient_squares().sqrt().to(torch.float32)
-        # A NaN factor is the sign not to update at all.
-        factor = torch.ones_like(norm).masked_fill(~norm.isfinite(), torch.nan)
+        # A NaN factor is the sign not to update at all: ∞ − ∞ is NaN.
+        factor = norm - norm + 1.0
         if clip_norm is not None:
             factor = factor * (clip_norm / (norm + 1e-6)).clamp(max=1.0)
         update.apply(factor)

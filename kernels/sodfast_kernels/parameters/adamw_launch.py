@@ -8,7 +8,6 @@ makes the next one when the copy was made before its replay.
 
 from array import array
 from collections.abc import Sequence
-from itertools import repeat
 from struct import pack
 from typing import Any, NamedTuple
 
@@ -97,38 +96,46 @@ class Launches:
             item.state["step"] = step
         self._lags = self._behind()
         self._captured: list[int] | None = None  # addresses of the gradients in a CUDA graph
-        self.device = items[0].weight_P.device
         indices = range(len(items))
-        kinds = [_kind(item) for item in items]
+        kinds = list(zip(self._lags.tolist(), map(_kind, items), strict=True))
         self._squares = [
             _squares_launch(items, members)
             for members in alike(indices, lambda index: _gradient_kind(items[index]))
         ]
         self._updates = [
-            _update_launch(items, members)
-            for members in alike(indices, lambda index: (self._lags[index], kinds[index]))
+            _update_launch(items, members) for members in alike(indices, kinds.__getitem__)
         ]
-        self._place()
+        self._place(items[0].weight_P.device)
 
-    def _place(self) -> None:
-        """Give what changes from step to step its place in one tensor."""
+    def _place(self, device: torch.device) -> None:
+        """Give what changes from step to step its place in one tensor: rows of the gradients'
+        addresses, then the scalars of each update."""
         launches = [*self._squares, *self._updates]
         sizes = [launch.table.columns for launch in launches] + [SCALARS] * len(self._updates)
-        self._moving = torch.zeros(sum(sizes), dtype=torch.int64, device=self.device)
+        self._moving = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
         rows = self._moving.split(sizes)
         for launch, row in zip(launches, rows, strict=False):
             launch.table.arguments["grad_table"] = row
         for launch, row in zip(self._updates, rows[len(launches) :], strict=True):
             launch.table.arguments["scalars"] = row
+        # Which item's address stands where in the rows; behind the last item's is a 0 for padding.
+        padding = len(self.steps)
+        self._order = torch.tensor(
+            [
+                index
+                for launch in launches
+                for index in launch.members
+                + [padding] * (launch.table.columns - len(launch.members))
+            ]
+        )
 
     def serve(self, key: object) -> bool:
         """Whether a step over what `key` tells is these launches."""
-        return key == self.key and self._lags == self._behind()
+        return key == self.key and torch.equal(self._lags, self._behind())
 
-    def _behind(self) -> list[int]:
+    def _behind(self) -> Tensor:
         """How many steps each item is behind the first one."""
-        first, *_ = steps = self.steps.tolist()
-        return [first - step for step in steps]
+        return self.steps[0] - self.steps
 
     def count(self, groups: Sequence[dict[str, Any]], addresses: Sequence[int]) -> None:
         """Count a step, and write to the device what is new in it.
@@ -136,18 +143,13 @@ class Launches:
         addresses: of the items' gradients.
         """
         self.steps += 1
-        steps = self.steps.tolist()
-        values = array("q")
-        for launch in (*self._squares, *self._updates):
-            values.extend(addresses[index] for index in launch.members)
-            values.extend(repeat(0, launch.table.columns - len(launch.members)))
+        scalars = bytearray()
         for launch in self._updates:
-            group, step = groups[launch.group], steps[launch.members[0]]
+            group, step = groups[launch.group], int(self.steps[launch.members[0]])
             key = as_int64(group["seed"]), as_int64(step)
-            scalars = array("q", pack("7d2q", *coefficients(group, step), *key))
-            values.extend(scalars)
-            values.extend(repeat(0, SCALARS - len(scalars)))
-        write(self._moving, values)
+            scalars += pack(f"7d2q{8 * (SCALARS - 9)}x", *coefficients(group, step), *key)
+        rows = torch.frombuffer(array("q", [*addresses, 0]), dtype=torch.int64)[self._order]
+        write(self._moving, torch.cat([rows, torch.frombuffer(scalars, dtype=torch.int64)]))
 
     def capture(self, addresses: list[int]) -> None:
         """A CUDA graph is about to record these launches, for gradients at these addresses."""

@@ -8,7 +8,6 @@ apart.
 Norms: one fp64 partial sum a program, summed afterwards, no atomics.
 """
 
-from array import array
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, TypeVar
@@ -137,10 +136,9 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
     return values.pin_memory().to(device, non_blocking=True)
 
 
-def write(target: Tensor, values: "array[int]") -> None:
-    """Fill an int64 tensor, without waiting where it is on a GPU."""
-    host = torch.frombuffer(values, dtype=torch.int64)
-    target.copy_(host.pin_memory() if target.is_cuda else host, non_blocking=True)
+def write(target: Tensor, values: Tensor) -> None:
+    """Copy what is on the host into `target`, without waiting where that is on a GPU."""
+    target.copy_(values.pin_memory() if target.is_cuda else values, non_blocking=True)
 
 
 def as_int64(number: int) -> int:

@@ -1,4 +1,4 @@
-"""What a launch depends on besides values: where its tensors lie, and whether a graph records it."""
+"""What a launch depends on besides values: where its tensors lie, whether a graph records it."""
 
 from collections.abc import Sequence
 from operator import attrgetter

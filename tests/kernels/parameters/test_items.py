@@ -86,7 +86,7 @@ def test_a_scalar_in_memory_is_rounded_as_one_passed_by_value():
 
     numbers = array("d", [1 - 0.999, (1 - 0.999**3) ** -0.5, 1e-8, 1e-5 / (1 - 0.9**7), 1e-40])
     scalars = torch.empty(len(numbers), dtype=torch.int64, device=DEVICE)
-    write(scalars, array("q", numbers.tobytes()))
+    write(scalars, torch.frombuffer(numbers, dtype=torch.int64))
     for index, number in enumerate(numbers):
         out = torch.empty(2, device=DEVICE)
         kernel[(1,)](out, scalars[index], number)
