@@ -27,6 +27,7 @@ Shapes: P elements of one flattened parameter.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, compress
 from operator import attrgetter
@@ -56,7 +57,7 @@ class Work(NamedTuple):
     chosen: list[bool]  # which of all parameters these are
     params: list[Tensor]
     grads: list[Tensor]  # contiguous
-    addresses: list[int]  # of the gradients
+    addresses: Tensor  # of the gradients, on the host, and a 0 for tables to pad with
 
 
 class AdamW(torch.optim.Optimizer):
@@ -194,8 +195,14 @@ class AdamW(torch.optim.Optimizer):
             if any(grad.is_sparse for grad in grads):
                 raise ValueError("params: sparse gradients are not supported")
             grads = [grad.contiguous() for grad in grads]
-        params = list(compress(everything, chosen))
-        return Work(sizes, chosen, params, grads, list(map(Tensor.data_ptr, grads)))
+        addresses = array("q", [*map(Tensor.data_ptr, grads), 0])
+        return Work(
+            sizes,
+            chosen,
+            list(compress(everything, chosen)),
+            grads,
+            torch.frombuffer(addresses, dtype=torch.int64),
+        )
 
     def _captured(self, work: Work) -> Launches:
         """The launches for a CUDA graph to record."""
@@ -219,7 +226,7 @@ class AdamW(torch.optim.Optimizer):
                 return TorchUpdate(items, self.param_groups)
             from .adamw_launch import Launches
 
-            launches = self._launches = Launches(items)
+            launches = self._launches = Launches(items, work.addresses)
             launches.key = self._key(work)
         launches.count(self.param_groups, work.addresses)
         return launches
@@ -227,7 +234,9 @@ class AdamW(torch.optim.Optimizer):
     def _serving(self, work: Work) -> Launches | None:
         """The launches of the last step, where they are right for this one too."""
         launches = self._launches
-        return launches if launches is not None and launches.serve(self._key(work)) else None
+        if launches is None or not launches.serve(self._key(work), work.addresses):
+            return None
+        return launches
 
     def _key(self, work: Work) -> tuple[object, ...]:
         """All that launches depend on, apart from values and the gradients' addresses.
@@ -250,7 +259,6 @@ class AdamW(torch.optim.Optimizer):
             list(map(Tensor.is_contiguous, work.params)),
             list(map(Tensor.numel, work.grads)),
             list(map(_DTYPE, work.grads)),
-            [address % 16 for address in work.addresses],
             list(map(Tensor.data_ptr, chain.from_iterable(states))),
         )
 

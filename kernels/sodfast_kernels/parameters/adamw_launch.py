@@ -6,7 +6,6 @@ of the PyTorch path. Kernels read all of it from memory, so a CUDA graph that ha
 makes the next one when the copy was made before its replay.
 """
 
-from array import array
 from collections.abc import Sequence
 from struct import pack
 from typing import Any, NamedTuple
@@ -89,13 +88,14 @@ class Launches:
     tensor, `steps`, so that all of them are counted at once.
     """
 
-    def __init__(self, items: Sequence[Item]) -> None:
+    def __init__(self, items: Sequence[Item], addresses: Tensor) -> None:
         self.key: object = None
         self.steps = torch.stack([item.state["step"] for item in items])
         for item, step in zip(items, self.steps.unbind(), strict=True):
             item.state["step"] = step
         self._lags = self._behind()
-        self._captured: list[int] | None = None  # addresses of the gradients in a CUDA graph
+        self._alignment = addresses % 16
+        self._captured: Tensor | None = None  # addresses of the gradients in a CUDA graph
         indices = range(len(items))
         kinds = list(zip(self._lags.tolist(), map(_kind, items), strict=True))
         self._squares = [
@@ -118,7 +118,7 @@ class Launches:
             launch.table.arguments["grad_table"] = row
         for launch, row in zip(self._updates, rows[len(launches) :], strict=True):
             launch.table.arguments["scalars"] = row
-        # Which item's address stands where in the rows; behind the last item's is a 0 for padding.
+        # Which of the addresses stands where in the rows; the last is 0.
         padding = len(self.steps)
         self._order = torch.tensor(
             [
@@ -129,36 +129,37 @@ class Launches:
             ]
         )
 
-    def serve(self, key: object) -> bool:
-        """Whether a step over what `key` tells is these launches."""
-        return key == self.key and torch.equal(self._lags, self._behind())
+    def serve(self, key: object, addresses: Tensor) -> bool:
+        """Whether these launches make a step over what `key` tells, gradients at `addresses`."""
+        return (
+            key == self.key
+            and torch.equal(self._alignment, addresses % 16)
+            and torch.equal(self._lags, self._behind())
+        )
 
     def _behind(self) -> Tensor:
         """How many steps each item is behind the first one."""
         return self.steps[0] - self.steps
 
-    def count(self, groups: Sequence[dict[str, Any]], addresses: Sequence[int]) -> None:
-        """Count a step, and write to the device what is new in it.
-
-        addresses: of the items' gradients.
-        """
+    def count(self, groups: Sequence[dict[str, Any]], addresses: Tensor) -> None:
+        """Count a step, and write to the device what is new in it."""
         self.steps += 1
         scalars = bytearray()
         for launch in self._updates:
             group, step = groups[launch.group], int(self.steps[launch.members[0]])
             key = as_int64(group["seed"]), as_int64(step)
             scalars += pack(f"7d2q{8 * (SCALARS - 9)}x", *coefficients(group, step), *key)
-        rows = torch.frombuffer(array("q", [*addresses, 0]), dtype=torch.int64)[self._order]
-        write(self._moving, torch.cat([rows, torch.frombuffer(scalars, dtype=torch.int64)]))
+        numbers = torch.frombuffer(scalars, dtype=torch.int64)
+        write(self._moving, torch.cat([addresses[self._order], numbers]))
 
-    def capture(self, addresses: list[int]) -> None:
+    def capture(self, addresses: Tensor) -> None:
         """A CUDA graph is about to record these launches, for gradients at these addresses."""
-        if self._captured not in (None, addresses):
+        if self._captured is not None and not torch.equal(self._captured, addresses):
             raise RuntimeError("another CUDA graph holds this step, with gradients elsewhere")
         self._captured = addresses
 
-    def captured_with(self, addresses: list[int]) -> bool:
-        return self._captured == addresses
+    def captured_with(self, addresses: Tensor) -> bool:
+        return self._captured is not None and torch.equal(self._captured, addresses)
 
     def gradient_squares(self) -> Tensor:
         """Σ g² over all items, in fp64."""
