@@ -59,7 +59,7 @@ def small_cases() -> dict[str, Case]:
     for param in params:
         param.grad = torch.randn(64)
     teacher_params = [param.detach().clone() for param in params]
-    key = {"sample": torch.arange(rows), "position": torch.arange(rows)}
+    key: dict[str, Any] = {"sample": torch.arange(rows), "position": torch.arange(rows)}
     logits = torch.randn(rows, vocabulary)
 
     def loss(backend: str, top_k: int | None) -> Callable[[], object]:

@@ -251,6 +251,7 @@ class AdamW(torch.optim.Optimizer):
             for group in self.param_groups
         ]
         return (
+            self.backend,
             groups,
             work.sizes,
             work.chosen,
@@ -280,6 +281,11 @@ class AdamW(torch.optim.Optimizer):
                 if not param.is_contiguous():
                     shape = tuple(param.shape)
                     raise ValueError(f"params: a tensor of shape {shape} is not contiguous")
+                if grads[param].numel() != param.numel():  # `.data` of either has changed
+                    raise ValueError(
+                        f"params: a tensor of {param.numel()} elements has a gradient of "
+                        f"{grads[param].numel()}"
+                    )
                 state = self.state[param]
                 if not state:
                     state.update(empty_state(param, group["state"]))

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,7 +70,7 @@ def ema_update_(
     Returns ‖θ − φ_before‖₂, an fp32 scalar on the same device.
     Raises ValueError naming the argument when count, shape, dtype, device, rate or step do not fit.
     """
-    return _update_(teacher_params, student_params, rate, seed, step, backend)
+    return _update_(teacher_params, student_params, rate, seed=seed, step=step, backend=backend)
 
 
 def parameter_distance(
@@ -163,14 +163,9 @@ class ParameterUpdate:
 
 
 def _update_(
-    teacher_params: Iterable[Tensor],
-    student_params: Iterable[Tensor],
-    rate: float,
-    seed: int = 0,
-    step: int | Tensor = 0,
-    backend: str = "auto",
+    teacher_params: Iterable[Tensor], student_params: Iterable[Tensor], rate: float, **key: Any
 ) -> Tensor:
-    update = ParameterUpdate(rate, seed=seed, step=step, backend=backend)
+    update = ParameterUpdate(rate, **key)
     update.add(teacher_params, student_params)
     return update.distance()
 
