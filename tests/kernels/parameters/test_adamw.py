@@ -296,7 +296,7 @@ def test_parameters_and_calls_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match="4 elements has a gradient of 8"):
         AdamW([shortened]).step()
     sparse = nn.Parameter(torch.ones(3))
-    sparse.grad = torch.sparse_coo_tensor([[0]], [1.0], (3,))
+    sparse.grad = torch.ones(3).to_sparse()
     with pytest.raises(ValueError, match="sparse"):
         AdamW([sparse]).step()
 
