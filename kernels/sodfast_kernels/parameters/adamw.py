@@ -30,7 +30,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, compress
-from operator import attrgetter
+from operator import attrgetter, is_
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -186,23 +186,18 @@ class AdamW(torch.optim.Optimizer):
         launches.count(self.param_groups, work.addresses)
 
     def _work(self) -> Work:
-        everything = [param for group in self.param_groups for param in group["params"]]
-        sizes = list(map(Tensor.numel, everything))
-        grads = list(map(_GRAD, everything))
+        params = [param for group in self.param_groups for param in group["params"]]
+        sizes = list(map(Tensor.numel, params))
+        grads = list(map(_GRAD, params))
         chosen = [grad is not None and size > 0 for grad, size in zip(grads, sizes, strict=True)]
-        grads = list(compress(grads, chosen))
+        if not all(chosen):
+            params, grads = list(compress(params, chosen)), list(compress(grads, chosen))
         if not all(map(Tensor.is_contiguous, grads)):
             if any(grad.is_sparse for grad in grads):
                 raise ValueError("params: sparse gradients are not supported")
             grads = [grad.contiguous() for grad in grads]
         addresses = array("q", [*map(Tensor.data_ptr, grads), 0])
-        return Work(
-            sizes,
-            chosen,
-            list(compress(everything, chosen)),
-            grads,
-            torch.frombuffer(addresses, dtype=torch.int64),
-        )
+        return Work(sizes, chosen, params, grads, torch.frombuffer(addresses, dtype=torch.int64))
 
     def _captured(self, work: Work) -> Launches:
         """The launches for a CUDA graph to record."""
@@ -245,7 +240,9 @@ class AdamW(torch.optim.Optimizer):
         for what has taken its place: launches fit any tensors of which all this is the same. An
         address says the device, too.
         """
-        states = map(dict.values, map(self.state.__getitem__, work.params))
+        states: Iterable[dict[str, Tensor]] = self.state.values()
+        if len(self.state) != len(work.params) or not all(map(is_, self.state, work.params)):
+            states = map(self.state.__getitem__, work.params)  # the same, but hashing is slow
         groups = [
             (group["state"], len(group["params"]), group["positions"] and tuple(group["positions"]))
             for group in self.param_groups
@@ -260,7 +257,7 @@ class AdamW(torch.optim.Optimizer):
             list(map(Tensor.is_contiguous, work.params)),
             list(map(Tensor.numel, work.grads)),
             list(map(_DTYPE, work.grads)),
-            list(map(Tensor.data_ptr, chain.from_iterable(states))),
+            list(map(Tensor.data_ptr, chain.from_iterable(map(dict.values, states)))),
         )
 
     def _items(self, work: Work) -> list[Item]:
