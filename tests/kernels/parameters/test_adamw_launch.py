@@ -98,6 +98,12 @@ def shorten(optimizer: AdamW, params: list[nn.Parameter]) -> None:
         state[name] = state[name][:32]
 
 
+def reinterpret(optimizer: AdamW, params: list[nn.Parameter]) -> None:
+    """At the same address, as after a conversion there and back through freed memory."""
+    params[0].grad = None
+    params[0].data = params[0].data.view(torch.float16)
+
+
 def swap_moment(optimizer: AdamW, params: list[nn.Parameter]) -> None:
     moment = optimizer.state[params[3]]["exp_avg"]
     moment.data = moment.data.clone()
@@ -139,6 +145,7 @@ def add_group(optimizer: AdamW, params: list[nn.Parameter]) -> None:
     [
         swap_weight,
         shorten,
+        reinterpret,
         swap_moment,
         replace_moment,
         drop_state,
@@ -161,6 +168,43 @@ def test_launches_are_made_anew_when_anything_else_has_changed(change: Callable[
             optimizer.step(clip_norm=0.5)
         optimizers.append(optimizer)
     assert same(*optimizers)
+    assert len(made) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda param: setattr(param, "data", param.data.T), "not contiguous"),
+        (lambda param: setattr(param, "data", param.data[:4]), "32 elements has a gradient of 64"),
+        (lambda param: setattr(param.grad, "data", param.grad.data[:4]), "has a gradient of 32"),
+    ],
+)
+def test_memory_that_no_longer_fits_is_refused_before_it_is_used(change, message):
+    """Each at the address that it had in the step before."""
+    param = nn.Parameter(torch.ones(8, 8, device=DEVICE))
+    param.grad = torch.ones_like(param)
+    optimizer = AdamW([param], backend="triton")
+    optimizer.step()
+    before = param.detach().clone()
+    memory = param.data
+    change(param)
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    assert torch.equal(memory, before)
+
+
+def test_a_weight_of_another_dtype_keeps_its_gradient(made):
+    """The weight alone has changed, and not its address."""
+    results = []
+    for backend in ("triton", "torch"):
+        param = nn.Parameter(torch.ones(48, dtype=torch.bfloat16, device=DEVICE))
+        param.grad = torch.ones_like(param)
+        optimizer = AdamW([param], 1e-2, backend=backend)
+        optimizer.step()
+        param.data = param.data.view(torch.float16)
+        optimizer.step()
+        results.append(optimizer)
+    assert same(*results)
     assert len(made) == 2
 
 
