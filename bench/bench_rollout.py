@@ -10,30 +10,27 @@ On a CPU, in the threads of the lab:
   engine draws the lengths, and its rivals are made to end each answer at the same one. (Continuous
   batching is told each request's length, which no rollout knows, and sets itself up in each call.)
 
-On a GPU, at the shape of Qwen3-8B in bf16 with random weights, within 80 GB:
+On a GPU, as part `rollout` of gpu_suite.py (its cases are in suite_rollout.py), at the shape of
+Qwen3-8B in bf16 with random weights:
 * milliseconds of a decode step under the CUDA graph, 64 slots at 2k and 128 at 1.5k positions,
   against weights and cache read once at the bandwidth measured in the same run;
 * tokens a second of whole answers beside `generate` and continuous batching;
 * one layer's attention by torch's FlashAttention 2, and FlashAttention 4 where it is installed;
 * correctness that only a GPU can show: tokens equal to `generate`'s, samples that do not depend on
   their batch, and the error of bf16 against that of transformers.
-Writes rollout.json to $OUT (bench/results/<gpu>/ if unset).
 
 All cases take turns in each round; medians. Peers that do not run are listed with the reason.
 """
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -53,11 +50,9 @@ Turn = Callable[[int], tuple[float, int]]
 # Pays a rival's first call, which compiles and allocates.
 WARM_UP = 1
 CPU_TARGETS = {"lab": 1.5, "long tail": 2.0}
-ROOFLINE_SHARE = 0.70
 # Tokens of a block of transformers' paged cache, by default (the option that sets them has had two
 # names, so it is left alone), and the patience with its answers.
-PAGE, RIVAL_SECONDS = 256, 300
-GPU_BYTES = 80e9
+PAGE, RIVAL_SECONDS = 256, 120
 
 
 def clock(device: torch.device) -> float:
@@ -567,48 +562,8 @@ def check_repeatability(device: torch.device, dtype: torch.dtype) -> list[dict[s
     return [target("samples equal bit for bit in one bucket", sum(same) / len(same), 1.0)]
 
 
-def measure_gpu(progress: Progress) -> dict[str, Any]:
-    device = torch.device("cuda")
-    total = torch.cuda.get_device_properties(device).total_memory
-    if total > GPU_BYTES:
-        torch.cuda.set_per_process_memory_fraction(GPU_BYTES / total)
-    targets = check_equality(device) + check_repeatability(device, torch.bfloat16)
-    for row in targets:
-        progress(json.dumps(row))
-    rates = bandwidth(device, 4 << 30)
-    progress(f"bytes a second: {json.dumps(rates)}")
-    attention = attention_cases(device, 64, 2048, layers=8)
-    progress(f"decode attention, 64 × 2048: {json.dumps(attention)}")
-    torch.cuda.empty_cache()
-    model = build(Shape(), device, torch.bfloat16, 0.02)
-    steps = []
-    for slots, context in ((64, 2048), (128, 1536)):
-        row = decode_step(model, slots, context, 128, rates)
-        steps.append(row)
-        progress(json.dumps(row))
-        name = f"{slots} slots at {context}: share of the roofline"
-        targets.append(target(name, row["share_of_roofline"], ROOFLINE_SHARE))
-        torch.cuda.empty_cache()
-    answers = whole_answers(model, slots=64, prompt=256, tokens=256, rounds=2)
-    for name, row in answers.items():
-        progress(f"64 answers of 256 tokens: {name}: {json.dumps(row)}")
-        if "ours_is_faster" in row:
-            targets.append(target(f"native over {name}", row["ours_is_faster"], 1.0))
-    peak = torch.cuda.max_memory_reserved(device)
-    targets.append(target("peak bytes", peak, GPU_BYTES, at_most=True))
-    return {
-        "device": torch.cuda.get_device_name(device),
-        "bytes_per_second": rates,
-        "attention": attention,
-        "decode_steps": steps,
-        "whole_answers": answers,
-        "targets": targets,
-        "environment": environment(torch.get_num_threads(), "cuda"),
-    }
-
-
-@pytest.mark.benchmark(group="rollout")
 def test_rollout(benchmark: Any) -> None:
+    benchmark.group = "rollout"
     benchmark.extra_info.update(
         benchmark.pedantic(measure_cpu, args=(lambda text: None, 3), rounds=1, iterations=1)
     )
@@ -619,13 +574,10 @@ def main() -> int:
         print(text, flush=True)
 
     if torch.cuda.is_available():
-        result = measure_gpu(progress)
-        folder = Path(__file__).parent / "results" / result["device"].replace(" ", "-")
-        folder = Path(os.environ.get("OUT", folder))
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "rollout.json").write_text(json.dumps(result, indent=1))
-    else:
-        result = measure_cpu(progress)
+        from gpu_suite import main as suite
+
+        return suite(["rollout"])
+    result = measure_cpu(progress)
     for row in result["targets"]:
         progress(f"{'met   ' if row['met'] else 'MISSED'} {row['target']:55} {row['value']:.4g}")
     print(json.dumps(result))

@@ -226,6 +226,11 @@ def student_share(config: ScheduleConfig) -> float | None:
     return config.rate if isinstance(config, TrustRegionConfig) else None
 
 
+def average_rate(config: ScheduleConfig) -> float:
+    """The rate of φ ← (1−rate)φ + rate·θ after every step (EMA); 0 where nothing is averaged."""
+    return config.rate if isinstance(config, EMAConfig) else 0.0
+
+
 def replay(schedule: Schedule, lines: Sequence[Mapping[str, Any]]) -> list[Decision]:
     """Feed recorded metrics lines (steps 1…, in order) to a schedule; one decision per line.
 

@@ -56,13 +56,13 @@ class Rollouts:
     samples: list[Sample]
     texts: list[str]
     rewards: list[float]
-    contexts: list[Tensor | None]  # the teacher's prompt; None: m_i = 0
+    contexts: list[Tensor | None]  # the teacher's prompt; None: nothing to distil (m_i = 0)
 
 
 @dataclass(frozen=True)
 class Update:
     """One optimizer update: the rollouts (indices) that have a gradient and that this rank runs,
-    their (distill, policy, advantage), and how many passes each rank makes for its part."""
+    their weights (distill, policy, advantage), and how many passes each rank makes for its part."""
 
     rows: list[int]
     weights: list[tuple[float, float, float]]
@@ -114,7 +114,7 @@ class Trainer:
         )
         self.lines: list[dict[str, Any]] = []
         self.step = 0
-        self.moved = False  # whether the weights may be others than those of `step`
+        self.moved = False  # whether the weights may differ from those after `step`
         self.state = self._state()
         self.clock = PhaseClock(model.device)
 
@@ -124,9 +124,10 @@ class Trainer:
         """Run to `steps`, or to the collapse detector's stop, or to an interruption.
 
         Raises `RunFailed` when a loss or gradient is not finite, memory runs out or the disk
-        refuses, and summary.json says "failed". The state before the step is checkpointed first,
-        unless an update of the step has moved the weights, or one rank of several has run out of
-        memory, since the others wait for it elsewhere: then the last checkpoint stands.
+        refuses, and summary.json says "failed". The state before the step is checkpointed first.
+        The last checkpoint stands instead where an update of the step has already moved the
+        weights, and where one of several ranks has run out of memory, since the others then wait
+        for it at another point.
         """
         logger = Logger(self.config, self.run.path)
         interruption = Interruption(self.ranks.any if self.ranks.size > 1 else None)
@@ -340,7 +341,7 @@ class Trainer:
                 clip_norm = config.optimizer.clip_norm
                 norms.append(optimizer.update(self.optimizer, lr, clip_norm, loss, norm))
             except RunFailed:
-                self.moved = number > 0  # this update was not made
+                self.moved = number > 0  # only the updates before this one were made
                 raise
         return {
             **totals.over(self.ranks).metrics(),
@@ -390,7 +391,7 @@ class Trainer:
         return loss
 
     def _move_teacher(self, step: int, line: dict[str, Any]) -> dict[str, Any]:
-        """The schedule decides, the teacher follows, and both say so."""
+        """Let the schedule decide and the teacher follow; write the events, return the metrics."""
         decision = self.schedule.observe_line(line)
         with oom_hint("refresh"):
             drift = float(self.teacher.apply(decision, step))
@@ -453,11 +454,11 @@ class Trainer:
         return self.config.optimizer.micro_batch_tokens
 
     def _due(self, step: int) -> bool:
-        """Whether a step is evaluated wherever the run ends.
+        """Whether a step is evaluated no matter where the run ends.
 
-        The last step is evaluated, too. Where it is not due, that closing evaluation belongs to
-        this end of the run alone: the checkpoint holds the state of before it, and a run that is
-        continued drops it.
+        The last step of a run is always evaluated. Where it is not due, that closing evaluation
+        belongs to this end of the run alone: the checkpoint holds the state from before it, and a
+        run that is continued drops it.
         """
         return step % self.config.eval.every == 0
 

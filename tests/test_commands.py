@@ -12,7 +12,14 @@ import pytest
 import torch
 
 from sodfast import commands
-from sodfast.commands import build_trainer, evaluate_model, export_model, pick_device, train_run
+from sodfast.commands import (
+    build_trainer,
+    evaluate_model,
+    export_model,
+    limit_memory,
+    pick_device,
+    train_run,
+)
 from sodfast.config import load_config
 from sodfast.errors import UsageError
 from sodfast.parallel.ranks import Ranks
@@ -73,6 +80,23 @@ def test_a_device_for_each_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     with pytest.raises(UsageError, match="nproc-per-node"):
         pick_device("cuda", Ranks(1, 3))
+
+
+def test_the_allocator_is_held_to_the_planned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    fractions = []
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=141 * 2**30)
+    )
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda share, _: fractions.append(share)
+    )
+    limit_memory(torch.device("cpu"), 78)
+    limit_memory(torch.device("cuda"), None)
+    assert fractions == []
+    limit_memory(torch.device("cuda"), 78)
+    assert fractions == [78 / 141]
+    with pytest.raises(UsageError, match=r"memory_gib=150: this GPU has 141\.0 GiB"):
+        limit_memory(torch.device("cuda"), 150)
 
 
 # ---------------------------------------------------------------- refused before any work

@@ -9,7 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sodfast.config import CGTRConfig, EMAConfig, FixedConfig, HardConfig, TrustRegionConfig
-from sodfast.schedule import CGTR, Decision, Schedule, StepStatistics, build_schedule, replay
+from sodfast.schedule import (
+    CGTR,
+    Decision,
+    Schedule,
+    StepStatistics,
+    average_rate,
+    build_schedule,
+    replay,
+)
 
 
 def step(number: int, reward: float = 0.5, mean: float = 10.0, top: float = 20.0) -> StepStatistics:
@@ -61,6 +69,11 @@ def test_ema_averages_every_step_and_has_no_age() -> None:
 def test_trust_region_keeps_and_has_no_age() -> None:
     for decision in run(build_schedule(TrustRegionConfig(rate=0.1)), 5):
         assert (decision.action, decision.age, decision.gates) == ("keep", None, None)
+
+
+def test_only_an_average_has_a_rate() -> None:
+    assert average_rate(EMAConfig(rate=0.1)) == 0.1
+    assert average_rate(TrustRegionConfig(rate=0.1)) == average_rate(HardConfig()) == 0
 
 
 @pytest.mark.parametrize(

@@ -251,12 +251,12 @@ def test_the_lab_is_the_same_with_the_teacher_on_the_host(
 ) -> None:
     runs = []
     for storage in ("device", "host"):
-        overrides = [f"out={tmp_path / storage}", f"teacher.storage={storage}", "steps=30"]
-        overrides += ["schedule.kind=hard", "schedule.every=8", "eval.every=30", "eval.samples=1"]
+        overrides = [f"out={tmp_path / storage}", f"teacher.storage={storage}", "steps=12"]
+        overrides += ["schedule.kind=hard", "schedule.every=4", "eval.every=12", "eval.samples=1"]
         trainer = build_trainer(load_config("lab", overrides), None, Reporter())
         try:
             trainer.train()
         finally:
             trainer.run.close()
         runs.append(read_run(tmp_path / storage))
-    assert runs[0] == runs[1] and runs[0].summary["refresh_steps"] == [8, 16, 24]
+    assert runs[0] == runs[1] and runs[0].summary["refresh_steps"] == [4, 8, 12]

@@ -38,7 +38,7 @@ from sodfast.rollout.native import (
     slot_bytes,
     state_bytes,
 )
-from sodfast.schedule import student_share
+from sodfast.schedule import average_rate, student_share
 
 GIB = 2**30
 BUDGET_GIB = 78.0  # of allocator memory on an 80 GB card
@@ -276,8 +276,7 @@ class Estimate:
         """Of the teacher's move, likewise."""
         if self.on_gpu:
             return 0
-        schedule = self.config.schedule
-        update = ParameterUpdate(schedule.rate if schedule.kind == "ema" else 0.0)
+        update = ParameterUpdate(average_rate(self.config.schedule))
         teacher, student = self._chunk(), self._chunk()
         with LiveBytes([teacher, student]) as live:
             update.add([teacher], [student])

@@ -8,13 +8,15 @@ reads as well. The same input gives the same bytes.
 
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from html import escape
+from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
 import matplotlib
+import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -25,46 +27,27 @@ from scipy.optimize import isotonic_regression
 OVERLAID = 8  # groups that share a plot
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#7F7F7F")
 DASHES = (
-    *((5, 1.5), (6, 1.5, 1, 1.5), (1, 1), (9, 2)),
-    *((3, 1, 1, 1, 1, 1), (2.5, 1.2), (9, 1.5, 1, 1.5)),
+    *((), (5, 1.5), (6, 1.5, 1, 1.5), (1, 1)),
+    *((9, 2), (3, 1, 1, 1, 1, 1), (2.5, 1.2), (9, 1.5, 1, 1.5)),
 )
 MARKERS = "os^DvPXh"
-INK, FAINT, GRID = "#222222", "#8A8A8A", "#E4E4E4"
+SHEET = Path(__file__).with_name("figure.mplstyle")
+_LOOK = matplotlib.rc_params_from_file(SHEET)
+INK, FAINT, GRID = (_LOOK[key] for key in ("text.color", "axes.edgecolor", "grid.color"))
 
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 9.6, 0.82, 2.15, 0.14, 0.5  # inches
 UNLABELLED = 0.2  # the right margin without labels
-_SETTINGS: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "font.family": "DejaVu Sans",  # comes with matplotlib: the layout is the same everywhere
-    "font.size": 8.5,
-    "axes.linewidth": 0.7,
-    "axes.grid.axis": "y",
-    "grid.color": GRID,
-    "grid.linewidth": 0.7,
-    "xtick.major.size": 3,
-    "ytick.major.size": 0,
-    "lines.linewidth": 1.6,
-    "lines.solid_capstyle": "round",
-    "text.parse_math": False,  # a label may hold a dollar sign
-    **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), FAINT),
-    **dict.fromkeys(("axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), INK),
-    **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
-    **dict.fromkeys(("axes.grid", "axes.axisbelow"), True),
-}
 
 Style = dict[str, Any]  # the keywords of a plotted line
-PLAIN: Style = {"color": COLORS[0], "ls": "-", "marker": "o"}
+STYLES: list[Style] = [
+    {"color": color, "ls": (0, dashes) if dashes else "-", "marker": marker}
+    for color, dashes, marker in zip(COLORS, DASHES, MARKERS, strict=True)
+]
 
 
 def style_of(index: int, groups: int = 1) -> Style:
-    """How the group of an index looks wherever it appears, all alike if there are too many."""
-    if groups > OVERLAID:
-        return PLAIN
-    lines = ["-", *((0, dashes) for dashes in DASHES)]
-    return {
-        key: values[index % len(values)]
-        for key, values in (("color", COLORS), ("ls", lines), ("marker", MARKERS))
-    }
+    """How the group of this index looks in every figure; more than `OVERLAID` groups look alike."""
+    return STYLES[index % OVERLAID if groups <= OVERLAID else 0]
 
 
 def swatch(index: int) -> str:
@@ -78,9 +61,11 @@ def swatch(index: int) -> str:
         return to_svg(figure, f"swatch{index}", "", css="swatch")
 
 
-def add_axes(figure: Figure, **inches: float) -> Axes:
-    """Axes inside of margins (left, right, top, bottom) given in inches."""
-    margins = {"left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM, **inches}
+def add_axes(figure: Figure, labelled: bool = False, **inches: float) -> Axes:
+    """Axes inside of margins (left, right, top, bottom) given in inches. By default the right one
+    has room for labels if the axes are `labelled`."""
+    right = RIGHT if labelled else UNLABELLED
+    margins = {"left": LEFT, "right": right, "top": TOP, "bottom": BOTTOM, **inches}
     left, right, top, bottom = margins.values()
     width, height = figure.get_size_inches()
     return figure.add_axes(
@@ -90,8 +75,7 @@ def add_axes(figure: Figure, **inches: float) -> Axes:
 
 def hollow(axes: Axes, x: Any, y: Any, style: Style, **more: Any) -> None:
     """A group's markers, unfilled and unconnected."""
-    more = {"marker": style["marker"], "mec": style["color"], **more}
-    axes.plot(x, y, ls="none", mfc="none", **more)
+    axes.plot(x, y, ls="", mfc="none", **{"marker": style["marker"], "mec": style["color"], **more})
 
 
 def finish_steps(axes: Axes, steps: int, label: str, xlabel: bool = True) -> None:
@@ -144,29 +128,31 @@ def clip(text: str, width: int) -> str:
 
 
 def label_ends(
-    axes: Axes, ends: Sequence[tuple[tuple[float, float], str, Style]], leader: bool = True
+    axes: Axes, ends: Mapping[str, tuple[float, float] | None], leader: bool = True
 ) -> None:
-    """A label per group right of the plot, at the height of its curve's end or next to it."""
+    """Write the groups' names right of the plot, each as near as possible to its curve's end."""
     to_axes = axes.transData + axes.transAxes.inverted()
     extent = axes.get_window_extent()
     inch, height = axes.figure.dpi / extent.width, extent.height / axes.figure.dpi
     frame: Style = {"transform": axes.transAxes, "clip_on": False}
     placed = []
-    for end, group, style in ends:
-        text = "\n".join(wrap(group, 25)[:3])
-        x, y = map(float, to_axes.transform(end))
-        placed.append((y, x, text, ((text.count("\n") + 1) * 10.5 + 2.5) / 72 / height, style))
+    for index, (group, end) in enumerate(ends.items()):
+        if end is not None:
+            text = "\n".join(wrap(group, 25)[:3])
+            x, y = map(float, to_axes.transform(end))
+            tall = ((text.count("\n") + 1) * 10.5 + 2.5) / 72 / height
+            placed.append((y, x, text, tall, style_of(index)))
     placed.sort(key=lambda item: item[0])
     centers = spread([item[0] for item in placed], [item[3] for item in placed])
     start = 1 + 0.12 * inch
     for (y, x, text, _, style), center in zip(placed, centers, strict=True):
-        if leader:  # unlike any curve
+        if leader:  # dotted as no curve is
             dots: Style = {"color": FAINT, "lw": 0.7, "ls": (0, (1, 1.6)), "zorder": 1}
             axes.plot([min(x, 1.0), start], [y, center], **dots, **frame)
         line = style if leader else style | {"ls": "none"}
         across = [start, start + 0.15 * inch, start + 0.3 * inch]
         axes.plot(across, [center] * 3, **line, markevery=[1], ms=4, lw=1.4, **frame)
-        look: Style = {"fontsize": 8, "linespacing": 1.05, "color": INK, "va": "center"}
+        look: Style = {"fontsize": 8, "linespacing": 1.05, "va": "center"}
         axes.text(start + 0.38 * inch, center, text, transform=axes.transAxes, **look)
 
 
@@ -174,7 +160,7 @@ def spread(centers: Sequence[float], heights: Sequence[float]) -> list[float]:
     """Move ascending centers apart, as little as possible in the squared sense, until boxes of
     these heights do not overlap; within [0, 1] if they fit.
 
-    Centers less what the boxes below need must ascend: an isotonic regression.
+    Each center, less the room that the boxes below need, must ascend: an isotonic regression.
     """
     if not centers:
         return []
@@ -188,9 +174,8 @@ def spread(centers: Sequence[float], heights: Sequence[float]) -> list[float]:
 
 @contextmanager
 def new_figure(name: str, width: float, height: float) -> Iterator[Figure]:
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # whatever the user's matplotlibrc says
-        matplotlib.rcParams.update(_SETTINGS | {"svg.hashsalt": name})
+    # The reset undoes what the user's matplotlibrc says.
+    with matplotlib.style.context([SHEET, {"svg.hashsalt": name}], after_reset=True):
         figure = Figure(figsize=(width, height))
         FigureCanvasSVG(figure)
         yield figure
@@ -199,15 +184,14 @@ def new_figure(name: str, width: float, height: float) -> Iterator[Figure]:
 def to_svg(figure: Figure, name: str, label: str, css: str = "plot") -> str:
     """The figure as an `<svg>` element: scalable, named for screen readers, free of a date.
 
-    Group ids go, since several figures stand in one page; ids that are referred to are hashes
-    salted with the figure's name.
+    Ids of groups are removed, since they repeat in every figure of a page; the ids that others
+    refer to stay: they are hashes salted with the figure's name.
     """
     stream = io.StringIO()
     figure.savefig(stream, format="svg", dpi=150, metadata={"Date": None, "Creator": None})
-    text = stream.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
-    text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)  # would hold for the whole page
+    text = stream.getvalue().partition("<svg")[2].partition(">")[2]
+    # A <style> would apply to the whole page.
+    text = re.sub(r"<metadata>.*?</metadata>\s*|<style.*?</style>", "", text, flags=re.DOTALL)
     text = re.sub(r'<g id="[^"]*"', "<g", text)
     named = f'role="img" aria-label="{escape(label)}"' if label else 'aria-hidden="true"'
     width, height = figure.get_size_inches()
@@ -216,11 +200,10 @@ def to_svg(figure: Figure, name: str, label: str, css: str = "plot") -> str:
         f'viewBox="0 0 {width * 72:g} {height * 72:g}" xmlns="http://www.w3.org/2000/svg" '
         f'xmlns:xlink="http://www.w3.org/1999/xlink">'
     )
-    return re.sub(r"<svg[^>]*>", head, text, count=1).rstrip()
+    return head + text.rstrip()
 
 
 def standalone(svg: str) -> str:
     """A figure as a file of its own, with the page's font and a ground that any viewer shows."""
-    return (
-        svg.replace("<svg ", '<svg style="background: white; font-family: sans-serif" ', 1) + "\n"
-    )
+    look = "background: white; font-family: sans-serif"
+    return svg.replace("<svg ", f'<svg style="{look}" ', 1) + "\n"

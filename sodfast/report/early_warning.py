@@ -1,7 +1,8 @@
 """Diagnostics that predict: does a run's past announce its collapse, how early, how often in vain?
 
 A diagnostic gives each step a score that depends on that step and those before it. An alarm is
-the first score above a threshold. A run is labelled by whether it collapsed, and judged whole:
+the first score above a threshold. A run is labelled by whether it collapsed, and judged whole, by
+its greatest score; the ROC is over thresholds on these:
 
 * A collapsed run is watched up to its horizon, `collapse_step − detector_steps`. The detector
   calls a collapse on the last of `detector_steps` long steps (`collapse.length_steps`, 5), so the
@@ -10,25 +11,24 @@ the first score above a threshold. A run is labelled by whether it collapsed, an
 * A stable run is watched to its last step, and any alarm in it is false. Stable runs are mostly
   watched longer, which counts against every diagnostic. A run that ended early might have
   collapsed later: give finished runs only.
-* A run's score is its greatest up to there, and the ROC is over thresholds on these scores.
 * The lead is `collapse_step − alarm_step`. A first alarm may be a fluke that subsides long before;
   the standing lead counts from the start of the alarm that still stands at the horizon.
 
-Windows are `WINDOW` = 5 steps, as CGTR's. Relative scores compare the last window with the run's
-opening window, steps 1 to 5, so that tasks, learning rates and model sizes are comparable. Scores
-begin at step 10, where the two no longer overlap. A mean is over the steps of its window that
-carry the metric.
+Windows are `WINDOW` = 5 steps, as CGTR's; a mean is over the steps of its window that carry the
+metric. Relative scores compare the last window with the run's opening window, steps 1 to 5, so
+that tasks, learning rates and model sizes are comparable. Scores begin at step 10, where the two
+windows no longer overlap.
 
-What the numbers cannot say. The runs of a study differ in schedule, and a diagnostic may tell
-schedules apart rather than foresee a collapse: an alarm at the first score is a property of the
-schedule, and shows as a lead time of nearly the whole run. Seeds of one schedule are near
-replicates, so that intervals, which take runs as independent, are too narrow. Every diagnostic is
-shown, in both directions where neither is obvious: the best of several is so partly by chance.
+What the numbers cannot say: the runs of a study differ in schedule, and a diagnostic may tell
+schedules apart rather than foresee a collapse. Seeds of one schedule are near replicates, so that
+intervals, which take runs as independent, are too narrow. Every diagnostic is shown, in both
+directions where neither is obvious: the best of several is the best partly by chance.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from math import fsum, inf, sqrt
-from statistics import NormalDist, median
+from functools import partial
+from math import inf, sqrt
+from statistics import NormalDist, fmean, median
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,7 +40,8 @@ WINDOW = 5
 MAX_FALSE_ALARM_RATE = 0.1
 
 Window = Callable[[str, int], list[float]]  # a metric's values in the window that ends at a step
-Score = Callable[[Window, int], float | None]
+Score = Callable[[str, Window, int], float | None]  # of a metric in the window that ends at a step
+Watched = tuple[str, Run, Mapping[int, float]]  # a group, its run, the scores up to its horizon
 
 
 class Diagnostic(NamedTuple):
@@ -53,51 +54,47 @@ class Diagnostic(NamedTuple):
     leaks: bool = False
 
 
-def _mean(values: Sequence[float]) -> float | None:
-    return fsum(values) / len(values) if values else None
+def _tail(key: str, window: Window, step: int) -> float | None:
+    """max / mean length pooled over the window, as CGTR's gate; `key` is the mean's."""
+    longest, means = window("length/max", step), window(key, step)
+    return max(longest) / fmean(means) if longest and any(means) else None
 
 
-def _tail(window: Window, step: int) -> float | None:
-    """max / mean length pooled over the window, as CGTR's gate."""
-    longest, mean = window("length/max", step), _mean(window("length/mean", step))
-    return max(longest) / mean if longest and mean else None
-
-
-def _change(key: str, sign: int = 1, opening: bool = True) -> Score:
+def _change(
+    key: str, window: Window, step: int, sign: int = 1, opening: bool = True
+) -> float | None:
     """Relative change of the window's mean, 0.3 for 30 % more, against the opening window or the
     window before; None without a positive base. `sign` −1: a fall is alarming."""
-
-    def score(window: Window, step: int) -> float | None:
-        now = _mean(window(key, step))
-        before = _mean(window(key, WINDOW if opening else step - WINDOW))
-        return None if now is None or before is None or before <= 0 else sign * (now / before - 1)
-
-    return score
+    now, before = window(key, step), window(key, WINDOW if opening else step - WINDOW)
+    if not now or not before or fmean(before) <= 0:
+        return None
+    return sign * (fmean(now) / fmean(before) - 1)
 
 
 ENTROPY, DIVERGENCE, DRIFT = "policy/entropy", "distill/divergence", "teacher/drift"
 LENGTH = "length/mean"  # runaway length is itself a collapse criterion
 DIAGNOSTICS = (
     Diagnostic("length tail", LENGTH, _tail),
-    Diagnostic("entropy rise", ENTROPY, _change(ENTROPY)),
-    Diagnostic("entropy fall", ENTROPY, _change(ENTROPY, sign=-1)),
-    Diagnostic("temporal KL rise", DIVERGENCE, _change(DIVERGENCE)),
-    Diagnostic("temporal KL fall", DIVERGENCE, _change(DIVERGENCE, sign=-1)),
-    Diagnostic("temporal KL jump", DIVERGENCE, _change(DIVERGENCE, opening=False)),
-    Diagnostic("teacher drift", DRIFT, _change(DRIFT)),
-    Diagnostic("mean length", LENGTH, _change(LENGTH), leaks=True),
+    Diagnostic("entropy rise", ENTROPY, _change),
+    Diagnostic("entropy fall", ENTROPY, partial(_change, sign=-1)),
+    Diagnostic("temporal KL rise", DIVERGENCE, _change),
+    Diagnostic("temporal KL fall", DIVERGENCE, partial(_change, sign=-1)),
+    Diagnostic("temporal KL jump", DIVERGENCE, partial(_change, opening=False)),
+    Diagnostic("teacher drift", DRIFT, _change),
+    Diagnostic("mean length", LENGTH, _change, leaks=True),
 )
 
 
-def scores(diagnostic: Diagnostic, lines: Sequence[Line]) -> dict[int, float]:
-    """The score of every step that has one. A step's score does not depend on later lines."""
+def scores(diagnostic: Diagnostic, lines: Sequence[Line], last: float = inf) -> dict[int, float]:
+    """The score of every step up to `last` that has one; it does not depend on later lines."""
     by_step = {line["step"]: line for line in lines if line["step"] > 0}
 
     def window(key: str, end: int) -> list[float]:
         inside = (by_step.get(step, {}) for step in range(end - WINDOW + 1, end + 1))
         return [line[key] for line in inside if key in line]
 
-    found = {step: diagnostic.score(window, step) for step in by_step if step >= 2 * WINDOW}
+    steps = [step for step in by_step if 2 * WINDOW <= step <= last]
+    found = {step: diagnostic.score(diagnostic.key, window, step) for step in steps}
     return {step: score for step, score in found.items() if score is not None}
 
 
@@ -119,9 +116,8 @@ class DiagnosticForecast(NamedTuple):
     value is undefined.
 
     Its threshold is the least with at most `MAX_FALSE_ALARM_RATE` false alarms among these runs,
-    so its detection and false-alarm rate are in-sample. The held-out rates choose it, for each
-    group in turn, on the stable runs of the other groups; None where the stable runs are all of
-    one group. The AUC has a 95 % interval (`auc_interval`). Leads are in steps. `roc` is
+    so its rates are in-sample. For the held-out rates each group is judged by the threshold of the
+    other groups; they are None where the stable runs are all of one group. `roc` is
     (threshold, false-alarm rate, detection rate) from no alarm to one wherever there is a score.
     """
 
@@ -132,7 +128,7 @@ class DiagnosticForecast(NamedTuple):
 
 
 class Forecast(NamedTuple):
-    """`notes` says what is missing and why; without a collapsed or a stable run, that is all."""
+    """`notes` says what is missing and why; without a collapsed or a stable run, all is missing."""
 
     n_collapsed: int
     n_stable: int
@@ -141,7 +137,7 @@ class Forecast(NamedTuple):
 
 
 def horizon(run: Run) -> int:
-    """The last step whose score counts."""
+    """The last step whose score may announce a collapse."""
     step = run.collapse_step
     return run.last_step if step is None else step - run.config.collapse.length_steps
 
@@ -161,13 +157,12 @@ def forecast(groups: Sequence[Group]) -> Forecast:
         return Forecast(collapsed, stable, (), (note,))
     judged, notes = [], []
     for diagnostic in DIAGNOSTICS:
-        watched = []
+        watched: list[Watched] = []
         for group, run in runs:
-            if any(diagnostic.key in line for line in run.lines):
-                every = scores(diagnostic, run.lines)
-                known = {step: score for step, score in every.items() if step <= horizon(run)}
-                if known or run.collapse_step is not None:
-                    watched.append((group, run, known))
+            known = scores(diagnostic, run.lines, horizon(run))
+            recorded = any(diagnostic.key in line for line in run.lines)
+            if known or (recorded and run.collapse_step is not None):
+                watched.append((group, run, known))
         stays = {run.collapse_step is None for _, run, _ in watched}
         if len(stays) == 2:
             judged.append(_judge(diagnostic, watched))
@@ -177,16 +172,13 @@ def forecast(groups: Sequence[Group]) -> Forecast:
     return Forecast(collapsed, stable, tuple(judged), tuple(notes))
 
 
-def _judge(
-    diagnostic: Diagnostic, watched: Sequence[tuple[str, Run, Mapping[int, float]]]
-) -> DiagnosticForecast:
-    """`watched`: a run's group, the run, and its scores up to its horizon."""
+def _judge(diagnostic: Diagnostic, watched: Sequence[Watched]) -> DiagnosticForecast:
     top = np.array([max(known.values(), default=-inf) for _, _, known in watched])
     lost = np.array([run.collapse_step is not None for _, run, _ in watched])
     collapsed, stable = top[lost], top[~lost]
     threshold, area = _threshold(stable), auc(collapsed, stable)
     low, high = auc_interval(area, len(collapsed), len(stable))
-    held_out = _held_out(top, lost, np.array([group for group, _, _ in watched])) or (None, None)
+    held_out = _held_out(top, lost, np.array([group for group, _, _ in watched]))
     alarms = [_alarm(run, known, threshold) for _, run, known in watched]
     leads = [alarm.lead for alarm in alarms if alarm.lead is not None]
     standing = [alarm.standing_lead for alarm in alarms if alarm.standing_lead is not None]
@@ -231,18 +223,17 @@ def _share_above(threshold: float, values: Array) -> float:
 
 def _threshold(stable: Array) -> float:
     """The least score of a stable run that at most `MAX_FALSE_ALARM_RATE` of them exceed."""
-    ascending: list[float] = np.sort(stable).tolist()
-    return next(t for t in ascending if _share_above(t, stable) <= MAX_FALSE_ALARM_RATE)
+    return float(np.sort(stable)[::-1][int(MAX_FALSE_ALARM_RATE * len(stable))])
 
 
-def _held_out(top: Array, lost: Any, groups: Any) -> tuple[float, float] | None:
-    """(detection, false-alarm) rates with each group judged by the others' threshold."""
+def _held_out(top: Array, lost: Any, groups: Any) -> tuple[float | None, float | None]:
+    """Detection and false-alarm rate with each group judged by the others' threshold."""
     alarmed = np.zeros(len(top), dtype=bool)
-    for group in set(groups.tolist()):
+    for group in np.unique(groups):
         own = groups == group
         others = top[~own & ~lost]
         if not others.size:
-            return None
+            return None, None
         alarmed[own] = top[own] > _threshold(others)
     return float(alarmed[lost].mean()), float(alarmed[~lost].mean())
 
@@ -266,7 +257,7 @@ def auc_interval(area: float, n_collapsed: int, n_stable: int) -> Interval:
     others = (n_collapsed + n_stable) / 2 - 1
 
     def end(without: float) -> float:
-        """Bisect to where the interval ends on the way from `area` to `without`, or there."""
+        """The last θ of the interval on the way from `area` to `without`, found by bisection."""
         within, middle = area, without
         for _ in range(61):
             terms = 1 + others * ((1 - middle) / (2 - middle) + middle / (1 + middle))

@@ -1,4 +1,4 @@
-"""The report's statistics: names and conventions of ours over numpy and scipy.
+"""The report's statistics: numpy and scipy under the names and conventions of this project.
 
 Every function takes few values, one per seed, and answers None where the data allow no
 statement: an error or an interval of a single seed does not exist. Intervals are 95 %.
@@ -32,7 +32,7 @@ class Mean(NamedTuple):
 
 
 def mean_and_error(values: Sequence[float]) -> Mean | None:
-    """None without values."""
+    """The mean of the values; None where there are none."""
     if not values:
         return None
     error = float(stats.sem(values)) if len(values) > 1 else None
@@ -107,6 +107,11 @@ class Series(NamedTuple):
     steps: Array
     values: Array
 
+    @classmethod
+    def of(cls, pairs: Sequence[tuple[float, float]]) -> "Series":
+        """From pairs (step, value), as float64."""
+        return cls(*np.array(pairs, dtype=np.float64).reshape(-1, 2).T)
+
 
 class Curve(NamedTuple):
     """A group's metric over steps, ready to be drawn.
@@ -119,6 +124,16 @@ class Curve(NamedTuple):
     x: Array
     band: Band
     loose: tuple[Series, ...]
+
+    @property
+    def parts(self) -> tuple[Series, ...]:
+        """All that is drawn: the mean, then the loose parts."""
+        return Series(self.x, self.band.mean), *self.loose
+
+    @property
+    def end(self) -> tuple[float, float] | None:
+        """The last point of the first part that has one."""
+        return next(((p.steps[-1], p.values[-1]) for p in self.parts if p.steps.size), None)
 
 
 def bin_width(last_step: int, points: int) -> int:
@@ -133,10 +148,8 @@ def group_curve(finished: Sequence[Series], unfinished: Sequence[Series], width:
     """
     binned = [_bin(series, width) for series in finished if series.steps.size]
     loose = [_bin(series, width) for series in unfinished if series.steps.size]
-    if not binned:
-        return Curve(np.empty(0), band(np.empty((0, 0))), tuple(loose))
-    end = min(series.steps[-1] for series in binned)
-    x = np.unique(np.concatenate([series.steps for series in binned]))
+    end = min((series.steps[-1] for series in binned), default=0)
+    x = np.unique(np.concatenate([np.empty(0), *(series.steps for series in binned)]))
     x = x[x <= end]
     values = np.full((len(binned), len(x)), np.nan)
     for row, (steps, own) in enumerate(binned):
@@ -147,8 +160,6 @@ def group_curve(finished: Sequence[Series], unfinished: Sequence[Series], width:
 
 
 def _bin(series: Series, width: int) -> Series:
-    if width == 1:
-        return series
     bins, where = np.unique(np.ceil(series.steps / width), return_inverse=True)
     means = np.bincount(where, series.values) / np.bincount(where)
     return Series(np.where(bins > 0, bins * width - (width - 1) / 2, 0.0), means)

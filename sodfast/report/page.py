@@ -9,13 +9,12 @@ The same runs give the same bytes: nothing on the page depends on the clock. Onl
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from operator import attrgetter, methodcaller
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from sodfast.config import CGTRConfig
 from sodfast.errors import UsageError
@@ -23,12 +22,12 @@ from sodfast.files import replace_text
 from sodfast.report import canvas, plots, tables
 from sodfast.report.early_warning import MAX_FALSE_ALARM_RATE, Forecast, forecast
 from sodfast.report.intervals import Curve, Series, bin_width, group_curve
-from sodfast.report.runs import Line, Run, Source, describe_schedule, load
+from sodfast.report.runs import Group, Line, Run, Source, load
+from sodfast.report.templates import template
 from sodfast.summary import SPIKE_STEPS
 
-TIMELINES = 48  # runs whose gates are drawn
-DOTS, MARKS = 100, 400  # refreshes per group that are drawn, as points and as ticks
-# Figure: the label of its axis and a run's numbers.
+Tables = dict[str, tables.Table]
+# Figure: the label of its axis, and what gives the series of a run.
 CURVES: dict[str, tuple[str, Callable[[Run], Series]]] = {
     "score": ("test {metric}", attrgetter("scores")),
     "drift": ("‖θ − φ‖₂", methodcaller("series", "teacher/drift")),
@@ -51,125 +50,108 @@ def write_report(directory: Path, baseline: str | None = None) -> Path:
     rows = tables.build_tables(source.groups, found)
     figures = _draw(source, rows, found)
     page = _render(source, rows, figures, found)
+    files = {f"tables/{name}.csv": table.to_csv() for name, table in rows.items()}
+    files |= {f"figures/{name}.svg": canvas.standalone(svg) for name, svg in figures.items()}
     try:
-        (directory / "tables").mkdir(exist_ok=True)
-        for name, table in rows.items():
-            replace_text(directory / "tables" / f"{name}.csv", table.to_csv())
-        (directory / "figures").mkdir(exist_ok=True)
-        for name, svg in figures.items():
-            replace_text(directory / "figures" / f"{name}.svg", canvas.standalone(svg))
-        replace_text(directory / "report.html", page)
+        for name, text in [*files.items(), ("report.html", page)]:
+            (directory / name).parent.mkdir(exist_ok=True)
+            replace_text(directory / name, text)
     except OSError as error:
         raise UsageError(f"{directory} cannot be written: {error.strerror}") from error
     return directory / "report.html"
 
 
-# ---------------------------------------------------------------- figures
-
-
-def _draw(source: Source, rows: dict[str, tables.Table], found: Forecast | None) -> dict[str, str]:
-    """Every figure that has something to show, by its name. The curves' numbers become tables."""
-    groups, single, steps = source.groups, source.single, _steps(source)
+def _draw(source: Source, rows: Tables, found: Forecast | None) -> dict[str, str]:
+    """Every figure that has something to show, by its name. Adds the curves' numbers to `rows`."""
+    groups, single, steps = source.groups, source.single, source.steps
     several = len(groups) > 1
     refreshes = rows["refreshes"].rows
-    shocks, spikes = (_by_group(source, refreshes, key) for key in ("shock", "spike_ratio"))
-    dense = _by_group(source, refreshes, "shock", MARKS)
-    marks = {label: [step for step, _ in pairs] for label, pairs in dense.items()}
-    # Panels have ticks of their own; other layouts have lanes below.
+    shocks, spikes = (_thin(groups, refreshes, key) for key in ("shock", "spike_ratio"))
+    ticks = _thin(groups, refreshes, "shock", plots.MARKS)
+    marks = {label: [step for step, _ in pairs] for label, pairs in ticks.items()}
+    # Panels mark refreshes on their own axes; below other layouts stands a figure of lanes.
     lanes = bool(refreshes) and not canvas.OVERLAID < len(groups) <= plots.PANELS
+    runaway, limits = _thresholds(source)
     options: dict[str, dict[str, Any]] = {
         "score": {"markers": True},
         "drift": {"xlabel": not refreshes},
         "divergence": {"xlabel": not lanes, "marks": marks},
-        "length": {"xlabel": False, "thresholds": _caps(source)},
-        "tail": {"thresholds": _limits(source)},
+        "length": {"xlabel": False, "thresholds": runaway},
+        "tail": {"thresholds": limits},
     }
     collapse = source.runs[0].collapse_step if single else None
-    figures = {}
+    figures: dict[str, str] = {}
+
+    def add(name: str, draw: Callable[..., str], *args: Any, **keys: Any) -> None:
+        figures[name] = draw(name, *args, **keys)
+
     for name, (label, series) in CURVES.items():
         curves = {g.label: g.curve(series, _width(source, name == "score")) for g in groups}
         rows[f"curve_{name}"] = tables.curve(curves)
         more = {"collapse": collapse, **options.get(name, {})}
-        label = label.format(metric=_metric(source))
-        figures[name] = plots.curve_figure(name, label, curves, steps, **more)
+        add(name, plots.curve_figure, label.format(metric=source.metric), curves, steps, **more)
     if refreshes:
-        figures["shock"] = plots.scatter_figure("shock", "shock ‖θ − φ‖₂", shocks, steps)
+        add("shock", plots.scatter_figure, "shock ‖θ − φ‖₂", shocks, steps)
     if lanes:
-        figures["marks"] = plots.lane_figure("marks", "Refreshes", marks, steps, labelled=several)
+        add("marks", plots.lane_figure, "Refreshes", marks, steps, labelled=several)
     if any(spikes.values()):
-        figures["spikes"] = plots.scatter_figure("spikes", "spike ratio", spikes, steps, ratio=True)
-    gated = [(group.label, run) for group in groups for run in group.runs if run.checks]
-    if gated:
-        chosen = {f"{label}, seed {run.config.seed}": run for label, run in gated[:TIMELINES]}
-        shown = {"": gated[0][1]} if single else chosen
-        figures["gates"] = plots.gate_figure("gates", shown, steps)
+        add("spikes", plots.scatter_figure, "spike ratio", spikes, steps, ratio=True)
+    gated = {f"{g.label}, seed {r.config.seed}": r for g in groups for r in g.runs if r.checks}
     if gated and single:
-        bars = _reward_bars(rows["gates"].rows, _width(source))
-        figures["reward_gate"] = plots.curve_figure("reward_gate", "reward", bars, steps)
-    lost = [row for row in rows["runs"].rows if row["collapse_step"] is not None]
+        add("gates", plots.gate_figure, {"": source.runs[0]}, steps)
+        bars = _reward_bars(source.runs[0], _width(source))
+        add("reward_gate", plots.curve_figure, "reward", bars, steps)
+    elif gated:
+        add("gates", plots.gate_figure, dict(islice(gated.items(), plots.TIMELINES)), steps)
+    ends = {g.label: [run.collapse_step for run in g.runs if run.collapse_step] for g in groups}
+    lost = {label: at for label, at in ends.items() if at}
     if lost and not single:
-        at: dict[str, list[int]] = {row["group"]: [] for row in lost}
-        for row in lost:
-            at[row["group"]].append(row["collapse_step"])
-        look: dict[str, Any] = {"symbol": "x", "color": plots.COLLAPSE, "labelled": several}
-        figures["collapses"] = plots.lane_figure(
-            "collapses", "Steps of collapses", at, steps, **look
-        )
+        look = {"labelled": several, "collapses": True}
+        add("collapses", plots.lane_figure, "Steps of collapses", lost, steps, **look)
     if not single:
-        label = f"final test {_metric(source)}"
-        against = f"difference to {_baseline_label(source)}" if source.axis else ""
-        results = rows["results"].rows
-        figures["ranking"] = plots.ranking_figure("ranking", label, groups, results, against)
+        label, against = f"final test {source.metric}", f"difference to {source.baseline}"
+        add("ranking", plots.ranking_figure, label, groups, rows["results"].rows, against)
     if found is not None and found.diagnostics:
-        figures["forecast"] = plots.forecast_figure("forecast", found.diagnostics)
+        add("forecast", plots.forecast_figure, found.diagnostics)
     return figures
 
 
-def _limits(source: Source) -> dict[str, float]:
-    """The length gate's limits, the first four."""
-    schedules = [run.config.schedule for run in source.runs if run.lines]
-    limits = sorted({s.max_tail_ratio for s in schedules if isinstance(s, CGTRConfig)})
-    return {f"limit {limit:g}": limit for limit in limits[:4]}
-
-
-def _caps(source: Source) -> dict[str, float]:
-    """The mean length that counts as a collapse, where it is the same in all runs."""
+def _thresholds(source: Source) -> tuple[dict[str, float], dict[str, float]]:
+    """The mean length that counts as a collapse, where it is the same in all runs; and the length
+    gate's limits, the first four."""
     configs = [run.config for run in source.runs if run.lines]
     caps = {c.collapse.length_fraction * c.rollout.max_new_tokens for c in configs}
-    return {"runaway length": caps.pop()} if len(caps) == 1 else {}
+    schedules = [config.schedule for config in configs]
+    limits = sorted({s.max_tail_ratio for s in schedules if isinstance(s, CGTRConfig)})[:4]
+    runaway = {"runaway length": caps.pop()} if len(caps) == 1 else {}
+    return runaway, {f"limit {limit:g}": limit for limit in limits}
 
 
-def _reward_bars(gates: Sequence[Line], width: int) -> dict[str, Curve]:
-    """What the reward gate of a run compares."""
+def _reward_bars(run: Run, width: int) -> dict[str, Curve]:
+    """The two values that the reward gate of a run compares, as curves."""
     curves = {}
     for name, key in (("mean reward of the window", "value"), ("bar to pass", "threshold")):
-        checks = [row for row in gates if row["gate"] == "reward" and row[key] is not None]
-        pairs = [(row["step"], row[key]) for row in checks]
-        series = Series(*np.array(pairs, dtype=np.float64).reshape(-1, 2).T)
-        curves[name] = group_curve([series], [], width)
+        gates = [(check["step"], check["gates"]["reward"]) for check in run.checks]
+        pairs = [(step, gate[key]) for step, gate in gates if key in gate]
+        curves[name] = group_curve([Series.of(pairs)], [], width)
     return curves
 
 
-def _by_group(
-    source: Source, rows: Sequence[Line], key: str, most: int = DOTS
+def _thin(
+    groups: Sequence[Group], rows: Sequence[Line], key: str, most: int = plots.DOTS
 ) -> dict[str, list[tuple[int, float]]]:
     """(step, value) of the rows that have one, ascending: at most `most` of a group, evenly
     chosen, the first and the last among them. Every group has an entry, so that it keeps its
     style."""
-    points: dict[str, list[tuple[int, float]]] = {group.label: [] for group in source.groups}
+    points: dict[str, list[tuple[int, float]]] = {group.label: [] for group in groups}
     for row in rows:
         if row[key] is not None:
             points[row["group"]].append((row["step"], row[key]))
     for label, pairs in points.items():
-        pairs.sort()
-        if len(pairs) > most:
-            chosen = np.linspace(0, len(pairs) - 1, most).round().astype(int)
-            points[label] = [pairs[index] for index in chosen]
+        chosen = np.linspace(0, len(pairs) - 1, min(len(pairs), most)).round().astype(int)
+        ascending = sorted(pairs)
+        points[label] = [ascending[index] for index in chosen]
     return points
-
-
-def _steps(source: Source) -> int:
-    return max(run.last_step for run in source.runs)
 
 
 def _width(source: Source, scores: bool = False) -> int:
@@ -178,63 +160,27 @@ def _width(source: Source, scores: bool = False) -> int:
     points = 300 if source.single else 60 if overlaid else 50
     if scores and max(run.scores.steps.size for run in source.runs) <= 2 * points:
         return 1
-    return bin_width(_steps(source), points)
-
-
-def _metric(source: Source) -> str:
-    samples = {run.config.eval.samples for run in source.runs}
-    return f"mean@{samples.pop()}" if len(samples) == 1 else "mean@k"
-
-
-def _baseline_label(source: Source) -> str:
-    """One group's name; or, with further axes, the value that the baselines share."""
-    found = {group.baseline.label: group.baseline for group in source.groups if group.baseline}
-    if len(found) == 1:
-        return next(iter(found))
-    if source.axis == "schedule":
-        return describe_schedule(next(iter(found.values())).runs[0].config.schedule)
-    return f"{source.axis}={source.value}"
-
-
-# ---------------------------------------------------------------- page
+    return bin_width(source.steps, points)
 
 
 def _render(
-    source: Source,
-    rows: Mapping[str, tables.Table],
-    figures: Mapping[str, str],
-    found: Forecast | None,
+    source: Source, rows: Tables, figures: Mapping[str, str], found: Forecast | None
 ) -> str:
-    environment = Environment(
-        loader=PackageLoader("sodfast.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    told = not source.single and len(source.groups) <= canvas.OVERLAID
-    labels = [group.label for group in source.groups] if told else []
+    many = source.single or len(source.groups) > canvas.OVERLAID
+    labels = [] if many else [group.label for group in source.groups]
     lasts = [{run.last_step for run in group.used} for group in source.groups]
     uneven = any(len(steps) > 1 for steps in lasts)
-    return environment.get_template("page.html.j2").render(
+    return template("page.html.j2").render(
         title=source.directory.resolve().name,
         source=source,
         tables=rows,
-        figures={name: Markup(svg) for name, svg in figures.items()},
+        figures=figures,
         found=found,
-        swatches={label: Markup(canvas.swatch(index)) for index, label in enumerate(labels)},
+        swatches={label: canvas.swatch(index) for index, label in enumerate(labels)},
         loose=uneven or not all(run.finished for run in source.runs),
         width=_width(source),
-        metric=_metric(source),
-        baseline=_baseline_label(source) if source.axis else None,
         environments=_environments(source),
-        number=tables.number,
-        with_error=tables.with_error,
-        OVERLAID=canvas.OVERLAID,
-        PANELS=plots.PANELS,
-        TIMELINES=TIMELINES,
-        DOTS=DOTS,
-        MARKS=MARKS,
+        plots=plots,
         SPIKE_STEPS=SPIKE_STEPS,
         ENDS=tables.ENDS,
         FALSE_ALARMS=f"{MAX_FALSE_ALARM_RATE:.0%}",

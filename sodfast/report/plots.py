@@ -1,41 +1,48 @@
 """The report's figures: rows and curves in, SVG text out. Nothing here reads a file.
 
-Up to `OVERLAID` groups share one plot; up to `PANELS` get a panel each, before the others in
+Up to `OVERLAID` groups share one plot; up to `PANELS` get a panel each, with the others behind in
 grey; more become the rows of a map.
 """
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
 from sodfast.config import CGTRConfig
 from sodfast.report import canvas
-from sodfast.report.canvas import BOTTOM, FAINT, GRID, INK, LEFT, OVERLAID, PLAIN, RIGHT, TOP, WIDTH
+from sodfast.report.canvas import BOTTOM, FAINT, GRID, INK, LEFT, OVERLAID, TOP, WIDTH
 from sodfast.report.early_warning import DiagnosticForecast
-from sodfast.report.intervals import Array, Curve
+from sodfast.report.intervals import Curve, Series
 from sodfast.report.runs import Group, Line, Run
-from sodfast.report.tables import final, number, runs_of
+from sodfast.report.tables import final
+from sodfast.report.templates import number, runs_of
 
 PANELS = 24
+TIMELINES = 48  # runs whose gates are drawn
+DOTS, MARKS = 100, 400  # refreshes per group that are drawn, as points and as ticks
 GATES = {"isolation": "#8A8A8A", "reward": "#E69F00", "length": "#0072B2"}
 REFRESH, COLLAPSE = "#000000", "#D55E00"
+
+Curves = Mapping[str, Curve]  # by group
+Levels = Mapping[str, float]  # thresholds by name
+Marks = Mapping[str, Sequence[int]]  # steps by group
+Points = Mapping[str, Sequence[tuple[int, float]]]  # (step, value) by group
 
 
 def curve_figure(
     name: str,
     label: str,
-    curves: Mapping[str, Curve],
+    curves: Curves,
     steps: int,
     *,
-    thresholds: Mapping[str, float] | None = None,
-    marks: Mapping[str, Sequence[int]] | None = None,
+    thresholds: Levels | None = None,
+    marks: Marks | None = None,
     collapse: int | None = None,
     markers: bool = False,
     xlabel: bool = True,
@@ -47,96 +54,64 @@ def curve_figure(
     where each group has a panel; `collapse` is the step of a single run's collapse. Without
     `xlabel` the step axis has no numbers: another figure follows below.
     """
-    drawn = _drawn(curves)
-    near = dict(thresholds or {})
-    if drawn.size:
-        low, high = min(0.0, drawn.min()), drawn.max()
-        near = {text: value for text, value in near.items() if value <= low + 2 * (high - low)}
     if len(curves) > PANELS:
         return _map(name, label, curves, steps)
     if len(curves) > OVERLAID:
-        return _panels(name, label, curves, steps, near, marks or {})
+        return _panels(name, label, curves, steps, thresholds or {}, marks or {})
     bottom = BOTTOM if xlabel else 0.12
     with canvas.new_figure(name, WIDTH, (2.4 if len(curves) > 1 else 1.7) + bottom) as figure:
-        axes = canvas.add_axes(figure, right=_right(curves), bottom=bottom)
-        ends = []
-        for index, (group, curve) in enumerate(curves.items()):
+        axes = canvas.add_axes(figure, labelled=len(curves) > 1, bottom=bottom)
+        for index, curve in enumerate(curves.values()):
             _draw(axes, curve, canvas.style_of(index), markers)
-            end = _end(curve)
-            if end is not None:
-                ends.append((end, group, canvas.style_of(index)))
         canvas.finish_steps(axes, steps, label, xlabel)
-        _limit(axes, curves, near)
-        for text, value in near.items():
+        for text, value in _limit(axes, curves, thresholds or {}).items():
             axes.axhline(value, color=INK, lw=0.9, ls=(0, (4, 2)))
-            _note(axes, value, text)
+            box = {"facecolor": "white", "alpha": 0.8, "lw": 0, "pad": 0.6}
+            place = ((0, value), (3, 2), ("axes fraction", "data"), "offset points")
+            axes.annotate(text, *place, fontsize=7.5, zorder=6, bbox=box)
         if collapse is not None:
             axes.axvline(collapse, color=COLLAPSE, lw=1.1, ls=(0, (1, 1.2)))
         if len(curves) > 1:
-            canvas.label_ends(axes, ends)
+            canvas.label_ends(axes, {group: curve.end for group, curve in curves.items()})
         return canvas.to_svg(figure, name, label)
 
 
-def _drawn(curves: Mapping[str, Curve]) -> Array:
-    parts = [curve.band.mean for curve in curves.values()]
-    parts += [series.values for curve in curves.values() for series in curve.loose]
-    values = np.concatenate([*parts, np.empty(0)])
-    finite: Array = values[np.isfinite(values)]
-    return finite
-
-
 def _draw(axes: Axes, curve: Curve, style: canvas.Style, markers: bool) -> None:
-    x, band, loose = curve
-    several = band.n > 1
-    if several.any():
-        shade: dict[str, Any] = {"color": style["color"], "alpha": 0.14, "lw": 0}
-        axes.fill_between(x, band.low, band.high, where=several.tolist(), **shade)
+    x, (mean, low, high, n), loose = curve
+    color, several = style["color"], (n > 1).tolist()
+    if any(several):
+        axes.fill_between(x, low, high, where=several, color=color, alpha=0.14, lw=0)
     for series in loose:
-        axes.plot(series.steps, series.values, color=style["color"], lw=0.8, alpha=0.7)
+        axes.plot(*series, color=color, lw=0.8, alpha=0.7)
     line = style if markers else style | {"marker": ""}
-    axes.plot(x, band.mean, **line, ms=3.6, markevery=max(1, len(x) // 15), clip_on=False)
+    axes.plot(x, mean, **line, ms=3.6, markevery=max(1, len(x) // 15), clip_on=False)
 
 
-def _end(curve: Curve) -> tuple[float, float] | None:
-    """The last point that is drawn of a curve."""
-    if curve.x.size:
-        return float(curve.x[-1]), float(curve.band.mean[-1])
-    if curve.loose:
-        return float(curve.loose[0].steps[-1]), float(curve.loose[0].values[-1])
-    return None
-
-
-def _limit(axes: Axes, curves: Mapping[str, Curve], thresholds: Mapping[str, float]) -> None:
-    """The axis follows what was measured: a wide interval of few seeds is cut, not the data."""
-    values = np.concatenate([_drawn(curves), list(thresholds.values())])
+def _limit(axes: Axes, curves: Curves, thresholds: Levels) -> Levels:
+    """The axis follows what was measured: a wide interval of few seeds is cut, not the data.
+    Returns the thresholds that are near."""
+    parts = [part.values for curve in curves.values() for part in curve.parts]
+    values = np.concatenate([*parts, np.empty(0)])
+    values = values[np.isfinite(values)]
+    if values.size:
+        low, high = min(0.0, values.min()), values.max()
+        thresholds = {t: y for t, y in thresholds.items() if y <= low + 2 * (high - low)}
+    values = np.concatenate([values, list(thresholds.values())])
     if not values.size:
-        return
+        return thresholds
     low, high = float(values.min()), float(values.max())
     spread = (high - low) or abs(high) or 1.0
     for _, band, _ in curves.values():
-        if (band.n > 1).any():
-            low = min(low, max(float(band.low[band.n > 1].min()), low - 0.25 * spread))
-            high = max(high, min(float(band.high[band.n > 1].max()), high + 0.25 * spread))
+        low = min(low, max(np.fmin.reduce(band.low, initial=np.inf), low - 0.25 * spread))
+        high = max(high, min(np.fmax.reduce(band.high, initial=-np.inf), high + 0.25 * spread))
     margin = 0.05 * ((high - low) or abs(high) or 1.0)
-    # Nothing below zero where nothing was measured below zero.
+    # The axis stays above zero where nothing below zero was measured.
     axes.set_ylim(max(low - margin, -margin / 2 if values.min() >= 0 else -np.inf), high + margin)
-
-
-def _note(axes: Axes, y: float, text: str) -> None:
-    """A threshold's name over its line."""
-    box = {"facecolor": "white", "alpha": 0.8, "lw": 0, "pad": 0.6}
-    look: dict[str, Any] = {"fontsize": 7.5, "color": INK, "zorder": 6, "bbox": box}
-    place: dict[str, Any] = {"xytext": (3, 2), "xycoords": ("axes fraction", "data")}
-    axes.annotate(text, (0, y), textcoords="offset points", **place, **look)
+    return thresholds
 
 
 def _panels(
-    name: str,
-    label: str,
-    curves: Mapping[str, Curve],
-    steps: int,
-    thresholds: Mapping[str, float],
-    marks: Mapping[str, Sequence[int]],
+    name: str, label: str, curves: Curves, steps: int, thresholds: Levels, marks: Marks
 ) -> str:
     columns = 4
     rows = -(-len(curves) // columns)
@@ -145,40 +120,39 @@ def _panels(
         grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
         sides = {"left": LEFT / WIDTH, "right": 1 - 0.1 / WIDTH, "wspace": 0.13, "hspace": 0.42}
         figure.subplots_adjust(bottom=0.45 / height, top=1 - 0.3 / height, **sides)
+        thresholds = _limit(grid.flat[0], curves, thresholds)
         for axes, (group, curve) in zip(grid.flat, curves.items(), strict=False):
             for other in curves.values():
                 axes.plot(other.x, other.band.mean, color="#CFCFCF", lw=0.6)
-            _draw(axes, curve, PLAIN, markers=False)
+            _draw(axes, curve, canvas.style_of(0), markers=False)
             for value in thresholds.values():
                 axes.axhline(value, color=INK, lw=0.7, ls=(0, (4, 2)))
-            at = list(marks.get(group, ()))
             tick: dict[str, Any] = {"color": REFRESH, "ms": 6, "mew": 0.7, "clip_on": False}
-            axes.plot(at, np.zeros(len(at)), "|", **tick, transform=axes.get_xaxis_transform())
-            axes.set_title(canvas.clip(group, 34), fontsize=7.5, loc="left", pad=3, color=INK)
+            at = list(marks.get(group, ()))
+            axes.plot(at, [0] * len(at), "|", **tick, transform=axes.get_xaxis_transform())
+            axes.set_title(canvas.clip(group, 34), fontsize=7.5, loc="left", pad=3)
         for axes in grid.flat[len(curves) :]:
             axes.axis("off")
-        _limit(grid.flat[0], curves, thresholds)
         grid.flat[0].set_xlim(0, max(steps, 1))
         grid.flat[0].xaxis.set_major_locator(canvas.ticks(4, integer=True))
-        figure.supylabel(label, fontsize=8.5, x=0.12 / WIDTH, ha="left", color=INK)
-        figure.supxlabel("step", fontsize=8.5, y=0.08 / height, va="bottom", color=INK)
+        figure.supylabel(label, fontsize=8.5, x=0.12 / WIDTH, ha="left")
+        figure.supxlabel("step", fontsize=8.5, y=0.08 / height, va="bottom")
         return canvas.to_svg(figure, name, label)
 
 
-def _map(name: str, label: str, curves: Mapping[str, Curve], steps: int) -> str:
+def _map(name: str, label: str, curves: Curves, steps: int) -> str:
     """Groups as rows, steps as columns, the group's mean as lightness."""
     row = min(0.17, 12.0 / len(curves))
     height = row * len(curves) + 1.2
     points = np.unique(np.concatenate([curve.x for curve in curves.values()]))
     values = np.full((len(curves), len(points)), np.nan)
     for index, curve in enumerate(curves.values()):
-        if curve.x.size:  # between a group's points the one before, up to its last
+        if curve.x.size:  # each point holds until the next, the last one ends the row
             inside = (points >= curve.x[0]) & (points <= curve.x[-1])
             before = np.searchsorted(curve.x, points[inside], side="right") - 1
             values[index, inside] = curve.band.mean[before]
     with canvas.new_figure(name, WIDTH, height) as figure:
-        box = (2.9 / WIDTH, 0.5 / height, (WIDTH - 3.0) / WIDTH, row * len(curves) / height)
-        axes = figure.add_axes(box)
+        axes = canvas.add_axes(figure, left=2.9, right=0.1, top=0.7)
         axes.grid(False)
         if points.size:
             look: dict[str, Any] = {"cmap": "cividis", "shading": "nearest", "rasterized": True}
@@ -197,15 +171,12 @@ def ranking_figure(
     `rows` are those of the groups in the results table."""
     height = (0.3 if len(rows) <= 30 else 0.2) * len(rows) + TOP + BOTTOM
     differences = any(row["difference"] is not None for row in rows)
-    left = 2.3
-    whole = WIDTH - left - 0.2
-    width = 0.56 * whole if differences else whole
     with canvas.new_figure(name, WIDTH, height) as figure:
-        axes = canvas.add_axes(figure, left=left, right=WIDTH - left - width)
+        axes = canvas.add_axes(figure, left=2.3, right=3.324 if differences else 0.2)
         for index, (group, row) in enumerate(zip(groups, rows, strict=True)):
             style = canvas.style_of(index, len(rows))
             mean, error = row["final_mean"], row["final_error"]
-            above = 0.0 if error is None else 0.16  # the runs over their mean
+            above = 0.0 if error is None else 0.16  # the runs are drawn above their mean
             for run in group.used:
                 if run.scores.values.size:
                     cross = {} if run.collapse_step is None else {"marker": "x"}
@@ -216,28 +187,26 @@ def ranking_figure(
                 axes.plot(mean, index + 0.2, "|", color=INK, ms=6, mew=1.4)
         canvas.finish_rows(axes, [f"{row['group']} ({runs_of(row)})" for row in rows], label)
         if differences:
-            other = canvas.add_axes(figure, left=left + width + 0.25, right=0.2)
-            _draw_differences(other, groups, rows)
+            other = canvas.add_axes(figure, left=6.526, right=0.2)
+            _draw_differences(other, rows)
             canvas.finish_rows(other, [""] * len(rows), difference_label)
         return canvas.to_svg(figure, name, label)
 
 
-def _draw_differences(axes: Axes, groups: Sequence[Group], rows: Sequence[Line]) -> None:
+def _draw_differences(axes: Axes, rows: Sequence[Line]) -> None:
     """The range is that of the groups in which a run survived: a group that collapsed as a whole
     would press the others together, so it stands at the edge, with its number."""
     compared = [row for row in rows if row["difference"] is not None]
     survivors = [row for row in compared if row["collapsed"] < row["n"]]
-    reach = [0.0]
-    for row in survivors or compared:
-        values = (row[key] for key in ("difference", "difference_low", "difference_high"))
-        reach += [value for value in values if value is not None]
-    low, high = min(reach), max(reach)
+    keys = ("difference", "difference_low", "difference_high")
+    reach = [row[key] for row in survivors or compared for key in keys if row[key] is not None]
+    low, high = min(0.0, *reach), max(0.0, *reach)
     margin = 0.08 * ((high - low) or 1.0)
     low, high = low - margin, high + margin
     axes.axvline(0, color=INK, lw=0.9)
     for index, row in enumerate(rows):
-        style = canvas.style_of(index, len(rows))
-        color, difference = style["color"], row["difference"]
+        style, difference = canvas.style_of(index, len(rows)), row["difference"]
+        color = style["color"]
         if difference is None:
             continue
         if low <= difference <= high:
@@ -246,41 +215,29 @@ def _draw_differences(axes: Axes, groups: Sequence[Group], rows: Sequence[Line])
                 axes.plot(ends, (index, index), color=color, lw=2, solid_capstyle="butt")
             axes.plot(difference, index, marker=style["marker"], color=color, ms=5)
         else:
-            edge, arrow, side = (low, "<", 8) if difference < low else (high, ">", -8)
+            ends = (low, "<", 8, "left"), (high, ">", -8, "right")
+            edge, arrow, side, align = ends[difference > high]
             axes.plot(edge, index, arrow, color=color, ms=6, clip_on=False)
-            look: dict[str, Any] = {"va": "center", "fontsize": 8, "color": INK}
-            look |= {"xytext": (side, 0), "ha": "left" if side > 0 else "right"}
-            text = number(difference, sign=True)
-            axes.annotate(text, (edge, index), textcoords="offset points", **look)
+            place = (number(difference, sign=True), (edge, index), (side, 0))
+            axes.annotate(*place, textcoords="offset points", va="center", ha=align, fontsize=8)
     axes.set_xlim(low, high)
 
 
 def scatter_figure(
-    name: str,
-    label: str,
-    points: Mapping[str, Sequence[tuple[int, float]]],
-    steps: int,
-    *,
-    ratio: bool = False,
+    name: str, label: str, points: Points, steps: int, *, ratio: bool = False
 ) -> str:
     """One point per (step, value), told by group: over steps up to `OVERLAID` groups, else a row
     per group. `ratio`: a logarithmic axis around 1."""
-    rows = len(points) > OVERLAID
+    rows, several = len(points) > OVERLAID, len(points) > 1
     row = min(0.2, 12.0 / len(points))
-    height = row * len(points) + 0.8 if rows else 2.7
-    with canvas.new_figure(name, WIDTH, height) as figure:
-        axes = canvas.add_axes(
-            figure, left=2.9 if rows else LEFT, right=0.15 if rows else _right(points)
-        )
-        ends = []
-        for index, (group, pairs) in enumerate(points.items()):
+    sides = {"left": 2.9, "right": 0.15} if rows else {}
+    with canvas.new_figure(name, WIDTH, row * len(points) + 0.8 if rows else 2.7) as figure:
+        axes = canvas.add_axes(figure, labelled=several, **sides)
+        for index, pairs in enumerate(points.values()):
+            at, values = Series.of(pairs)
+            x, y = (values, np.full_like(values, index)) if rows else (at, values)
             style = canvas.style_of(index, len(points))
-            at = [index if rows else step for step, _ in pairs]
-            values = [value for _, value in pairs]
-            x, y = (values, at) if rows else (at, values)
             canvas.hollow(axes, x, y, style, ms=4.5, mew=1.1, alpha=0.8, clip_on=False)
-            if pairs:
-                ends.append(((float(pairs[-1][0]), float(values[-1])), group, style))
         if rows:
             axes.set(xlabel=label)
             axes.grid(axis="y", visible=False)
@@ -294,45 +251,40 @@ def scatter_figure(
             _ratio_axis(axes, "x" if rows else "y", known)
         elif not rows:
             axes.set_ylim(bottom=0)
-        if not rows and len(points) > 1:
+        if several and not rows:
+            ends = {group: pairs[-1] if pairs else None for group, pairs in points.items()}
             canvas.label_ends(axes, ends, leader=False)
         return canvas.to_svg(figure, name, label)
 
 
-def _ratio_axis(axes: Axes, which: str, values: Sequence[float]) -> None:
+def _ratio_axis(axes: Axes, which: Literal["x", "y"], values: Sequence[float]) -> None:
     """Equal distances for equal factors; 1 marked, and the range kept readable."""
-    low, high = min([0.9, *values]) / 1.05, max([1.1, *values]) * 1.05
+    low, high = min(0.9, *values) / 1.05, max(1.1, *values) * 1.05
     fine = () if high / low > 4 else (0.8, 0.9, 1.1, 1.25)
-    at = sorted([0.1, 0.2, 0.5, 1, 1.5, 2, 3, 5, 10, *fine])
+    ticks = sorted([0.1, 0.2, 0.5, 1, 1.5, 2, 3, 5, 10, *fine])
+    at = [tick for tick in ticks if low <= tick <= high]
+    axis = {"x": axes.xaxis, "y": axes.yaxis}[which]
     axes.set(**{f"{which}scale": "log"})
-    axis = axes.yaxis if which == "y" else axes.xaxis
-    axis.set_major_locator(FixedLocator([tick for tick in at if low <= tick <= high]))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
-    axis.set_minor_locator(FixedLocator([]))
+    axis.set_ticks(at, [f"{tick:g}" for tick in at])
+    axes.minorticks_off()
     axes.set(**{f"{which}lim": (low, high)})
     (axes.axhline if which == "y" else axes.axvline)(1, color=INK, lw=0.9)
 
 
 def lane_figure(
-    name: str,
-    label: str,
-    lanes: Mapping[str, Sequence[int]],
-    steps: int,
-    *,
-    labelled: bool,
-    symbol: str = "|",
-    color: str | None = None,
+    name: str, label: str, lanes: Marks, steps: int, *, labelled: bool, collapses: bool = False
 ) -> str:
-    """Steps at which something happened, a lane per group. `labelled` says whether the curve
-    figure above it, with which it is aligned, has labels on its right; then the lanes have, too."""
+    """Steps at which something happened, a lane per group; crosses for `collapses`. `labelled` says
+    whether the curve figure above it, with which it is aligned, has labels on its right; then the
+    lanes have, too."""
     row = 0.17 if len(lanes) <= 60 else 12.0 / len(lanes)
-    size = min(8.0, row * 60) if symbol == "|" else 6
+    symbol, size = ("x", 6.0) if collapses else ("|", min(8.0, row * 60))
     with canvas.new_figure(name, WIDTH, row * len(lanes) + TOP + BOTTOM) as figure:
-        axes = canvas.add_axes(figure, right=RIGHT if labelled else canvas.UNLABELLED)
+        axes = canvas.add_axes(figure, labelled=labelled)
         for index, at in enumerate(lanes.values()):
             own = canvas.style_of(index)["color"] if len(lanes) <= OVERLAID else INK
-            axes.plot(list(at), [index] * len(at), symbol, color=color or own, ms=size, mew=1.1)
+            color = COLLAPSE if collapses else own
+            axes.plot(list(at), [index] * len(at), symbol, color=color, ms=size, mew=1.1)
         canvas.finish_lanes(axes, steps, len(lanes) - 0.5, -0.5)
         canvas.name_rows(axes, list(lanes) if labelled else [""] * len(lanes), row, width=32)
         return canvas.to_svg(figure, name, label)
@@ -340,34 +292,29 @@ def lane_figure(
 
 def gate_figure(name: str, runs: Mapping[str, Run], steps: int) -> str:
     """Three lanes per run of CGTR, one per gate, filled over the checks at which that gate
-    blocked. The runs have names, an empty one where it needs none."""
+    blocked. `runs`: by the name that stands beside its lanes; an empty name is not written."""
     height = 0.34 * len(runs) + 0.95
     with canvas.new_figure(name, WIDTH, height) as figure:
-        axes = canvas.add_axes(figure, right=RIGHT if any(runs) else canvas.UNLABELLED, top=0.42)
+        axes = canvas.add_axes(figure, labelled=any(runs), top=0.42)
         for index, run in enumerate(runs.values()):
             schedule = run.config.schedule
             assert isinstance(schedule, CGTRConfig)
             for lane, (gate, color) in enumerate(GATES.items()):
                 top, pale = index + 0.06 + 0.3 * lane, gate not in schedule.gates
                 if pale:
-                    dots: dict[str, Any] = {"color": FAINT, "lw": 0.6, "ls": ":"}
-                    axes.plot([0, run.last_step], [top + 0.13] * 2, **dots)
+                    axes.plot([0, run.last_step], [top + 0.13] * 2, color=FAINT, lw=0.6, ls=":")
                 blocked = [c["step"] for c in run.checks if not c["gates"][gate]["pass"]]
-                bars = _spans(blocked, schedule.check_every)
-                alpha = 0.35 if pale else 1
+                bars, alpha = _spans(blocked, schedule.check_every), 0.35 if pale else 1
                 axes.broken_barh(bars, (top, 0.26), facecolors=color, alpha=alpha, lw=0)
             at = [event["step"] for event in run.refreshes]
-            edge: dict[str, Any] = {"ls": "none", "mec": "white", "zorder": 5}
-            axes.plot(
-                at, [index + 0.49] * len(at), **edge, marker="v", color=REFRESH, mew=0.6, ms=7.5
-            )
+            edge: dict[str, Any] = {"color": REFRESH, "mec": "white", "mew": 0.6, "zorder": 5}
+            axes.plot(at, [index + 0.49] * len(at), "v", **edge, ms=7.5)
             if run.collapse_step is not None:
                 axes.plot(run.collapse_step, index + 0.49, "X", color=COLLAPSE, mec="white", ms=8)
         axes.hlines(range(len(runs) + 1), 0, max(steps, 1), color=GRID, lw=0.7)
         canvas.finish_lanes(axes, steps, len(runs), 0)
-        axes.set_yticks(
-            [index + 0.5 for index in range(len(runs))], [canvas.clip(r, 32) for r in runs]
-        )
+        middles = [index + 0.5 for index in range(len(runs))]
+        axes.set_yticks(middles, [canvas.clip(name, 32) for name in runs])
         _gate_legend(figure, height)
         return canvas.to_svg(figure, name, "Gates that blocked, over steps")
 
@@ -376,23 +323,21 @@ def _gate_legend(figure: Figure, height: float) -> None:
     x, y = LEFT / WIDTH, 1 - 0.21 / height
     for gate, color in GATES.items():
         size = (0.22 / WIDTH, 0.11 / height)
-        box = Rectangle((x, 1 - 0.27 / height), *size, color=color, lw=0)
-        figure.add_artist(box)
-        figure.text(x + 0.3 / WIDTH, y, f"{gate} blocks", va="center", color=INK, fontsize=8)
+        figure.add_artist(Rectangle((x, 1 - 0.27 / height), *size, color=color, lw=0))
+        figure.text(x + 0.3 / WIDTH, y, f"{gate} blocks", va="center", fontsize=8)
         x += 1.35 / WIDTH
     for symbol, color, text in (("v", REFRESH, "refresh"), ("X", COLLAPSE, "collapse")):
         look: dict[str, Any] = {"marker": symbol, "color": color, "mec": "white", "mew": 0.6}
         figure.add_artist(Line2D([x + 0.1 / WIDTH], [y], **look, ms=7))
-        figure.text(x + 0.24 / WIDTH, y, text, va="center", color=INK, fontsize=8)
+        figure.text(x + 0.24 / WIDTH, y, text, va="center", fontsize=8)
         x += 0.95 / WIDTH
 
 
 def _spans(steps: Sequence[int], every: int) -> list[tuple[float, float]]:
     """Neighbouring checks as one bar, each check in the middle of its interval."""
-    if not steps:
-        return []
-    cuts = [0, *(i + 1 for i, (a, b) in enumerate(pairwise(steps)) if b - a > every), len(steps)]
-    return [(steps[a] - every / 2, steps[b - 1] - steps[a] + every) for a, b in pairwise(cuts)]
+    cuts = [i for i, (a, b) in enumerate(pairwise(steps), start=1) if b - a > every]
+    runs = pairwise([0, *cuts, len(steps)] if steps else [])
+    return [(steps[a] - every / 2, steps[b - 1] - steps[a] + every) for a, b in runs]
 
 
 def forecast_figure(name: str, found: Sequence[DiagnosticForecast]) -> str:
@@ -421,8 +366,3 @@ def forecast_figure(name: str, found: Sequence[DiagnosticForecast]) -> str:
             other.plot(at, [index] * 3, **canvas.style_of(index), markevery=[1], ms=4, **frame)
         other.xaxis.set_major_locator(canvas.ticks(6, integer=True))
         return canvas.to_svg(figure, name, "ROC and lead times")
-
-
-def _right(items: Mapping[str, Any]) -> float:
-    """The right margin: room for labels, where there are several things to tell apart."""
-    return RIGHT if len(items) > 1 else canvas.UNLABELLED

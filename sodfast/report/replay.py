@@ -6,14 +6,15 @@ steps is what the schedule says about these data, not what the other run would h
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sodfast.config import CGTRConfig, Config, ScheduleConfig, read_overrides, validate
+from sodfast.config import Config, ScheduleConfig, read_overrides, validate
 from sodfast.errors import UsageError
 from sodfast.files import read_lines
+from sodfast.report.templates import template
 from sodfast.schedule import Decision, build_schedule, replay, student_share
 
 
@@ -49,13 +50,10 @@ class Replay:
     @property
     def first_difference(self) -> int | None:
         """The first step after which the teachers differ; None: they never do."""
-        for step, (decision, recorded) in enumerate(self._pairs(), start=1):
-            if _move(self.schedule, decision) != _move(self.recorded_schedule, recorded):
-                return step
-        return None
-
-    def _pairs(self) -> Iterator[tuple[Decision, Decision]]:
-        return zip(self.decisions, self.recorded, strict=True)
+        ours = [_move(self.schedule, decision) for decision in self.decisions]
+        theirs = [_move(self.recorded_schedule, decision) for decision in self.recorded]
+        steps = enumerate(zip(ours, theirs, strict=True), start=1)
+        return next((step for step, (our, their) in steps if our != their), None)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -69,34 +67,12 @@ class Replay:
             "first_difference": self.first_difference,
         }
 
-    def text(self) -> Iterator[str]:
-        """For people: the caveat, each check and each refresh, and the sums."""
-        yield f"{self.run}: {len(self.decisions)} steps"
-        yield f"recorded under {_describe(self.recorded_schedule)}"
-        yield f"replayed under {_describe(self.schedule)}"
-        first = self.first_difference
-        if first is None:
-            yield "Every decision is the recorded one."
-        else:
-            yield (
-                "COUNTERFACTUAL: the data came from the recorded schedule. The teachers part after "
-                f"step {first}; from step {first + 1} on the run itself would have gone elsewhere."
-            )
-        rows = [("step", "replay", "recorded", "gates (value against threshold)")]
-        for step, pair in enumerate(self._pairs(), start=1):
-            if pair[0].gates or any(decision.action == "copy" for decision in pair):
-                ours, theirs = ("refresh" if d.action == "copy" else "-" for d in pair)
-                rows.append((str(step), ours, theirs, "  ".join(_gates(pair[0]))))
-        if len(rows) > 1:
-            yield ""
-            for number, replayed, recorded, gates in rows:
-                yield f"{number:>6}  {replayed:<8}  {recorded:<8}  {gates}".rstrip()
-        yield ""
-        for name, decisions in (("replay", self.decisions), ("recorded", self.recorded)):
-            yield f"{name}: {_summary(decisions)}"
-        if self.blocked:
-            blocked = ", ".join(f"{name} {count}" for name, count in self.blocked.items())
-            yield f"checks blocked by: {blocked}"
+    def text(self) -> list[str]:
+        """The lines for people: the caveat, each check and each refresh, and the sums."""
+        pairs = enumerate(zip(self.decisions, self.recorded, strict=True), start=1)
+        rows = [(step, ours, theirs) for step, (ours, theirs) in pairs]
+        shown = [row for row in rows if row[1].gates or "copy" in (row[1].action, row[2].action)]
+        return template("replay.txt.j2").render(replay=self, shown=shown).splitlines()
 
 
 def replay_run(run: Path, overrides: Sequence[str]) -> Replay:
@@ -107,9 +83,7 @@ def replay_run(run: Path, overrides: Sequence[str]) -> Replay:
     """
     for text in overrides:
         if text.partition("=")[0].partition(".")[0] != "schedule":
-            raise UsageError(
-                f"replay takes only schedule.key=value; {text!r} would need another run"
-            )
+            raise UsageError(f"replay takes only schedule.key=value; {text!r} needs another run")
     if not (run / "config.yaml").is_file():
         raise UsageError(f"{run} is not a run directory: it has no config.yaml")
     config = validate(read_overrides(run / "config.yaml", []))
@@ -151,35 +125,9 @@ def _training_lines(run: Path, recorded: Config, other: Config) -> list[dict[str
 
 
 def _move(schedule: ScheduleConfig, decision: Decision) -> tuple[Any, ...]:
-    """What a decision makes of the teacher. A trust region never moves, but mixes its logits."""
+    """What a decision does to the teacher. A trust region never moves it, but mixes its logits."""
     return decision.action, decision.rate, student_share(schedule) or 0.0
 
 
 def _copies(decisions: Sequence[Decision]) -> list[int]:
     return [step for step, decision in enumerate(decisions, start=1) if decision.action == "copy"]
-
-
-def _describe(schedule: ScheduleConfig) -> str:
-    values = schedule.model_dump(mode="json", exclude={"kind"})
-    if isinstance(schedule, CGTRConfig) and schedule.length_shards is None:
-        del values["shards"]
-    keys = ", ".join(
-        f"{key} {'+'.join(value) or 'none' if isinstance(value, list) else value}"
-        for key, value in values.items()
-    )
-    return f"{schedule.kind} ({keys})" if keys else schedule.kind
-
-
-def _gates(decision: Decision) -> Iterator[str]:
-    for name, gate in (decision.gates or {}).items():
-        threshold = f"{gate['threshold']:.4g}" if "threshold" in gate else "none yet"
-        verdict = "pass" if gate["pass"] else "BLOCK"
-        off = "" if gate["active"] else " (off)"
-        yield f"{name} {gate['value']:.4g}/{threshold} {verdict}{off}"
-
-
-def _summary(decisions: Sequence[Decision]) -> str:
-    if any(decision.action == "average" for decision in decisions):
-        return "averages after every step"
-    steps = ", ".join(map(str, _copies(decisions)))
-    return f"refreshes at {steps}" if steps else "no refresh"

@@ -72,12 +72,11 @@ class Run:
 
     def series(self, key: str) -> Series:
         """A metric at the steps that carry it. Raises `UsageError` where it is not finite."""
-        pairs = [(line["step"], line[key]) for line in self.lines if key in line]
-        steps, values = np.array(pairs, dtype=np.float64).reshape(-1, 2).T
-        if not np.isfinite(values).all():
-            step = int(steps[~np.isfinite(values)][0])
+        found = Series.of([(line["step"], line[key]) for line in self.lines if key in line])
+        if not np.isfinite(found.values).all():
+            step = int(found.steps[~np.isfinite(found.values)][0])
             raise UsageError(f"{self.path}/metrics.jsonl: {key} of step {step} is not finite")
-        return Series(steps, values)
+        return found
 
     def tail(self) -> Series:
         """max / mean response length pooled over the last `window` steps: what the gate sees."""
@@ -87,11 +86,10 @@ class Run:
         greatest, mean = self.series(max_key), self.series(mean_key)
         if not mean.steps.size:
             return mean
-        lead = np.full(window - 1, np.nan)
-        view = np.lib.stride_tricks.sliding_window_view
-        maxima = np.nanmax(view(np.concatenate([lead, greatest.values]), window), axis=1)
-        means = np.nanmean(view(np.concatenate([lead, mean.values]), window), axis=1)
-        return Series(mean.steps, maxima / means)
+        before = np.full((2, window - 1), np.nan)
+        known = np.concatenate([before, [greatest.values, mean.values]], axis=1)
+        longest, means = np.lib.stride_tricks.sliding_window_view(known, window, axis=1)
+        return Series(mean.steps, np.nanmax(longest, axis=1) / np.nanmean(means, axis=1))
 
 
 @dataclass(frozen=True)
@@ -132,17 +130,36 @@ class Source:
     def single(self) -> bool:
         return not self.definition
 
+    @property
+    def steps(self) -> int:
+        return max(run.last_step for run in self.runs)
+
+    @property
+    def metric(self) -> str:
+        """What the test score is called."""
+        samples = {run.config.eval.samples for run in self.runs}
+        return f"mean@{samples.pop()}" if len(samples) == 1 else "mean@k"
+
+    @property
+    def baseline(self) -> str | None:
+        """What all groups are compared with: one group's name, or, with further axes, the value
+        that the baselines share."""
+        if self.axis is None:
+            return None
+        found = {group.baseline.label: group.baseline for group in self.groups if group.baseline}
+        label, group = next(iter(found.items()))
+        if len(found) > 1 and self.axis == "schedule":
+            return describe_schedule(group.runs[0].config.schedule)
+        return label if len(found) == 1 else f"{self.axis}={self.value}"
+
 
 def load(directory: Path, baseline: str | None = None) -> Source:
     """Read a run or a study directory, each metrics file once. Raises `UsageError`."""
     definition = ""
     if (directory / "study.yaml").is_file():
         definition = (directory / "study.yaml").read_text()
-        runs = []
-        for item in read_runs(directory):
-            trial = item.trial
-            point = {axis: label for axis, label in trial.point.items() if axis != "seed"}
-            runs.append(_read_run(trial.name, item.path, trial.config, item.status, point))
+        found = [(item.trial, item.path, item.status) for item in read_runs(directory)]
+        runs = [_read_run(t.name, path, t.config, status, t.point) for t, path, status in found]
         if not any(run.lines for run in runs):
             raise UsageError(
                 f"no trial of {directory} has metrics yet: run sodfast sweep, or look into "
@@ -164,16 +181,16 @@ def load(directory: Path, baseline: str | None = None) -> Source:
         )
     groups = group_runs(runs, single=not definition)
     axis, value = _baseline(groups, baseline)
-    if axis is not None and value is not None:
-        members = {tuple(group.point.items()): group for group in groups}
-        points = [tuple({**group.point, axis: value}.items()) for group in groups]
-        pairs = zip(groups, points, strict=True)
-        groups = [replace(group, baseline=members.get(point)) for group, point in pairs]
+    if axis is not None:
+        points = [{**group.point, axis: value} for group in groups]
+        others = [next((g for g in groups if g.point == point), None) for point in points]
+        groups = [replace(g, baseline=other) for g, other in zip(groups, others, strict=True)]
     return Source(directory, runs, groups, axis, value, definition)
 
 
 def _read_run(name: str, path: Path, config: Config, status: str, point: Mapping[str, str]) -> Run:
     lines, events = read_lines(path / "metrics.jsonl"), read_lines(path / "events.jsonl")
+    point = {axis: label for axis, label in point.items() if axis != "seed"}
     for file, items in (("metrics.jsonl", lines), ("events.jsonl", events)):
         for number, item in enumerate(items, start=1):
             if not isinstance(item, dict) or not isinstance(item.get("step"), int):
@@ -229,21 +246,18 @@ def group_runs(runs: Sequence[Run], single: bool = False) -> list[Group]:
     for run in runs:
         members.setdefault(tuple(run.point.items()), []).append(run)
     short = [_short_label(own[0]) for own in members.values()]
-    return [
-        Group(
-            text if short.count(text) == 1 else ", ".join(f"{key}={label}" for key, label in point),
-            own,
-            [run for run in own if run.finished or single],
-        )
-        for text, (point, own) in zip(short, members.items(), strict=True)
-    ]
+    groups = []
+    for text, (point, own) in zip(short, members.items(), strict=True):
+        if short.count(text) > 1:
+            text = ", ".join(f"{axis}={label}" for axis, label in point)
+        groups.append(Group(text, own, [run for run in own if run.finished or single]))
+    return groups
 
 
 def _short_label(run: Run) -> str:
     """A run's values on the axes, a schedule as `describe_schedule` calls it."""
     schedule = describe_schedule(run.config.schedule)
-    parts = [
-        schedule if axis == "schedule" else f"{axis.rpartition('.')[2]} {label}"
-        for axis, label in run.point.items()
-    ]
-    return ", ".join(parts) or schedule
+    parts = {axis: f"{axis.rpartition('.')[2]} {label}" for axis, label in run.point.items()}
+    if "schedule" in parts:
+        parts["schedule"] = schedule
+    return ", ".join(parts.values()) or schedule

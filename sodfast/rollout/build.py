@@ -13,7 +13,7 @@ def build_engine(
     config: RolloutConfig, model: LanguageModel, message: Callable[[str], None]
 ) -> Engine:
     """The configured engine; `auto` is `native` where it knows the architecture, else `hf`, and
-    `message` hears why.
+    `message` is called with the reason.
 
     Raises `UsageError` when the engine that was asked for by name cannot run this model.
     """

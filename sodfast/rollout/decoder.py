@@ -67,7 +67,7 @@ class Layer:
 
 
 class Decoder:
-    """`forward` of any tokens, given what their attention is; `logits` of some of them.
+    """`forward` runs tokens through the layers with a given attention; `logits` scores its result.
 
     Reads the weights at each call, so it must not outlive the module's parameters. Positions
     reach from 0 to `width` − 1.
@@ -179,7 +179,7 @@ class Cache:
         weight = decoder.embedding
         kv, size = decoder.kv_heads, decoder.head_dim
         shape = (len(decoder.layers), 2, slots * width * kv * size)
-        # Whatever stood in it before is finite, too.
+        # What an earlier cache has left in it is finite, too.
         if memory is None or memory.numel() < prod(shape) or memory.dtype != weight.dtype:
             memory = weight.new_zeros(prod(shape))
         self.memory = memory

@@ -30,7 +30,7 @@ class Sampling:
 
     @classmethod
     def of(cls, config: Config, section: RolloutConfig | EvalConfig) -> "Sampling":
-        """As `section`, of training or of evaluation, says; cap and stop strings are shared."""
+        """What `section`, of training or of evaluation, says; both share cap and stop strings."""
         return cls(
             section.temperature,
             section.top_p,

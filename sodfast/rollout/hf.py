@@ -1,4 +1,4 @@
-"""Student → samples by transformers' `generate`: the engine for every architecture, and the oracle.
+"""Student → samples by transformers' `generate`: for every architecture, and the others' reference.
 
 `generate` runs greedily over scores in which a logits processor has left one token standing, the
 one that the processor drew itself by the rule of all engines.
@@ -21,7 +21,7 @@ from sodfast.rollout.engine import Progress, Sample, SampleKey, Sampling, check_
 
 
 class HFEngine:
-    """transformers' `generate`, `batch_size` sequences at a time: the oracle of the others."""
+    """transformers' `generate`, `batch_size` sequences at a time; others are tested against it."""
 
     name = "hf"
 
@@ -30,7 +30,7 @@ class HFEngine:
         self.batch_size = batch_size
 
     def require(self, tokens: int) -> None:
-        """Nothing is bounded ahead: the cache grows with the answers."""
+        """Any number of tokens can run: the cache grows with the answers."""
 
     def generate(
         self,
@@ -113,7 +113,7 @@ def left_padded(prompts: Sequence[Tensor], pad_id: int) -> tuple[Tensor, Tensor]
 @contextmanager
 def _generating_as(network: Any, config: Any) -> Iterator[None]:
     """`generate` fills whatever its argument leaves open from the model's own settings, such as
-    the repetition penalty in its generation_config.json; so those step aside as a whole."""
+    the repetition penalty in its generation_config.json; so they are all replaced meanwhile."""
     own, network.generation_config = network.generation_config, config
     try:
         yield

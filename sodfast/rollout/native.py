@@ -34,13 +34,13 @@ from sodfast.rollout.engine import Sample, SampleKey, Sampling, check_prompts, s
 
 # A CPU works on rows in multiples of this, idle ones or padding added: a matrix product of fewer
 # rows sums in another order, and what does not fill a vector register goes through another exp.
-# A sample's bits would depend on how many others there are.
+# Otherwise a sample's bits would depend on how many others there are.
 CPU_ROWS = 16
 # A slot has a multiple of this many positions, and attention on a CPU covers the longest sequence
 # rounded up to such a multiple: what lies behind a sequence then changes no bit of it either
 # (with MKL, from a head size of 32 on; smaller ones keep their tokens, not all their bits).
 WIDTH_STEP = 16
-# Decode steps between two looks of the host at what a GPU has finished: a look waits for it.
+# Decode steps after which the host looks at what a GPU has finished: each look waits for the GPU.
 GPU_STEPS_PER_LOOK = 8
 # Free slots are refilled once this share of all slots is free: a prefill costs about a step.
 REFILL_SHARE = 1 / 8
@@ -89,9 +89,9 @@ class NativeEngine:
         slots, width = min(self.slots(tokens), len(prompts)), _width(tokens)
         batch = _Batch(self.model, slots, width, sampling, key, self.memory)
         if self.model.device.type == "cpu":
-            # Small there, and mapping it anew would cost a lab's rollout a fifth of its time.
+            # A CPU's cache is small, and mapping it anew would take a fifth of a lab's rollout.
             self.memory = batch.cache.memory
-        waiting = list(range(len(prompts)))[::-1]  # the next one is the last
+        waiting = list(range(len(prompts)))[::-1]  # the next one stands last
         finished: dict[int, Sample] = {}
         while len(finished) < len(prompts):
             free = slots - batch.alive
@@ -125,7 +125,7 @@ class NativeEngine:
 
 class _Batch:
     """The slots of one call. Rows 0 … active−1 hold a sequence or idle after one has finished:
-    an idle row writes to a spare column, and its cache at a position that it owns."""
+    an idle row writes its tokens to a spare column, its keys and values to its own slot."""
 
     def __init__(
         self,
@@ -146,7 +146,7 @@ class _Batch:
         self.cache = Cache(self.decoder, rows, width, memory)
         self.eos = torch.tensor(model.eos_ids, device=self.device)
         # Of each active row: its place in the caller's list (None: idle), its prompt, and how
-        # many of its tokens were searched for stop strings.
+        # many of its tokens have been searched for stop strings.
         self.places: list[int | None] = []
         self.prompts: list[Tensor] = []
         self.searched: list[int] = []
@@ -154,12 +154,12 @@ class _Batch:
         def state(dtype: torch.dtype, *columns: int) -> Tensor:
             return torch.zeros(rows + CPU_ROWS, *columns, dtype=dtype, device=self.device)
 
-        self.token = state(torch.int64)  # the last one drawn, not cached yet
-        self.cached = state(torch.int32)  # positions
+        self.token = state(torch.int64)  # the last token drawn; its keys are not cached yet
+        self.cached = state(torch.int32)  # positions in the cache
         self.count = state(torch.int64)  # tokens drawn
         self.sample = state(torch.int64)
         self.done = ~state(torch.bool)
-        # One more column than there can be tokens: where idle rows write.
+        # Idle rows write to the last column, one more than there can be tokens.
         columns = sampling.max_new_tokens + 1
         self.tokens = state(torch.int64, columns)
         self.logprob = state(torch.float32, columns)
@@ -415,7 +415,7 @@ def slot_bytes(network: Any, tokens: int) -> int:
 
 
 def state_bytes(rows: int, max_new_tokens: int) -> int:
-    """Bytes of what a batch of so many rows notes about them beside the cache."""
+    """Bytes that a batch of so many rows holds beside the cache."""
     columns = 16 * (max_new_tokens + 1)  # token, log-prob, entropy
     return (rows + CPU_ROWS) * (columns + 29)
 
@@ -426,7 +426,7 @@ def _width(tokens: int) -> int:
 
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
-        # What the allocator keeps for reuse is free to the cache; a limit may lie below the card.
+        # The cache may take what the allocator keeps for reuse; a limit may be less than the card.
         free, total = torch.cuda.mem_get_info(device)
         limit = int(torch.cuda.get_per_process_memory_fraction(device) * total)
         mine = torch.cuda.memory_reserved(device)

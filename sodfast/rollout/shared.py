@@ -52,7 +52,7 @@ class SharedEngine:
 
 
 def _compact(sample: Sample) -> Sample:
-    """The sample in memory of its own: a view would travel with all of what it is a view of."""
+    """The sample in memory of its own: a view would be sent with the whole tensor behind it."""
     values = {field.name: getattr(sample, field.name) for field in fields(sample)}
     own: dict[str, Any] = {k: v.clone() for k, v in values.items() if isinstance(v, Tensor)}
     return replace(sample, **own)

@@ -48,7 +48,7 @@ from sodfast.rollout.engine import (
 
 # vLLM's sleep mode is CUDA's virtual memory management.
 DEVICES = ("cuda",)
-# Of the memory that is free when vLLM is built; what it keeps back goes to gradients, optimizer
+# vLLM's share of the memory that is free when it is built; the rest is for gradients, optimizer
 # state and teacher, which do not exist yet. `rollout.cache_gib` bounds the cache itself.
 MEMORY_SHARE = 0.6
 # vLLM silently raises a lower temperature to this one.
@@ -169,7 +169,7 @@ class VLLMEngine:
     def _sync(self) -> None:
         """Copy the student's weights into vLLM's model and compare all of them."""
         student = dict(self.model.network.named_parameters(remove_duplicate=False))
-        # Once each, for those that are tied.
+        # A tied weight is copied once.
         weights = [(name, p.detach()) for name, p in self.model.network.named_parameters()]
 
         def copy_and_compare(network: Any) -> list[str]:
@@ -219,7 +219,7 @@ class VLLMEngine:
         """
         temperature = sampling.temperature or 1.0
         truncated = sampling.top_p < 1 or sampling.top_k is not None
-        # Evaluations may sample as vLLM has no log-prob for; nobody weights theirs.
+        # Evaluations may sample in ways that vLLM has no log-prob for: no loss depends on it.
         comparable = sampling.temperature == 0 or (
             temperature == 1 if self.mode == "raw_logprobs" else not truncated
         )
@@ -262,7 +262,7 @@ def different_parameters(network: Any, student: Mapping[str, Tensor]) -> list[st
     """Names of the parameters of vLLM's `network` that are not, bit for bit, the student's.
 
     vLLM stacks some of the student's weights into one, as `packed_modules_mapping` says, and
-    appends rows to the vocabulary. A parameter that answers to no name of the student's counts.
+    appends rows to the vocabulary. A parameter under no name of the student's counts as different.
     """
     packed = getattr(network, "packed_modules_mapping", {})
     wrong = []

@@ -33,7 +33,7 @@ _STEP = re.compile(r"step-(\d+)")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What `load` found: `teacher` is None for an alias of the student."""
+    """What `load` found. `teacher` is None where the teacher equals the student."""
 
     step: int
     student: dict[str, Tensor]

@@ -25,7 +25,7 @@ PLAIN_SECONDS = 5.0  # plain output reports at most this often within a phase
 class Reporter:
     """How the trainer tells what it is doing. This one says nothing; its subclasses do.
 
-    `done` and `total` count whatever the phase does; total 0: unknown.
+    `done` and `total` count the items of a phase; a total of 0 says that their number is unknown.
     """
 
     def start(self, step: int, steps: int) -> None: ...

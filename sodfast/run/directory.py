@@ -16,7 +16,8 @@ from sodfast.run import checkpoint
 
 
 def fingerprint(config: Config) -> str:
-    """A hash of everything that decides a run's numbers: not its place, length or sinks.
+    """A hash of all keys but `out`, `steps`, `log` and `checkpoint`: no number of a step depends on
+    these.
 
     A renamed key is hashed under its first name, so that the runs of earlier releases go on.
     """
@@ -55,7 +56,7 @@ def check_out(path: Path) -> None:
 
 
 class RunDirectory:
-    """The files of one run, locked against a second writer until `close` (or death).
+    """The files of one run, locked against a second writer until `close` or the process's end.
 
     Without a lock, as on all ranks of a run but the first, it reads and never writes.
     """
@@ -71,7 +72,7 @@ class RunDirectory:
             path.mkdir(parents=True, exist_ok=True)
             run = cls(path, _lock(path))
             (path / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
-            # Last, since a directory with a config.yaml is one that can be resumed.
+            # Written last: a directory with a config.yaml is one that can be resumed.
             run.write_config(config)
         except (OSError, RunFailed) as error:
             raise UsageError(f"out={path} cannot be written: {error}") from error

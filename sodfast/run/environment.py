@@ -12,7 +12,7 @@ from typing import Any
 
 
 def environment(threads: int, device: str, ranks: int = 1) -> dict[str, Any]:
-    """Versions, commit, hardware, processes and threads: what a figure must be quoted with."""
+    """Versions, commit, hardware, processes and threads: to be quoted with any figure of a run."""
     packages = ["sodfast", "torch", "triton", "transformers", "peft", "tokenizers"]
     packages += ["numpy", "pydantic"]
     return {

@@ -12,11 +12,11 @@ class Interrupted(BaseException):
 
 
 class Interruption:
-    """While entered, a signal raises `Interrupted`: at once in code that changes nothing lasting,
-    after the block in `shielded` code.
+    """Within its `with` block a signal raises `Interrupted`: at once in most code, but only after
+    the block in code that is `shielded`, because it changes what lasts.
 
     With `agree`, which tells whether any of several ranks says True, it is raised at the next
-    `boundary` and on all ranks: one that left on its own would leave the others waiting.
+    `boundary` and on all ranks: a rank that stopped alone would leave the others waiting.
     """
 
     def __init__(self, agree: Callable[[bool], bool] | None = None) -> None:

@@ -49,7 +49,7 @@ def _tensorboard(config: Config, directory: Path) -> tuple[Sink, Callable[[], No
 
 
 def _tracker(module: Any, config: Config, directory: Path) -> tuple[Sink, Callable[[], None]]:
-    """wandb, and trackio, which copies wandb's interface."""
+    """A run of wandb, or of trackio, which copies wandb's interface."""
     run = module.init(
         project=config.log.project, name=directory.name, config=config.model_dump(mode="json")
     )

@@ -34,8 +34,8 @@ REMEDIES = {
 class PhaseClock:
     """Seconds of each phase of a step and, on a GPU, the peak of allocated bytes within it.
 
-    `time/step` and `memory/peak_bytes` are those since `reset`, phases or not. On a CPU the latter
-    is the largest resident size of the process so far, which no phase of its own can be told from.
+    `time/step` and `memory/peak_bytes` cover all since `reset`, within phases or not. On a CPU the
+    latter is the largest resident size of the process so far, so that phases have no peaks there.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -90,8 +90,8 @@ class PhaseClock:
 
 @contextmanager
 def oom_hint(phase: str) -> Iterator[None]:
-    """Turns a GPU's lack of memory into a `RunFailed` that says in which phase it was, how much
-    was wanted, held and there, and which key to lower."""
+    """Turns a GPU's lack of memory into a `RunFailed` that says in which phase it was, how many
+    bytes were asked for, in use and available, and which key to lower."""
     try:
         yield
     except torch.OutOfMemoryError as error:

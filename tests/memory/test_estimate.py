@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +11,6 @@ from architectures import gemma, qwen
 from torch import Tensor
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from sodfast import commands
 from sodfast.commands import build_trainer
 from sodfast.config import PRESETS, LabConfig, load_config
 from sodfast.errors import UsageError
@@ -304,23 +302,3 @@ def test_known_models_are_what_the_presets_name() -> None:
     known = json.loads((PRESETS / "models.json").read_text())
     named = {load_config(path.stem, []).model.path for path in PRESETS.glob("qwen3*.yaml")}
     assert named == set(known)
-
-
-# ---------------------------------------------------------------- the limit that is planned for
-
-
-def test_the_allocator_is_held_to_the_planned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    fractions = []
-    monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=141 * GIB)
-    )
-    monkeypatch.setattr(
-        torch.cuda, "set_per_process_memory_fraction", lambda share, _: fractions.append(share)
-    )
-    commands.limit_memory(torch.device("cpu"), 78)
-    commands.limit_memory(torch.device("cuda"), None)
-    assert fractions == []
-    commands.limit_memory(torch.device("cuda"), 78)
-    assert fractions == [78 / 141]
-    with pytest.raises(UsageError, match=r"memory_gib=150: this GPU has 141\.0 GiB"):
-        commands.limit_memory(torch.device("cuda"), 150)

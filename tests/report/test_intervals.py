@@ -175,6 +175,14 @@ def test_a_group_without_finished_runs_has_no_mean() -> None:
     assert found.x.size == 0 and len(found.loose) == 1
 
 
+def test_a_curve_ends_where_its_mean_does_or_else_its_first_loose_part() -> None:
+    short, long = series((1, 0.0), (2, 0.5)), series((1, 1.0), (2, 1.5), (3, 9.0))
+    found = group_curve([short, long], [], width=1)
+    assert found.end == (2, 1.0) and [part.steps.tolist() for part in found.parts[1:]] == [[2, 3]]
+    assert group_curve([], [long], width=1).end == (3, 9.0)
+    assert group_curve([Series.of([])], [], width=1).end is None
+
+
 @given(st.integers(0, 20_000), st.integers(1, 400))
 def test_bins_reach_the_last_step_in_about_as_many_points(last: int, points: int) -> None:
     width = bin_width(last, points)

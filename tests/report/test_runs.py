@@ -19,6 +19,7 @@ def test_a_run_is_a_group_of_its_own_in_any_state(tmp_path: Path) -> None:
     (group,), (run,) = source.groups, source.runs
     assert source.single and (source.axis, source.value, group.baseline) == (None, None, None)
     assert (group.label, group.used, run.finished, run.last_step) == ("CGTR", [run], False, 12)
+    assert (source.steps, source.metric, source.baseline) == (12, "mean@16", None)
 
 
 def test_groups_differ_in_more_than_their_seed(tmp_path: Path) -> None:
@@ -34,6 +35,7 @@ def test_groups_differ_in_more_than_their_seed(tmp_path: Path) -> None:
     assert {group.baseline.label for group in source.groups if group.baseline} == {"fixed"}
     other = load(tmp_path / "s", "schedule=cgtr")
     assert {group.baseline.label for group in other.groups if group.baseline} == {"CGTR"}
+    assert (source.baseline, other.baseline) == ("fixed", "CGTR")
     with pytest.raises(UsageError, match="it can be schedule=fixed, schedule=hard-every1"):
         load(tmp_path / "s", "schedule=none")
 
@@ -42,7 +44,9 @@ def test_names_that_would_be_the_same_are_written_out(tmp_path: Path) -> None:
     axes = {"optimizer.lr": [1e-5, 1e-4], "rollout.temperature": [0.6, 1.0]}
     overrides = {"steps": 1}
     write_study(tmp_path / "s", {"base": "lab", "overrides": overrides, "axes": axes})
-    labels = [group.label for group in load(tmp_path / "s").groups]
+    source = load(tmp_path / "s")
+    labels = [group.label for group in source.groups]
+    assert source.baseline == "optimizer.lr=1e-05"  # of two groups, one for each temperature
     assert labels[0] == "lr 1e-05, temperature 0.6" and len(set(labels)) == 4
 
 

@@ -1,4 +1,4 @@
-"""The tables' rows by hand, and how a number is written."""
+"""The tables' rows by hand, and the cells that the page shows."""
 
 import csv
 import io
@@ -12,7 +12,8 @@ from synthetic import lab_run
 from sodfast.report.early_warning import Forecast
 from sodfast.report.intervals import Series, group_curve
 from sodfast.report.runs import Group, Run
-from sodfast.report.tables import Table, build_tables, curve, number, significant, with_error
+from sodfast.report.tables import Table, build_tables, curve
+from sodfast.report.templates import template
 
 
 def run_of(seed: int, score: float, events: list[dict[str, Any]], copies: bool = True) -> Run:
@@ -47,19 +48,21 @@ def row_of(table: Table) -> dict[str, Any]:
     return dict(row)
 
 
-def shown(table: Table) -> list[str]:
-    (row,) = table.rows
-    return [column.text(row) for column in table.columns]
+def shown(name: str, group: Group) -> list[str]:
+    """The cells of a group's row on the page."""
+    (row,) = tables_of(group)[name].rows
+    columns: Any = template("tables.html.j2").module
+    return [write(row, *more) for _, write, *more in columns.columns[name]]
 
 
 def test_a_group_is_its_runs_means_and_standard_errors() -> None:
-    table = tables_of(Group("CGTR", [*RUNS, run_of(2, 0.0, [])], RUNS))["results"]
-    row = row_of(table)
+    group = Group("CGTR", [*RUNS, run_of(2, 0.0, [])], RUNS)
+    row = row_of(tables_of(group)["results"])
     assert (row["n"], row["listed"]) == (2, 3)
     assert (row["start_mean"], row["start_error"]) == (0.5, 0.0)
     assert (row["final_mean"], row["final_error"]) == (pytest.approx(0.7), pytest.approx(0.1))
     assert row["baseline"] is None and row["difference"] is None
-    assert shown(table)[:4] == ["CGTR", "2 of 3", "0.500 ± 0.000", "0.700 ± 0.100"]
+    assert shown("results", group)[:4] == ["CGTR", "2 of 3", "0.500 ± 0.000", "0.700 ± 0.100"]
 
 
 def test_a_difference_is_over_the_seeds_that_both_have() -> None:
@@ -70,17 +73,17 @@ def test_a_difference_is_over_the_seeds_that_both_have() -> None:
 
 
 def test_steps_of_refreshes_by_seed_and_for_people() -> None:
-    table = tables_of(Group("CGTR", RUNS, RUNS))["teacher"]
-    row = next(csv.DictReader(io.StringIO(table.to_csv())))
+    group = Group("CGTR", RUNS, RUNS)
+    row = next(csv.DictReader(io.StringIO(tables_of(group)["teacher"].to_csv())))
     assert row["refresh_steps"] == "seed 0: 1 2 3; seed 1: none"
-    assert shown(table)[-1] == "1, 2, 3; none"
+    assert shown("teacher", group)[-1] == "1, 2, 3; none"
     # A run without a refresh has no shock and does not enter its mean.
     assert (row["refreshes_mean"], float(row["shock_mean"])) == ("1.5", pytest.approx(0.2))
     many = [{"event": "refresh", "step": s, "shock": 0.0, "age": 1} for s in range(1, 9)]
     one = Group("hard", *[[run_of(0, 0.5, many)]] * 2)
-    assert shown(tables_of(one)["teacher"])[-1] == "1, 2, 3, 4, 5, … 8 (8)"
+    assert shown("teacher", one)[-1] == "1, 2, 3, 4, 5, … 8 (8)"
     still = Group("EMA", *[[run_of(0, 0.5, [], copies=False)]] * 2)
-    assert shown(tables_of(still)["teacher"])[2:] == ["–"] * 5
+    assert shown("teacher", still)[2:] == ["–"] * 5
 
 
 def test_blocked_checks_and_their_rows() -> None:
@@ -117,32 +120,6 @@ def test_a_curve_has_bounds_where_several_runs_have_a_point() -> None:
     text = curve(curves).to_csv().splitlines()
     assert text[0] == "group,step,n,mean,low,high" and text[2] == "one,1.0,1,1.0,,"
     assert text[1].startswith("two,1.0,2,2.0,-10.7") and len(text) == 4
-
-
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [(None, "–"), (0.12345, "0.123"), (-0.5, "−0.500"), (-0.0001, "0.000")],
-)
-def test_numbers(value: float | None, expected: str) -> None:
-    assert number(value) == expected
-
-
-def test_signs_and_significant_digits() -> None:
-    assert (number(0.5, 1, sign=True), number(0.0, 1, sign=True)) == ("+0.5", "0.0")
-    assert [significant(x) for x in (0.0, 123.4, 0.0123, 1.5e-6, None)] == [
-        "0",
-        "123",
-        "0.0123",
-        "1.50e−06",
-        "–",
-    ]
-
-
-def test_an_error_has_the_digits_of_its_mean() -> None:
-    row = {"x_mean": 12.345, "x_error": 0.0666, "y_mean": 0.5, "y_error": None}
-    assert with_error(row, "x") == "12.345 ± 0.067"
-    assert with_error(row, "x", significant) == "12.3 ± 0.1"
-    assert with_error(row, "y") == "0.500"
 
 
 def test_a_forecast_without_both_kinds_is_a_table_without_rows() -> None:

@@ -28,21 +28,21 @@ def any_model(request: pytest.FixtureRequest) -> LanguageModel:
 
 @pytest.mark.slow
 def test_greedy_is_generate_token_for_token(any_model: LanguageModel) -> None:
-    """Ragged prompts, 200 new tokens, 3 slots that are refilled. Random networks repeat
+    """Ragged prompts, 120 new tokens, 3 slots that are refilled. Random networks repeat
     themselves, which would hide a wrong position; an entropy above 0.5 nats says they do not."""
-    prompts = ragged(8)
-    greedy = answer(NativeEngine(any_model, 3), prompts, 200, temperature=0.0)
+    prompts = ragged(5)
+    greedy = answer(NativeEngine(any_model, 3), prompts, 120, temperature=0.0)
     for prompt, sample in zip(prompts, greedy, strict=True):
         expected = any_model.network.generate(
             input_ids=prompt[None],
             attention_mask=torch.ones_like(prompt)[None],
             do_sample=False,
-            max_new_tokens=200,
+            max_new_tokens=120,
             eos_token_id=EOS,
             pad_token_id=1,
         )[0, len(prompt) :]
         assert sample.response.equal(expected)
-    assert max(len(sample.response) for sample in greedy) == 200
+    assert max(len(sample.response) for sample in greedy) == 120
     assert torch.cat([sample.entropy for sample in greedy]).mean() > 0.5
 
 
@@ -73,8 +73,9 @@ def test_company_and_order_change_no_bit(name: str) -> None:
     prompts = [prompt for prompt in ragged(16) for _ in range(4)]
     together = answer(NativeEngine(model, 64), prompts, 40)
     assert len({len(sample.response) for sample in together}) > 10
-    for slots in (1, 5, 16, 33):
+    for slots in (5, 16, 33):
         assert equal_bits(answer(NativeEngine(model, slots), prompts, 40), together)
+    assert equal_bits(answer(NativeEngine(model, 1), prompts[:12], 40), together[:12])
     order = torch.randperm(64, generator=torch.Generator().manual_seed(1)).tolist()
     shuffled = NativeEngine(model, 64).generate(
         [prompts[index] for index in order], order, Sampling(1.0, 1.0, 40), SampleKey(2**63 + 11, 4)

@@ -20,21 +20,44 @@ results are next used one step later, when the bits are fresh.
 Every rounding is a function of (seed, step, position of the element). This file is the PyTorch
 path; the Triton kernel gives the same bits.
 
+Under a CUDA graph: `AdamW.advance`.
+
 Shapes: P elements of one flattened parameter.
 """
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain, compress
+from operator import attrgetter, is_
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..backend import uses_triton
 from ..philox import CHUNK, GROUP, random_bits, rng_offsets, round_stochastic
-from .adamw_item import Coefficients, Item
+from .adamw_item import Item, coefficients
 from .formats import BLOCK, M_TOP, V_TOP, decode, encode, join, split
+from .layout import is_capturing
+
+if TYPE_CHECKING:
+    from .adamw_launch import Launches
 
 STATES = ("8bit", "fp32", "exact")
+# For passes over hundreds of tensors in every step.
+_GRAD, _DTYPE = attrgetter("grad"), attrgetter("dtype")
+
+
+class Work(NamedTuple):
+    """Which parameters a step is of: those that have elements and a gradient."""
+
+    sizes: list[int]  # numbers of elements of all parameters
+    chosen: list[bool]  # which of all parameters these are
+    params: list[Tensor]
+    grads: list[Tensor]  # contiguous
+    addresses: Tensor  # of the gradients, on the host, and a 0 for tables to pad with
 
 
 class AdamW(torch.optim.Optimizer):
@@ -75,6 +98,7 @@ class AdamW(torch.optim.Optimizer):
         }
         uses_triton(backend, ())  # refuses an unknown one now, not at the first step
         self.backend = backend
+        self._launches: Launches | None = None  # of the last step, on the Triton path
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -119,55 +143,152 @@ class AdamW(torch.optim.Optimizer):
             raise ValueError("closure is not supported: compute the gradients before step()")
         if clip_norm is not None and not clip_norm > 0.0:
             raise ValueError(f"clip_norm must be > 0, got {clip_norm}")
-        items: list[Item] = []
-        following = 0
-        for group in self.param_groups:
-            params = group["params"]
-            positions, following = rng_offsets([param.numel() for param in params], following)
-            for param, position in zip(params, group["positions"] or positions, strict=True):
-                if param.grad is not None and param.numel():
-                    items.append(self._item(param, group, position))
-        if not items:
+        work = self._work()
+        if not work.params:
             device = self.param_groups[0]["params"][0].device
             return torch.zeros((), device=device) if norm is None else norm
-        devices = {item.weight_P.device for item in items}
-        if len(devices) > 1:
-            raise ValueError(f"params must be on one device, got {sorted(map(str, devices))}")
-        squares, update = gradient_squares, update_adamw
-        if uses_triton(self.backend, (item.weight_P for item in items)):
-            from . import adamw_kernels
-
-            squares, update = adamw_kernels.gradient_squares, adamw_kernels.update_adamw
+        capturing = is_capturing(work.params[0].device)
+        update = self._captured(work) if capturing else self._counted(work)
         if norm is None:
-            norm = squares([item.grad_P for item in items]).sqrt().to(torch.float32)
-        # A NaN factor is the sign not to update at all.
-        factor = torch.ones_like(norm).masked_fill(~norm.isfinite(), torch.nan)
+            norm = update.gradient_squares().sqrt().to(torch.float32)
+        # A NaN factor is the sign not to update at all: ∞ − ∞ is NaN.
+        factor = norm - norm + 1.0
         if clip_norm is not None:
             factor = factor * (clip_norm / (norm + 1e-6)).clamp(max=1.0)
-        update(items, factor)
+        update.apply(factor)
+        torch.autograd.graph.increment_version(work.params)
         return norm
 
-    def _item(self, param: Tensor, group: dict[str, Any], offset: int) -> Item:
-        assert param.grad is not None
-        if param.grad.is_sparse:
-            raise ValueError("params: sparse gradients are not supported")
-        if not param.is_contiguous():
-            raise ValueError(f"params: a tensor of shape {tuple(param.shape)} is not contiguous")
-        state = self.state[param]
-        if not state:
-            state.update(empty_state(param, group["state"]))
-        state["step"] += 1
-        step = int(state["step"].item())
-        return Item(
-            weight_P=param.detach().view(-1),
-            grad_P=param.grad.reshape(-1),
-            state=state,
-            offset=offset,
-            coefficients=coefficients(group, step),
-            step=step,
-            kind=group["state"],
-            seed=group["seed"],
+    def advance(self) -> None:
+        """Count a step before the replay of a CUDA graph that has captured `step`.
+
+        What a captured step reads of its number (bias corrections, random bits) and of the groups'
+        settings (lr and the others) lies on the device, where this writes the next step's:
+
+            optimizer.step()                    # at least one step before, on the Triton path
+            with torch.cuda.graph(graph):
+                optimizer.step(clip_norm=1.0)   # recorded: it neither runs nor counts
+            for _ in range(steps):
+                ...                             # lr, and new values in the same gradients
+                optimizer.advance()
+                graph.replay()
+
+        `clip_norm` and `norm` are part of the graph. Parameters, gradients and state stay where
+        they were at the capture (`zero_grad(set_to_none=False)`); RuntimeError where they do not.
+        """
+        work = self._work()
+        launches = self._serving(work)
+        if launches is None or not launches.captured_with(work.addresses):
+            raise RuntimeError(
+                "no CUDA graph holds a step of these parameters, gradients and state: capture "
+                "`step` again after any of them has changed its place"
+            )
+        launches.count(self.param_groups, work.addresses)
+
+    def _work(self) -> Work:
+        params = [param for group in self.param_groups for param in group["params"]]
+        sizes = list(map(Tensor.numel, params))
+        grads = list(map(_GRAD, params))
+        chosen = [grad is not None and size > 0 for grad, size in zip(grads, sizes, strict=True)]
+        if not all(chosen):
+            params, grads = list(compress(params, chosen)), list(compress(grads, chosen))
+        if not all(map(Tensor.is_contiguous, grads)):
+            if any(grad.is_sparse for grad in grads):
+                raise ValueError("params: sparse gradients are not supported")
+            grads = [grad.contiguous() for grad in grads]
+        addresses = array("q", [*map(Tensor.data_ptr, grads), 0])
+        return Work(sizes, chosen, params, grads, torch.frombuffer(addresses, dtype=torch.int64))
+
+    def _captured(self, work: Work) -> Launches:
+        """The launches for a CUDA graph to record."""
+        launches = self._serving(work)
+        if launches is None:
+            raise RuntimeError(
+                "before a CUDA graph captures it, make the same step once, on the Triton path, "
+                "with all parameters, gradients and state in place"
+            )
+        launches.capture(work.addresses)
+        return launches
+
+    def _counted(self, work: Work) -> Launches | TorchUpdate:
+        """What makes the step, and the step counted."""
+        launches = self._serving(work)
+        if launches is None:
+            items = self._items(work)
+            if not uses_triton(self.backend, work.params):
+                for item in items:
+                    item.state["step"] += 1
+                return TorchUpdate(items, self.param_groups)
+            from .adamw_launch import Launches
+
+            launches = self._launches = Launches(items, work.addresses)
+            launches.key = self._key(work)
+        launches.count(self.param_groups, work.addresses)
+        return launches
+
+    def _serving(self, work: Work) -> Launches | None:
+        """The launches of the last step, where they are right for this one too."""
+        launches = self._launches
+        if launches is None or not launches.serve(self._key(work), work.addresses):
+            return None
+        return launches
+
+    def _key(self, work: Work) -> tuple[object, ...]:
+        """All that launches depend on, apart from values and the gradients' addresses.
+
+        It names memory by its address and so keeps none alive, nor does it mistake what was freed
+        for what has taken its place: launches fit any tensors of which all this is the same. An
+        address says the device, too.
+        """
+        states: Iterable[dict[str, Tensor]] = self.state.values()
+        if len(self.state) != len(work.params) or not all(map(is_, self.state, work.params)):
+            states = map(self.state.__getitem__, work.params)  # the same, but hashing is slow
+        groups = [
+            (group["state"], len(group["params"]), group["positions"] and tuple(group["positions"]))
+            for group in self.param_groups
+        ]
+        return (
+            self.backend,
+            groups,
+            work.sizes,
+            work.chosen,
+            list(map(Tensor.data_ptr, work.params)),
+            list(map(_DTYPE, work.params)),
+            list(map(Tensor.is_contiguous, work.params)),
+            list(map(Tensor.numel, work.grads)),
+            list(map(_DTYPE, work.grads)),
+            list(map(Tensor.data_ptr, chain.from_iterable(map(dict.values, states)))),
         )
+
+    def _items(self, work: Work) -> list[Item]:
+        """Checked, and with the state of those that are updated for the first time."""
+        devices = {param.device for param in work.params}
+        if len(devices) > 1:
+            raise ValueError(f"params must be on one device, got {sorted(map(str, devices))}")
+        grads = dict(zip(work.params, work.grads, strict=True))
+        items = []
+        following = 0
+        for index, group in enumerate(self.param_groups):
+            sizes = [param.numel() for param in group["params"]]
+            positions, following = rng_offsets(sizes, following)
+            positions = group["positions"] or positions
+            for param, position in zip(group["params"], positions, strict=True):
+                if param not in grads:
+                    continue
+                if not param.is_contiguous():
+                    shape = tuple(param.shape)
+                    raise ValueError(f"params: a tensor of shape {shape} is not contiguous")
+                if grads[param].numel() != param.numel():  # `.data` of either has changed
+                    raise ValueError(
+                        f"params: a tensor of {param.numel()} elements has a gradient of "
+                        f"{grads[param].numel()}"
+                    )
+                state = self.state[param]
+                if not state:
+                    state.update(empty_state(param, group["state"]))
+                weight_P, grad_P = param.detach().view(-1), grads[param].view(-1)
+                items.append(Item(weight_P, grad_P, state, position, index, group["state"]))
+        return items
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore exactly: torch's own method would round the moments to the weights' dtype.
@@ -213,40 +334,34 @@ def empty_state(param: Tensor, kind: str) -> dict[str, Tensor]:
     return state
 
 
-def coefficients(group: dict[str, Any], step: int) -> Coefficients:
-    beta1, beta2 = group["betas"]
-    return Coefficients(
-        mean_rate=1.0 - beta1,
-        square_decay=beta2,
-        square_rate=1.0 - beta2,
-        root_scale=(1.0 - beta2**step) ** -0.5,
-        eps=group["eps"],
-        decay=1.0 - group["lr"] * group["weight_decay"],
-        step_size=group["lr"] / (1.0 - beta1**step),
-    )
+class TorchUpdate:
+    """The PyTorch path of one step, whose number the items' states hold already."""
+
+    def __init__(self, items: Sequence[Item], groups: Sequence[dict[str, Any]]) -> None:
+        self.items, self.groups = items, groups
+
+    def gradient_squares(self) -> Tensor:
+        """Σ g² over all items, in fp64."""
+        device = self.items[0].grad_P.device
+        squares = torch.zeros((), dtype=torch.float64, device=device)
+        for item in self.items:
+            for chunk in torch.split(item.grad_P, CHUNK):
+                squares += chunk.double().square().sum()
+        return squares
+
+    def apply(self, factor: Tensor) -> None:
+        """Update every item; factor: fp32 scalar that multiplies the gradients, NaN for none."""
+        if factor.isnan():
+            return
+        for item in self.items:
+            for start in range(0, item.weight_P.numel(), CHUNK):
+                update_chunk(item, self.groups[item.group], start, factor)
 
 
-def gradient_squares(grads: list[Tensor]) -> Tensor:
-    """Σ g² over all tensors, in fp64."""
-    squares = torch.zeros((), dtype=torch.float64, device=grads[0].device)
-    for grad_P in grads:
-        for chunk in torch.split(grad_P, CHUNK):
-            squares += chunk.double().square().sum()
-    return squares
-
-
-def update_adamw(items: list[Item], factor: Tensor) -> None:
-    """Update every item; factor: fp32 scalar that multiplies the gradients, NaN for no update."""
-    if factor.isnan():
-        return
-    for item in items:
-        for start in range(0, item.weight_P.numel(), CHUNK):
-            update_chunk(item, start, factor)
-
-
-def update_chunk(item: Item, start: int, factor: Tensor) -> None:
+def update_chunk(item: Item, group: dict[str, Any], start: int, factor: Tensor) -> None:
     """Update CHUNK elements from `start` on."""
-    scalars = item.coefficients
+    step = int(item.state["step"])
+    scalars = coefficients(group, step)
     weight_P = item.weight_P[start : start + CHUNK]
     part = slice(start, start + weight_P.numel())
     state = {name: value.view(-1) for name, value in item.state.items() if name != "step"}
@@ -273,8 +388,8 @@ def update_chunk(item: Item, start: int, factor: Tensor) -> None:
     if quantized or rounds_weight:
         bits_P = random_bits(
             g_P.numel(),
-            seed=item.seed,
-            step=item.step,
+            seed=group["seed"],
+            step=step,
             offset=item.offset + start,
             device=g_P.device,
         )

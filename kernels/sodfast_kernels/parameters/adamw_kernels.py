@@ -5,29 +5,20 @@ path in adamw.py and formats.py, which defines the results bit for bit: integer 
 rounded division and root, no fused multiply-add. Imported only when a Triton backend runs.
 """
 
-from collections.abc import Sequence
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ..launch import Configuration, on_device, words
+from ..launch import Configuration
 from ..rounding import random_bits, round_stochastic
 from . import formats
-from .adamw_item import Coefficients, Item
 from .items import (
-    BLOCK_SIZE,
-    CHUNK,
-    DTYPES,
+    BITS,
     OPTIONS,
-    Table,
-    addresses,
-    alike,
+    PRODUCTION,
     find_item,
-    is_vector,
     item_pointer,
+    load_scalar,
+    load_words,
 )
 
 QUANTUM = tl.constexpr(formats.BLOCK)  # elements that share an exponent
@@ -44,6 +35,9 @@ STATE = {
     "remainder": "remainder",
 }
 STREAMED_STATE = ("exp_avg", "exp_avg_sq", "remainder")
+# Numbers of 64 bits that adamw_kernel's `scalars` has room for: the Coefficients in fp64, the seed,
+# and the number of the step. 16 divides their bytes, so each launch's stand at an aligned address.
+SCALARS = 16
 
 
 @triton.jit
@@ -59,9 +53,7 @@ def squares_kernel(
     CHUNK: tl.constexpr,
 ):
     """Σ g² of the program's elements."""
-    tensor, start, stop, numel = find_item(first_program_table, numel_table, CHUNK, TENSORS)
-    if VECTOR:
-        numel = numel // 16 * 16  # which the compiler then knows
+    tensor, start, stop, numel = find_item(first_program_table, numel_table, VECTOR, TENSORS, CHUNK)
     grad_ptr = item_pointer(grad_table, tensor, GRAD, VECTOR)
     squares = tl.zeros([BLOCK_SIZE], tl.float64)
     for begin in range(start, stop, BLOCK_SIZE):
@@ -102,9 +94,10 @@ def _encode(value, bits, SIGNED: tl.constexpr):
     return codes.to(tl.uint8), exponent.to(tl.uint8)
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high", "step_low", "step_high"])
+@triton.jit
 def adamw_kernel(
     factor_ptr,
+    scalars,
     first_program_table,
     numel_table,
     offset_table,
@@ -115,17 +108,6 @@ def adamw_kernel(
     m_exponent_table,
     v_exponent_table,
     remainder_table,
-    mean_rate,
-    square_decay,
-    square_rate,
-    root_scale,
-    eps,
-    decay,
-    step_size,
-    seed_low,
-    seed_high,
-    step_low,
-    step_high,
     WEIGHT: tl.constexpr,
     GRAD: tl.constexpr,
     QUANTIZED: tl.constexpr,
@@ -138,9 +120,7 @@ def adamw_kernel(
     """adamw.update_adamw; tiles are [BLOCK_SIZE / 256, 256], a row for each shared exponent."""
     ROWS: tl.constexpr = BLOCK_SIZE // QUANTUM
     MOMENT: tl.constexpr = tl.uint8 if QUANTIZED else tl.float32
-    tensor, start, stop, numel = find_item(first_program_table, numel_table, CHUNK, TENSORS)
-    if VECTOR:
-        numel = numel // 16 * 16  # which the compiler then knows
+    tensor, start, stop, numel = find_item(first_program_table, numel_table, VECTOR, TENSORS, CHUNK)
     weight_ptr = item_pointer(weight_table, tensor, WEIGHT, VECTOR)
     grad_ptr = item_pointer(grad_table, tensor, GRAD, VECTOR)
     m_ptr = item_pointer(m_table, tensor, MOMENT, VECTOR)
@@ -149,6 +129,15 @@ def adamw_kernel(
     v_exponent_ptr = item_pointer(v_exponent_table, tensor, tl.uint8, False)
     remainder_ptr = item_pointer(remainder_table, tensor, tl.int16, VECTOR)
     offset = tl.load(offset_table + tensor)
+    mean_rate = load_scalar(scalars)
+    square_decay = load_scalar(scalars + 1)
+    square_rate = load_scalar(scalars + 2)
+    root_scale = load_scalar(scalars + 3)
+    eps = load_scalar(scalars + 4)
+    decay = load_scalar(scalars + 5)
+    step_size = load_scalar(scalars + 6)
+    seed_low, seed_high = load_words(scalars + 7)
+    step_low, step_high = load_words(scalars + 8)
     factor = tl.load(factor_ptr)
     stop = tl.where(factor == factor, stop, start)  # NaN: no update
 
@@ -207,88 +196,26 @@ def adamw_kernel(
             tl.store(v_ptr + at, v, mask=mask)
 
 
-def gradient_squares(grads: Sequence[Tensor]) -> Tensor:
-    """Σ g² over flat gradients, in fp64."""
-    sums = []
-    for group in alike(grads, lambda grad_P: (grad_P.dtype, is_vector(grad_P))):
-        table = Table(group)
-        squares = table.partial_sums()
-        with on_device(table.device):
-            squares_kernel[(table.programs,)](
-                squares_ptr=squares,
-                GRAD=DTYPES[group[0].dtype],
-                VECTOR=is_vector(group[0]),
-                **table.arguments(grad=addresses(group)),
-            )
-        sums.append(squares.sum())
-    return torch.stack(sums).sum()
-
-
-def update_adamw(items: Sequence[Item], factor: Tensor) -> None:
-    """adamw.update_adamw, one launch for the items that agree in all but their tensors."""
-
-    def kind(item: Item) -> tuple[Any, ...]:
-        state = [value for name, value in item.state.items() if name in STREAMED_STATE]
-        tensors = [item.weight_P, item.grad_P, *state]
-        dtypes = tuple(tensor.dtype for tensor in tensors)
-        return item.coefficients, item.step, item.seed, dtypes, is_vector(*tensors)
-
-    for group in alike(items, kind):
-        first = group[0]
-        weights = [item.weight_P for item in group]
-        table = Table(weights)
-        states = {
-            name: [item.state[entry].data_ptr() if entry in item.state else 0 for item in group]
-            for name, entry in STATE.items()
-        }
-        seed_low, seed_high = words(first.seed)
-        step_low, step_high = words(first.step)
-        with on_device(table.device):
-            adamw_kernel[(table.programs,)](
-                factor_ptr=factor,
-                **first.coefficients._asdict(),
-                seed_low=seed_low,
-                seed_high=seed_high,
-                step_low=step_low,
-                step_high=step_high,
-                WEIGHT=DTYPES[first.weight_P.dtype],
-                GRAD=DTYPES[first.grad_P.dtype],
-                QUANTIZED=first.kind == "8bit",
-                REMAINDER="remainder" in first.state,
-                VECTOR=kind(first)[-1],
-                **table.arguments(
-                    offset=[item.offset for item in group],
-                    weight=addresses(weights),
-                    grad=addresses([item.grad_P for item in group]),
-                    **states,
-                ),
-            )
-        torch.autograd.graph.increment_version(weights)
-
-
 def production_configurations() -> list[Configuration]:
-    """What bench/compile_report.py checks: bf16 and fp32 models of up to 512 tensors, all sizes
-    multiples of 16. Streamed tensors lie behind tables, so their bits an element are given."""
+    """What bench/compile_report.py checks. Streamed tensors lie behind tables, so their bits an
+    element are given."""
     where = dict.fromkeys(["first_program_table", "numel_table"], "*i64")
-    shape = {"VECTOR": True, "TENSORS": 512, "BLOCK_SIZE": BLOCK_SIZE, "CHUNK": CHUNK}
-    bits = {tl.float32: 32, tl.bfloat16: 16}
     found = [
         Configuration(
             f"gradient_squares_{grad}",
             squares_kernel,
             {"squares_ptr": "*fp64", **where, "grad_table": "*i64"},
-            {"GRAD": grad, **shape},
+            {"GRAD": grad, **PRODUCTION},
             OPTIONS,
-            {"grad_table": bits[grad]},
+            {"grad_table": BITS[grad]},
         )
-        for grad in (tl.bfloat16, tl.float32)
+        for grad in BITS
     ]
     signature = {
         "factor_ptr": "*fp32",
+        "scalars": "*i64",
         **where,
         **{f"{name}_table": "*i64" for name in ("offset", "weight", "grad", *STATE)},
-        **dict.fromkeys(Coefficients._fields, "fp32"),
-        **dict.fromkeys(["seed_low", "seed_high", "step_low", "step_high"], "i32"),
     }
     for state, weight in (
         ("8bit", tl.bfloat16),
@@ -298,7 +225,7 @@ def production_configurations() -> list[Configuration]:
         ("exact", tl.bfloat16),
     ):
         moment = 8 if state == "8bit" else 32
-        streamed = {"weight": bits[weight], "grad": bits[weight], "m": moment, "v": moment}
+        streamed = {"weight": BITS[weight], "grad": BITS[weight], "m": moment, "v": moment}
         if state == "exact":
             streamed["remainder"] = 16
         kinds = {"QUANTIZED": state == "8bit", "REMAINDER": state == "exact"}
@@ -307,7 +234,7 @@ def production_configurations() -> list[Configuration]:
                 f"adamw_{state}_{weight}",
                 adamw_kernel,
                 signature,
-                {"WEIGHT": weight, "GRAD": weight, **kinds, **shape},
+                {"WEIGHT": weight, "GRAD": weight, **kinds, **PRODUCTION},
                 OPTIONS,
                 {f"{name}_table": value for name, value in streamed.items()},
             )

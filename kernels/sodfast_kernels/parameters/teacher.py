@@ -9,16 +9,30 @@ measured in the same pass and never sent to the host. A 16-bit φ is rounded sto
 rates rounding to nearest would return φ unchanged and lose most of the average's movement.
 `ParameterUpdate` does any of them in parts, for parameters that are streamed through the device.
 
+What has to be found out about the tensors (that they fit, which are tied, the kernel's tables of
+pointers) is a function of their layout and is kept for the next call with the same one.
+
+Under a CUDA graph (Triton path): make the same call once before the capture, and give `step` as a
+tensor that the graph, or whoever replays it, counts on.
+
 Shapes: P elements of one flattened parameter.
 """
 
-from collections.abc import Iterable
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..backend import uses_triton
 from ..philox import CHUNK, GROUP, random_bits, rng_offsets, round_stochastic
+from .layout import Layout, layout
+
+if TYPE_CHECKING:
+    from .items import Table
 
 
 def copy_teacher_(
@@ -43,19 +57,20 @@ def ema_update_(
     rate: float,
     *,
     seed: int = 0,
-    step: int = 0,
+    step: int | Tensor = 0,
     backend: str = "auto",
 ) -> Tensor:
     """φ ← (1 − rate)·φ + rate·θ in place, computed in fp32 as φ + rate·(θ − φ).
 
     Parameters and backend as in `copy_teacher_`; rate in [0, 1], exact at both ends. A bf16 or fp16
     φ is rounded stochastically with random bits that are a function of (seed, step, position of the
-    element), so pass a new `step` at every update.
+    element), so pass a new `step` at every update: an int, or an int64 scalar on the parameters'
+    device, which the kernel reads there (the PyTorch path waits for its value).
 
     Returns ‖θ − φ_before‖₂, an fp32 scalar on the same device.
-    Raises ValueError naming the argument when count, shape, dtype, device or rate do not fit.
+    Raises ValueError naming the argument when count, shape, dtype, device, rate or step do not fit.
     """
-    return _update_(teacher_params, student_params, rate, seed, step, backend)
+    return _update_(teacher_params, student_params, rate, seed=seed, step=step, backend=backend)
 
 
 def parameter_distance(
@@ -79,9 +94,15 @@ class ParameterUpdate:
     Raises ValueError for a rate outside [0, 1].
     """
 
-    def __init__(self, rate: float, *, seed: int = 0, step: int = 0, backend: str = "auto") -> None:
+    def __init__(
+        self, rate: float, *, seed: int = 0, step: int | Tensor = 0, backend: str = "auto"
+    ) -> None:
         if not 0.0 <= rate <= 1.0:
             raise ValueError(f"rate must be in [0, 1], got {rate}")
+        if isinstance(step, Tensor) and (step.dtype != torch.int64 or step.dim()):
+            raise ValueError(
+                f"step must be an int or an int64 scalar, got {step.dtype} {step.shape}"
+            )
         self.rate, self.seed, self.step, self.backend = float(rate), seed, step, backend
         self._offset = 0  # position of the next part's first element in the random stream
         self._squares: list[Tensor] = []
@@ -102,26 +123,37 @@ class ParameterUpdate:
             if position % GROUP:
                 raise ValueError(f"position must be a multiple of {GROUP}, got {position}")
             self._offset = position
-        pairs = _checked_pairs(teacher_params, student_params)
-        triton = uses_triton(self.backend, (tensor for pair in pairs for tensor in pair))
-        if not pairs:
+        teachers, students = _listed(teacher_params, student_params)
+        plan = _plan(layout(teachers), layout(students), self._offset, self.backend)
+        if not plan.visited:
             return
-        sizes = (teacher.numel() for teacher, _ in pairs)
-        offsets, self._offset = rng_offsets(sizes, self._offset)
-        work = [
-            (teacher.reshape(-1), student.reshape(-1), offset)
-            for (teacher, student), offset in zip(pairs, offsets, strict=True)
-        ]
-        if triton:
-            from . import teacher_kernels
-
-            squares = [teacher_kernels.update(work, self.rate, self.seed, self.step)]
+        teachers = [teachers[index] for index in plan.visited]
+        students = [students[index] for index in plan.visited]
+        if plan.strided:
+            dense = [teacher.contiguous() for teacher in teachers]
+            self.add(dense, [student.contiguous() for student in students])
+            for teacher, updated in zip(teachers, dense, strict=True):
+                if self.rate and updated is not teacher:
+                    teacher.copy_(updated)
+            return
+        if plan.tables:
+            self._update_in_tables(plan.tables, teachers)
         else:
-            squares = [update_flat(*item, self.rate, self.seed, self.step) for item in work]
-        self._squares += squares
-        for (teacher, _), (teacher_P, _, _) in zip(pairs, work, strict=True):
-            if self.rate and not teacher.is_contiguous():  # then teacher_P is a copy
-                teacher.copy_(teacher_P.view(teacher.shape))
+            step = int(self.step)
+            for teacher, student, offset in zip(teachers, students, plan.offsets, strict=True):
+                item = teacher.view(-1), student.view(-1), offset
+                self._squares.append(update_flat(*item, self.rate, self.seed, step))
+        self._offset = plan.following
+
+    def _update_in_tables(self, tables: Sequence[Table], teachers: list[Tensor]) -> None:
+        from . import teacher_kernels
+
+        device = teachers[0].device
+        if isinstance(self.step, Tensor) and self.step.device != device:
+            raise ValueError(f"step is on {self.step.device}, teacher_params[0] on {device}")
+        self._squares.append(teacher_kernels.update(tables, self.rate, self.seed, self.step))
+        if self.rate:
+            torch.autograd.graph.increment_version(teachers)
 
     def distance(self) -> Tensor:
         """‖θ − φ_before‖₂ of the parts so far, an fp32 scalar on their device."""
@@ -131,14 +163,9 @@ class ParameterUpdate:
 
 
 def _update_(
-    teacher_params: Iterable[Tensor],
-    student_params: Iterable[Tensor],
-    rate: float,
-    seed: int = 0,
-    step: int = 0,
-    backend: str = "auto",
+    teacher_params: Iterable[Tensor], student_params: Iterable[Tensor], rate: float, **key: Any
 ) -> Tensor:
-    update = ParameterUpdate(rate, seed=seed, step=step, backend=backend)
+    update = ParameterUpdate(rate, **key)
     update.add(teacher_params, student_params)
     return update.distance()
 
@@ -173,52 +200,96 @@ def update_flat(
     return squares
 
 
-def _checked_pairs(
+class Plan(NamedTuple):
+    """What an update of tensors of one layout does."""
+
+    visited: tuple[int, ...]  # their indices: tied ones once, empty ones left out
+    offsets: tuple[int, ...]  # of the first elements of those in the stream of random bits
+    following: int  # offset of what follows them
+    strided: bool  # some of them are not contiguous: contiguous copies are updated instead
+    tables: Sequence[Table]  # on the Triton path
+
+
+# Sharded parameters are updated one at a time, streamed ones by layer: hundreds of layouts a step.
+@lru_cache(maxsize=512)
+def _plan(teachers: Layout, students: Layout, first: int, backend: str) -> Plan:
+    """The plan for parameters whose first element is at `first` in the stream of random bits."""
+    visited = _checked_pairs(teachers, students)
+    both = [(side, index) for index in visited for side in (teachers, students)]
+    kinds = {(side.devices[index], side.dtypes[index]) for side, index in both}
+    triton = uses_triton(backend, [torch.empty(0, device=d, dtype=t) for d, t in kinds])
+    strided = any(side.strides[index] is not None for side, index in both)
+    numels = [teachers.shapes[index].numel() for index in visited]
+    offsets, following = rng_offsets(numels, first)
+    tables: Sequence[Table] = ()
+    if triton and not strided:
+        from . import teacher_kernels
+
+        pairs = [
+            teacher_kernels.Pair(
+                numel,
+                offset,
+                teachers.addresses[index],
+                students.addresses[index],
+                teachers.dtypes[index],
+                students.dtypes[index],
+            )
+            for index, numel, offset in zip(visited, numels, offsets, strict=True)
+        ]
+        tables = teacher_kernels.tables_of(pairs, teachers.devices[visited[0]])
+    return Plan(tuple(visited), tuple(offsets), following, strided, tables)
+
+
+def _listed(
     teacher_params: Iterable[Tensor], student_params: Iterable[Tensor]
-) -> list[tuple[Tensor, Tensor]]:
-    """The (teacher, student) tensors to visit: checked, tied ones once, empty ones left out."""
-    lists: list[list[Tensor]] = []
+) -> tuple[list[Tensor], list[Tensor]]:
     for name, params in (("teacher_params", teacher_params), ("student_params", student_params)):
         if isinstance(params, Tensor):
             raise ValueError(f"{name} must be a list of tensors, got one tensor")
-        lists.append(list(params))
-    teachers, students = lists
+    teachers, students = list(teacher_params), list(student_params)
     if len(teachers) != len(students):
         raise ValueError(
             f"teacher_params has {len(teachers)} tensors but student_params has {len(students)}"
         )
-    seen: dict[tuple[object, ...], tuple[int, tuple[object, ...]]] = {}
-    pairs = []
-    for index, (teacher, student) in enumerate(zip(teachers, students, strict=True)):
-        for name, tensor in (("teacher_params", teacher), ("student_params", student)):
-            if tensor.dtype not in FLOATS:
-                raise ValueError(f"{name}[{index}] must be floating point, got {tensor.dtype}")
-            if tensor.device != teachers[0].device:
+    return teachers, students
+
+
+def _checked_pairs(teachers: Layout, students: Layout) -> list[int]:
+    """The indices of the tensors to visit: checked, tied ones once, empty ones left out."""
+    seen: dict[tuple[object, ...], int] = {}
+    visited = []
+    for index, shape in enumerate(teachers.shapes):
+        for name, side in (("teacher_params", teachers), ("student_params", students)):
+            if side.dtypes[index] not in FLOATS:
                 raise ValueError(
-                    f"{name}[{index}] is on {tensor.device}, teacher_params[0] on "
-                    f"{teachers[0].device}"
+                    f"{name}[{index}] must be floating point, got {side.dtypes[index]}"
                 )
-        if teacher.shape != student.shape:
+            if side.devices[index] != teachers.devices[0]:
+                raise ValueError(
+                    f"{name}[{index}] is on {side.devices[index]}, teacher_params[0] on "
+                    f"{teachers.devices[0]}"
+                )
+        if shape != students.shapes[index]:
             raise ValueError(
-                f"student_params[{index}] has shape {tuple(student.shape)}, "
-                f"teacher_params[{index}] has {tuple(teacher.shape)}"
+                f"student_params[{index}] has shape {tuple(students.shapes[index])}, "
+                f"teacher_params[{index}] has {tuple(shape)}"
             )
-        if teacher.numel() == 0:
+        if shape.numel() == 0:
             continue
-        first, first_student = seen.setdefault(_memory(teacher), (index, _memory(student)))
+        first = seen.setdefault(_memory(teachers, index), index)
         if first == index:
-            pairs.append((teacher, student))
-        elif first_student != _memory(student):
+            visited.append(index)
+        elif _memory(students, first) != _memory(students, index):
             raise ValueError(
                 f"teacher_params[{index}] is tied to teacher_params[{first}], but "
                 f"student_params[{index}] is not tied to student_params[{first}]"
             )
-    return pairs
+    return visited
 
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def _memory(tensor: Tensor) -> tuple[object, ...]:
+def _memory(side: Layout, index: int) -> tuple[object, ...]:
     """What two tied tensors have in common."""
-    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
+    return side.addresses[index], side.shapes[index], side.strides[index], side.dtypes[index]

@@ -9,33 +9,36 @@ integer rounding, no fused multiply-add. Imported only when a Triton backend run
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Configuration, on_device, words
+from ..launch import Configuration, words
 from ..rounding import random_bits, round_nearest, round_stochastic
 from .items import (
-    BLOCK_SIZE,
-    CHUNK,
+    BITS,
     DTYPES,
     OPTIONS,
+    PRODUCTION,
     Table,
-    addresses,
     alike,
+    as_int64,
     find_item,
     is_vector,
     item_pointer,
+    load_words,
 )
 
 DISTANCE, COPY, AVERAGE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high", "step_low", "step_high"])
+@triton.jit(do_not_specialize=["seed_low", "seed_high"])
 def update_kernel(
     squares_ptr,
+    step_ptr,
     first_program_table,
     numel_table,
     offset_table,
@@ -44,8 +47,6 @@ def update_kernel(
     rate,
     seed_low,
     seed_high,
-    step_low,
-    step_high,
     TEACHER: tl.constexpr,
     STUDENT: tl.constexpr,
     MODE: tl.constexpr,
@@ -55,12 +56,11 @@ def update_kernel(
     CHUNK: tl.constexpr,
 ):
     """φ ← θ or φ + rate·(θ − φ) or nothing, and Σ (θ − φ_before)² of the program's elements."""
-    tensor, start, stop, numel = find_item(first_program_table, numel_table, CHUNK, TENSORS)
-    if VECTOR:
-        numel = numel // 16 * 16  # which the compiler then knows
+    tensor, start, stop, numel = find_item(first_program_table, numel_table, VECTOR, TENSORS, CHUNK)
     teacher_ptr = item_pointer(teacher_table, tensor, TEACHER, VECTOR)
     student_ptr = item_pointer(student_table, tensor, STUDENT, VECTOR)
     offset = tl.load(offset_table + tensor)
+    step_low, step_high = load_words(step_ptr)
     squares = tl.zeros([BLOCK_SIZE], tl.float64)
     for begin in range(start, stop, BLOCK_SIZE):
         at = begin + tl.arange(0, BLOCK_SIZE)
@@ -89,59 +89,80 @@ def update_kernel(
     tl.store(squares_ptr + tl.program_id(0), tl.sum(squares))
 
 
-def update(work: Sequence[tuple[Tensor, Tensor, int]], rate: float, seed: int, step: int) -> Tensor:
-    """Update (teacher_P, student_P, offset of the first element); returns Σ (θ − φ)² in fp64."""
-    sums = []
+class Pair(NamedTuple):
+    """A contiguous tensor of the teacher and one of the student."""
+
+    numel: int
+    offset: int  # of the first element in the stream of random bits
+    teacher: int  # address
+    student: int
+    teacher_dtype: torch.dtype
+    student_dtype: torch.dtype
+
+
+def tables_of(pairs: Sequence[Pair], device: torch.device) -> list[Table]:
+    """What `update` needs to know of the pairs: a table for those that one launch can update."""
+
+    def kind(pair: Pair) -> tuple[torch.dtype, torch.dtype, bool]:
+        vector = is_vector(pair.numel, pair.teacher, pair.student)
+        return pair.teacher_dtype, pair.student_dtype, vector
+
+    found = []
+    for group in alike(pairs, kind):
+        rows = {
+            name: [getattr(p, name) for p in group] for name in ("offset", "teacher", "student")
+        }
+        teacher, student, vector = kind(group[0])
+        constants = {"TEACHER": DTYPES[teacher], "STUDENT": DTYPES[student], "VECTOR": vector}
+        found.append(Table([pair.numel for pair in group], device, rows, constants))
+    return found
+
+
+def update(tables: Sequence[Table], rate: float, seed: int, step: int | Tensor) -> Tensor:
+    """Update the pairs that the tables are of; returns Σ (θ − φ_before)² in fp64.
+
+    step: a tensor is read by the kernel, so that a CUDA graph finds in it what it then holds.
+    """
+    if not isinstance(step, Tensor):
+        step = torch.full((), as_int64(step), dtype=torch.int64, device=tables[0].device)
     seed_low, seed_high = words(seed)
-    step_low, step_high = words(step)
-    for group in alike(work, lambda item: (item[0].dtype, item[1].dtype, is_vector(*item[:2]))):
-        teachers, students, offsets = zip(*group, strict=True)
-        table = Table(teachers)
+    sums = []
+    for table in tables:
         squares = table.partial_sums()
-        with on_device(table.device):
-            update_kernel[(table.programs,)](
-                squares_ptr=squares,
-                rate=rate,
-                seed_low=seed_low,
-                seed_high=seed_high,
-                step_low=step_low,
-                step_high=step_high,
-                TEACHER=DTYPES[teachers[0].dtype],
-                STUDENT=DTYPES[students[0].dtype],
-                MODE={0.0: DISTANCE, 1.0: COPY}.get(rate, AVERAGE),
-                VECTOR=is_vector(*group[0][:2]),
-                **table.arguments(
-                    offset=offsets, teacher=addresses(teachers), student=addresses(students)
-                ),
-            )
-        if rate:
-            torch.autograd.graph.increment_version(teachers)
+        table.launch(
+            update_kernel,
+            squares_ptr=squares,
+            step_ptr=step,
+            rate=rate,
+            seed_low=seed_low,
+            seed_high=seed_high,
+            MODE={0.0: DISTANCE, 1.0: COPY}.get(rate, AVERAGE),
+        )
         sums.append(squares.sum())
     return torch.stack(sums).sum()
 
 
 def production_configurations() -> list[Configuration]:
-    """What bench/compile_report.py checks: bf16 and fp32 models of up to 512 tensors, all sizes
-    multiples of 16. Streamed tensors lie behind tables, so their bits an element are given."""
+    """What bench/compile_report.py checks. Streamed tensors lie behind tables, so their bits an
+    element are given."""
     tables = ["first_program", "numel", "offset", "teacher", "student"]
     signature = {
         "squares_ptr": "*fp64",
+        "step_ptr": "*i64",
         **{f"{name}_table": "*i64" for name in tables},
         "rate": "fp32",
-        **dict.fromkeys(["seed_low", "seed_high", "step_low", "step_high"], "i32"),
+        **dict.fromkeys(["seed_low", "seed_high"], "i32"),
     }
-    shape = {"VECTOR": True, "TENSORS": 512, "BLOCK_SIZE": BLOCK_SIZE, "CHUNK": CHUNK}
-    bits = {tl.float32: 32, tl.bfloat16: 16}
     return [
         Configuration(
             f"{name}_{teacher}_from_{student}",
             update_kernel,
             signature,
-            {"TEACHER": teacher, "STUDENT": student, "MODE": mode, **shape},
+            {"TEACHER": teacher, "STUDENT": student, "MODE": mode, **PRODUCTION},
             OPTIONS,
-            {"teacher_table": bits[teacher], "student_table": bits[student]},
+            {"teacher_table": BITS[teacher], "student_table": BITS[student]},
         )
         for name, mode in (("distance", DISTANCE), ("copy", COPY), ("average", AVERAGE))
-        for student in (tl.bfloat16, tl.float32)
-        for teacher in (tl.bfloat16, tl.float32)
+        for student in BITS
+        for teacher in BITS
     ]

@@ -293,6 +293,15 @@ def test_parameters_and_calls_that_do_not_fit_are_named():
     turned.grad = torch.ones(2, 4)
     with pytest.raises(ValueError, match="not contiguous"):
         AdamW([turned]).step()
+    shortened = nn.Parameter(torch.ones(8))
+    shortened.grad = torch.ones(8)
+    shortened.data = shortened.data[:4]
+    with pytest.raises(ValueError, match="4 elements has a gradient of 8"):
+        AdamW([shortened]).step()
+    sparse = nn.Parameter(torch.ones(3))
+    sparse.grad = torch.ones(3).to_sparse()
+    with pytest.raises(ValueError, match="sparse"):
+        AdamW([sparse]).step()
 
 
 @pytest.mark.parametrize("state", ["8bit", "fp32", "exact"])

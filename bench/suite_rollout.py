@@ -1,0 +1,95 @@
+"""Part `rollout`: the cases of bench_rollout.py that need a GPU. Only their runs import sodfast."""
+
+import math
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from suite_record import Case, Plan, Result, check
+
+ROOFLINE_SHARE = 0.70
+MEMORY_BYTES = 80e9
+
+
+class Engine:
+    """What the cases share: the module, rates of memory, and the model, made when first asked for.
+
+    At full size the shape is that of Qwen3-8B in bf16, with random weights.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+
+    @cached_property
+    def bench(self) -> Any:
+        import bench_rollout
+
+        return bench_rollout
+
+    @cached_property
+    def rates(self) -> dict[str, float]:
+        size = 4 << 30 if self.plan.full else 1 << 20
+        found: dict[str, float] = self.bench.bandwidth(self.plan.device, size)
+        return found
+
+    @cached_property
+    def model(self) -> Any:
+        shape = self.bench.Shape() if self.plan.full else self.bench.TINY_SHAPE
+        dtype = torch.bfloat16 if self.plan.full else torch.float32
+        return self.bench.build(shape, self.plan.device, dtype, 0.02)
+
+    def equality(self) -> Result:
+        return {"checks": as_checks(self.bench.check_equality(self.plan.device))}
+
+    def repeatability(self) -> Result:
+        dtype = torch.bfloat16 if self.plan.full else torch.float32
+        return {"checks": as_checks(self.bench.check_repeatability(self.plan.device, dtype))}
+
+    def attention(self) -> Result:
+        rows = self.bench.attention_cases(self.plan.device, 64, 2048, layers=8)
+        return {
+            "bytes_per_second": self.rates,
+            "rows": [{"name": name, **row} for name, row in rows.items()],
+        }
+
+    def decode(self, slots: int, context: int, steps: int) -> Result:
+        if self.plan.full:
+            torch.cuda.reset_peak_memory_stats()
+        row = self.bench.decode_step(self.model, slots, context, steps, self.rates)
+        checks = []
+        if self.plan.full:
+            share = row["share_of_roofline"]
+            checks.append(check("share of the roofline", share, ROOFLINE_SHARE, at_most=False))
+            checks.append(check("peak bytes", torch.cuda.max_memory_reserved(), MEMORY_BYTES))
+        rates = self.rates
+        return {"bytes_per_second": rates, "checks": checks, "rows": [{"name": "decode", **row}]}
+
+    def answers(self, slots: int, prompt: int, tokens: int) -> Result:
+        found = self.bench.whole_answers(self.model, slots, prompt, tokens, rounds=2)
+        checks = []
+        for name, row in found.items():
+            if name != "native" and self.plan.full:
+                faster = row.get("ours_is_faster", math.nan)  # a rival that failed is a miss
+                checks.append(check(f"native over {name}", faster, 1.0, at_most=False))
+        return {"checks": checks, "rows": [{"name": name, **row} for name, row in found.items()]}
+
+
+def as_checks(targets: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{"check": row.pop("target"), **row} for row in targets]
+
+
+def cases(plan: Plan) -> list[Case]:
+    engine = Engine(plan)
+    found = [
+        Case("answers equal to generate's", 0.5, engine.equality),
+        Case("samples do not depend on their batch", 0.5, engine.repeatability),
+    ]
+    if plan.full:
+        found.append(Case("decode attention, 64 × 2048", 0.5, engine.attention))
+    sizes = ((64, 2048, 128), (128, 1536, 128)) if plan.full else ((4, 40, 8),)
+    for slots, context, steps in sizes:
+        name = f"decode, {slots} slots at {context}"
+        found.append(Case(name, 1.0, partial(engine.decode, slots, context, steps)))
+    size = (64, 256, 256) if plan.full else (3, 5, 7)
+    found.append(Case("whole answers", 3.0, partial(engine.answers, *size)))
+    return found
