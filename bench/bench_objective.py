@@ -82,12 +82,16 @@ def works(size: Size, alpha: float, plan: Plan) -> dict[str, Work]:
         return backward(lambda: linear_distillation_loss(*given_sides, alpha=alpha, **given).loss)
 
     frozen = head.detach()
+    # As in training, where the sampled tokens' log-probs are wanted; the JSD reads its rows once
+    # less for knowing them.
+    token = torch.randint(size.vocabulary, (size.rows,), device=device)
     found = {
         **products(sides),
-        "ours": ours(head),
-        "ours, top-20 + tail": ours(head, top_k=20),
-        "ours, top-100 + tail": ours(head, top_k=100),
-        "ours, frozen head": ours(frozen),
+        "ours": ours(head, target_ids=token),
+        "ours, no sampled tokens": ours(head),
+        "ours, top-20 + tail": ours(head, target_ids=token, top_k=20),
+        "ours, top-100 + tail": ours(head, target_ids=token, top_k=100),
+        "ours, frozen head": ours(frozen, target_ids=token),
     }
     if size.rows <= EAGER_ROWS:
         found["eager"] = backward(partial(eager_divergence, sides, alpha))

@@ -7,9 +7,9 @@ from suite_record import Plan
 
 
 def test_bytes_are_those_of_the_kernels_page() -> None:
-    """kernels/README.md: 10, 14 and 12 bytes an element of bf16 logits."""
+    """kernels/README.md: 10, 10 and 8.1 bytes an element of bf16 logits."""
     found = [bytes_per_element(name, torch.bfloat16) for name in ("KL", "JSD", "top-20 + tail")]
-    assert found == [10, 14, 12]
+    assert found == pytest.approx([10, 10, 8.1], abs=0.03)
     assert bytes_per_element("KL", torch.float32) == 20
 
 

@@ -308,11 +308,9 @@ def settle_kernel(
     tl.store(entropy_ptr + row, entropy)
 
 
-def launch_options(vocabulary: int) -> dict[str, int]:
-    """Eight neighbouring logits a thread, so 16-bit ones are read 16 bytes at a time."""
-    if vocabulary <= 1024:
-        return {"BLOCK_SIZE": 1024, "COLUMNS": 8, "num_warps": 4}
-    return {"BLOCK_SIZE": 2048, "COLUMNS": 8, "num_warps": 8}
+# Eight neighbouring logits a thread, so 16-bit ones are read 16 bytes at a time; in programs small
+# enough that all those of 64 rows run at once.
+SIZES = {"BLOCK_SIZE": 1024, "COLUMNS": 8, "num_warps": 4}
 
 
 def settle_options(vocabulary: int, truncates: bool) -> dict[str, int]:
@@ -360,9 +358,7 @@ def sample(
         "step": words(step)[0],
     }
     with on_device(logits.device):
-        sweep_kernel[(rows, chunks)](
-            **arguments, GREEDY=greedy, CHUNK=CHUNK, **launch_options(vocabulary)
-        )
+        sweep_kernel[(rows, chunks)](**arguments, GREEDY=greedy, CHUNK=CHUNK, **SIZES)
         settle_kernel[(rows,)](
             **arguments,
             token_ptr=token,
@@ -398,9 +394,8 @@ def production_configurations() -> list[Configuration]:
         outputs = {"token_ptr": "*i64", "logprob_ptr": "*fp32", "entropy_ptr": "*fp32"}
         joined = {**common, **outputs, "chunks": "i32", "top_p": "fp32", "k": "i32"}
         for name, greedy in (("sweep", False), ("sweep_greedy", True)):
-            sizes = launch_options(vocabulary)
-            warps = {"num_warps": sizes.pop("num_warps")}
-            constexprs = {"GREEDY": greedy, "CHUNK": CHUNK, **sizes}
+            constexprs = {"GREEDY": greedy, "CHUNK": CHUNK, **SIZES}
+            warps = {"num_warps": constexprs.pop("num_warps")}
             found.append(
                 Configuration(
                     f"{name}_{dtype}",
