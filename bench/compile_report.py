@@ -94,11 +94,19 @@ def accesses(ptx: str, parameters: list[str]) -> list[tuple[frozenset[str], int]
     while changed:  # loops carry addresses around, so repeat until nothing is new
         changed = False
         found: list[tuple[frozenset[str], int]] = []
+        # Registers that hold a number here: one that later counts starts as the 0 of another.
+        numbers: set[str] = set()
         for line in lines:
+            if line.startswith(("$L__BB", "bra")):
+                numbers.clear()
             opcode, _, operands = line.partition(" ")
             target = re.match(r"\{.*?\}|[^,\[]*", operands.strip())[0]  # none for a store
             written = re.findall(r"%\w+", target)
-            source = _union(origins, re.findall(r"%\w+", operands)[len(written) :])
+            sources = [r for r in re.findall(r"%\w+", operands)[len(written) :] if r not in numbers]
+            source = _union(origins, sources)
+            numbers.difference_update(written)
+            if opcode.startswith("mov.") and not sources:
+                numbers.update(written)
             brackets = re.findall(r"\[\s*(%\w+)", operands)
             if opcode.startswith("ld.param"):
                 index = int(re.findall(r"_param_(\d+)", operands)[0])

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compiled_table
 import pytest
 
 pytestmark = pytest.mark.slow  # its process compiles kernels for GPUs
@@ -28,6 +29,17 @@ narrow = wide._replace(constexprs=wide.constexprs | {"VECTOR": False})
 found["narrow"] = report.examine(narrow, 90)
 absent = wide._replace(streamed={"numel": 32})
 found["absent"] = report.examine(absent, 90)
+
+from sodfast_kernels.distillation import row_launch
+from sodfast_kernels.launch import Sweep
+
+for configuration in row_launch.production_configurations():
+    if configuration.name in report.compiled_table.TARGETS:
+        found_here, problems = report.examine(configuration, 90)
+        problems += report.compiled_table.grown(found_here, report.triton.__version__)
+        found["bounded " + configuration.name] = found_here, problems
+        undeclared = configuration._replace(sweeps={"add_tile": Sweep(7.0)})
+        found["undeclared"] = report.examine(undeclared, 90)
 
 ptx = '''
 ld.param.b64 %rd1, [k_param_0];
@@ -94,3 +106,17 @@ def test_addresses_are_followed_to_their_arguments(found):
 
 def test_spills_are_read_from_ptxas(found):
     assert found["ptxas"] == [40, 28]
+
+
+def test_the_row_kernels_meet_their_targets_and_have_not_grown(found):
+    bounded = {key: entry for key, entry in found.items() if key.startswith("bounded")}
+    assert len(bounded) == len(compiled_table.TARGETS)
+    for report, problems in bounded.values():
+        assert problems == [], report["name"]
+        assert report["predicted"]["H200"]["picoseconds"] > 0
+
+
+def test_a_loop_that_is_not_declared_and_one_of_other_bytes_are_problems(found):
+    _, problems = found["undeclared"]
+    assert any("is not declared" in problem for problem in problems)
+    assert any("bytes an element, not 7.0" in problem for problem in problems)

@@ -82,11 +82,12 @@ def launch_rows(
             k=ids.shape[1],
             ADD_TAIL=settings.add_tail,
             CAPACITY=power_of_two(ids.shape[1]),
+            maxnreg=STORED_REGISTERS,
         )
         return
     arguments |= {"teacher_ptr": teacher_nV, "teacher_row_stride": teacher_nV.stride(0)}
     if settings.top_k is None:
-        full_kernel[grid](**arguments)
+        full_kernel[grid](**arguments, maxnreg=FULL_REGISTERS)
         return
     options = top_k_options(settings.top_k, sides.vocabulary)
     lanes, slots = lane_count(options), options["CAPACITY"]
@@ -100,8 +101,9 @@ def launch_rows(
         "k": settings.top_k,
         "ADD_TAIL": settings.add_tail,
     }
-    top_k_kernel[grid](**arguments, SEARCH=False)
-    top_k_kernel[grid](**arguments, SEARCH=True, **SEARCH_OPTIONS)
+    for search in (False, True):
+        registers = top_k_registers(settings.top_k, search)
+        top_k_kernel[grid](**arguments, SEARCH=search, maxnreg=registers)
 
 
 def launch_scale(gradient: Tensor, factor: Tensor) -> None:
@@ -125,8 +127,15 @@ def capacity(top_k: int) -> int:
 # Eight neighbouring elements a thread, so bf16 is stored 16 bytes wide. Programs of four warps wait
 # for few others between two sweeps, and many of them on a multiprocessor fill those gaps.
 SIZES = {"BLOCK_SIZE": 1024, "COLUMNS": 8, "num_warps": 4}
-# Of the search, which is rare: the assembler would rather spill than run fewer programs at once.
-SEARCH_OPTIONS = {"maxnreg": 255}
+# Registers of a thread at most. By itself the assembler would spill a few bytes rather than take
+# some more; these are enough, and let 5, 5 and 4 programs run at once.
+FULL_REGISTERS, TOP_K_REGISTERS, STORED_REGISTERS = 96, 96, 128
+# For more than 512 tokens, and for the search, which is rare.
+MANY_REGISTERS = 255
+
+
+def top_k_registers(top_k: int, search: bool) -> int:
+    return MANY_REGISTERS if search or top_k > 512 else TOP_K_REGISTERS
 
 
 def top_k_scratch(top_k: int, vocabulary: int) -> int:
@@ -200,9 +209,12 @@ def _configuration(variant: str, kind: str, form: str) -> Configuration:
     constexprs: dict[str, Any] = {
         "KIND": number, "HALF": half, "BF16": bf16, **sizes, "upstream_ptr": None, "softcap": None,
     }  # fmt: skip
+    registers = FULL_REGISTERS
     if name == "top":
+        registers = top_k_registers(int(k), search)
         constexprs |= {"ADD_TAIL": True, "SEARCH": search, **top_k_options(int(k), 151_936)}
     elif name == "stored":
+        registers = STORED_REGISTERS
         constexprs |= {"ADD_TAIL": True, "CAPACITY": power_of_two(int(k))}
     strides = ["student_row_stride", "teacher_row_stride", "d_logits_row_stride"]
     types = {
@@ -222,7 +234,7 @@ def _configuration(variant: str, kind: str, form: str) -> Configuration:
         kernel=kernel,
         signature={argument: types.get(argument, "*fp32") for argument in arguments},
         constexprs=constexprs,
-        options={"num_warps": SIZES["num_warps"], **(SEARCH_OPTIONS if search else {})},
+        options={"num_warps": SIZES["num_warps"], "maxnreg": registers},
         streamed=[argument for argument in streamed if argument in arguments],
         sweeps=_sweeps(variant, kind, logits, d_logits),
     )
