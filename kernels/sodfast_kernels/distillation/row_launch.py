@@ -89,21 +89,32 @@ def launch_rows(
     if settings.top_k is None:
         full_kernel[grid](**arguments, maxnreg=FULL_REGISTERS)
         return
-    options = top_k_options(settings.top_k, sides.vocabulary)
+    _launch_top_k(arguments, settings.top_k, settings.add_tail, student_nV)
+
+
+def _launch_top_k(
+    arguments: dict[str, Any], top_k: int, add_tail: bool, student_nV: Tensor
+) -> None:
+    """The rows by their hot lanes, then those that are left to the search."""
+    count, options = student_nV.shape[0], top_k_options(top_k, arguments["vocabulary"])
     lanes, slots = lane_count(options), options["CAPACITY"]
-    arguments |= options
-    arguments |= {
+    scratch = {
         "lanes_ptr": student_nV.new_empty(count, 7, lanes, dtype=torch.float32),
         "hot_ptr": student_nV.new_empty(count, lanes, dtype=torch.int32),
         "values_ptr": student_nV.new_empty(count, 2, slots, dtype=torch.float32),
         "ids_ptr": student_nV.new_empty(count, slots, dtype=torch.int32),
         "overflow_ptr": student_nV.new_empty(count, dtype=torch.int32),
-        "k": settings.top_k,
-        "ADD_TAIL": settings.add_tail,
     }
     for search in (False, True):
-        registers = top_k_registers(settings.top_k, search)
-        top_k_kernel[grid](**arguments, SEARCH=search, maxnreg=registers)
+        top_k_kernel[(count,)](
+            **arguments,
+            **options,
+            **scratch,
+            k=top_k,
+            ADD_TAIL=add_tail,
+            SEARCH=search,
+            maxnreg=top_k_registers(top_k, search),
+        )
 
 
 def launch_scale(gradient: Tensor, factor: Tensor) -> None:
