@@ -18,6 +18,7 @@ from ..softmax import (
     LN2,
     LOG2E,
     MASKED,
+    MASKED_BELOW,
     load_tile,
     log_sum,
     masked_logit,
@@ -47,8 +48,10 @@ from .row_terms import (
 
 
 @triton.jit
-def _log_sum_kept(log_kept2, kept):
+def _log_sum_kept(z, log_kept2, kept):
+    """NaN where nothing is kept, or nothing that is not masked."""
     top = tl.max(tl.where(kept, log_kept2, -float("inf")), 0)
+    top = tl.where(tl.max(tl.where(kept, z, MASKED), 0) < MASKED_BELOW, float("nan"), top)
     return top + tl.log2(tl.sum(tl.where(kept, tl.exp2(log_kept2 - top), 0.0), 0))
 
 
@@ -91,13 +94,16 @@ def finish_buckets(
     divergence, loss and d-logits."""
     probability = s
     if not ADD_TAIL:
-        norm_s2, norm_q2 = _log_sum_kept(log_kept_s2, kept), _log_sum_kept(log_kept_q2, kept)
+        norm_s2 = _log_sum_kept(z_s, log_kept_s2, kept)
+        norm_q2 = _log_sum_kept(z_q, log_kept_q2, kept)
         s, q = tl.exp2(log_kept_s2 - norm_s2), tl.exp2(log_kept_q2 - norm_q2)
         delta2 = delta2 - (norm_q2 - norm_s2)
     divergence, inside, outside = _bucket_gradient(
         delta2, s, q, kept, tail_s, tail_q, probability, alpha, weight * scale, d_target, KIND,
         HALF, ADD_TAIL,
     )  # fmt: skip
+    if not ADD_TAIL:
+        divergence += (norm_s2 + norm_q2) * 0.0  # NaN even if no term is there to be it
     if KIND != JSD:
         diverged = tl.max(tl.where(kept, diverges(z_s, z_q, KIND), 0), 0) > 0
         divergence = tl.where(diverged & (divergence == divergence), float("inf"), divergence)

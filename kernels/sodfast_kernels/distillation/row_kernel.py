@@ -161,16 +161,20 @@ def _expanded_mean2(more, factor, mass, epsilon2, logprob2, log_mass2):
 
 @triton.jit
 def _target_logits(student_ptr, teacher_ptr, target, vocabulary, softcap):
-    """z_s of the sampled token and its z_q − z_s, 0 for an id outside the vocabulary."""
+    """z_s of the sampled token and its z_q − z_s; 0 where one side masks it, or if it is no id of
+    the vocabulary."""
     inside = (target >= 0) & (target < vocabulary)
     z_s = masked_logit(load_target(student_ptr, target, vocabulary), softcap)
     z_q = masked_logit(load_target(teacher_ptr, target, vocabulary), softcap)
-    return tl.where(inside, z_s, MASKED), tl.where(inside, z_q - z_s, 0.0)
+    gap = tl.where(inside, z_q - z_s, 0.0)
+    return tl.where(inside, z_s, MASKED), tl.where(tl.abs(gap) < -MASKED_BELOW, gap, 0.0)
 
 
 @triton.jit
-def _delta2(z_s, z_q, scale2, shift2):
-    return (z_q - z_s) * scale2 - shift2
+def _delta2(z_s, z_q, scale2, gap, rest2):
+    """δ2, where Δ = gap·scale2 + rest2: the gap is a difference of logits and is taken off exactly,
+    so a teacher whose logits lie elsewhere costs no digits."""
+    return ((z_q - z_s) - gap) * scale2 - rest2
 
 
 @triton.jit
@@ -190,7 +194,7 @@ def _any_diverges(
 
 @triton.jit
 def _mean_slope2(
-    student_ptr, teacher_ptr, vocabulary, softcap, scale2, log_s2, log_q2, shift2, alpha,
+    student_ptr, teacher_ptr, vocabulary, softcap, scale2, log_s2, log_q2, gap, rest2, alpha,
     KIND: tl.constexpr, HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Sweep E: Σ s·g in units."""
@@ -201,38 +205,38 @@ def _mean_slope2(
         z_s = load_tile(student_ptr, start + tile, vocabulary, softcap, False)
         z_q = load_tile(teacher_ptr, start + tile, vocabulary, softcap, False)
         s, q = tl.exp2(z_s * scale2 - log_s2), tl.exp2(z_q * scale2 - log_q2)
-        _, slope = bucket_terms(_delta2(z_s, z_q, scale2, shift2), s, q, alpha, KIND, HALF)
+        _, slope = bucket_terms(_delta2(z_s, z_q, scale2, gap, rest2), s, q, alpha, KIND, HALF)
         slopes += tl.sum(slope, 1)
     if whole < vocabulary:
         z_s = load_tile(student_ptr, whole + tile, vocabulary, softcap, True)
         z_q = load_tile(teacher_ptr, whole + tile, vocabulary, softcap, True)
         s, q = tl.exp2(z_s * scale2 - log_s2), tl.exp2(z_q * scale2 - log_q2)
-        _, slope = bucket_terms(_delta2(z_s, z_q, scale2, shift2), s, q, alpha, KIND, HALF)
+        _, slope = bucket_terms(_delta2(z_s, z_q, scale2, gap, rest2), s, q, alpha, KIND, HALF)
         slopes += tl.sum(slope, 1)
     return tl.sum(slopes, 0)
 
 
 @triton.jit
 def _gradient(
-    z_s, z_q, scale2, log_s2, log_q2, shift2, offset, factor, alpha,
+    z_s, z_q, scale2, log_s2, log_q2, gap, rest2, offset, factor, alpha,
     KIND: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """A token's summand of D in units and its d-logit but for the sampled token's own term."""
     s, q = tl.exp2(z_s * scale2 - log_s2), tl.exp2(z_q * scale2 - log_q2)
-    term, slope = bucket_terms(_delta2(z_s, z_q, scale2, shift2), s, q, alpha, KIND, HALF)
+    term, slope = bucket_terms(_delta2(z_s, z_q, scale2, gap, rest2), s, q, alpha, KIND, HALF)
     return term, slope * factor + s * offset
 
 
 @triton.jit
 def _sweep2_tile(
     student_ptr, teacher_ptr, d_logits_ptr, ids, vocabulary, width, softcap, scale2, log_s2,
-    log_q2, shift2, offset, factor, alpha, divergence,
+    log_q2, gap, rest2, offset, factor, alpha, divergence,
     KIND: tl.constexpr, HALF: tl.constexpr, BF16: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     z_s = load_tile(student_ptr, ids, vocabulary, softcap, LAST)
     z_q = load_tile(teacher_ptr, ids, vocabulary, softcap, LAST)
     term, value = _gradient(
-        z_s, z_q, scale2, log_s2, log_q2, shift2, offset, factor, alpha, KIND, HALF
+        z_s, z_q, scale2, log_s2, log_q2, gap, rest2, offset, factor, alpha, KIND, HALF
     )
     if d_logits_ptr is not None:
         if softcap is not None:
@@ -285,7 +289,7 @@ def full_kernel(
         log_s2, entropy_s, top_s, mass_s = log_sum(sums_s, scale2)
         log_q2, entropy_q, top_q, mass_q = log_sum(sums_q, scale2)
         # Term by term: the log-sum-exps of a peaked row are large, their rounding would shift δ.
-        shift2 = (top_q - top_s) * scale2 + (mass_q - mass_s)
+        gap, rest2 = top_q - top_s, mass_q - mass_s
         save(stats_ptr, stats_row_stride, row, STUDENT_ENTROPY, entropy_s)
         save(stats_ptr, stats_row_stride, row, TEACHER_ENTROPY, entropy_q)
         target, weight, scale, policy_loss, d_target = sampled_token(
@@ -300,21 +304,23 @@ def full_kernel(
         mean2 = 0.0
         factor_s = tl.exp2((sums_s[0] - top_s) * scale2)
         if KIND == REVERSE:
-            gap = tl.sum(more[1] * factor_s, 0) / tl.sum(sums_s[1] * factor_s, 0)
-            mean2 = shift2 - gap * scale2
+            mean_gap = tl.sum(more[1] * factor_s, 0) / tl.sum(sums_s[1] * factor_s, 0)
+            mean2 = (gap - mean_gap) * scale2 + rest2
         if EXPAND:
-            epsilon2 = shift2 - gap0 * scale2
+            epsilon2 = (gap - gap0) * scale2 + rest2
             mean2, enough = _expanded_mean2(
                 more, factor_s, sums_s[1], epsilon2, z_target * scale2 - log_s2, mass_s
             )
-            if not enough:
+            if enough:
+                gap, rest2 = gap0, epsilon2
+            else:
                 mean2 = _mean_slope2(
-                    student_ptr, teacher_ptr, vocabulary, softcap, scale2, log_s2, log_q2, shift2,
-                    alpha, KIND, HALF, BLOCK_SIZE, COLUMNS,
+                    student_ptr, teacher_ptr, vocabulary, softcap, scale2, log_s2, log_q2, gap,
+                    rest2, alpha, KIND, HALF, BLOCK_SIZE, COLUMNS,
                 )  # fmt: skip
         elif WANTS_MEAN:
             mean2 = _mean_slope2(
-                student_ptr, teacher_ptr, vocabulary, softcap, scale2, log_s2, log_q2, shift2,
+                student_ptr, teacher_ptr, vocabulary, softcap, scale2, log_s2, log_q2, gap, rest2,
                 alpha, KIND, HALF, BLOCK_SIZE, COLUMNS,
             )  # fmt: skip
         factor = weight * scale * unit(KIND, HALF)
@@ -330,13 +336,13 @@ def full_kernel(
         for start in tl.range(0, whole, BLOCK_SIZE, num_stages=1):
             divergence = _sweep2_tile(
                 student_ptr, teacher_ptr, d_logits_ptr, start + tile, vocabulary, width, softcap,
-                scale2, log_s2, log_q2, shift2, offset, factor, alpha, divergence, KIND, HALF,
+                scale2, log_s2, log_q2, gap, rest2, offset, factor, alpha, divergence, KIND, HALF,
                 BF16, False,
             )  # fmt: skip
         if whole < width:
             divergence = _sweep2_tile(
                 student_ptr, teacher_ptr, d_logits_ptr, whole + tile, vocabulary, width, softcap,
-                scale2, log_s2, log_q2, shift2, offset, factor, alpha, divergence, KIND, HALF,
+                scale2, log_s2, log_q2, gap, rest2, offset, factor, alpha, divergence, KIND, HALF,
                 BF16, True,
             )  # fmt: skip
         total = tl.sum(divergence, 0) * unit(KIND, HALF)
@@ -348,7 +354,7 @@ def full_kernel(
             z_q = load_target(teacher_ptr, target, vocabulary)
             _, value = _gradient(
                 masked_logit(z_s, softcap), masked_logit(z_q, softcap), scale2, log_s2, log_q2,
-                shift2, offset, factor, alpha, KIND, HALF,
+                gap, rest2, offset, factor, alpha, KIND, HALF,
             )  # fmt: skip
             store_target(d_logits_ptr, target, value + d_target, z_s, softcap, vocabulary, BF16)
     else:

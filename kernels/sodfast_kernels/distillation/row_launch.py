@@ -41,6 +41,7 @@ def launch_rows(
     distill, target, advantage, policy, old, upstream = (
         None if entry is None else entry[part].contiguous() for entry in per_row
     )
+    columns = tile_columns(student_nV, teacher_nV, d_logits_nV)
     bf16 = d_logits_nV is not None and d_logits_nV.dtype == torch.bfloat16
     if d_logits_nV is not None and bf16:
         d_logits_nV = d_logits_nV.view(torch.int16)
@@ -68,7 +69,9 @@ def launch_rows(
         "KIND": {0.0: FORWARD, 1.0: REVERSE}.get(settings.alpha, JSD),
         "HALF": settings.alpha == 0.5,
         "BF16": bf16,
-        **SIZES,
+        "BLOCK_SIZE": BLOCK_SIZE,
+        "COLUMNS": columns,
+        "num_warps": NUM_WARPS,
     }
     grid = (count,)
     if teacher_nV is None:
@@ -87,7 +90,7 @@ def launch_rows(
         return
     arguments |= {"teacher_ptr": teacher_nV, "teacher_row_stride": teacher_nV.stride(0)}
     if settings.top_k is None:
-        full_kernel[grid](**arguments, maxnreg=FULL_REGISTERS)
+        full_kernel[grid](**arguments, maxnreg=registers(columns, FULL_REGISTERS))
         return
     _launch_top_k(arguments, settings.top_k, settings.add_tail, student_nV)
 
@@ -96,8 +99,9 @@ def _launch_top_k(
     arguments: dict[str, Any], top_k: int, add_tail: bool, student_nV: Tensor
 ) -> None:
     """The rows by their hot lanes, then those that are left to the search."""
-    count, options = student_nV.shape[0], top_k_options(top_k, arguments["vocabulary"])
-    lanes, slots = lane_count(options), options["CAPACITY"]
+    count, columns = student_nV.shape[0], arguments["COLUMNS"]
+    options = top_k_options(top_k, arguments["vocabulary"], columns)
+    lanes, slots = lane_count(options, columns), options["CAPACITY"]
     scratch = {
         "lanes_ptr": student_nV.new_empty(count, 7, lanes, dtype=torch.float32),
         "hot_ptr": student_nV.new_empty(count, lanes, dtype=torch.int32),
@@ -113,7 +117,7 @@ def _launch_top_k(
             k=top_k,
             ADD_TAIL=add_tail,
             SEARCH=search,
-            maxnreg=top_k_registers(top_k, search),
+            maxnreg=registers(columns, top_k_registers(top_k, search)),
         )
 
 
@@ -135,9 +139,11 @@ def capacity(top_k: int) -> int:
     return max(256, power_of_two(top_k + top_k // 2))
 
 
-# Eight neighbouring elements a thread, so bf16 is stored 16 bytes wide. Programs of four warps wait
-# for few others between two sweeps, and many of them on a multiprocessor fill those gaps.
-SIZES = {"BLOCK_SIZE": 1024, "COLUMNS": 8, "num_warps": 4}
+# Warps of a program wait for few others between two sweeps, and many programs on a multiprocessor
+# fill those gaps. Of a tile each thread has eight elements, neighbours where rows are aligned, so
+# bf16 is stored 16 bytes wide and columns are reduced within a thread.
+BLOCK_SIZE, NUM_WARPS = 1024, 4
+ALIGNED_COLUMNS = 8
 # Registers of a thread at most. By itself the assembler would spill a few bytes rather than take
 # some more; these are enough, and let 5, 5 and 4 programs run at once.
 FULL_REGISTERS, TOP_K_REGISTERS, STORED_REGISTERS = 96, 96, 128
@@ -145,26 +151,41 @@ FULL_REGISTERS, TOP_K_REGISTERS, STORED_REGISTERS = 96, 96, 128
 MANY_REGISTERS = 255
 
 
+def tile_columns(*rows: Tensor | None) -> int:
+    """Columns of a tile: one where rows may start anywhere, as of an odd vocabulary's logits."""
+    aligned = all(
+        tensor.stride(0) % 16 == 0 and tensor.storage_offset() * tensor.itemsize % 16 == 0
+        for tensor in rows
+        if tensor is not None
+    )
+    return ALIGNED_COLUMNS if aligned else 1
+
+
+def registers(columns: int, most: int) -> int:
+    """Registers of a thread at most, `most` on aligned rows: others take more addresses."""
+    return most if columns > 1 else max(most, STORED_REGISTERS)
+
+
 def top_k_registers(top_k: int, search: bool) -> int:
     return MANY_REGISTERS if search or top_k > 512 else TOP_K_REGISTERS
 
 
 def top_k_scratch(top_k: int, vocabulary: int) -> int:
-    """Bytes of what the top-k kernel keeps of a row between its sweeps."""
-    options = top_k_options(top_k, vocabulary)
-    return 32 * lane_count(options) + 12 * options["CAPACITY"] + 4
+    """Bytes of what the top-k kernel keeps of an aligned row between its sweeps."""
+    options = top_k_options(top_k, vocabulary, ALIGNED_COLUMNS)
+    return 32 * lane_count(options, ALIGNED_COLUMNS) + 12 * options["CAPACITY"] + 4
 
 
-def lane_count(options: dict[str, int]) -> int:
+def lane_count(options: dict[str, int], columns: int) -> int:
     """Lanes of a row, from `top_k_options`."""
-    return options["SEGMENTS"] * SIZES["BLOCK_SIZE"] // SIZES["COLUMNS"]
+    return options["SEGMENTS"] * BLOCK_SIZE // columns
 
 
-def top_k_options(top_k: int, vocabulary: int) -> dict[str, int]:
-    """The constants of top_k_kernel beside `SIZES`: 1,024 lanes of a large vocabulary, or twice as
-    many, so that few more than k of its elements reach the k-th greatest of their maxima."""
-    tiles = -(-vocabulary // SIZES["BLOCK_SIZE"])
-    segments = min(8 if top_k <= 512 else 16, power_of_two(tiles))
+def top_k_options(top_k: int, vocabulary: int, columns: int) -> dict[str, int]:
+    """The constants of top_k_kernel: 1,024 lanes of a large vocabulary, or twice as many, so that
+    few more than k of its elements reach the k-th greatest of their maxima."""
+    tiles = -(-vocabulary // BLOCK_SIZE)
+    segments = min(columns if top_k <= 512 else 2 * columns, power_of_two(tiles))
     return {
         "CAPACITY": capacity(top_k),
         "SEGMENTS": segments,
@@ -216,16 +237,20 @@ def _configuration(variant: str, kind: str, form: str) -> Configuration:
     search = name == "search"
     name = "top" if search else name
     kernel = {"full": full_kernel, "top": top_k_kernel, "stored": stored_kernel}[name]
-    sizes = {key: SIZES[key] for key in ("BLOCK_SIZE", "COLUMNS")}
+    sizes = {"BLOCK_SIZE": BLOCK_SIZE, "COLUMNS": ALIGNED_COLUMNS}
     constexprs: dict[str, Any] = {
         "KIND": number, "HALF": half, "BF16": bf16, **sizes, "upstream_ptr": None, "softcap": None,
     }  # fmt: skip
-    registers = FULL_REGISTERS
+    most = FULL_REGISTERS
     if name == "top":
-        registers = top_k_registers(int(k), search)
-        constexprs |= {"ADD_TAIL": True, "SEARCH": search, **top_k_options(int(k), 151_936)}
+        most = top_k_registers(int(k), search)
+        constexprs |= {
+            "ADD_TAIL": True,
+            "SEARCH": search,
+            **top_k_options(int(k), 151_936, ALIGNED_COLUMNS),
+        }
     elif name == "stored":
-        registers = STORED_REGISTERS
+        most = STORED_REGISTERS
         constexprs |= {"ADD_TAIL": True, "CAPACITY": power_of_two(int(k))}
     strides = ["student_row_stride", "teacher_row_stride", "d_logits_row_stride"]
     types = {
@@ -245,7 +270,7 @@ def _configuration(variant: str, kind: str, form: str) -> Configuration:
         kernel=kernel,
         signature={argument: types.get(argument, "*fp32") for argument in arguments},
         constexprs=constexprs,
-        options={"num_warps": SIZES["num_warps"], "maxnreg": registers},
+        options={"num_warps": NUM_WARPS, "maxnreg": most},
         streamed=[argument for argument in streamed if argument in arguments],
         sweeps=_sweeps(variant, kind, logits, d_logits),
     )
@@ -270,11 +295,11 @@ def _sweeps(variant: str, kind: str, logits: str, d_logits: str) -> dict[str, Sw
     if name == "stored":
         student = {"student_sums": Sweep(read), "_outside_tile": Sweep(read + written)}
         return {**rare, **student, "_whole_mass": Sweep(read)}
-    lanes = lane_count(top_k_options(int(k), 151_936))
+    lanes = lane_count(top_k_options(int(k), 151_936, ALIGNED_COLUMNS), ALIGNED_COLUMNS)
     return {
         **rare,
         "_count": Sweep(read, 0),
-        "_collect": Sweep(2 * read, int(k) / lanes, GATHERED.value // (32 * SIZES["num_warps"])),
+        "_collect": Sweep(2 * read, int(k) / lanes, GATHERED.value // (32 * NUM_WARPS)),
         "_sum_lanes": Sweep(2 * read),
         "_outside_tile": Sweep(read + written),
     }

@@ -109,7 +109,7 @@ def _lane_tile(
     z_s = load_raw(student_ptr, ids, vocabulary, LAST)
     z_q = load_raw(teacher_ptr, ids, vocabulary, LAST)
     if softcap is not None:
-        greatest = tl.maximum(greatest, tl.max(z_s, 1))
+        greatest = tl.max(tl.maximum(z_s, greatest[:, None]), 1)
     z_s, z_q = masked_logit(z_s, softcap), masked_logit(z_q, softcap)
     if LAST and softcap is not None:
         z_s = tl.where(ids < vocabulary, z_s, MASKED)
@@ -329,7 +329,7 @@ def top_k_kernel(
             z_s, z_q = masked_logit(raw_s, softcap), masked_logit(raw_q, softcap)
             log_kept_s2, log_kept_q2 = z_s * scale2 - log_s2, z_q * scale2 - log_q2
             s, q = tl.exp2(log_kept_s2), tl.exp2(log_kept_q2)
-            delta2 = (z_q - z_s) * scale2 - ((top_q - top_s) * scale2 + (mass_q - mass_s))
+            delta2 = ((z_q - z_s) - (top_q - top_s)) * scale2 - (mass_q - mass_s)
             tail_s += tl.sum(tl.where(filled & ~kept, s, 0.0), 0)
             tail_q += tl.sum(tl.where(filled & ~kept, q, 0.0), 0)
             finish_buckets(

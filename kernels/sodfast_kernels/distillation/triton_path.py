@@ -17,6 +17,8 @@ from .arguments import Call, Settings, Sides
 from .row_launch import launch_rows, launch_scale, top_k_scratch
 
 TILE_ROWS = 512
+# Of the logits form with top-k: 75 MB of scratch for a large vocabulary.
+TOP_K_ROWS = 2048
 # Columns are padded to this, so that rows of fp32 and bf16 start on 16 bytes.
 PAD = 16
 # A 16-bit head whose d-logits are fp32 (fp16 inputs) is widened this many rows at a time.
@@ -49,8 +51,13 @@ def _logit_form(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     d_shape = (count, vocabulary) if call.want_student else (0,)
     d_student_NV = student_NV.new_empty(d_shape, dtype=sides.gradient_dtype)
     teacher_NV = None if sides.teacher is None else _rows(sides.teacher)
-    d_logits_NV = d_student_NV if call.want_student else None
-    launch_rows(call, slice(0, count), student_NV, teacher_NV, d_logits_NV, stats)
+    # Only top-k takes scratch for its rows.
+    step = count if call.settings.top_k is None else TOP_K_ROWS
+    for first in range(0, count, max(step, 1)):
+        part = slice(first, min(first + step, count))
+        d_logits_nV = d_student_NV[part] if call.want_student else None
+        teacher_nV = None if teacher_NV is None else teacher_NV[part]
+        launch_rows(call, part, student_NV[part], teacher_nV, d_logits_nV, stats)
     return stats, d_student_NV, student_NV.new_empty(0, dtype=sides.gradient_dtype)
 
 
@@ -141,7 +148,7 @@ def _tile_and_slab(
     slab = max(1, min(rows, 2 * hidden if want_head else tile))
     limit = settings.max_scratch_bytes
     if limit is None:
-        return tile, slab
+        return min(tile, slab), slab
     while _scratch(min(tile, slab), slab, sides, settings, wants, want_head) > limit:
         if slab == 1:
             raise ValueError(

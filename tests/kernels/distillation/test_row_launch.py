@@ -39,24 +39,26 @@ def test_the_buffer_of_candidates_is_a_power_of_two_with_room_to_spare():
         assert slots >= 1.5 * top_k - 1 and slots >= 256 and slots & (slots - 1) == 0
 
 
-def test_a_thread_has_eight_neighbouring_elements():
-    sizes = row_launch.SIZES
-    assert (
-        sizes["BLOCK_SIZE"] == 32 * sizes["num_warps"] * sizes["COLUMNS"] and sizes["COLUMNS"] == 8
-    )
+def test_a_thread_has_eight_elements_neighbours_where_rows_are_aligned():
+    assert row_launch.BLOCK_SIZE == 32 * row_launch.NUM_WARPS * 8
+    whole = torch.empty(6, 64, dtype=torch.bfloat16)
+    assert row_launch.tile_columns(whole, None, whole[2:]) == 8
+    for other in (whole[:, 1:], torch.empty(6, 63), whole[:, :24].contiguous()):
+        assert row_launch.tile_columns(whole, other) == 1
 
 
 def test_the_lanes_of_a_row_hold_all_of_it_and_enough_of_them_are_few_elements():
     for vocabulary in (5, 1024, 1025, 32_000, 151_936, 262_144):
         for top_k in (1, 100, 512, 513, 1024):
-            options = row_launch.top_k_options(top_k, vocabulary)
-            lanes = row_launch.lane_count(options)
-            assert lanes * options["ROUNDS"] * row_launch.SIZES["COLUMNS"] >= vocabulary
-            assert lanes & (lanes - 1) == 0
-            if vocabulary > 20_000:
-                # Elements above the k-th of the lanes' maxima, where all are as likely to be.
-                expected = -lanes * math.log1p(-top_k / lanes)
-                assert expected + 5 * expected**0.5 < options["CAPACITY"]
+            for columns in (1, 8):
+                options = row_launch.top_k_options(top_k, vocabulary, columns)
+                lanes = row_launch.lane_count(options, columns)
+                assert lanes * options["ROUNDS"] * columns >= vocabulary
+                assert lanes & (lanes - 1) == 0
+                if vocabulary > 20_000:
+                    # Elements above the k-th of the lanes' maxima, where each is as likely to be.
+                    expected = -lanes * math.log1p(-top_k / lanes)
+                    assert expected + 5 * expected**0.5 < options["CAPACITY"]
 
 
 @pytest.mark.triton

@@ -48,12 +48,13 @@ def rows(kind, vocabulary, generator):
 KINDS = ("random", "one lane", "three values", "constant", "five finite")
 
 
+@pytest.mark.parametrize("vocabulary", [3001, 3008], ids=["anywhere", "aligned"])
 @pytest.mark.parametrize("softcap", [None, 4.0])
 @pytest.mark.parametrize("k", [3, 20, pytest.param(600, marks=pytest.mark.slow)])
-def test_the_kept_tokens_are_those_of_the_definition(k, softcap):
+def test_the_kept_tokens_are_those_of_the_definition(k, softcap, vocabulary):
     """One call: rows that the first launch finishes beside rows that it leaves to the search."""
     generator = torch.Generator().manual_seed(3)
-    student = torch.cat([rows(kind, 3001, generator) for kind in KINDS]).to(DEVICE)
+    student = torch.cat([rows(kind, vocabulary, generator) for kind in KINDS]).to(DEVICE)
     # Nearly equal teachers would hide a token kept instead of another.
     teacher = torch.randn(student.shape, generator=generator).to(DEVICE)
     compare(student, teacher, top_k=k, softcap=softcap, alpha=0.5)
@@ -91,4 +92,22 @@ def compare_all(student, teacher, **given):
         output.loss.backward()
         results.append([*output, logits.grad])
     for actual, expected in zip(*reversed(results), strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("alpha", [0, 0.5, 1])
+@pytest.mark.parametrize("add_tail", [True, False])
+def test_rows_that_are_broken_or_masked_on_one_side_of_all_that_is_kept(alpha, add_tail):
+    generator = torch.Generator().manual_seed(5)
+    student, teacher = torch.randn(2, 3, 700, generator=generator)
+    student[0, 3:60] = math.nan  # more than the buffer of equal ones holds, and k of them NaN
+    teacher[1, student[1].topk(3).indices] = -math.inf
+    student[2] = math.nan
+    compare_all(
+        student.to(DEVICE),
+        teacher.to(DEVICE),
+        top_k=3,
+        alpha=alpha,
+        add_tail=add_tail,
+        target_ids=torch.tensor([1, 2, 3], device=DEVICE),
+    )

@@ -14,6 +14,8 @@ from sodfast_kernels.parameters import adamw, adamw_launch, items
 from sodfast_kernels.parameters.items import Table
 from torch import Tensor, nn
 
+pytestmark = pytest.mark.triton
+
 SIZES = (64, 33, 16, 300)
 STATES = ("8bit", "fp32", "exact")
 

@@ -65,6 +65,7 @@ def test_a_table_is_not_made_while_a_graph_is_captured(monkeypatch):
         Table([3], torch.device("cuda"), {}, {})
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("number", [0, 1, 2**31, 2**32 - 1, 2**63 - 1, 2**63, HUGE_SEED])
 def test_a_number_in_memory_has_the_words_of_the_number(number):
     @triton.jit
@@ -78,6 +79,7 @@ def test_a_number_in_memory_has_the_words_of_the_number(number):
     assert tuple(low_high.tolist()) == words(number)
 
 
+@pytest.mark.triton
 def test_a_scalar_in_memory_is_rounded_as_one_passed_by_value():
     @triton.jit
     def kernel(out, scalars, value):
