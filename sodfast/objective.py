@@ -94,6 +94,31 @@ def truncated_importance_weight(samples: Sequence[Sample]) -> Tensor:
     return likelihood_ratio(trainer_N, sampler_N).clamp(max=MAX_IMPORTANCE_WEIGHT)
 
 
+def to_device(
+    device: torch.device, ids_N: Tensor, *floats_N: Tensor
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Per-token arrays on the CPU, int64 and fp32, moved to `device` in one copy.
+
+    On a GPU the copy starts from pinned memory, so the host does not wait for it, and the results
+    are views of one buffer. On the CPU they are the arguments themselves.
+    """
+    if device.type == "cpu":
+        return ids_N, floats_N
+    # An id takes the room of two fp32 numbers. Every array starts on 16 bytes, as kernels like it.
+    count, padded = len(ids_N), -(-len(ids_N) // 4) * 4
+    host = torch.empty(2 + len(floats_N), padded, pin_memory=device.type == "cuda")
+    ids, floats = _unpacked(host, count)
+    ids.copy_(ids_N)
+    for target_N, source_N in zip(floats, floats_N, strict=True):
+        target_N.copy_(source_N)
+    return _unpacked(host.to(device, non_blocking=True), count)
+
+
+def _unpacked(buffer: Tensor, count: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Views of an fp32 buffer: int64 in its first two rows, fp32 in each of the others."""
+    return buffer[:2].view(-1).view(torch.int64)[:count], buffer[2:, :count].unbind()
+
+
 def micro_batch_loss(
     config: ObjectiveConfig,
     temperature: float,
@@ -111,12 +136,19 @@ def micro_batch_loss(
     one [L_i, H'] tensor per sample, or None where m_i = 0 (those rows are never read);
     `weights` one (distill, policy, advantage) per sample.
     """
-    device = student_hidden_NH.device
-    lengths = torch.tensor([len(sample.response) for sample in samples], device=device)
-    per_token = torch.tensor(weights, dtype=torch.float32, device=device).repeat_interleave(
+    lengths = torch.tensor([len(sample.response) for sample in samples])
+    per_token = torch.tensor(weights, dtype=torch.float32).repeat_interleave(
         lengths, dim=0, output_size=len(student_hidden_NH)
     )
-    importance_N = truncated_importance_weight(samples).to(device)
+    importance_N = truncated_importance_weight(samples)
+    target_ids, (distill_weight, policy_weight, advantage, old_logprob) = to_device(
+        student_hidden_NH.device,
+        torch.cat([sample.response for sample in samples]),
+        per_token[:, 0] * importance_N,
+        per_token[:, 1] * importance_N,
+        per_token[:, 2],
+        torch.cat([sample.logprob for sample in samples]),
+    )
     unread = student_hidden_NH.new_zeros(1, teacher_head.shape[1])
     teacher_rows = [
         unread.expand(len(sample.response), -1) if rows is None else rows
@@ -132,11 +164,11 @@ def micro_batch_loss(
         softcap=softcap,
         top_k=config.top_k,
         add_tail=config.add_tail,
-        distill_weight=per_token[:, 0] * importance_N,
-        target_ids=torch.cat([sample.response for sample in samples]).to(device),
-        policy_weight=per_token[:, 1] * importance_N,
-        advantage=per_token[:, 2],
-        old_logprob=torch.cat([sample.logprob for sample in samples]).to(device),
+        distill_weight=distill_weight,
+        target_ids=target_ids,
+        policy_weight=policy_weight,
+        advantage=advantage,
+        old_logprob=old_logprob,
         clip_range=config.clip_range,
         ratio_cap=config.ratio_cap,
     )

@@ -15,10 +15,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sodfast.config import ObjectiveConfig
 from sodfast.context import choose_demonstrations
-from sodfast.objective import group_advantages, micro_batch_loss, sequence_weights
+from sodfast.objective import (
+    _unpacked,
+    group_advantages,
+    micro_batch_loss,
+    sequence_weights,
+    to_device,
+)
 from sodfast.rollout.engine import Sample
 
 # ---------------------------------------------------------------- advantages
@@ -144,6 +151,73 @@ def test_demonstrations_depend_on_seed_and_step() -> None:
     }
     assert len(set(chosen.values())) == 4
     assert demonstrations(rewards, 8) == list(chosen[0, 1])
+
+
+# ---------------------------------------------------------------- the way to the device
+
+
+def arrays(count: int) -> list[Tensor]:
+    """Ids of more than 32 bits, and floats with every kind of bits."""
+    ids = torch.arange(count) * 2**33 - 100
+    floats = torch.randn(4, count, generator=torch.Generator().manual_seed(count))
+    floats[:, :1], floats[:, 1:2] = float("inf"), -0.0
+    return [ids, *floats]
+
+
+class Copies(TorchDispatchMode):
+    """Counts the copies from one device to another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._to_copy.default
+        return func(*args, **kwargs or {})
+
+
+def test_on_the_cpu_nothing_is_copied() -> None:
+    given = arrays(5)
+    ids, floats = to_device(torch.device("cpu"), *given)
+    assert all(moved is array for moved, array in zip((ids, *floats), given, strict=True))
+
+
+@pytest.mark.parametrize("count", [1, 4, 7])
+def test_one_copy_takes_all_arrays(count: int) -> None:
+    with Copies() as copies:
+        ids, floats = to_device(torch.device("meta"), *arrays(count))
+    assert copies.count == 1
+    assert ids.shape == (count,) and ids.dtype == torch.int64
+    assert [(entry.shape, entry.dtype) for entry in floats] == [((count,), torch.float32)] * 4
+    assert all(entry.storage_offset() % 4 == 0 for entry in floats)
+    assert len({entry.untyped_storage()._cdata for entry in (ids, *floats)}) == 1
+
+
+@pytest.mark.parametrize("count", [1, 4, 7])
+def test_one_buffer_holds_every_bit(count: int) -> None:
+    given = arrays(count)
+    buffer = torch.full((6, 8), float("nan"))
+    ids, floats = _unpacked(buffer, count)
+    for view, array in zip((ids, *floats), given, strict=True):
+        view.copy_(array)
+    for view, array in zip((ids, *floats), given, strict=True):
+        assert torch.equal(view, array)
+        if view.is_floating_point():
+            assert torch.equal(view.signbit(), array.signbit())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("count", [1, 4, 7])
+def test_every_bit_arrives(count: int) -> None:
+    given = arrays(count)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ids, floats = to_device(torch.device("cuda"), *given)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for moved, array in zip((ids, *floats), given, strict=True):
+        assert moved.is_cuda and moved.is_contiguous()
+        assert torch.equal(moved.cpu(), array)
 
 
 # ---------------------------------------------------------------- the loss of an update

@@ -6,7 +6,9 @@ accesses where the buffer is ours), H hidden size.
 Inner level: fp32 logits of one tile (about 512 rows) of student and teacher, then the row kernel,
 which writes bf16 d-logits into the slab. Outer level: the gradients of hidden states and head, one
 product each for a whole slab. Forward and backward together are four products (2·N·H·V flops
-each), three with a frozen head. Nothing waits for the GPU.
+each), three with a frozen head; six and four with fp16 inputs, see `products`. Slabs and their
+tiles are of nearly equal size, for a product of a few rows reads the whole head like any other.
+Nothing waits for the GPU.
 """
 
 import torch
@@ -14,15 +16,17 @@ from torch import Tensor
 
 from ..launch import on_device
 from .arguments import Call, Settings, Sides
+from .products import multiply, multiply_gradients, split_bytes, summed_in_fp32
 from .row_launch import launch_rows, launch_scale, top_k_scratch
 
 TILE_ROWS = 512
 # Of the logits form with top-k: 75 MB of scratch for a large vocabulary.
 TOP_K_ROWS = 2048
-# Columns are padded to this, so that rows of fp32 and bf16 start on 16 bytes.
+# A slab's least rows where the head is frozen. The gradient of [S, H] hidden states is computed in
+# blocks of about 128 × 256, which must be more than a GPU has multiprocessors.
+FROZEN_SLAB_ROWS = 2048
+# Columns are padded to this, so that rows of fp32 and bf16 start on 16 bytes; parts of rows too.
 PAD = 16
-# A 16-bit head whose d-logits are fp32 (fp16 inputs) is widened this many rows at a time.
-WIDENED_ROWS = 8192
 
 
 def evaluate(call: Call) -> tuple[Tensor, Tensor, Tensor]:
@@ -31,7 +35,7 @@ def evaluate(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     Raises:
         ValueError: if `max_scratch_bytes` does not hold a single row.
     """
-    with on_device(call.sides.student.device):
+    with on_device(call.sides.student.device), summed_in_fp32():
         return _logit_form(call) if call.sides.student_head is None else _linear_form(call)
 
 
@@ -68,14 +72,16 @@ def _linear_form(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     count, saved = hidden_NH.shape[0], sides.gradient_dtype
     tile, slab = _tile_and_slab(sides, call.settings, call.wants, call.want_head)
     stats = hidden_NH.new_zeros(6, count, dtype=torch.float32)
-    d_hidden_NH = hidden_NH.new_zeros(hidden_NH.shape if call.want_student else 0, dtype=saved)
-    d_head_VH = hidden_NH.new_zeros(head_VH.shape if call.want_head else 0, dtype=saved)
+    # The first product that writes to a gradient does not read it.
+    empty = hidden_NH.new_zeros if count == 0 else hidden_NH.new_empty
+    d_hidden_NH = empty(hidden_NH.shape if call.want_student else (0,), dtype=saved)
+    d_head_VH = empty(head_VH.shape if call.want_head else (0,), dtype=saved)
     if count == 0:
         return stats, d_hidden_NH, d_head_VH
     # Several slabs are summed in fp32; a single one is written as it is.
     sum_VH = d_head_VH
     if call.want_head and slab < count and saved != torch.float32:
-        sum_VH = d_head_VH.new_zeros(head_VH.shape, dtype=torch.float32)
+        sum_VH = d_head_VH.new_empty(head_VH.shape, dtype=torch.float32)
     width, d_dtype = _width(sides), _d_logits_dtype(sides)
     student_nV = hidden_NH.new_empty(tile, width, dtype=torch.float32)
     teacher_nV = torch.empty_like(student_nV) if sides.teacher is not None else None
@@ -83,19 +89,26 @@ def _linear_form(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     active = call.tokens.active
     for first in range(0, count, slab):
         last = min(first + slab, count)
-        for start in range(first, last, tile):
-            part = slice(start, min(start + tile, last))
+        # The last slab may be shorter, and its tiles are then as well.
+        step = _even_part(last - first, _ceil(last - first, tile))
+        for start in range(first, last, step):
+            part = slice(start, min(start + step, last))
             d_logits_nV = None if d_logits_SV is None else d_logits_SV[start - first :]
             _tile(call, part, student_nV, teacher_nV, d_logits_nV, stats)
         if d_logits_SV is None:
             continue
-        d_logits = d_logits_SV[: last - first, : sides.vocabulary]
-        if call.want_student:
-            _times_head(d_logits, head_VH, d_hidden_NH[first:last])
+        hidden_SH = hidden_NH[first:last]
         if call.want_head:
             # A row without weight has no gradient, whatever stands in its hidden state.
-            hidden = hidden_NH[first:last].masked_fill(~active[first:last, None], 0)
-            _add_outer(d_logits, hidden.to(d_dtype), sum_VH, first == 0)
+            hidden_SH = hidden_SH.masked_fill(~active[first:last, None], 0)
+        multiply_gradients(
+            d_logits_SV[: last - first, : sides.vocabulary],
+            head_VH,
+            hidden_SH,
+            d_hidden_NH[first:last] if call.want_student else None,
+            sum_VH if call.want_head else None,
+            is_first=first == 0,
+        )
     if sum_VH is not d_head_VH:
         d_head_VH.copy_(sum_VH)
     return stats, d_hidden_NH, d_head_VH
@@ -113,20 +126,29 @@ def _tile(
     sides, count, vocabulary = call.sides, part.stop - part.start, call.sides.vocabulary
     assert sides.student_head is not None
     student_nV = student_nV[:count]
-    _project(sides.student[part], sides.student_head, student_nV[:, :vocabulary])
+    multiply(sides.student[part], sides.student_head.T, student_nV[:, :vocabulary])
     if teacher_nV is not None and sides.teacher is not None:
         assert sides.teacher_head is not None
         teacher_nV = teacher_nV[:count]
-        _project(sides.teacher[part], sides.teacher_head, teacher_nV[:, :vocabulary])
+        multiply(sides.teacher[part], sides.teacher_head.T, teacher_nV[:, :vocabulary])
     if d_logits_nV is not None:
         d_logits_nV = d_logits_nV[:count]
     launch_rows(call, part, student_nV, teacher_nV, d_logits_nV, stats)
 
 
 def scratch_bytes(sides: Sides, settings: Settings) -> int:
-    """What a call without `max_scratch_bytes` that wants both gradients takes beside them."""
-    tile, slab = _tile_and_slab(sides, settings, wants=True, want_head=True)
-    return _scratch(tile, slab, sides, settings, wants=True, want_head=True)
+    """What a call without `max_scratch_bytes` takes beside its gradients: of the head and the
+    hidden states, or of the latter alone, whichever takes more."""
+    return max(
+        _scratch(
+            *_tile_and_slab(sides, settings, wants=True, want_head=want_head),
+            sides,
+            settings,
+            wants=True,
+            want_head=want_head,
+        )
+        for want_head in (True, False)
+    )
 
 
 def _width(sides: Sides) -> int:
@@ -143,19 +165,20 @@ def _tile_and_slab(
 ) -> tuple[int, int]:
     """Rows of a tile and of a slab. wants: whether there is any gradient to compute."""
     rows, hidden = sides.student.shape
-    tile = max(1, min(TILE_ROWS, rows))
-    # Only the head's gradient gains from more rows in one product.
-    slab = max(1, min(rows, 2 * hidden if want_head else tile))
-    limit = settings.max_scratch_bytes
-    if limit is None:
-        return min(tile, slab), slab
-    while _scratch(min(tile, slab), slab, sides, settings, wants, want_head) > limit:
+    # The head's gradient gains from many rows in one product, the other one from enough.
+    slabs = _ceil(rows, max(1, 2 * hidden)) if want_head else rows // FROZEN_SLAB_ROWS
+    slabs = max(1, slabs)
+    while True:
+        slab = _even_part(rows, slabs)
+        tile = _even_part(slab, _ceil(slab, TILE_ROWS))
+        limit = settings.max_scratch_bytes
+        if limit is None or _scratch(tile, slab, sides, settings, wants, want_head) <= limit:
+            return tile, slab
         if slab == 1:
             raise ValueError(
                 f"max_scratch_bytes={limit} is too small for one row of this call; raise it"
             )
-        slab = _ceil(slab, 2)
-    return min(tile, slab), slab
+        slabs = min(rows, 2 * slabs)
 
 
 def _scratch(
@@ -168,50 +191,20 @@ def _scratch(
     if settings.top_k is not None:
         tile_row += top_k_scratch(settings.top_k, sides.vocabulary)
     slab_row = width * d_size if wants else 0
-    slab_row += hidden * d_size if want_head else 0
-    fixed = 4 * WIDENED_ROWS * hidden if sides.student.dtype == torch.float16 and wants else 0
+    slab_row += hidden * sides.student.dtype.itemsize if want_head else 0
+    fixed = 0
+    if wants and sides.student.dtype == torch.float16:
+        fixed = split_bytes(slab, sides.vocabulary, hidden, want_head)
     if want_head and slab < rows and sides.gradient_dtype != torch.float32:
         fixed += 4 * hidden * width
     return fixed + tile * tile_row + slab * slab_row
 
 
-def _project(hidden_nH: Tensor, head_VH: Tensor, out_nV: Tensor) -> None:
-    """fp32 logits; 16-bit operands are multiplied as they are and summed in fp32."""
-    if hidden_nH.dtype == torch.float32:
-        torch.mm(hidden_nH, head_VH.T, out=out_nV)
-    elif hidden_nH.is_cuda:
-        torch.mm(hidden_nH, head_VH.T, out_dtype=torch.float32, out=out_nV)
-    else:
-        torch.mm(hidden_nH.float(), head_VH.float().T, out=out_nV)
-
-
-def _times_head(d_logits_SV: Tensor, head_VH: Tensor, out_SH: Tensor) -> None:
-    if head_VH.dtype == d_logits_SV.dtype == out_SH.dtype:
-        torch.mm(d_logits_SV, head_VH, out=out_SH)
-        return
-    for first in range(0, head_VH.shape[0], WIDENED_ROWS):
-        block = slice(first, first + WIDENED_ROWS)
-        out_SH.addmm_(d_logits_SV[:, block], head_VH[block].to(d_logits_SV.dtype))
-
-
-def _add_outer(d_logits_SV: Tensor, hidden_SH: Tensor, sum_VH: Tensor, is_first: bool) -> None:
-    """sum ← sum + d_logitsᵀ · hidden; the first is written without reading the sum."""
-    if sum_VH.dtype == d_logits_SV.dtype:
-        if is_first:
-            torch.mm(d_logits_SV.T, hidden_SH, out=sum_VH)
-        else:
-            sum_VH.addmm_(d_logits_SV.T, hidden_SH)
-    elif sum_VH.is_cuda:
-        torch.addmm(
-            sum_VH,
-            d_logits_SV.T,
-            hidden_SH,
-            out_dtype=torch.float32,
-            beta=0 if is_first else 1,
-            out=sum_VH,
-        )
-    else:
-        sum_VH.addmm_(d_logits_SV.float().T, hidden_SH.float())
+def _even_part(rows: int, parts: int) -> int:
+    """Rows of a part, at least 1, where `rows` are cut into so many of nearly equal size. All but
+    small parts are of whole `PAD`s, so that what belongs to their rows starts on 16 bytes."""
+    size = _ceil(rows, parts)
+    return max(1, size if size <= PAD else min(rows, _ceil(size, PAD) * PAD))
 
 
 def _ceil(value: int, divisor: int) -> int:
