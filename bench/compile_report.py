@@ -30,6 +30,7 @@ import compiled_table
 import predict
 import sass
 import triton
+from sodfast_kernels.attention import kernel as attention_kernel
 from sodfast_kernels.distillation import row_launch
 from sodfast_kernels.launch import Configuration
 from sodfast_kernels.parameters import adamw_kernels, teacher_kernels
@@ -39,7 +40,7 @@ from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource
 
 ARCHITECTURES = (80, 90, 100)
-MODULES = (teacher_kernels, adamw_kernels, row_launch, sampling_kernel)
+MODULES = (teacher_kernels, adamw_kernels, row_launch, sampling_kernel, attention_kernel)
 
 
 def compile_ptx(configuration: Configuration, arch: int) -> tuple[str, int]:
@@ -185,6 +186,8 @@ def count_sweeps(
         elements = sweep.elements or loop.bytes / sweep.bytes
         if sweep.elements is None and elements % tile:
             problems.append(f"{name} moves {loop.bytes / tile} bytes an element, not {sweep.bytes}")
+        if loop.in_flight == 0:
+            problems.append(f"{name} waits for all of its copies: nothing is pipelined")
         found[name] = max(found.get(name, 0.0), loop.instructions / elements)
     missing = [
         name for name, sweep in configuration.sweeps.items() if sweep.share and name not in found

@@ -297,3 +297,67 @@ def attend(
             num_warps=MERGE_WARPS,
         )
     return out
+
+
+SCRATCH = {"mixed_ptr": "*fp32", "mass_ptr": "*fp32", "used_ptr": "*i32", "longest": "i32:16"}
+
+
+def _partial(
+    name: str, dtype: str, queries: int = 1, page: int = 64, width: int = 128, capped: bool = False
+) -> Configuration:
+    """Eight heads of the cache, groups of four; capped: with window and softcap."""
+    itemsize = 4 if dtype == "fp32" else 2
+    sizes = tile_sizes(queries * 4, width, itemsize)
+    strides = {"q": ("sequence", "query", "head"), "k": ("page", "position", "head")}
+    strides["v"] = strides["k"]
+    optional = {"softcap2": "fp32", "window": "i32"}
+    signature = {
+        **SCRATCH,
+        **{f"{tensor}_ptr": f"*{dtype}" for tensor in strides},
+        **{f"{tensor}_{part}_stride": "i32:16" for tensor in strides for part in strides[tensor]},
+        "table_ptr": "*i32",
+        "table_stride": "i32",
+        "scale2": "fp32",
+        **(optional if capped else {}),
+    }
+    shape = {"QUERIES": queries, "CACHE_HEADS": 8, "GROUP": 4, "D": width, "PAGE": page}
+    constexprs = {**shape, **sizes, "STAGES": STAGES}
+    constexprs |= {} if capped else dict.fromkeys(optional)
+    # Of keys and values together, by one thread of a program.
+    elements = 2 * sizes["BLOCK"] * sizes["DIMS"] // (32 * PARTIAL_WARPS)
+    return Configuration(
+        name,
+        partial_kernel,
+        signature,
+        constexprs,
+        {"num_warps": PARTIAL_WARPS},
+        {"table_ptr": 8 * itemsize},  # where a page lies, the table says
+        {"_add_block": Sweep(itemsize, elements=elements)},
+    )
+
+
+def _merge(name: str, splits: int, width: int = 128) -> Configuration:
+    shape = {"QUERIES": 1, "CACHE_HEADS": 8, "GROUP": 4, "D": width, "window": None}
+    sizes = tile_sizes(4, width, 2)
+    shape |= {"DIMS": sizes["DIMS"], "BLOCK": sizes["BLOCK"], "SPLITS": splits}
+    signature = {**SCRATCH, "out_ptr": "*bf16", "splits": "i32"}
+    return Configuration(name, merge_kernel, signature, shape, {"num_warps": MERGE_WARPS}, [])
+
+
+def production_configurations() -> list[Configuration]:
+    """What bench/compile_report.py checks: a cache whose strides 16 divides."""
+    return [
+        _partial("decode_bf16", "bf16"),
+        _partial("decode_fp16", "fp16"),
+        _partial("decode_fp32", "fp32"),
+        _partial("decode_capped_bf16", "bf16", capped=True),
+        _partial("decode_5_bf16", "bf16", queries=5),
+        _partial("decode_16_bf16", "bf16", queries=16),
+        _partial("decode_16_capped_bf16", "bf16", queries=16, capped=True),
+        _partial("decode_page_16_bf16", "bf16", page=16),
+        _partial("decode_head_64_bf16", "bf16", width=64),
+        _partial("decode_head_256_bf16", "bf16", width=256),
+        _merge("decode_merge_4", 4),
+        _merge("decode_merge_64", MOST_SPLITS),
+        _merge("decode_merge_head_256", MOST_SPLITS, width=256),
+    ]
