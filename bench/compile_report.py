@@ -6,8 +6,9 @@ Reports of each kernel in its production configuration: registers, spilled bytes
 narrowest access to a streamed tensor, programs and warps that fit on a multiprocessor, instructions
 and bytes an element of each loop over its data, and from them a predicted time (predict.py). Exit
 code 1 when a kernel spills, reads or writes a streamed tensor less than 16 bytes at a time (8 bytes
-for 8-bit elements), misses a target, or takes over 5 % more instructions an element than
-bench/results/compiled.json says; --update writes that file and the table compiled.md.
+for 8-bit elements), waits in a loop for all of its asynchronous copies, misses a target, or takes
+over 5 % more instructions an element than bench/results/compiled.json says; --update writes that
+file and the table compiled.md.
 """
 
 import argparse

@@ -163,9 +163,7 @@ def _attend(
         begin = first // page
         pages = block_table[b, begin : -(-stop // page)].long()
         seen = slice(first - begin * page, stop - begin * page)
-        keys, values = (
-            cache[pages].flatten(0, 1)[seen].to(dtype) for cache in (k_pages, v_pages)
-        )
+        keys, values = (cache[pages].flatten(0, 1)[seen].to(dtype) for cache in (k_pages, v_pages))
         rows = q[b, unseen:].to(dtype).unflatten(1, (cache_heads, heads // cache_heads))
         scores = torch.einsum("jkgd,pkd->kgjp", rows, keys) * scale
         if softcap is not None:

@@ -12,9 +12,10 @@ The grid depends on shapes alone, so that a CUDA graph stays valid while sequenc
 is cut into as many splits however long it is, each an even share of the blocks in use. A split
 without a block writes nothing, and the merge knows which ones those are.
 
-Three blocks are in flight. Their copies start only if the page of a block is known one turn before
-it is copied: read in the same turn, Triton still compiles the loop but waits for every copy at
-once. So the loop carries the next page's index along; bench/compile_report.py asserts that it works.
+The loop copies blocks of keys and values ahead of their use. For that the page of a block must be
+known one turn before the block is copied: if it is read in the same turn, Triton still compiles the
+loop, but waits for every copy at once. So the loop carries the next page's index along, and
+bench/compile_report.py asserts that no wait is for all copies.
 """
 
 from typing import Any
@@ -28,9 +29,11 @@ from ..launch import Configuration, Sweep, on_device, power_of_two
 from ..rounding import NATIVE, round_nearest
 from ..softmax import LOG2E, soft_cap
 
-STAGES = 3  # blocks in flight
-LEAST_ROWS, MOST_ROWS = 16, 64  # of a tile: a product has 16 at least, and 128 would spill
-BLOCK_BYTES, MOST_POSITIONS = 16 << 10, 64  # of a block of keys
+STAGES = 3  # blocks that the loop holds: one in use, the others on their way
+# Rows of a tile: a product has 16 at least, and 128 would spill.
+LEAST_ROWS, MOST_ROWS = 16, 64
+# Positions of a block: a product has 16 at least; 64 of 128 elements and of 16 bits are 16 KiB.
+LEAST_POSITIONS, MOST_POSITIONS, MOST_ELEMENTS = 16, 64, 8192
 # Programs a multiprocessor that the splits aim at; the longest split, so that a long sequence among
 # short ones does not end alone; the most splits that a merge holds in registers.
 PROGRAMS, LONGEST_SPLIT, MOST_SPLITS = 4, 2048, 64
@@ -203,16 +206,17 @@ def merge_kernel(
     tl.store(out_ptr + place * D + dims, value, mask=dims < D)
 
 
-def tile_sizes(rows: int, width: int, itemsize: int) -> dict[str, int]:
-    """Of a program of the first launch: rows of queries that read one head of the cache, elements
-    of a head, bytes of an element."""
+def tile_sizes(rows_in_all: int, width: int, itemsize: int) -> dict[str, int]:
+    """What a program of the first launch holds. rows_in_all: query rows that read one head of the
+    cache; width: elements of a head; itemsize: bytes of an element."""
     dims = max(16, power_of_two(width))
-    # Products of fp32 and heads of 256 have their sums in twice the registers.
-    most = LEAST_ROWS if itemsize == 4 or dims > 128 else MOST_ROWS
+    # Products of fp32 take more registers, and heads of 256 have longer sums.
+    rows = LEAST_ROWS if itemsize == 4 or dims > 128 else MOST_ROWS
+    elements = MOST_ELEMENTS // 4 if itemsize == 4 else MOST_ELEMENTS
     return {
         "DIMS": dims,
-        "ROWS": min(max(LEAST_ROWS, power_of_two(rows)), most),
-        "BLOCK": min(MOST_POSITIONS, BLOCK_BYTES // (dims * itemsize)),
+        "ROWS": min(max(LEAST_ROWS, power_of_two(rows_in_all)), rows),
+        "BLOCK": min(max(LEAST_POSITIONS, elements // dims), MOST_POSITIONS),
     }
 
 
@@ -251,10 +255,10 @@ def attend(
         torch.cuda.get_device_properties(q.device).multi_processor_count if cuda else 1
     )
     splits = count_splits(programs, longest, sizes["BLOCK"], multiprocessors)
-    scratch = {"dtype": torch.float32, "device": q.device}
+    parts = (sequences, cache_heads, splits)
     common: dict[str, Any] = {
-        "mixed_ptr": torch.empty(sequences, cache_heads, splits, rows, width, **scratch),
-        "mass_ptr": torch.empty(sequences, cache_heads, splits, 2, rows, **scratch),
+        "mixed_ptr": torch.empty(*parts, rows, width, dtype=torch.float32, device=q.device),
+        "mass_ptr": torch.empty(*parts, 2, rows, dtype=torch.float32, device=q.device),
         "used_ptr": used.contiguous(),
         "longest": longest,
         "window": window,
@@ -321,7 +325,7 @@ def _partial(
         **(optional if capped else {}),
     }
     shape = {"QUERIES": queries, "CACHE_HEADS": 8, "GROUP": 4, "D": width, "PAGE": page}
-    constexprs = {**shape, **sizes, "STAGES": STAGES}
+    constexprs: dict[str, Any] = {**shape, **sizes, "STAGES": STAGES}
     constexprs |= {} if capped else dict.fromkeys(optional)
     # Of keys and values together, by one thread of a program.
     elements = 2 * sizes["BLOCK"] * sizes["DIMS"] // (32 * PARTIAL_WARPS)
@@ -337,11 +341,11 @@ def _partial(
 
 
 def _merge(name: str, splits: int, width: int = 128) -> Configuration:
-    shape = {"QUERIES": 1, "CACHE_HEADS": 8, "GROUP": 4, "D": width, "window": None}
     sizes = tile_sizes(4, width, 2)
-    shape |= {"DIMS": sizes["DIMS"], "BLOCK": sizes["BLOCK"], "SPLITS": splits}
+    constexprs = {"QUERIES": 1, "CACHE_HEADS": 8, "GROUP": 4, "D": width, "window": None}
+    constexprs |= {"DIMS": sizes["DIMS"], "BLOCK": sizes["BLOCK"], "SPLITS": splits}
     signature = {**SCRATCH, "out_ptr": "*bf16", "splits": "i32"}
-    return Configuration(name, merge_kernel, signature, shape, {"num_warps": MERGE_WARPS}, [])
+    return Configuration(name, merge_kernel, signature, constexprs, {"num_warps": MERGE_WARPS}, [])
 
 
 def production_configurations() -> list[Configuration]:
