@@ -6,8 +6,9 @@ Reports of each kernel in its production configuration: registers, spilled bytes
 narrowest access to a streamed tensor, programs and warps that fit on a multiprocessor, instructions
 and bytes an element of each loop over its data, and from them a predicted time (predict.py). Exit
 code 1 when a kernel spills, reads or writes a streamed tensor less than 16 bytes at a time (8 bytes
-for 8-bit elements), misses a target, or takes over 5 % more instructions an element than
-bench/results/compiled.json says; --update writes that file and the table compiled.md.
+for 8-bit elements), waits in a loop for all of its asynchronous copies, misses a target, or takes
+over 5 % more instructions an element than bench/results/compiled.json says; --update writes that
+file and the table compiled.md.
 """
 
 import argparse
@@ -30,6 +31,7 @@ import compiled_table
 import predict
 import sass
 import triton
+from sodfast_kernels.attention import kernel as attention_kernel
 from sodfast_kernels.distillation import row_launch
 from sodfast_kernels.launch import Configuration
 from sodfast_kernels.parameters import adamw_kernels, teacher_kernels
@@ -39,7 +41,7 @@ from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource
 
 ARCHITECTURES = (80, 90, 100)
-MODULES = (teacher_kernels, adamw_kernels, row_launch, sampling_kernel)
+MODULES = (teacher_kernels, adamw_kernels, row_launch, sampling_kernel, attention_kernel)
 
 
 def compile_ptx(configuration: Configuration, arch: int) -> tuple[str, int]:
@@ -193,6 +195,8 @@ def count_sweeps(
         elements = sweep.elements or loop.bytes / sweep.bytes
         if sweep.elements is None and elements % tile:
             problems.append(f"{name} moves {loop.bytes / tile} bytes an element, not {sweep.bytes}")
+        if loop.in_flight == 0:
+            problems.append(f"{name} waits for all of its copies: nothing is pipelined")
         found[name] = max(found.get(name, 0.0), loop.instructions / elements)
     missing = [
         name for name, sweep in configuration.sweeps.items() if sweep.share and name not in found

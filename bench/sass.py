@@ -23,12 +23,15 @@ class Loop:
     bytes: of global memory, read or written.
     wide: whether all of these accesses have at least 8 bytes.
     functions: names of the functions its instructions come from.
+    in_flight: groups of asynchronous copies that its strictest wait leaves unfinished; None without
+        such copies.
     """
 
     instructions: int = 0
     bytes: int = 0
     wide: bool = True
     functions: set[str] = field(default_factory=set)
+    in_flight: int | None = None
 
 
 def memory_loops(nvdisasm: Path, cubin: Path) -> list[Loop]:
@@ -66,7 +69,8 @@ def read_listing(listing: str) -> list[Loop]:
 
 def _loop(body: list[tuple[str, str, str | None]]) -> Loop:
     loop = Loop()
-    for opcode, _, function in body:
+    copies = any(opcode.startswith("LDGSTS") for opcode, _, _ in body)
+    for opcode, operands, function in body:
         loop.instructions += opcode != "NOP"
         if function is not None:
             loop.functions.add(function)
@@ -75,6 +79,9 @@ def _loop(body: list[tuple[str, str, str | None]]) -> Loop:
             width = next((WIDTHS[suffix] for suffix in suffixes if suffix in WIDTHS), 4)
             loop.bytes += width
             loop.wide &= width >= 8
+        elif copies and opcode.startswith("DEPBAR.LE"):
+            groups = int(operands.split(",")[1].strip(" ;"), 0)
+            loop.in_flight = groups if loop.in_flight is None else min(loop.in_flight, groups)
     return loop
 
 

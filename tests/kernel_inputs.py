@@ -6,11 +6,13 @@ that they are the same everywhere. What only PyTorch computes (the reference, th
 Philox, the number formats) is tested on the CPU.
 """
 
-from typing import Any
+import itertools
+import math
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from sodfast_kernels import SampledTokens, sample_tokens
+from sodfast_kernels import SampledTokens, decode_attention, sample_tokens
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # The marker skips a test where there is neither a GPU nor the interpreter.
@@ -73,3 +75,87 @@ def draw_tokens(logits: torch.Tensor, key: dict[str, Any], **options: Any) -> Sa
     key = {k: v.to(DEVICE) if torch.is_tensor(v) else v for k, v in key.items()}
     out = sample_tokens(logits.to(DEVICE), **key, **options)
     return SampledTokens(*(entry.cpu() for entry in out))
+
+
+class Cache(NamedTuple):
+    """Arguments of decode_attention, and what each sequence holds in order, [used, K, D]."""
+
+    q: torch.Tensor
+    k_pages: torch.Tensor
+    v_pages: torch.Tensor
+    block_table: torch.Tensor
+    used: torch.Tensor
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+
+
+def paged_cache(
+    used: list[int],
+    *,
+    queries: int = 1,
+    heads: int = 4,
+    cache_heads: int = 2,
+    width: int = 16,
+    page: int = 16,
+    spare: int = 1,
+    dtype: torch.dtype = torch.float32,
+    window: int | None = None,
+    heads_first: bool = False,
+    seed: int = 0,
+) -> Cache:
+    """Sequences in pages of any order; NaN wherever no position lies that a query sees, and table
+    entries without such a position are −1 or huge. spare: entries more than the longest needs."""
+    generator = torch.Generator().manual_seed(seed)
+    columns = -(-max(used) // page) + spare
+    pages = len(used) * columns + 2
+    shape = (pages, cache_heads, page, width) if heads_first else (pages, page, cache_heads, width)
+    caches = [torch.full(shape, float("nan")) for _ in range(2)]
+    views = [cache.transpose(1, 2) if heads_first else cache for cache in caches]
+    garbage = torch.tensor([-1, 2**31 - 1, pages, -(2**31)], dtype=torch.int32)
+    table = garbage[torch.arange(len(used) * columns) % 4].view(len(used), columns).clone()
+    order = torch.randperm(pages, generator=generator).int().tolist()
+    contents: list[list[torch.Tensor]] = [[], []]
+    for b, length in enumerate(used):
+        first = 0 if window is None else max(0, length - queries + 1 - window)
+        for m in range(first // page, -(-length // page)):
+            table[b, m] = order.pop()
+        position = torch.arange(first, length)
+        places = table[b].repeat_interleave(page)[first:length].long(), position % page
+        for view, sequences in zip(views, contents, strict=True):
+            content = torch.randn(length, cache_heads, width, generator=generator)
+            sequences.append(content.to(dtype).float())
+            view[places] = sequences[-1][first:]
+    q = torch.randn(len(used), queries, heads, width, generator=generator)
+    return Cache(
+        q.to(DEVICE, dtype),
+        views[0].to(DEVICE, dtype),
+        views[1].to(DEVICE, dtype),
+        table.to(DEVICE),
+        torch.tensor(used, dtype=torch.int32, device=DEVICE),
+        *contents,
+    )
+
+
+def attention_by_hand(
+    cache: Cache, window: int | None = None, softcap: float | None = None
+) -> torch.Tensor:
+    """fp64, a query and a head at a time."""
+    q = cache.q.double().cpu()
+    sequences, queries, heads, width = q.shape
+    out = torch.zeros(q.shape, dtype=torch.float64)
+    group = heads // cache.k_pages.shape[2]
+    for b, j, a in itertools.product(range(sequences), range(queries), range(heads)):
+        end = int(cache.used[b]) - queries + 1 + j
+        first = 0 if window is None else max(0, end - window)
+        if end <= 0:
+            continue
+        keys = cache.keys[b][first:end, a // group].double()
+        scores = keys @ q[b, j, a] / math.sqrt(width)
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        out[b, j, a] = scores.softmax(0) @ cache.values[b][first:end, a // group].double()
+    return out
+
+
+def attend_paged(cache: Cache, **options: Any) -> torch.Tensor:
+    return decode_attention(*cache[:5], **options)

@@ -1,8 +1,10 @@
-"""Fused distillation objective, teacher updates, optimizer and sampling; triton for CUDA only.
+"""Fused distillation objective, teacher updates, optimizer, sampling and attention for decoding;
+triton for CUDA only.
 
 `reference` is the definition of the objective in plain PyTorch.
 """
 
+from .attention import decode_attention
 from .distillation import (
     DistillationOutput,
     distillation_loss,
@@ -19,6 +21,7 @@ __all__ = [
     "ParameterUpdate",
     "SampledTokens",
     "copy_teacher_",
+    "decode_attention",
     "distillation_loss",
     "ema_update_",
     "gumbel_noise",

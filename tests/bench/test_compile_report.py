@@ -27,6 +27,12 @@ for name in ("average_bf16_from_bf16", "adamw_8bit_bf16"):
 wide = configurations["gradient_squares_bf16"]
 narrow = wide._replace(constexprs=wide.constexprs | {"VECTOR": False})
 found["narrow"] = report.examine(narrow, 90)
+decode = next(
+    c for c in report.attention_kernel.production_configurations() if c.name == "decode_bf16"
+)
+found["decode_bf16"] = report.examine(decode, 90)
+unpipelined = decode._replace(constexprs=decode.constexprs | {"STAGES": 2})
+found["unpipelined"] = report.examine(unpipelined, 90)
 absent = wide._replace(streamed={"numel": 32})
 found["absent"] = report.examine(absent, 90)
 
@@ -76,7 +82,7 @@ def found():
     return json.loads(result.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("name", ["average_bf16_from_bf16", "adamw_8bit_bf16"])
+@pytest.mark.parametrize("name", ["average_bf16_from_bf16", "adamw_8bit_bf16", "decode_bf16"])
 def test_production_kernels_are_clean(found, name):
     report, problems = found[name]
     assert problems == [] and report["spill_bytes"] == 0
@@ -88,6 +94,12 @@ def test_a_narrow_access_is_found(found):
     report, problems = found["narrow"]
     assert report["narrowest_streamed_access_bytes"] == 2
     assert problems == ["grad_table (16 bits) is accessed 2 bytes at a time"]
+
+
+def test_a_loop_that_waits_for_all_of_its_copies_is_a_problem(found):
+    assert found["unpipelined"][1] == [
+        "_add_block waits for all of its copies: nothing is pipelined"
+    ]
 
 
 def test_a_streamed_name_that_is_never_accessed_is_a_problem(found):
