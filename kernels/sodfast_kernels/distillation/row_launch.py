@@ -147,6 +147,7 @@ ALIGNED_COLUMNS = 8
 # Registers of a thread at most. By itself the assembler would spill a few bytes rather than take
 # some more; these are enough, and let 5, 5 and 4 programs run at once.
 FULL_REGISTERS, TOP_K_REGISTERS, STORED_REGISTERS = 96, 96, 128
+UNALIGNED_REGISTERS = 168
 # For more than 512 tokens, and for the search, which is rare.
 MANY_REGISTERS = 255
 
@@ -163,7 +164,7 @@ def tile_columns(*rows: Tensor | None) -> int:
 
 def registers(columns: int, most: int) -> int:
     """Registers of a thread at most, `most` on aligned rows: others take more addresses."""
-    return most if columns > 1 else max(most, STORED_REGISTERS)
+    return most if columns > 1 else max(most, UNALIGNED_REGISTERS)
 
 
 def top_k_registers(top_k: int, search: bool) -> int:
@@ -207,9 +208,15 @@ VARIANTS = ("full", "top_20", "top_100", "top_1024", "search_100", "search_1024"
 def production_configurations() -> list[Configuration]:
     """What bench/compile_report.py checks: rows padded to multiples of 16, all per-token terms on.
 
-    Every variant on our own fp32 tiles; over other logits those that differ most.
+    Every variant on our own fp32 tiles; over other logits those that differ most. Then what need
+    not be fast but must compile, without a spill: soft caps, and rows that start anywhere.
     """
-    found = []
+    found = [_softcapped(_configuration(variant, "jsd", "fp32")) for variant in VARIANTS]
+    found += [
+        _unaligned(_configuration(variant, "jsd", form), form)
+        for variant in ("full", "top_100", "stored_100")
+        for form in ("bf16", "fp32_to_fp32")
+    ]
     for form in FORMS:
         for kind in KINDS:
             for variant in VARIANTS:
@@ -228,6 +235,32 @@ def production_configurations() -> list[Configuration]:
             )
         )
     return found
+
+
+def _softcapped(configuration: Configuration) -> Configuration:
+    constexprs = {k: v for k, v in configuration.constexprs.items() if k != "softcap"}
+    return configuration._replace(
+        name=configuration.name + "_softcap",
+        signature={**configuration.signature, "softcap": "fp32"},
+        constexprs=constexprs,
+        sweeps={},
+    )
+
+
+def _unaligned(configuration: Configuration, form: str) -> Configuration:
+    variant, _, k = configuration.name.removesuffix(f"_jsd_{form}").partition("_")
+    constexprs = {**configuration.constexprs, "COLUMNS": 1}
+    if variant == "top":
+        constexprs |= top_k_options(int(k), 151_936, 1)
+    options = configuration.options
+    return configuration._replace(
+        name=configuration.name + "_unaligned",
+        signature={k: v.removesuffix(":16") for k, v in configuration.signature.items()},
+        constexprs=constexprs,
+        options={**options, "maxnreg": registers(1, options["maxnreg"])},
+        streamed=[],
+        sweeps={},
+    )
 
 
 def _configuration(variant: str, kind: str, form: str) -> Configuration:

@@ -24,7 +24,8 @@ def test_production_configurations_name_real_arguments():
         names.add(name)
         assert not signature.keys() & constexprs.keys()
         assert signature.keys() | constexprs.keys() == set(kernel.arg_names)
-        assert set(streamed) <= signature.keys() and sweeps
+        assert set(streamed) <= signature.keys()
+        assert sweeps or name.endswith(("_softcap", "_unaligned"))
 
 
 def test_every_variant_is_compiled_over_our_own_tiles():
