@@ -49,9 +49,11 @@ def decode_attention(
     read back from the GPU, so the call can be captured in a CUDA graph; a replay reads `used` and
     `block_table` anew. backend="torch" reads `used` on the host. Never differentiated.
 
-    Predicted on an H100 and an H200, from counts of instructions and bytes and never measured, for
-    bf16, D = 128, pages of 64, 8 heads of the cache, groups of 4 and Q = 1: 89 and 88 % of the
-    bandwidth of a copy for 64 sequences of 2,048 positions, 82 and 78 % for 4 of 8,192.
+    A prediction, nothing of it measured: by the counts of bench/compile_report.py the loop over the
+    cache is bound by its bytes alone on an A100, H100 and H200 (bf16, D = 128, pages of 64, 8 heads
+    of the cache, groups of 4, Q = 1). With launches and with programs that end unevenly, 89 % of
+    the bandwidth of a copy on an H100 and 88 % on an H200 for 64 sequences of 2,048 positions, 82
+    and 78 % for 4 of 8,192; these four were estimated for a prototype with the same counts.
 
     Args:
         q: [B, Q, A, D], Q ≥ 1, 1 ≤ D ≤ 256, fp32, bf16 or fp16; fp64 on the PyTorch path alone.
