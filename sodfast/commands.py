@@ -112,6 +112,7 @@ def build_trainer(
         raise
     place = str(device) if ranks.size == 1 else f"{ranks.size} × {device.type}"
     reporter.message(f"{out}: {config.schedule.kind}, seed {config.seed}, {place}")
+    reporter.message(describe(*_attention(model, engine)))
     return trainer
 
 
@@ -227,20 +228,24 @@ def _student(config: Config, path: Path, device: torch.device) -> LanguageModel:
 def _questions_and_engine(
     config: Config, model: LanguageModel, task: Task, reporter: Reporter
 ) -> tuple[Questions, Engine]:
-    """The questions that fit, and an engine that can run the longest with its answer; says which
-    attention runs.
+    """The questions that fit, and an engine that can run the longest with its answer.
 
-    Raises `UsageError` where that is not the one that model.attention asks for.
+    Raises `UsageError` where the attention that model.attention asks for is not installed.
     """
     data = fitting_questions(config, model, task, reporter)
     engine = build_engine(config.rollout, model, reporter.message)
-    capped = getattr(model.network.config, "attn_logit_softcapping", None) is not None
-    attends = (model.device, model.head.dtype, capped, engine.name == "native")
     if config.model.attention == "flash":
-        require_flash(*attends)
-    reporter.message(describe(*attends))
+        require_flash(*_attention(model, engine))
     engine.require(data.longest + config.rollout.max_new_tokens)
     return data, engine
+
+
+def _attention(
+    model: LanguageModel, engine: Engine
+) -> tuple[torch.device, torch.dtype, bool, bool]:
+    """What `describe` and `require_flash` are asked about."""
+    capped = getattr(model.network.config, "attn_logit_softcapping", None) is not None
+    return model.device, model.head.dtype, capped, engine.name == "native"
 
 
 def pick_device(name: str, ranks: Ranks = ALONE) -> torch.device:

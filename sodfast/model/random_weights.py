@@ -2,7 +2,9 @@
 
 Its tokenizer is built here, too: a token for each byte of UTF-8, so that any task can be asked.
 A prompt has more tokens than the shape's own tokenizer would make of it; ids beyond 255 are sampled
-like others and decode to nothing. What such a model measures is time and memory.
+like others and decode to nothing. What such a model measures is time and memory. Its answers are
+never right: with teacher.success_reward=0 any of them is a demonstration, so that there is
+something to distil.
 """
 
 import json

@@ -62,13 +62,15 @@ def test_a_run_trains_random_weights(
     dtype: str, tmp_path: Path, read_run: Callable[[Path], Any]
 ) -> None:
     """Two steps on rows that need a whole alphabet, resumable and evaluable from its checkpoint."""
-    row = {"prompt": "Größte Zahl?", "choices": ["1", "2"], "answer": "B"}
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps(row | {"id": str(i)}) + "\n" for i in range(4)))
+    files = [tmp_path / "train.jsonl", tmp_path / "test.jsonl"]
+    for file in files:
+        asked = [{"prompt": f"Größte Zahl ({i})?\nA: 1\nB: 2", "answer": "B"} for i in range(4)]
+        file.write_text("".join(json.dumps(row) + "\n" for row in asked))
     out = tmp_path / "run"
     overrides = [
         f"model.random={TINY}", f"model.dtype={dtype}", "device=cpu", f"out={out}", "steps=2",
-        "task.name=multiple_choice", f"task.train={rows}", f"task.test={rows}", "eval.samples=1",
+        "task.name=multiple_choice", f"task.train={files[0]}", f"task.test={files[1]}",
+        "eval.samples=1", "collapse.eval_floor=0", "teacher.success_reward=0",
         "rollout.prompts_per_step=2", "rollout.samples_per_prompt=2", "rollout.max_new_tokens=8",
     ]  # fmt: skip
     trainer = build_trainer(load_config("base", overrides), None, Reporter())
@@ -79,7 +81,9 @@ def test_a_run_trains_random_weights(
         trainer.run.close()
     found = read_run(out)
     assert [line["step"] for line in found.lines] == [0, 1, 2]
-    assert all(line["length/mean"] <= 8 for line in found.lines[1:])
+    for line in found.lines[1:]:
+        assert line["length/mean"] <= 8
+        assert line["optim/grad_norm"] > 0 and line["distill/divergence"] > 0
     moved = trainer.model.network.state_dict()
     assert start.keys() == moved.keys()
     assert any(not start[name].equal(moved[name]) for name in start)
