@@ -13,6 +13,7 @@ from sodfast.config import Config, LogConfig, load_config, read_overrides, valid
 from sodfast.context import Questions, fitting_questions
 from sodfast.errors import UsageError
 from sodfast.evaluate import evaluate
+from sodfast.model.attention import describe, require_flash, without_cudnn
 from sodfast.model.liger import use_liger
 from sodfast.model.load import (
     LanguageModel,
@@ -23,6 +24,7 @@ from sodfast.model.load import (
     wrap_model,
 )
 from sodfast.model.lora import add_adapters, merge_adapters, require_peft
+from sodfast.model.random_weights import random_model
 from sodfast.parallel.ranks import ALONE, Ranks, join
 from sodfast.rollout.build import build_engine
 from sodfast.rollout.engine import Engine
@@ -77,6 +79,7 @@ def build_trainer(
         if ranks.size > 1:
             torch.cuda.set_device(device)  # on which NCCL and FSDP work
     limit_memory(device, config.memory_gib)
+    without_cudnn(device)
     # Ranks that name a new directory by the clock may not name the same one.
     out = Path(ranks.gather(config.out or default_out(config))[0]) if resume is None else resume
     config = config.model_copy(update={"out": str(out)})
@@ -109,6 +112,7 @@ def build_trainer(
         raise
     place = str(device) if ranks.size == 1 else f"{ranks.size} × {device.type}"
     reporter.message(f"{out}: {config.schedule.kind}, seed {config.seed}, {place}")
+    reporter.message(describe(*_attention(model, engine)))
     return trainer
 
 
@@ -130,6 +134,7 @@ def evaluate_model(source: str, overrides: list[str]) -> dict[str, Any]:
         config = load_config(preset, [f"model.path={source}", *overrides])
     task = build_task(config.task)
     device = pick_device(config.device)
+    without_cudnn(device)
     if path is None:
         model = load_model(source, device, getattr(torch, config.model.dtype))
     else:
@@ -190,12 +195,15 @@ def build_model(
 def _untrained(
     config: Config, device: torch.device, progress: Any = lambda phase, done, total: None
 ) -> LanguageModel:
-    """The configured model or the lab's own, with new adapters where they are configured."""
+    """The configured model, one of random weights or the lab's own, with new adapters where they
+    are configured."""
     if config.model.lora is not None:
         require_peft()
     dtype = getattr(torch, config.model.dtype)
     if config.model.path is not None:
         model = load_model(config.model.path, device, dtype)
+    elif config.model.random is not None:
+        model = random_model(config.model.random, device, dtype, config.seed)
     else:
         from sodfast.lab.warm_start import build
 
@@ -220,11 +228,24 @@ def _student(config: Config, path: Path, device: torch.device) -> LanguageModel:
 def _questions_and_engine(
     config: Config, model: LanguageModel, task: Task, reporter: Reporter
 ) -> tuple[Questions, Engine]:
-    """The questions that fit, and an engine that can run the longest with its answer."""
+    """The questions that fit, and an engine that can run the longest with its answer.
+
+    Raises `UsageError` where the attention that model.attention asks for is not installed.
+    """
     data = fitting_questions(config, model, task, reporter)
     engine = build_engine(config.rollout, model, reporter.message)
+    if config.model.attention == "flash":
+        require_flash(*_attention(model, engine))
     engine.require(data.longest + config.rollout.max_new_tokens)
     return data, engine
+
+
+def _attention(
+    model: LanguageModel, engine: Engine
+) -> tuple[torch.device, torch.dtype, bool, bool]:
+    """What `describe` and `require_flash` are asked about."""
+    capped = getattr(model.network.config, "attn_logit_softcapping", None) is not None
+    return model.device, model.head.dtype, capped, engine.name == "native"
 
 
 def pick_device(name: str, ranks: Ranks = ALONE) -> torch.device:

@@ -42,6 +42,7 @@ RENAMED = {"optimizer.state": "optimizer.adamw"}
 _DISCRIMINATORS = {"schedule": ("kind", "cgtr"), "task": ("name", "arithmetic")}
 
 Positive = Annotated[int, Field(ge=1)]
+Interval = Annotated[int, Field(ge=0)]  # in steps; 0: never
 Fraction = Annotated[float, Field(ge=0, le=1)]
 TopP = Annotated[float, Field(gt=0, le=1)]
 Temperature = Annotated[float, Field(gt=0)]
@@ -76,6 +77,11 @@ class LoRAConfig(Section):
 
 class ModelConfig(Section):
     path: str | None = None  # Hugging Face id or directory; None: the lab builds its own model
+    # Instead of `path`: random weights, drawn from `seed`, of a shape named in configs/models.json,
+    # and a tokenizer of bytes, without a directory or network; for measurements.
+    random: str | None = None
+    # auto: the fastest attention that is installed; flash: FlashAttention, and no run without it.
+    attention: Literal["auto", "flash"] = "auto"
     # The dtype of the weights; the teacher's weights and the gradients have the same one.
     dtype: Literal["float32", "bfloat16"] = "float32"
     # Keep only the input of each decoder layer, and run the layer again in the backward pass: less
@@ -274,7 +280,7 @@ class OptimizerConfig(Section):
 
 
 class EvalConfig(Section):
-    every: Positive = 10
+    every: Interval = 10  # 0: no evaluation, neither of the untrained student nor at the end
     samples: Positive = 16
     temperature: Annotated[float, Field(ge=0)] = 0.6  # 0: greedy
     top_p: TopP = 0.95
@@ -282,7 +288,8 @@ class EvalConfig(Section):
 
 
 class CheckpointConfig(Section):
-    every: Positive = 25
+    # 0: no checkpoint, also not at the end or when interrupted; a resumed run then starts over.
+    every: Interval = 25
     keep: Positive = 2
 
 
@@ -362,7 +369,12 @@ class Config(Section):
                 "rollout.engine=vllm does not go with model.lora, since it copies plain weights: "
                 "set rollout.engine to native or hf"
             )
-        if self.model.path is None and not isinstance(self.task, ArithmeticConfig):
+        if self.model.path is not None and self.model.random is not None:
+            raise ValueError(
+                "model.path and model.random exclude each other: leave one of them out"
+            )
+        own = self.model.path is None and self.model.random is None
+        if own and not isinstance(self.task, ArithmeticConfig):
             raise ValueError(
                 f"task.name={self.task.name} needs a model: set model.path (the lab's own model "
                 "only knows task.name=arithmetic)"

@@ -125,9 +125,9 @@ class Trainer:
 
         Raises `RunFailed` when a loss or gradient is not finite, memory runs out or the disk
         refuses, and summary.json says "failed". The state before the step is checkpointed first.
-        The last checkpoint stands instead where an update of the step has already moved the
-        weights, and where one of several ranks has run out of memory, since the others then wait
-        for it at another point.
+        The last checkpoint stands instead with checkpoint.every=0, where an update of the step has
+        already moved the weights, and where one of several ranks has run out of memory, since the
+        others then wait for it at another point.
         """
         logger = Logger(self.config, self.run.path)
         interruption = Interruption(self.ranks.any if self.ranks.size > 1 else None)
@@ -142,7 +142,8 @@ class Trainer:
                     self._train_step(step, interruption, logger)
             status: Status = "done" if self.collapse.step is None else "collapsed"
         except Interrupted:
-            self.reporter.message("interrupted: saving the last finished step")
+            kept = "saving the last finished step" if self.config.checkpoint.every else "not saved"
+            self.reporter.message(f"interrupted: {kept}")
             if self.lines:
                 self._save()
             status = "interrupted"
@@ -179,7 +180,7 @@ class Trainer:
         self.schedule.load_state_dict(stored.state["schedule"])
         self.collapse.load_state_dict(stored.state["collapse"])
         self.gain.last = stored.state["reward_memory"]
-        closing = not self._due(self.step)  # see `_due`
+        closing = self._due_at_the_end(self.step)
         self.lines = self.run.rewind(self.step, without_evaluation=closing and not self._ended())
         self.state = self._state()
         if closing and self._ended():
@@ -188,7 +189,9 @@ class Trainer:
         self._event(self.step, "resume")
 
     def _evaluate_start(self, interruption: Interruption, logger: Logger) -> None:
-        line = {"step": 0, **self._evaluate(0)}
+        line: dict[str, Any] = {"step": 0}
+        if self.config.eval.every:
+            line |= self._evaluate(0)
         with interruption.shielded():
             self.collapse.observe(line)
             self.state = self._state()
@@ -414,13 +417,14 @@ class Trainer:
             line |= self._evaluate(step)
         self._observe_collapse(line)
         self.step = step
-        self.state = self._state()  # before a closing evaluation: see `_due`
-        if self._ended() and not self._due(step):
+        self.state = self._state()  # before a closing evaluation: see `_due_at_the_end`
+        if self._ended() and self._due_at_the_end(step):
             evaluation = self._evaluate(step)
             line |= evaluation
             self._observe_collapse({"step": step, **evaluation})
         self._commit(line, logger)
-        if self._ended() or step % self.config.checkpoint.every == 0:
+        every = self.config.checkpoint.every
+        if self._ended() or (every and step % every == 0):
             self._save()
 
     def _observe_collapse(self, line: dict[str, Any]) -> None:
@@ -454,13 +458,18 @@ class Trainer:
         return self.config.optimizer.micro_batch_tokens
 
     def _due(self, step: int) -> bool:
-        """Whether a step is evaluated no matter where the run ends.
+        """Whether a step is evaluated no matter where the run ends."""
+        every = self.config.eval.every
+        return every > 0 and step % every == 0
 
-        The last step of a run is always evaluated. Where it is not due, that closing evaluation
-        belongs to this end of the run alone: the checkpoint holds the state from before it, and a
-        run that is continued drops it.
+    def _due_at_the_end(self, step: int) -> bool:
+        """Whether a step is evaluated only because the run ends there.
+
+        The last step of a run is evaluated unless eval.every=0. Where it is not due otherwise, that
+        closing evaluation belongs to this end of the run alone: the checkpoint holds the state from
+        before it, and a run that is continued drops it.
         """
-        return step % self.config.eval.every == 0
+        return self.config.eval.every > 0 and not self._due(step)
 
     def _ended(self) -> bool:
         collapsed = self.config.collapse.stop and self.collapse.step is not None
@@ -490,6 +499,9 @@ class Trainer:
         }
 
     def _save(self) -> None:
+        """Write the checkpoint of `step`, unless it is there or checkpoint.every=0."""
+        if not self.config.checkpoint.every:
+            return
         self.reporter.phase("checkpoint")
         if self.ranks.any(self.step in checkpoint.steps(self.run.checkpoints)):
             return

@@ -97,6 +97,12 @@ MISTAKES = {
         ["model.path"],
     ),
     "missing model": (["model.path=./nowhere"], ["model.path"]),
+    "unknown shape": (["model.random=Qwen/Qwen9"], ["model.random", "Qwen/Qwen3-8B"]),
+    "a shape beside a model": (["model.random=x", "model.path=y"], ["model.random", "model.path"]),
+    "no FlashAttention": (
+        ["model.random=sodfast/tiny", "model.attention=flash", "device=cpu"],
+        ["model.attention=flash", "device=cuda"],
+    ),
     "empty model folder": (["model.path=folder"], ["config.json"]),
     "out is a file": (["out=list.yaml"], ["out=list.yaml"]),
     "out is in use": (["out=used"], ["out=used", "--resume"]),

@@ -48,6 +48,8 @@ LAB_DEFAULTS = {
     "steps": 150,
     "device": "auto",
     "model.path": None,
+    "model.random": None,
+    "model.attention": "auto",
     "task.name": "arithmetic",
     "rollout.prompts_per_step": 16,
     "rollout.samples_per_prompt": 4,
@@ -228,7 +230,7 @@ def test_a_key_of_another_kind_is_unknown() -> None:
 
 
 def test_several_mistakes_are_all_named() -> None:
-    message = refusal("stepps=3", "optimizer.lr=fast", "eval.every=0")
+    message = refusal("stepps=3", "optimizer.lr=fast", "eval.every=-1")
     for key in ("stepps", "optimizer.lr", "eval.every"):
         assert key in message
 
@@ -279,7 +281,11 @@ def test_several_mistakes_are_all_named() -> None:
         "optimizer.clip_norm=0",
         "optimizer=5",
         "optimizer=",
-        "eval.every=0",
+        "eval.every=-1",
+        "eval.every=1.5",
+        "checkpoint.every=-1",
+        "model.random=3",
+        "model.attention=fast",
         "checkpoint.keep=0",
         "collapse.stop=1",
         "collapse.eval_floor=2",
@@ -445,6 +451,16 @@ def test_a_group_that_is_no_mapping_in_the_file(tmp_path: Path) -> None:
             ["task.name=multiple_choice", "task.train=train.jsonl", "task.test=test.jsonl"],
             ["model.path", "task.name"],
             ["model.path=Qwen/Qwen3-8B"],
+        ),
+        (
+            ["task.name=multiple_choice", "task.train=train.jsonl", "task.test=test.jsonl"],
+            ["model.path", "task.name"],
+            ["model.random=Qwen/Qwen3-8B"],
+        ),
+        (
+            ["model.path=Qwen/Qwen3-8B", "model.random=Qwen/Qwen3-8B"],
+            ["model.path", "model.random"],
+            ["model.path=null"],
         ),
     ],
 )

@@ -11,11 +11,14 @@ import torch
 from conftest import SCHEDULES
 from transformers import AutoModelForCausalLM
 
-from sodfast.commands import evaluate_model, export_model
-from sodfast.errors import RunFailed
+from sodfast.commands import build_trainer, evaluate_model, export_model
+from sodfast.config import load_config
+from sodfast.errors import RunFailed, UsageError
 from sodfast.files import read_lines
 from sodfast.model.load import decoder_layers
 from sodfast.run import checkpoint
+from sodfast.run.console import Reporter
+from sodfast.run.interrupt import Interrupted
 from sodfast.trainer import Trainer
 
 Line = Mapping[str, Any]
@@ -191,6 +194,71 @@ def test_a_question_visited_again_has_a_gain(runs: Train) -> None:
     run = runs("task.train=8", "steps=6")
     assert not any("reward/snr" in line for line in run.lines[:3])
     assert any("reward/snr" in line for line in run.lines[3:])
+
+
+# ---------------------------------------------------------------- what is switched off
+
+
+@pytest.mark.parametrize("stop", ["false", "true"])
+def test_a_run_without_evaluation_and_checkpoints(
+    train: Train, runs: Train, tmp_path: Path, stop: str
+) -> None:
+    """It ends properly, with the numbers of another; resumed, it starts over and ends likewise."""
+    out = tmp_path / "run"
+    off = ("eval.every=0", "checkpoint.every=0", f"collapse.stop={stop}", "steps=5")
+    found = train(out, *off)
+    assert found.summary["status"] == "done" and found.summary["steps"] == 5
+    assert not found.summary.keys() & {"final", "peak", "peak_step"}
+    assert found.lines == without_evaluation(runs("steps=5").lines)
+    assert found.lines[0] == {"step": 0}
+    assert checkpoint.steps(out / "checkpoints") == []
+    assert not [
+        event for event in read_lines(out / "events.jsonl") if event["event"] == "checkpoint"
+    ]
+    assert train(out) == found
+    with pytest.raises(UsageError, match="no checkpoint"):
+        export_model(out, tmp_path / "model")
+
+
+def test_a_run_without_evaluation_is_continued(train: Train, runs: Train, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train(out, "eval.every=0", "steps=3")
+    assert checkpoint.steps(out / "checkpoints") == [0, 3]
+    found = train(out, "steps=5")
+    assert found.lines == without_evaluation(runs("steps=5").lines)
+    assert train(out) == found
+
+
+def test_an_interrupted_run_without_checkpoints_saves_nothing(
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    trainer = build(out, "checkpoint.every=0")
+    said: list[str] = []
+
+    def interrupt(*arguments: Any) -> Any:
+        raise Interrupted
+
+    monkeypatch.setattr(trainer.reporter, "message", said.append)
+    monkeypatch.setattr(trainer.teacher, "score", interrupt)
+    assert trainer.train() == "interrupted"
+    trainer.run.close()
+    assert said == ["interrupted: not saved"]
+    assert checkpoint.steps(out / "checkpoints") == []
+    resumed = build(out)
+    assert resumed.step == 0 and not (out / "metrics.jsonl").exists()
+    resumed.run.close()
+
+
+def test_a_run_says_which_attention_it_takes(
+    tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reporter, said = Reporter(), list[str]()
+    monkeypatch.setattr(reporter, "message", said.append)
+    config = load_config("lab", [*tiny_run, f"out={tmp_path / 'run'}", "device=cpu"])
+    build_trainer(config, None, reporter).run.close()
+    (line,) = [text for text in said if text.startswith("attention: ")]
+    assert line == "attention: sdpa over packed sequences, products in decoding"
 
 
 # ---------------------------------------------------------------- what a run depends on

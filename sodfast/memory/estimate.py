@@ -22,11 +22,12 @@ from sodfast_kernels import AdamW, ParameterUpdate
 from sodfast_kernels.parameters import empty_state
 from sodfast_kernels.philox import CHUNK
 
-from sodfast.config import PRESETS, ArithmeticConfig, Config, LoRAConfig
+from sodfast.config import ArithmeticConfig, Config, LoRAConfig
 from sodfast.errors import UsageError
 from sodfast.memory.trace import LiveBytes, Sequences, Trace, prefill, scoring, training
 from sodfast.model.load import output_head, trained_parameters
 from sodfast.model.packing import micro_batches
+from sodfast.model.random_weights import shape, shipped_shapes
 from sodfast.optimizer import build_optimizer
 from sodfast.parallel.fsdp import Weights
 from sodfast.parallel.offload import SLOTS, block_bytes, blocks
@@ -128,11 +129,12 @@ class Estimate:
                 "teacher_stream": self._stream(max(self.others)),
                 "activations": self._moving_the_teacher(),
             },
-            "evaluate": {**resident, **self._sampling(evaluating=True)},
         }
+        if self.config.eval.every:
+            phases["evaluate"] = {**resident, **self._sampling(evaluating=True)}
         if not self.on_gpu and self.native:
             # There the engine keeps its cache's memory for the next call.
-            kept = max(phases[phase]["kv_cache"] for phase in ("rollout", "evaluate"))
+            kept = max(items.get("kv_cache", 0) for items in phases.values())
             phases = {phase: {**items, "kv_cache": kept} for phase, items in phases.items()}
         return {
             phase: {item: count for item, count in items.items() if count}
@@ -341,17 +343,19 @@ def _at_the_caps(config: Config) -> list[Lengths]:
 
 
 def architecture(config: Config) -> dict[str, Any]:
-    """The contents of the model's config.json: the lab's, a directory's, the hub cache's, or those
-    of a known model.
+    """The contents of the model's config.json: the lab's, a directory's, the hub cache's, or a
+    shipped shape.
 
     Raises `UsageError` where there is none.
     """
     path = config.model.path
+    if config.model.random is not None:
+        return shape(config.model.random)
     if path is None:
         from sodfast.lab import model as lab
 
         return lab.architecture(config.lab).to_dict()
-    known = json.loads((PRESETS / "models.json").read_text())
+    known = shipped_shapes()
     if path in known:
         return known[path]
     file = Path(path) / "config.json"

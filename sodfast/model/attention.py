@@ -1,7 +1,10 @@
 """Attention over packed sequences and over the slots of a cache, called alike on every device.
 
-* On a GPU in 16 bits: torch's own FlashAttention (`varlen_attn`) where the installed torch has what
-  is needed, otherwise the `flash-attn` package where it is installed, otherwise sdpa.
+`paths` decides which kernel runs, from the device, the dtype and what is installed:
+
+* On a GPU in 16 bits, FlashAttention 2: torch's own (`varlen_attn`) where it has the arguments that
+  are needed, otherwise the `flash-attn` package where it is installed, otherwise sdpa. The
+  `varlen_attn` of torch 2.11 has no `seqused_k`, so that it serves packed sequences but no cache.
 * On a GPU in 32 bits: sdpa, since FlashAttention takes 16 bits only.
 * On a CPU: sdpa over runs of equally long packed sequences; two batched matrix products where each
   sequence has one new token.
@@ -14,28 +17,129 @@ plain operations compute it.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from inspect import signature
 from itertools import groupby
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sodfast.errors import UsageError
 
-def varlen_attention(feature: str) -> Callable[..., Any] | None:
-    """torch's `varlen_attn`, if the installed torch has it and it has the argument `feature`."""
+Path = Literal["varlen_attn", "flash-attn", "sdpa", "products"]
+FLASH: tuple[Path, ...] = ("varlen_attn", "flash-attn")
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Which kernel attends: over packed sequences, over those with capped scores, and over the
+    slots of a cache."""
+
+    packed: Path
+    capped: Path
+    slots: Path
+
+
+def paths(device: torch.device, dtype: torch.dtype) -> Paths:
+    """The kernels for tensors of this `dtype` on this `device`, by what is installed now."""
+    if device.type != "cuda":
+        return Paths("sdpa", "sdpa", "products")
+    if dtype.itemsize != 2:
+        return Paths("sdpa", "sdpa", "sdpa")
+    otherwise: Path = "flash-attn" if _has_package() else "sdpa"
+    torchs = _varlen_arguments()
+    return Paths(
+        packed="varlen_attn" if "window_size" in torchs else otherwise,
+        capped=otherwise,
+        slots="varlen_attn" if {"window_size", "seqused_k"} <= torchs else otherwise,
+    )
+
+
+def describe(device: torch.device, dtype: torch.dtype, softcap: bool, slots: bool) -> str:
+    """One line for a person: the kernels of a run. `softcap`: whether the model caps its scores;
+    `slots`: whether its rollouts attend by `SlotAttention` or by kernels that are not ours."""
+    found = paths(device, dtype)
+    packed = found.capped if softcap else found.packed
+    decode = _named(found.slots) if slots else "the engine's own"
+    return f"attention: {_named(packed)} over packed sequences, {decode} in decoding"
+
+
+def require_flash(device: torch.device, dtype: torch.dtype, softcap: bool, slots: bool) -> None:
+    """What model.attention=flash asks for; the arguments are those of `describe`.
+
+    Raises `UsageError` where any of these kernels would not be FlashAttention's.
+    """
+    found = paths(device, dtype)
+    packed = found.capped if softcap else found.packed
+    if device.type != "cuda" or dtype.itemsize != 2:
+        reason = "FlashAttention takes 16 bits on a GPU: set device=cuda and model.dtype=bfloat16"
+    elif packed not in FLASH:
+        reason = "none that is installed serves this model's packed sequences: install flash-attn"
+    elif slots and found.slots not in FLASH:
+        reason = "none that is installed decodes from a cache: install flash-attn or torch 2.13"
+    else:
+        return
+    raise UsageError(f"model.attention=flash: {reason}, or set model.attention=auto")
+
+
+def without_cudnn(device: torch.device) -> None:
+    """Take cuDNN's kernels out of sdpa's choice, for the rest of this process.
+
+    On Hopper torch prefers them, and cuDNN may build a plan for each new shape, half a second
+    long; our shapes are new in nearly every call. The setting is the process's, so a command calls
+    this when its run starts on a GPU, and importing or calling sodfast's modules does not.
+    """
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def _named(path: Path) -> str:
+    return f"torch's {path}" if path == "varlen_attn" else path
+
+
+def _varlen_arguments() -> frozenset[str]:
+    """Names of the arguments of the installed torch's `varlen_attn`; none where it has none."""
     if find_spec("torch.nn.attention.varlen") is None:
-        return None
+        return frozenset()
     from torch.nn.attention.varlen import varlen_attn
 
-    return varlen_attn if feature in signature(varlen_attn).parameters else None
+    return frozenset(signature(varlen_attn).parameters)
+
+
+def _has_package() -> bool:
+    """Whether `flash-attn` is installed; `flash-attn-4` shares its folder, not its modules."""
+    return (
+        find_spec("flash_attn") is not None
+        and find_spec("flash_attn.flash_attn_interface") is not None
+    )
+
+
+def _varlen_attn() -> Callable[..., Any]:
+    """torch's `varlen_attn`, set to take fewer key-value heads than query heads.
+
+    torch 2.11 has no argument for that and needs none: it hands the heads to the same operator,
+    which takes groups, without the comparison that `enable_gqa` switches off in later versions.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    grouped = "enable_gqa" in _varlen_arguments()
+    return partial(varlen_attn, enable_gqa=True) if grouped else varlen_attn
 
 
 def _sides(window: int | None) -> tuple[int, int]:
-    """FlashAttention's window: positions to the left (−1: all) and to the right."""
+    """FlashAttention's window of causal attention: positions to the left (−1: all) and right."""
     return (-1 if window is None else window - 1, 0)
+
+
+def _sides_of_one(window: int | None) -> tuple[int, int]:
+    """The same for a single query, the last of its sequence: without a window nothing lies to its
+    right, so that it need not be cut off there. FlashAttention 2 packs the query heads of a group
+    into one tile and splits the keys among blocks only where neither side is cut off."""
+    return (-1, -1) if window is None else _sides(window)
 
 
 class PackedAttention:
@@ -50,12 +154,13 @@ class PackedAttention:
         self.tokens, self.longest = sum(lengths), max(lengths)
         ends = torch.tensor([0, *lengths]).cumsum(0)
         self.bounds = ends.to(device, torch.int32)
-        self.attend: Callable[..., Tensor] = self._sdpa
-        self.attend_capped: Callable[..., Tensor] = self._sdpa
-        if device.type == "cuda" and dtype.itemsize == 2:
-            package = self._package_flash()
-            self.attend = self._torch_flash() or package or self._sdpa
-            self.attend_capped = package or self._sdpa
+        kernels: dict[Path, Callable[..., Tensor]] = {
+            "varlen_attn": self._varlen,
+            "flash-attn": self._package,
+            "sdpa": self._sdpa,
+        }
+        found = paths(device, dtype)
+        self.attend, self.attend_capped = kernels[found.packed], kernels[found.capped]
 
     def __call__(
         self,
@@ -75,37 +180,25 @@ class PackedAttention:
             torch.cat([attended_TAD, torch.zeros_like(padding)]) if len(padding) else attended_TAD
         )
 
-    def _torch_flash(self) -> Callable[..., Tensor] | None:
-        varlen_attn = varlen_attention("enable_gqa")
-        if varlen_attn is None:
-            return None
+    def _varlen(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, _: None
+    ) -> Tensor:
+        bounds, longest = self.bounds, self.longest
+        return _varlen_attn()(
+            q, k, v, bounds, bounds, longest, longest,
+            scale=scale, window_size=_sides(window),
+        )  # fmt: skip
 
-        def attend(
-            q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, _: None
-        ) -> Tensor:
-            bounds, longest = self.bounds, self.longest
-            return varlen_attn(
-                q, k, v, bounds, bounds, longest, longest,
-                scale=scale, window_size=_sides(window), enable_gqa=True,
-            )  # fmt: skip
-
-        return attend
-
-    def _package_flash(self) -> Callable[..., Tensor] | None:
-        if find_spec("flash_attn") is None:
-            return None
+    def _package(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, cap: float | None
+    ) -> Tensor:
         from flash_attn import flash_attn_varlen_func
 
-        def attend(
-            q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, cap: float | None
-        ) -> Tensor:
-            bounds, longest = self.bounds, self.longest
-            return flash_attn_varlen_func(
-                q, k, v, bounds, bounds, longest, longest,
-                softmax_scale=scale, causal=True, window_size=_sides(window), softcap=cap or 0.0,
-            )  # fmt: skip
-
-        return attend
+        bounds, longest = self.bounds, self.longest
+        return flash_attn_varlen_func(
+            q, k, v, bounds, bounds, longest, longest,
+            softmax_scale=scale, causal=True, window_size=_sides(window), softcap=cap or 0.0,
+        )  # fmt: skip
 
     def _sdpa(
         self,
@@ -166,10 +259,16 @@ class SlotAttention:
         self.used_B = used_B
         self.width = width
         self.biases: dict[int | None, Tensor] = {}
-        self.attend: Callable[..., Tensor] = self._products
-        if used_B.device.type == "cuda":
-            flash = (self._torch_flash() or self._package_flash()) if dtype.itemsize == 2 else None
-            self.attend = flash or self._sdpa
+        kernels: dict[Path, Callable[..., Tensor]] = {
+            "varlen_attn": self._varlen,
+            "flash-attn": self._package,
+            "sdpa": self._sdpa,
+            "products": self._products,
+        }
+        chosen = paths(used_B.device, dtype).slots
+        self.attend = kernels[chosen]
+        if chosen == "varlen_attn":  # one query each
+            self.ends_B1 = torch.arange(len(used_B) + 1, dtype=torch.int32, device=used_B.device)
 
     def __call__(
         self,
@@ -182,46 +281,39 @@ class SlotAttention:
         """Attended values [B, A, D]."""
         return self.attend(q_BAD, keys_SWKD, values_SWKD, scale, window)
 
-    def _torch_flash(self) -> Callable[..., Tensor] | None:
-        varlen_attn = varlen_attention("seqused_k")
-        if varlen_attn is None:
-            return None
-        count = len(self.used_B)
-        ends_B1 = torch.arange(count + 1, dtype=torch.int32, device=self.used_B.device)
+    def _varlen(
+        self,
+        q_BAD: Tensor,
+        keys_SWKD: Tensor,
+        values_SWKD: Tensor,
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        slot = keys_SWKD.shape[1]
+        keys, values = (x[: len(q_BAD)].flatten(0, 1) for x in (keys_SWKD, values_SWKD))
+        return _varlen_attn()(
+            q_BAD, keys, values, self.ends_B1, self.ends_B1 * slot, 1, slot,
+            scale=scale, window_size=_sides_of_one(window), seqused_k=self.used_B,
+        )  # fmt: skip
 
-        def attend(
-            q_BAD: Tensor, keys_SWKD: Tensor, values_SWKD: Tensor, scale: float, window: int | None
-        ) -> Tensor:
-            slot = keys_SWKD.shape[1]
-            keys, values = (x[:count].flatten(0, 1) for x in (keys_SWKD, values_SWKD))
-            return varlen_attn(
-                q_BAD, keys, values, ends_B1, ends_B1 * slot, 1, slot,
-                scale=scale, window_size=_sides(window), enable_gqa=True, seqused_k=self.used_B,
-            )  # fmt: skip
-
-        return attend
-
-    def _package_flash(self) -> Callable[..., Tensor] | None:
-        if find_spec("flash_attn") is None:
-            return None
+    def _package(
+        self,
+        q_BAD: Tensor,
+        keys_SWKD: Tensor,
+        values_SWKD: Tensor,
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
         from flash_attn import flash_attn_with_kvcache
 
-        count = len(self.used_B)
-
-        def attend(
-            q_BAD: Tensor, keys_SWKD: Tensor, values_SWKD: Tensor, scale: float, window: int | None
-        ) -> Tensor:
-            return flash_attn_with_kvcache(
-                q_BAD[:, None],
-                keys_SWKD[:count],
-                values_SWKD[:count],
-                cache_seqlens=self.used_B,
-                softmax_scale=scale,
-                causal=True,
-                window_size=_sides(window),
-            )[:, 0]
-
-        return attend
+        return flash_attn_with_kvcache(
+            q_BAD[:, None],
+            keys_SWKD[: len(q_BAD)],
+            values_SWKD[: len(q_BAD)],
+            cache_seqlens=self.used_B,
+            softmax_scale=scale,
+            window_size=_sides_of_one(window),
+        )[:, 0]
 
     def _sdpa(
         self,

@@ -16,12 +16,16 @@ from sodfast.run import checkpoint
 
 
 def fingerprint(config: Config) -> str:
-    """A hash of all keys but `out`, `steps`, `log` and `checkpoint`: no number of a step depends on
-    these.
+    """A hash of all keys but `out`, `steps`, `log`, `checkpoint` and `model.attention`: no number
+    of a step depends on these.
 
-    A renamed key is hashed under its first name, so that the runs of earlier releases go on.
+    The runs of earlier releases go on: a renamed key is hashed under its first name, and
+    `model.random`, which they did not have, only where it is set.
     """
     values = config.model_dump(mode="json", exclude={"out", "steps", "log", "checkpoint"})
+    del values["model"]["attention"]
+    if config.model.random is None:
+        del values["model"]["random"]
     for old, new in RENAMED.items():
         group, _, name = old.partition(".")
         values[group][name] = values[group].pop(new.removeprefix(f"{group}."))

@@ -44,6 +44,16 @@ def test_the_tail_is_geometric_and_every_rival_answers_at_the_same_lengths(bench
         assert found["cases"][name]["ours_is_faster"] > 0
 
 
+def test_a_page_of_the_rivals_cache_is_as_large_as_the_bench_takes_it_to_be(bench: Any) -> None:
+    """The option that sets it is `block_size` in transformers 5.17 and `page_size` in 5.23, so the
+    bench sets neither."""
+    from transformers.generation import ContinuousBatchingConfig
+
+    config = ContinuousBatchingConfig()
+    name = "page_size" if hasattr(config, "page_size") else "block_size"
+    assert getattr(config, name) == bench.PAGE
+
+
 def test_the_bytes_of_a_decode_step(bench: Any, model: Any) -> None:
     row = bench.decode_step(model, slots=4, context=40, steps=8, rates={"copy": 1e9, "read": 2e9})
     weights = model.network.num_parameters() - model.head.numel()  # the embedding's rows, untied

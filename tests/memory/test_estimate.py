@@ -301,4 +301,21 @@ def test_a_models_config_may_come_from_the_hubs_cache(
 def test_known_models_are_what_the_presets_name() -> None:
     known = json.loads((PRESETS / "models.json").read_text())
     named = {load_config(path.stem, []).model.path for path in PRESETS.glob("qwen3*.yaml")}
-    assert named == set(known)
+    assert named == set(known) - {"sodfast/tiny"}  # which is for tests
+
+
+def test_a_run_of_random_weights_is_planned_as_the_shape_itself() -> None:
+    by_path = Estimate(load_config("qwen3_8b_80gb", []))
+    overrides = ["model.path=null", "model.random=Qwen/Qwen3-8B"]
+    random = Estimate(load_config("qwen3_8b_80gb", overrides))
+    assert random.phases == by_path.phases and random.parameters == by_path.parameters
+    with pytest.raises(UsageError, match=r"model\.random=Qwen/Qwen9 .*Qwen/Qwen3-0\.6B, "):
+        architecture(load_config(None, ["model.random=Qwen/Qwen9"]))
+
+
+@pytest.mark.parametrize("engine", ["native", "hf"])
+def test_a_run_without_evaluation_takes_no_memory_for_it(engine: str) -> None:
+    overrides = ["model.random=sodfast/tiny", "device=cpu", f"rollout.engine={engine}"]
+    phases = Estimate(load_config(None, overrides)).phases
+    without = Estimate(load_config(None, [*overrides, "eval.every=0"])).phases
+    assert "evaluate" in phases and without.keys() == phases.keys() - {"evaluate"}

@@ -4,13 +4,33 @@ Suffixes as in the module: T packed tokens, B sequences with one new token each,
 positions, A query heads, K key-value heads, D head size.
 """
 
+import functools
+import inspect
+import itertools
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sodfast.model.attention import PackedAttention, SlotAttention, varlen_attention
+from sodfast.errors import UsageError
+from sodfast.model import attention
+from sodfast.model.attention import (
+    PackedAttention,
+    Paths,
+    SlotAttention,
+    describe,
+    paths,
+    require_flash,
+    without_cudnn,
+)
 
 
 def attend_plainly(
@@ -208,11 +228,204 @@ def test_a_cpu_never_runs_flash_attention() -> None:
     assert slots.attend == slots._products
 
 
-def test_an_older_torch_has_no_varlen_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A missing argument or a missing module: the caller takes another kernel."""
-    assert varlen_attention("no_such_argument") is None
-    monkeypatch.setattr("sodfast.model.attention.find_spec", lambda name: None)
-    assert varlen_attention("scale") is None
+# ---------------------------------------------------------------- which kernel runs
+
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+# The arguments after `max_k` of the versions of `varlen_attn`, and of one from before its window.
+VARLEN = {
+    "none": None,
+    "2.10": {"is_causal"},
+    "2.11": {"scale", "window_size"},
+    "only seqused_k": {"scale", "window_size", "seqused_k"},
+    "only enable_gqa": {"scale", "window_size", "enable_gqa"},
+    "2.13": {"scale", "window_size", "enable_gqa", "seqused_k", "block_table", "num_splits"},
+}
+Calls = list[dict[str, Any]]
+
+
+def attend_within_window(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, sides: tuple[int, int]
+) -> Tensor:
+    """One sequence under FlashAttention's window (left, right), a negative side being open; the
+    last query stands at the last key."""
+    ahead = torch.arange(len(k)) - torch.arange(len(k) - len(q), len(k))[:, None]
+    left, right = (len(k) if side < 0 else side for side in sides)
+    return attend_plainly(q, k, v, scale, (ahead >= -left) & (ahead <= right)).to(q.dtype)
+
+
+@pytest.fixture
+def install(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Calls]:
+    """`install(torch, package)`: stand in for a version of torch, with flash-attn or without. The
+    kernels compute in fp64 and every call's keywords are appended to the list that is returned."""
+
+    def stand_in(torch_version: str, package: bool) -> Calls:
+        calls: Calls = []
+        names = VARLEN[torch_version]
+
+        def varlen_attn(
+            q: Tensor, k: Tensor, v: Tensor, bounds_q: Tensor, bounds_k: Tensor,
+            longest_q: int, longest_k: int, **keywords: Any,
+        ) -> Tensor:  # fmt: skip
+            assert names is not None and keywords.keys() <= names
+            calls.append(keywords)
+            starts = bounds_k.tolist()
+            ends = [
+                start + used
+                for start, used in zip(
+                    starts, keywords.get("seqused_k", bounds_k.diff()).tolist(), strict=False
+                )
+            ]
+            parts = [
+                attend_within_window(
+                    one, k[start:end], v[start:end], keywords["scale"], keywords["window_size"]
+                )
+                for one, start, end in zip(
+                    q.split(bounds_q.diff().tolist()), starts, ends, strict=False
+                )
+            ]
+            return torch.cat(parts)
+
+        def flash_attn_varlen_func(
+            q: Tensor, k: Tensor, v: Tensor, bounds_q: Tensor, bounds_k: Tensor,
+            longest_q: int, longest_k: int, *, softmax_scale: float, causal: bool,
+            window_size: tuple[int, int], softcap: float,
+        ) -> Tensor:  # fmt: skip
+            calls.append({"package": "varlen", "window_size": window_size, "softcap": softcap})
+            sizes = bounds_q.diff().tolist()
+            rows = zip(q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
+            return torch.cat(
+                [attend_within_window(*row, softmax_scale, window_size) for row in rows]
+            )
+
+        def flash_attn_with_kvcache(
+            q: Tensor, keys: Tensor, values: Tensor, *, cache_seqlens: Tensor,
+            softmax_scale: float, window_size: tuple[int, int],
+        ) -> Tensor:  # fmt: skip
+            calls.append({"package": "cache", "window_size": window_size})
+            rows = zip(q, keys, values, cache_seqlens.tolist(), strict=True)
+            parts = [
+                attend_within_window(one, k[:n], v[:n], softmax_scale, window_size)
+                for one, k, v, n in rows
+            ]
+            return torch.stack(parts)
+
+        kinds = inspect.Parameter
+        parameters = [kinds(name, kinds.KEYWORD_ONLY) for name in sorted(names or ())]
+        varlen_attn.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        module: Any = ModuleType("torch.nn.attention.varlen")
+        module.varlen_attn = varlen_attn
+        flash: Any = ModuleType("flash_attn")
+        flash.flash_attn_varlen_func = flash_attn_varlen_func
+        flash.flash_attn_with_kvcache = flash_attn_with_kvcache
+        monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
+        monkeypatch.setitem(sys.modules, "flash_attn", flash)
+        there = {"torch.nn.attention.varlen": names is not None, "flash_attn": package}
+        monkeypatch.setattr(
+            attention,
+            "find_spec",
+            lambda name: there[name.removesuffix(".flash_attn_interface")] or None,
+        )
+        return calls
+
+    return stand_in
+
+
+@pytest.mark.parametrize("package", [False, True])
+@pytest.mark.parametrize("version", VARLEN)
+def test_the_path_follows_from_what_is_installed(
+    version: str, package: bool, install: Callable[..., Calls]
+) -> None:
+    install(version, package)
+    other = "flash-attn" if package else "sdpa"
+    packed = other if version in ("none", "2.10") else "varlen_attn"
+    slots = "varlen_attn" if version in ("only seqused_k", "2.13") else other
+    for dtype in (torch.bfloat16, torch.float16):
+        assert paths(CUDA, dtype) == Paths(packed, other, slots)  # type: ignore[arg-type]
+        assert paths(CPU, dtype) == Paths("sdpa", "sdpa", "products")
+    assert paths(CUDA, torch.float32) == Paths("sdpa", "sdpa", "sdpa")
+    flash = {name: name in attention.FLASH for name in (packed, other, slots)}
+    for softcap, decodes in itertools.product([False, True], repeat=2):
+        met = flash[other if softcap else packed] and (flash[slots] or not decodes)
+        with (
+            nullcontext() if met else pytest.raises(UsageError, match=r"^model\.attention=flash: ")
+        ):
+            require_flash(CUDA, torch.bfloat16, softcap, decodes)
+
+
+def test_the_path_of_the_installed_versions() -> None:
+    """Run in both environments of CI: torch 2.11 and torch 2.13, neither with flash-attn."""
+    packed = {"2.11": Paths("varlen_attn", "sdpa", "sdpa")}
+    newer = Paths("varlen_attn", "sdpa", "varlen_attn")
+    if find_spec("flash_attn") is None:
+        version = ".".join(torch.__version__.split(".")[:2])
+        assert paths(CUDA, torch.bfloat16) == packed.get(version, newer)
+        grouped = isinstance(attention._varlen_attn(), functools.partial)
+        assert grouped == (version != "2.11")
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 100])
+@pytest.mark.parametrize("version", ["2.11", "only seqused_k", "only enable_gqa", "2.13", "none"])
+def test_flash_kernels_are_called_as_their_versions_can_be(
+    version: str,
+    window: int | None,
+    install: Callable[..., Calls],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With grouped heads: the keywords of each call, and that they mean what ours mean."""
+    calls = install(version, package=True)
+    on_gpu = paths(CUDA, torch.bfloat16)
+    lengths, used = [5, 1, 9], torch.tensor([4, 1, 11], dtype=torch.int32)
+    q, k, v = randn(0, 15, 4, 8), randn(1, 15, 2, 8), randn(2, 15, 2, 8)
+    one, keys, values = randn(3, 3, 4, 8), randn(4, 4, 12, 2, 8), randn(5, 4, 12, 2, 8)
+    expected = PackedAttention(lengths, CPU, q.dtype)(q, k, v, 0.3, window)
+    decoded = SlotAttention(used, 12, q.dtype)._sdpa(one, keys, values, 0.3, window)
+    monkeypatch.setattr(attention, "paths", lambda device, dtype: on_gpu)
+    attended = PackedAttention(lengths, CPU, q.dtype)(q, k, v, 0.3, window)
+    torch.testing.assert_close(attended, expected, rtol=0, atol=1e-5)
+    found = SlotAttention(used, 12, q.dtype)(one, keys, values, 0.3, window)
+    torch.testing.assert_close(found, decoded, rtol=0, atol=1e-5)
+    packed, slots = calls
+    left = -1 if window is None else window - 1
+    assert packed["window_size"] == (left, 0)
+    # Neither side cut off, or FlashAttention 2 would walk a long sequence serially.
+    assert slots["window_size"] == ((-1, -1) if window is None else (left, 0))
+    arguments = VARLEN[version] or set()
+    if version != "none":
+        assert packed.get("enable_gqa", False) == ("enable_gqa" in arguments)
+    if on_gpu.slots == "varlen_attn":
+        assert slots["seqused_k"] is used
+        assert slots.get("enable_gqa", False) == ("enable_gqa" in arguments)
+
+
+def test_a_run_can_say_which_kernels_it_takes(install: Callable[..., Calls]) -> None:
+    def said(device: torch.device, softcap: bool = False, slots: bool = True) -> str:
+        return describe(device, torch.bfloat16, softcap, slots).removeprefix("attention: ")
+
+    assert said(CPU) == "sdpa over packed sequences, products in decoding"
+    install("2.11", package=True)
+    assert said(CUDA) == "torch's varlen_attn over packed sequences, flash-attn in decoding"
+    install("2.11", package=False)
+    assert said(CUDA) == "torch's varlen_attn over packed sequences, sdpa in decoding"
+    assert said(CUDA, softcap=True).startswith("sdpa over")
+    assert said(CUDA, slots=False).endswith("the engine's own in decoding")
+
+
+@pytest.mark.parametrize(("device", "dtype"), [(CPU, torch.bfloat16), (CUDA, torch.float32)])
+def test_flash_attention_needs_16_bits_on_a_gpu(device: torch.device, dtype: torch.dtype) -> None:
+    with pytest.raises(UsageError, match="16 bits on a GPU"):
+        require_flash(device, dtype, False, False)
+
+
+def test_cudnn_is_taken_out_of_sdpa_for_gpus_alone() -> None:
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        without_cudnn(CPU)
+        assert torch.backends.cuda.cudnn_sdp_enabled()
+        without_cudnn(CUDA)
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 # ---------------------------------------------------------------- on a GPU
