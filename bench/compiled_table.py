@@ -12,7 +12,7 @@ TARGETS = {
     "full_forward_fp32": (55, 18),
     "full_reverse_fp32": (55, 18),
     "full_jsd_fp32": (92, 19),
-    "full_jsd_bf16": (90, 15),
+    "full_jsd_bf16": (93, 15),  # 90 in two sweeps, and a third one for one row in ten
     "top_20_jsd_fp32": (45, 15),
     "top_100_jsd_fp32": (55, 16.5),
 }
