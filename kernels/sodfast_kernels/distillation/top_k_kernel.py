@@ -7,13 +7,13 @@ Bytes an element of fp32 tiles, with bf16 d-logits:
     read student 4   write d-logits 2                                          14.2 and the gather
 
 The k-th greatest of the lanes' maxima is a lower bound of the row's k-th greatest logit. Whatever
-reaches it lies in the hot lanes, those whose maximum does: about k of them, 74 elements each at
-V = 151,936, so 0.2 bytes for k = 20 and 0.8 for k = 100. What they hold above the bound, a few more
-than k candidates, is collected and the threshold is found among them. A tail is what the cold lanes
-hold and the candidates that are not kept: a sum, never a difference.
+reaches it lies in the hot lanes, those whose maximum does: about k of 1,024 (of 2,048 for k > 512),
+so the gather takes 0.16 bytes for k = 20 and 0.8 for k = 100. What the hot lanes hold above the
+bound, a few more than k candidates, is collected and the threshold is found among them. A tail is
+what the cold lanes hold and the candidates that are not kept: a sum, never a difference.
 
-Where the candidates overflow their buffer (many equal logits) the row is left to a
-second launch, which searches it for the exact threshold.
+Where the candidates overflow their buffer (many equal logits) the row is left to a second launch,
+which searches it for the exact threshold.
 
 Precision: see row_terms.py.
 """
