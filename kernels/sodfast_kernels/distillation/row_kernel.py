@@ -7,8 +7,8 @@ the first sweep can take. JSD needs E = Σ s·h(δ0 − ε), h(x) = log((1 + e^x
 in Δ: a sweep of its own, or an expansion. With a sampled token the first sweep takes δ0, that is δ
 with the token's own z_q − z_s in Δ's place, and sums h(δ0) and the powers of τ = tanh(δ0/2), of
 which all derivatives of h are polynomials. What is left is ε = Δ − Δ0, small where teacher and
-student agree about the sampled token: up to 0.2 nats five derivatives leave 2e-8. The other rows
-take the extra sweep.
+student agree about the sampled token: five derivatives leave ε⁶/2880, 2e-8 at 0.2 nats. Rows where
+that, or the rounding of ε, would be seen in the gradient take the extra sweep.
 
 What it moves, fp32 tiles and bf16 d-logits, bytes an element:
 
