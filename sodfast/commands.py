@@ -106,7 +106,6 @@ def build_trainer(
         trainer = Trainer(config, model, engine, task, data, run, reporter, ranks)
         if resume is not None:
             trainer.resume()
-            run.write_config(config)  # `steps` may be a new one
     except BaseException:
         run.close()
         raise

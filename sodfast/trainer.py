@@ -162,9 +162,11 @@ class Trainer:
         return status
 
     def resume(self) -> None:
-        """Continue from the newest checkpoint, or from the start where there is none yet."""
+        """Continue from the newest checkpoint, or from the start where there is none yet, and
+        write the configuration, whose `steps` may be new."""
         path = checkpoint.latest(self.run.checkpoints)
         if path is None:
+            self.run.write_config(self.config)
             self.run.clear()
             self.reporter.message("no checkpoint yet: starting over at step 0")
             return
@@ -181,7 +183,9 @@ class Trainer:
         self.collapse.load_state_dict(stored.state["collapse"])
         self.gain.last = stored.state["reward_memory"]
         closing = self._due_at_the_end(self.step)
-        self.lines = self.run.rewind(self.step, without_evaluation=closing and not self._ended())
+        self.lines = self.run.rewind(
+            self.step, self.config, without_evaluation=closing and not self._ended()
+        )
         self.state = self._state()
         if closing and self._ended():
             kept = {k: v for k, v in self.lines[-1].items() if k.startswith("eval/")}

@@ -124,9 +124,15 @@ class RunDirectory:
             if self._lock is not None:
                 file.unlink(missing_ok=True)
 
-    def rewind(self, step: int, without_evaluation: bool) -> list[dict[str, Any]]:
-        """Drop lines and events after `step`, and `without_evaluation` also the evaluation of
-        `step` and a collapse that it showed; returns the metrics lines that stay."""
+    def rewind(self, step: int, config: Config, without_evaluation: bool) -> list[dict[str, Any]]:
+        """Write `config`, under which the run goes on, and drop lines and events after `step`;
+        `without_evaluation` also the evaluation of `step` and a collapse that it showed. Returns
+        the metrics lines that stay.
+
+        The configuration comes first: with the old `steps` a run that has lost its closing
+        evaluation would count as finished. Raises `UsageError`, with nothing written, where lines
+        are missing.
+        """
         lines = [line for line in read_lines(self.metrics) if line["step"] <= step]
         if len(lines) != step + 1 and step > 0:
             raise UsageError(
@@ -139,6 +145,7 @@ class RunDirectory:
             events = [
                 event for event in events if (event["step"], event.get("reason")) != (step, "eval")
             ]
+        self.write_config(config)
         for file, kept in ((self.metrics, lines), (self.events, events)):
             self._replace(file, "".join(json.dumps(line) + "\n" for line in kept))
         return lines
