@@ -159,6 +159,8 @@ class Trainer:
         finally:
             logger.close()
         self.run.write_summary(self.summary(status))
+        if self.ranks.main:  # a run that was killed while it deleted the old ones may be finished
+            checkpoint.prune(self.run.checkpoints, self.config.checkpoint.keep)
         return status
 
     def resume(self) -> None:

@@ -11,7 +11,7 @@ from typing import IO, Any
 
 from sodfast.config import RENAMED, Config, read_overrides, validate
 from sodfast.errors import RunFailed, UsageError
-from sodfast.files import read_lines, replace_text, try_lock
+from sodfast.files import read_lines, refuse_links, replace_text, try_lock
 from sodfast.run import checkpoint
 
 
@@ -86,6 +86,7 @@ class RunDirectory:
     def open(cls, path: Path) -> "RunDirectory":
         if not (path / "config.yaml").is_file():
             raise UsageError(f"{path} is not a run directory: it has no config.yaml")
+        refuse_links(path, (".lock", "metrics.jsonl", "events.jsonl", "checkpoints", "tensorboard"))
         return cls(path, _lock(path))
 
     def close(self) -> None:

@@ -234,6 +234,19 @@ def test_lines_before_the_checkpoint_must_all_be_there(run: RunDirectory) -> Non
     assert load_config(str(run.path / "config.yaml"), []) == lab()  # nothing was written
 
 
+@pytest.mark.parametrize(
+    "name", [".lock", "metrics.jsonl", "events.jsonl", "checkpoints", "tensorboard"]
+)
+def test_a_link_in_a_run_directory_is_not_followed(
+    run: RunDirectory, tmp_path: Path, name: str
+) -> None:
+    run.close()
+    (run.path / name).unlink(missing_ok=True)
+    (run.path / name).symlink_to(tmp_path / "elsewhere")
+    assert f"{name} is a symbolic link" in refusal(RunDirectory.open, run.path)
+    assert not (tmp_path / "elsewhere").exists()
+
+
 # ---------------------------------------------------------------- resuming
 
 
