@@ -178,6 +178,11 @@ def main() -> None:
     """Exit codes: 0 done, 1 failed, 2 unusable arguments, 130 interrupted."""
     # The library tokenizers prints a warning when a process that has encoded in threads forks.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if sys.stdout is None:  # closed, as with `>&-`
+        # Opened at once: the next file, such as a run's lock, would get the number 1, and whatever
+        # a library prints would land in it.
+        sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+        print("sodfast: standard output is closed: going on without it", file=sys.stderr)
     # Outside of training, where `Interruption` takes both, SIGTERM ends a command as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

@@ -29,7 +29,7 @@ from sodfast.parallel.ranks import ALONE, Ranks, join
 from sodfast.rollout.build import build_engine
 from sodfast.rollout.engine import Engine
 from sodfast.run import checkpoint
-from sodfast.run.console import Reporter, build_reporter, print_run
+from sodfast.run.console import Reporter, Screen, build_reporter, print_run
 from sodfast.run.directory import RunDirectory, check_out, default_out
 from sodfast.run.environment import environment
 from sodfast.run.interrupt import Interrupted
@@ -42,7 +42,8 @@ from sodfast.trainer import Trainer
 def train_run(config: Config, resume: Path | None) -> None:
     """Start a run, or continue the one in `resume`. Raises `Interrupted` after saving."""
     with join() as ranks:
-        reporter = build_reporter() if ranks.main else Reporter()
+        screen = Screen()
+        reporter = build_reporter(screen) if ranks.main else Reporter()
         try:
             trainer = build_trainer(config, resume, reporter, ranks)
             try:
@@ -52,7 +53,7 @@ def train_run(config: Config, resume: Path | None) -> None:
         finally:
             reporter.stop()
     if ranks.main:
-        print_run(trainer.run.path, trainer.summary(status), trainer.lines)
+        print_run(trainer.run.path, trainer.summary(status), trainer.lines, screen)
     if status == "interrupted":
         raise Interrupted
 
@@ -106,7 +107,6 @@ def build_trainer(
         trainer = Trainer(config, model, engine, task, data, run, reporter, ranks)
         if resume is not None:
             trainer.resume()
-            run.write_config(config)  # `steps` may be a new one
     except BaseException:
         run.close()
         raise

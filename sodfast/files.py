@@ -4,7 +4,7 @@ import fcntl
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -33,6 +33,14 @@ def replace_bytes(file: Path, data: bytes) -> None:
 def replace_text(file: Path, text: str) -> None:
     """`replace_bytes` of a text in UTF-8."""
     replace_bytes(file, text.encode())
+
+
+def refuse_links(directory: Path, names: Iterable[str]) -> None:
+    """Raise `UsageError` where one of these names in `directory` is a symbolic link: what is
+    written there would land elsewhere."""
+    for name in names:
+        if (directory / name).is_symlink():
+            raise UsageError(f"{directory / name} is a symbolic link: replace it by what it names")
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:

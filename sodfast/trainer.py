@@ -159,12 +159,16 @@ class Trainer:
         finally:
             logger.close()
         self.run.write_summary(self.summary(status))
+        if self.ranks.main:  # a run that was killed while it deleted the old ones may be finished
+            checkpoint.prune(self.run.checkpoints, self.config.checkpoint.keep)
         return status
 
     def resume(self) -> None:
-        """Continue from the newest checkpoint, or from the start where there is none yet."""
+        """Continue from the newest checkpoint, or from the start where there is none yet, and
+        write the configuration, whose `steps` may be new."""
         path = checkpoint.latest(self.run.checkpoints)
         if path is None:
+            self.run.write_config(self.config)
             self.run.clear()
             self.reporter.message("no checkpoint yet: starting over at step 0")
             return
@@ -181,7 +185,9 @@ class Trainer:
         self.collapse.load_state_dict(stored.state["collapse"])
         self.gain.last = stored.state["reward_memory"]
         closing = self._due_at_the_end(self.step)
-        self.lines = self.run.rewind(self.step, without_evaluation=closing and not self._ended())
+        self.lines = self.run.rewind(
+            self.step, self.config, without_evaluation=closing and not self._ended()
+        )
         self.state = self._state()
         if closing and self._ended():
             kept = {k: v for k, v in self.lines[-1].items() if k.startswith("eval/")}

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -269,6 +270,26 @@ def test_train_prints_plain_lines_and_a_table(
         "checkpoints",
     }
     assert load_config("run/config.yaml", []).steps == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "output", ["| head -1", "2>&1 | head -1", "> /dev/full", ">&-", ">&- 2>&-"]
+)
+def test_training_goes_on_without_its_output(
+    tiny_run: list[str], train: Callable[..., Any], here: Path, output: str
+) -> None:
+    train_it = f'set -o pipefail; exec 3>err; "$@" 2>&3 {output}'
+    command = [sys.executable, "-m", "sodfast", "train", *tiny_run, "steps=2", "out=run"]
+    process = subprocess.run(["bash", "-c", train_it, "bash", *command], timeout=300)
+    said = (here / "err").read_text()
+    assert process.returncode == 0, said
+    if "2>" in output:
+        assert said == ""
+    else:
+        assert said.startswith("sodfast: standard output") and said.count("\n") == 1, said
+    expected = train(here / "expected", "steps=2")
+    assert train(here / "run") == expected  # finished: nothing is left to do
 
 
 def test_out_defaults_to_a_new_folder_under_runs(

@@ -179,9 +179,9 @@ def test_a_run_is_closed_and_printed_however_it_ends(
         lines=[],
         run=SimpleNamespace(path=Path("run"), close=lambda: calls.append("close")),
     )
-    monkeypatch.setattr(commands, "build_reporter", lambda: reporter)
+    monkeypatch.setattr(commands, "build_reporter", lambda screen: reporter)
     monkeypatch.setattr(commands, "build_trainer", lambda *arguments: trainer)
-    monkeypatch.setattr(commands, "print_run", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(commands, "print_run", lambda *arguments: calls.append(arguments[:3]))
     config = load_config("lab", tiny_run)
     if status == "interrupted":
         with pytest.raises(Interrupted):
@@ -194,7 +194,9 @@ def test_a_run_is_closed_and_printed_however_it_ends(
 def test_a_failure_stops_the_display(tiny_run: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     stopped: list[bool] = []
     monkeypatch.setattr(
-        commands, "build_reporter", lambda: SimpleNamespace(stop=lambda: stopped.append(True))
+        commands,
+        "build_reporter",
+        lambda screen: SimpleNamespace(stop=lambda: stopped.append(True)),
     )
 
     def fail(*arguments: Any) -> None:

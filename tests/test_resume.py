@@ -2,18 +2,19 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sodfast.errors import UsageError
-from sodfast.files import read_lines
+from sodfast.files import read_lines, replace_text
 from sodfast.run import checkpoint
 from sodfast.trainer import Trainer
 
@@ -133,6 +134,38 @@ def test_lines_after_the_checkpoint_are_written_again(
     with (out / "events.jsonl").open("a") as stream:
         stream.write('{"step": 7, "event": "refresh", "shock": 1.0, "age": 2}\n{"st')
     assert train(out, f"steps={STEPS}") == undisturbed("cgtr")
+
+
+@pytest.mark.slow
+def test_a_kill_while_a_finished_run_is_reopened_loses_no_evaluation(
+    build: Callable[..., Trainer], train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After each of the files that `--resume R steps=6` replaces: a plain `--resume R` then ends
+    as it would have, or as the run that was never reopened."""
+    finished = tmp_path / "finished"
+    ends = {3: train(finished, *SETTINGS, "steps=3")}
+    ends[6] = train(Path(shutil.copytree(finished, tmp_path / "whole")), "steps=6")
+    replaced = 0
+    while True:
+        out = Path(shutil.copytree(finished, tmp_path / f"killed-{replaced}"))
+        left = iter(range(replaced))
+
+        def replace(file: Path, text: str, left: Iterator[int] = left) -> None:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            replace_text(file, text)
+
+        try:
+            with monkeypatch.context() as patch:
+                patch.setattr("sodfast.run.directory.replace_text", replace)
+                build(out, "steps=6").run.close()
+            break
+        except KeyboardInterrupt:
+            resumed = train(out)
+        assert resumed.lines[-1].keys() >= {"eval/mean@2", "reward/mean"}, replaced
+        assert resumed == ends[resumed.summary["steps"]], replaced
+        replaced += 1
+    assert replaced == 3  # configuration, metrics, events
 
 
 @pytest.mark.slow

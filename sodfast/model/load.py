@@ -1,5 +1,6 @@
 """Language models: loading, checks that this project can train them, prompts, decoder layers."""
 
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -91,6 +92,7 @@ def load_model(
     # transformers reports missing weights as a table; the error below says it in one line.
     transformers_logging.set_verbosity_error()
     try:
+        _require_safetensors_names(path)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         network, loading = AutoModelForCausalLM.from_pretrained(
             path,
@@ -211,6 +213,43 @@ def _require_files(path: Path) -> None:
         )
     if not any((path / name).is_file() for name in _TOKENIZER_FILES):
         raise UsageError(f"model.path={path} holds no tokenizer: save the tokenizer there too")
+
+
+def _require_safetensors_names(path: str) -> None:
+    """Refuse a model whose weights lie in other files than its own `*.safetensors`, before any of
+    them is opened: transformers follows the names that config.json and the index of a model in
+    several files give, and unpickles what is not called `*.safetensors`.
+
+    `path`: a directory or a Hugging Face id, as for `load_model`.
+    """
+    index = "model.safetensors.index.json"
+    single = _read_json(path, "config.json").get("transformers_weights")
+    weight_map = _read_json(path, index).get("weight_map", {})
+    if not isinstance(weight_map, dict):
+        raise UsageError(f"model.path={path}: weight_map in {index} is not a mapping")
+    for name in [*([] if single is None else [single]), *weight_map.values()]:
+        plain = isinstance(name, str) and Path(name).name == name
+        if not plain or not name.endswith(".safetensors"):
+            raise UsageError(
+                f"model.path={path} names {str(name)[:100]!r} as a file of weights: only "
+                "*.safetensors files beside config.json are read"
+            )
+
+
+def _read_json(path: str, name: str) -> dict[str, Any]:
+    """A file of a model; empty where the model has none of that name."""
+    from transformers.utils import cached_file
+
+    file = cached_file(
+        path,
+        name,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    value = {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
+    if not isinstance(value, dict):
+        raise UsageError(f"model.path={path}: {name} is not a JSON object")
+    return value
 
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")

@@ -18,7 +18,7 @@ import numpy as np
 
 from sodfast.config import CGTRConfig
 from sodfast.errors import UsageError
-from sodfast.files import replace_text
+from sodfast.files import refuse_links, replace_text
 from sodfast.report import canvas, plots, tables
 from sodfast.report.early_warning import MAX_FALSE_ALARM_RATE, Forecast, forecast
 from sodfast.report.intervals import Curve, Series, bin_width, group_curve
@@ -51,6 +51,7 @@ def write_report(directory: Path, baseline: str | None = None) -> Path:
     figures = _draw(source, rows, found)
     page = _render(source, rows, figures, found)
     files = {f"tables/{name}.csv": table.to_csv() for name, table in rows.items()}
+    refuse_links(directory, ("tables", "figures"))
     files |= {f"figures/{name}.svg": canvas.standalone(svg) for name, svg in figures.items()}
     try:
         for name, text in [*files.items(), ("report.html", page)]:

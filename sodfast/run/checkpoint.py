@@ -79,12 +79,28 @@ def save(
             _sync(path)
         os.rename(aside, final)
         _sync(directory)
-        for old in sorted(steps(directory))[:-keep]:
-            shutil.rmtree(directory / f"step-{old}")
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise RunFailed(f"checkpoint of step {step} could not be written: {error}") from error
+    prune(directory, keep)
     return final
+
+
+def prune(directory: Path, keep: int) -> None:
+    """Delete all checkpoints but the last `keep`, and what a process that was killed has left.
+
+    A checkpoint loses its name before its files. Raises `RunFailed` when the disk refuses.
+    """
+    try:
+        for old in sorted(steps(directory))[:-keep]:
+            aside = directory / f".step-{old}.tmp"
+            if aside.exists():
+                shutil.rmtree(aside)
+            os.rename(directory / f"step-{old}", aside)
+        for aside in directory.glob(".step-*.tmp"):
+            shutil.rmtree(aside)
+    except OSError as error:
+        raise RunFailed(f"{directory}: old checkpoints could not be deleted: {error}") from error
 
 
 def steps(directory: Path) -> list[int]:

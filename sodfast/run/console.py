@@ -1,11 +1,12 @@
 """What a person watches: progress bars on a terminal, plain lines elsewhere, the final table."""
 
+import os
 import sys
 import time
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 from rich.box import SIMPLE
 from rich.console import Console
@@ -20,6 +21,55 @@ from rich.progress import (
 from rich.table import Table
 
 PLAIN_SECONDS = 5.0  # plain output reports at most this often within a phase
+
+
+class Screen:
+    """Standard output of a command that must not end because nobody reads it.
+
+    Where it cannot be written (its reader has gone, its disk is full), one line on standard error
+    says so, and whatever is written from then on is discarded.
+    """
+
+    def __init__(self) -> None:
+        # As they are now: while bars are shown, rich puts streams of its own in their place.
+        self._out, self._err = sys.stdout, sys.stderr
+
+    def write(self, text: str) -> int:
+        try:
+            self._out.write(text)
+        except OSError as error:
+            self._switch_off(error)
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._out.flush()
+        except OSError as error:
+            self._switch_off(error)
+
+    def isatty(self) -> bool:
+        return self._out.isatty()
+
+    def _switch_off(self, error: OSError) -> None:
+        _discard(self._out)
+        text = f"sodfast: standard output cannot be written ({error.strerror}): going on without it"
+        try:
+            print(text, file=self._err, flush=True)
+        except OSError:  # both may go to the same place
+            _discard(self._err)
+
+
+def _discard(stream: TextIO) -> None:
+    """Connect a stream's descriptor to nothing; what is still buffered, which Python would try to
+    write again when it exits, goes there, too."""
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, stream.fileno())
+    os.close(nothing)
+
+
+def open_console(screen: Screen | None) -> Console:
+    """rich's console on `screen`, or on standard output."""
+    return Console(file=cast("TextIO | None", screen))
 
 
 class Reporter:
@@ -40,8 +90,9 @@ class Reporter:
         """No more reports; leave the terminal as it was."""
 
 
-def build_reporter() -> Reporter:
-    return BarReporter() if sys.stdout.isatty() else PlainReporter()
+def build_reporter(screen: Screen | None = None) -> Reporter:
+    """Reports on `screen`, or on standard output, whose errors then end the command."""
+    return BarReporter(screen) if sys.stdout.isatty() else PlainReporter(screen)
 
 
 def describe(line: Mapping[str, Any]) -> str:
@@ -61,7 +112,8 @@ def describe(line: Mapping[str, Any]) -> str:
 class PlainReporter(Reporter):
     """One line per step; long phases say how far they are now and then."""
 
-    def __init__(self) -> None:
+    def __init__(self, screen: Screen | None) -> None:
+        self._screen = screen
         self._steps = 0
         self._began = (0, 0.0)
         self._last = time.monotonic()
@@ -84,13 +136,13 @@ class PlainReporter(Reporter):
 
     def message(self, text: str) -> None:
         self._last = time.monotonic()
-        print(text, flush=True)
+        print(text, file=self._screen, flush=True)
 
 
 class BarReporter(Reporter):
     """Two bars: the run's steps with reward and ETA, and the phase under way."""
 
-    def __init__(self) -> None:
+    def __init__(self, screen: Screen | None) -> None:
         self._bars = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -98,7 +150,7 @@ class BarReporter(Reporter):
             MofNCompleteColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
-            console=Console(),
+            console=open_console(screen),
         )
         self._run: Any = None
         self._phase = self._bars.add_task("", total=1, note="", visible=False)
@@ -212,8 +264,10 @@ def _cell(value: Any) -> str:
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
-def print_run(path: Path, summary: Mapping[str, Any], lines: list[dict[str, Any]]) -> None:
-    console = Console()
+def print_run(
+    path: Path, summary: Mapping[str, Any], lines: list[dict[str, Any]], screen: Screen
+) -> None:
+    console = open_console(screen)
     console.print(run_table(summary, lines))
     console.print(curves(lines))
-    print(f"metrics: {path / 'metrics.jsonl'}")
+    print(f"metrics: {path / 'metrics.jsonl'}", file=screen, flush=True)

@@ -11,7 +11,7 @@ from typing import IO, Any
 
 from sodfast.config import RENAMED, Config, read_overrides, validate
 from sodfast.errors import RunFailed, UsageError
-from sodfast.files import read_lines, replace_text, try_lock
+from sodfast.files import read_lines, refuse_links, replace_text, try_lock
 from sodfast.run import checkpoint
 
 
@@ -86,6 +86,7 @@ class RunDirectory:
     def open(cls, path: Path) -> "RunDirectory":
         if not (path / "config.yaml").is_file():
             raise UsageError(f"{path} is not a run directory: it has no config.yaml")
+        refuse_links(path, (".lock", "metrics.jsonl", "events.jsonl", "checkpoints", "tensorboard"))
         return cls(path, _lock(path))
 
     def close(self) -> None:
@@ -124,9 +125,15 @@ class RunDirectory:
             if self._lock is not None:
                 file.unlink(missing_ok=True)
 
-    def rewind(self, step: int, without_evaluation: bool) -> list[dict[str, Any]]:
-        """Drop lines and events after `step`, and `without_evaluation` also the evaluation of
-        `step` and a collapse that it showed; returns the metrics lines that stay."""
+    def rewind(self, step: int, config: Config, without_evaluation: bool) -> list[dict[str, Any]]:
+        """Write `config`, under which the run goes on, and drop lines and events after `step`;
+        `without_evaluation` also the evaluation of `step` and a collapse that it showed. Returns
+        the metrics lines that stay.
+
+        The configuration comes first: with the old `steps` a run that has lost its closing
+        evaluation would count as finished. Raises `UsageError`, with nothing written, where lines
+        are missing.
+        """
         lines = [line for line in read_lines(self.metrics) if line["step"] <= step]
         if len(lines) != step + 1 and step > 0:
             raise UsageError(
@@ -139,6 +146,7 @@ class RunDirectory:
             events = [
                 event for event in events if (event["step"], event.get("reason")) != (step, "eval")
             ]
+        self.write_config(config)
         for file, kept in ((self.metrics, lines), (self.events, events)):
             self._replace(file, "".join(json.dumps(line) + "\n" for line in kept))
         return lines

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
 from sodfast.files import is_held
+from sodfast.run.console import Screen, open_console
 from sodfast.study.definition import Trial
 from sodfast.study.directory import failure_path, lock_path, run_path
 
@@ -77,6 +77,7 @@ class View:
         self, directory: Path, trials: Sequence[Trial], finished: Mapping[str, str]
     ) -> None:
         self.directory = directory
+        self._screen = Screen()
         self.trials = {trial.name: trial for trial in trials}
         self.status = {name: finished.get(name, "waiting") for name in self.trials}
         self.progress = {
@@ -123,7 +124,7 @@ class View:
                     self.message(f"  {name}{self._figures(name)}  eta {self.eta(name)}")
 
     def message(self, text: str) -> None:
-        print(text, flush=True)
+        print(text, file=self._screen, flush=True)
 
     # ---------------------------------------------------------------- figures
 
@@ -218,7 +219,7 @@ def build_view(
         view.message(view.overview())
         yield view
         return
-    with Live(console=Console(), auto_refresh=False) as live:
+    with Live(console=open_console(Screen()), auto_refresh=False) as live:
         view = LiveView(directory, trials, finished, live)
         yield view
 

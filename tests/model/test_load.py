@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from sodfast.errors import UsageError
@@ -140,6 +141,50 @@ def test_weights_that_would_be_unpickled_are_refused(
     monkeypatch.setattr(pickle, "load", None)
     monkeypatch.setattr(torch, "load", None)
     assert "unpickled" in refusal(directory)
+
+
+@pytest.mark.parametrize(
+    "name", ["w.bin", "../w.safetensors", "part/w.safetensors", "/w.safetensors", "..", "", 7, None]
+)
+@pytest.mark.parametrize("where", ["index", "config"])
+def test_weights_are_named_files_of_the_directory_itself(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, name: Any
+) -> None:
+    """Nothing is opened under another name, whether it would be unpickled or lies elsewhere."""
+    if where == "config":
+        name = "adapter_model.bin" if name is None else name  # None: no file is named
+        config = json.loads((directory / "config.json").read_text())
+        config["transformers_weights"] = name
+        (directory / "config.json").write_text(json.dumps(config))
+    else:
+        weights = load_file(directory / "model.safetensors")
+        (directory / "model.safetensors").rename(directory / "other.safetensors")
+        index = {"metadata": {}, "weight_map": dict.fromkeys(weights, name)}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    monkeypatch.setattr(torch, "load", None)
+    monkeypatch.setattr("transformers.modeling_utils.safe_open", None)
+    message = refusal(directory)
+    assert repr(str(name)) in message and "only *.safetensors files" in message
+
+
+def test_weights_in_several_files_are_read(directory: Path) -> None:
+    weights = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    weight_map = {name: f"part-{number % 2}.safetensors" for number, name in enumerate(weights)}
+    for part in set(weight_map.values()):
+        own = {name: weights[name] for name in weights if weight_map[name] == part}
+        save_file(own, directory / part, {"format": "pt"})
+    index = {"metadata": {}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    loaded = load_model(str(directory), CPU).network.state_dict()
+    assert all(tensor.equal(loaded[name]) for name, tensor in weights.items())
+
+
+@pytest.mark.parametrize("index", ["[]", "null", '{"weight_map": ["a.safetensors"]}', "{"])
+def test_a_damaged_index_is_a_usage_error(directory: Path, index: str) -> None:
+    (directory / "model.safetensors").rename(directory / "other.safetensors")
+    (directory / "model.safetensors.index.json").write_text(index)
+    refusal(directory)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "garbage", "empty"])

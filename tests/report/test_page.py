@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -203,6 +204,18 @@ def test_the_same_runs_give_the_same_bytes(study: Path, tmp_path: Path) -> None:
     write_report(tmp_path / study.name)
     assert files(tmp_path / study.name) == files(study)
     assert len(files(study)) >= 15
+
+
+@pytest.mark.parametrize("name", ["tables", "figures"])
+def test_a_link_is_not_followed(study: Path, tmp_path: Path, name: str) -> None:
+    linked, elsewhere = tmp_path / study.name, tmp_path / "elsewhere"
+    shutil.copytree(study, linked)
+    shutil.rmtree(linked / name)
+    elsewhere.mkdir()
+    (linked / name).symlink_to(elsewhere)
+    with pytest.raises(UsageError, match=f"{name} is a symbolic link"):
+        write_report(linked)
+    assert not list(elsewhere.iterdir())
 
 
 def test_every_figure_is_also_a_file_of_its_own(study: Path) -> None:

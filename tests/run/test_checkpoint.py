@@ -4,6 +4,7 @@ import ast
 import os
 import pickle
 import resource
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -105,6 +106,42 @@ def test_an_untouched_optimizer_can_be_stored(model: LanguageModel, tmp_path: Pa
     stored = checkpoint.load(save(tmp_path, 0, model, fresh))
     checkpoint.restore_optimizer(model.network, fresh, stored.optimizer)
     assert fresh.state_dict()["state"] == {}
+
+
+def test_a_kill_while_old_ones_are_deleted_leaves_none_in_part(
+    model: LanguageModel,
+    optimizer: torch.optim.Optimizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for step in (1, 2):
+        save(tmp_path, step, model, optimizer)
+    unlink, left = os.unlink, iter(range(2))
+
+    def killed(*arguments: Any, **options: Any) -> None:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        unlink(*arguments, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "unlink", killed)
+        save(tmp_path, 3, model, optimizer, keep=1)
+    for step in checkpoint.steps(tmp_path):
+        checkpoint.load(tmp_path / f"step-{step}")
+    assert next(left, None) is None  # it was killed in the middle
+    checkpoint.prune(tmp_path, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-3"]
+
+
+def test_a_finished_run_that_is_resumed_deletes_what_was_left(
+    train: Callable[..., Any], tmp_path: Path
+) -> None:
+    train(tmp_path / "run", "steps=2", "checkpoint.every=1", "checkpoint.keep=1")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    for left in ("step-1", ".step-0.tmp"):
+        shutil.copytree(checkpoints / "step-2", checkpoints / left)
+    train(tmp_path / "run")
+    assert [path.name for path in checkpoints.iterdir()] == ["step-2"]
 
 
 def test_the_last_few_are_kept(

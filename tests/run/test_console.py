@@ -1,13 +1,26 @@
 """What a person sees: plain lines without a terminal, the run's table and its curves."""
 
+import os
+from collections.abc import Callable
 from io import StringIO
-from typing import Any
+from pathlib import Path
+from typing import Any, TextIO
 
 import pytest
 from rich.console import Console
 from rich.table import Table
 
-from sodfast.run.console import PlainReporter, build_reporter, curves, describe, run_table
+from sodfast.run.console import (
+    BarReporter,
+    PlainReporter,
+    Reporter,
+    Screen,
+    build_reporter,
+    curves,
+    describe,
+    print_run,
+    run_table,
+)
 
 SUMMARY = {"schedule": "cgtr", "seed": 0, "status": "done", "refresh_steps": [4]}
 
@@ -81,3 +94,65 @@ def test_without_a_terminal_every_step_is_one_plain_line(
 def test_a_line_says_reward_evaluation_and_refresh() -> None:
     assert describe(_lines()[4]).endswith("teacher refreshed")
     assert describe(_lines()[0]) == "eval/mean@2 0.250"
+
+
+# ---------------------------------------------------------------- an output that breaks
+
+
+def _full_disk() -> TextIO:
+    return Path("/dev/full").open("w")
+
+
+def _pipe_without_a_reader() -> TextIO:
+    reading, writing = os.pipe()
+    os.close(reading)
+    return os.fdopen(writing, "w")
+
+
+@pytest.mark.parametrize("kind", [PlainReporter, BarReporter])
+@pytest.mark.parametrize("broken", [_full_disk, _pipe_without_a_reader])
+def test_an_output_that_cannot_be_written_is_switched_off_with_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    broken: Callable[[], TextIO],
+    kind: Callable[..., Reporter],
+) -> None:
+    """At its end the with block flushes the stream: what was left in its buffer fails no more."""
+    with broken() as stream, monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", stream)
+        screen = Screen()
+        reporter = kind(screen)
+        reporter.start(0, 8)
+        reporter.phase("rollout", 1, 2)
+        for line in _lines():
+            reporter.line(line)
+        reporter.stop()
+        print_run(Path("run"), {**SUMMARY, "collapse_step": None}, _lines(), screen)
+    said = capsys.readouterr().err
+    assert said.startswith("sodfast: standard output cannot be written (")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("broken", [_full_disk, _pipe_without_a_reader])
+def test_where_standard_error_is_broken_too_training_goes_on(
+    monkeypatch: pytest.MonkeyPatch, broken: Callable[[], TextIO]
+) -> None:
+    with broken() as out, broken() as err, monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", out)
+        patch.setattr("sys.stderr", err)
+        reporter = build_reporter(Screen())
+        reporter.message("one")
+        reporter.message("two")
+        assert all(os.path.samestat(os.fstat(s.fileno()), os.stat(os.devnull)) for s in (out, err))
+
+
+@pytest.mark.parametrize("broken", [_full_disk, _pipe_without_a_reader])
+def test_a_result_that_cannot_be_written_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, broken: Callable[[], TextIO]
+) -> None:
+    """Without a `Screen`, as `sodfast eval` reports, whose output is what was asked for."""
+    with broken() as stream, monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", stream)
+        with pytest.raises(OSError):
+            build_reporter().message("one")
+        Screen().flush()  # so that the stream can be closed

@@ -182,13 +182,13 @@ def test_rewind_drops_what_came_after_the_checkpoint(run: RunDirectory) -> None:
     fill(run, 8, evaluated=(0, 5))
     run.append(run.events, {"step": 8, "event": "collapse", "reason": "length"})
     metrics, events = run.metrics.read_text().splitlines(), run.events.read_text().splitlines()
-    kept = run.rewind(5, without_evaluation=False)
+    kept = run.rewind(5, lab(), without_evaluation=False)
     assert run.metrics.read_text().splitlines() == metrics[:6]
     assert run.events.read_text().splitlines() == events[:7]
     assert kept == read_lines(run.metrics)
     assert "eval/mean@4" in kept[5]
     again = run.metrics.read_bytes(), run.events.read_bytes()
-    run.rewind(5, without_evaluation=False)
+    run.rewind(5, lab(), without_evaluation=False)
     assert (run.metrics.read_bytes(), run.events.read_bytes()) == again
 
 
@@ -197,7 +197,7 @@ def test_rewind_strips_the_evaluation_that_only_a_last_step_gets(run: RunDirecto
     run.append(run.events, {"step": 5, "event": "collapse", "reason": "eval"})
     run.append(run.events, {"step": 7, "event": "collapse", "reason": "eval"})
     run.append(run.events, {"step": 7, "event": "collapse", "reason": "length"})
-    kept = run.rewind(7, without_evaluation=True)
+    kept = run.rewind(7, lab(), without_evaluation=True)
     assert kept[7] == {"step": 7, "reward/mean": 1.0}
     assert "eval/mean@4" in kept[5] and "eval/mean@4" in kept[0]
     collapses = [event for event in read_lines(run.events) if event["event"] == "collapse"]
@@ -206,7 +206,7 @@ def test_rewind_strips_the_evaluation_that_only_a_last_step_gets(run: RunDirecto
 
 def test_rewind_to_the_start(run: RunDirectory) -> None:
     fill(run, 3)
-    assert run.rewind(0, without_evaluation=False) == [
+    assert run.rewind(0, lab(), without_evaluation=False) == [
         {"step": 0, "eval/mean@4": 0.5, "eval/best@1": 0.5}
     ]
     assert read_lines(run.events) == [{"step": 0, "event": "checkpoint"}]
@@ -216,7 +216,7 @@ def test_a_line_cut_short_after_the_checkpoint_does_no_harm(run: RunDirectory) -
     fill(run, 5)
     with run.metrics.open("a") as stream:
         stream.write('{"step": 6, "reward/me')
-    run.rewind(5, without_evaluation=False)
+    run.rewind(5, lab(), without_evaluation=False)
     run.append(run.metrics, {"step": 6})
     assert [line["step"] for line in read_lines(run.metrics)] == list(range(7))
 
@@ -226,11 +226,25 @@ def test_lines_before_the_checkpoint_must_all_be_there(run: RunDirectory) -> Non
     texts = run.metrics.read_text().splitlines()
     for broken in (texts[:5], texts[1:], [*texts[:5], texts[5][:9]], []):
         run.metrics.write_text("\n".join(broken))
-        assert "restore the file" in refusal(run.rewind, 5, False)
+        assert "restore the file" in refusal(run.rewind, 5, lab("steps=7"), False)
     run.metrics.write_text("\n".join([*texts[:2], "{", *texts[3:]]))
-    assert refusal(run.rewind, 5, False).startswith(f"{run.metrics}:3: not JSON")
+    assert refusal(run.rewind, 5, lab("steps=7"), False).startswith(f"{run.metrics}:3: not JSON")
     run.metrics.unlink()
-    assert "has 0 lines" in refusal(run.rewind, 5, False)
+    assert "has 0 lines" in refusal(run.rewind, 5, lab("steps=7"), False)
+    assert load_config(str(run.path / "config.yaml"), []) == lab()  # nothing was written
+
+
+@pytest.mark.parametrize(
+    "name", [".lock", "metrics.jsonl", "events.jsonl", "checkpoints", "tensorboard"]
+)
+def test_a_link_in_a_run_directory_is_not_followed(
+    run: RunDirectory, tmp_path: Path, name: str
+) -> None:
+    run.close()
+    (run.path / name).unlink(missing_ok=True)
+    (run.path / name).symlink_to(tmp_path / "elsewhere")
+    assert f"{name} is a symbolic link" in refusal(RunDirectory.open, run.path)
+    assert not (tmp_path / "elsewhere").exists()
 
 
 # ---------------------------------------------------------------- resuming
