@@ -65,7 +65,6 @@ def write_report(directory: Path, baseline: str | None = None) -> Path:
 def _draw(source: Source, rows: Tables, found: Forecast | None) -> dict[str, str]:
     """Every figure that has something to show, by its name. Adds the curves' numbers to `rows`."""
     groups, single, steps = source.groups, source.single, source.steps
-    several = len(groups) > 1
     refreshes = rows["refreshes"].rows
     shocks, spikes = (_thin(groups, refreshes, key) for key in ("shock", "spike_ratio"))
     ticks = _thin(groups, refreshes, "shock", plots.MARKS)
@@ -94,7 +93,7 @@ def _draw(source: Source, rows: Tables, found: Forecast | None) -> dict[str, str
     if refreshes:
         add("shock", plots.scatter_figure, "shock ‖θ − φ‖₂", shocks, steps)
     if lanes:
-        add("marks", plots.lane_figure, "Refreshes", marks, steps, labelled=several)
+        add("marks", plots.lane_figure, "Refreshes", marks, steps, labelled=len(groups) > 1)
     if any(spikes.values()):
         add("spikes", plots.scatter_figure, "spike ratio", spikes, steps, ratio=True)
     gated = {f"{g.label}, seed {r.config.seed}": r for g in groups for r in g.runs if r.checks}
@@ -107,7 +106,7 @@ def _draw(source: Source, rows: Tables, found: Forecast | None) -> dict[str, str
     ends = {g.label: [run.collapse_step for run in g.runs if run.collapse_step] for g in groups}
     lost = {label: at for label, at in ends.items() if at}
     if lost and not single:
-        look = {"labelled": several, "collapses": True}
+        look = {"labelled": len(groups) > 1, "collapses": True}
         add("collapses", plots.lane_figure, "Steps of collapses", lost, steps, **look)
     if not single:
         label, against = f"final test {source.metric}", f"difference to {source.baseline}"
