@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)  # the kernels must be compiled
+# Triton's cache may hold the code of another checkout, whose lines are those of other files.
+os.environ["TRITON_ALWAYS_COMPILE"] = "1"
 
 import compiled_table
 import predict
