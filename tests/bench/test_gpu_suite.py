@@ -48,6 +48,7 @@ def without_others(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_kernel_parts_need_torch_and_triton_alone() -> None:
     done = without_others(*KERNEL_PARTS, "--list")
     assert done.returncode == 0, done.stderr
@@ -55,6 +56,7 @@ def test_kernel_parts_need_torch_and_triton_alone() -> None:
     assert set(listed) == set(KERNEL_PARTS)
 
 
+@pytest.mark.slow
 def test_rollout_is_listed_without_what_it_needs_and_fails_as_a_result(tmp_path: Path) -> None:
     assert without_others("rollout", "--list").returncode == 0
     done = without_others("rollout", "--rehearse", "--out", str(tmp_path))

@@ -138,6 +138,7 @@ def test_the_mean_slope_is_expanded_around_another_shift(epsilon, drift):
         assert abs(epsilon) > 0.1 or drift < 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drift", [2e-3, 0.05, 0.5])
 @pytest.mark.parametrize("spread", [0.3, 3.0, 12.0])
 def test_whatever_token_was_sampled_the_gradient_is_accurate(drift, spread):
