@@ -8,8 +8,10 @@ the integers.
 import triton
 import triton.language as tl
 
+from .launch import INTERPRETED
+
 # What one instruction of a GPU does, the interpreter needs several for.
-NATIVE = tl.constexpr(not triton.knobs.runtime.interpret)
+NATIVE = tl.constexpr(not INTERPRETED)
 
 
 @triton.jit

@@ -10,19 +10,19 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import libdevice
 
+from .rounding import NATIVE
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 MASKED = tl.constexpr(-1e30)
 MASKED_BELOW = tl.constexpr(-1e28)
-# The interpreter has no libdevice.
-FAST_LOG = tl.constexpr(not triton.knobs.runtime.interpret)
 
 
 @triton.jit
 def fast_log2(x):
     """log2 of a normal x > 0: one instruction where tl.log2 takes twenty. Its error is 2^-22,
     absolute between 1/2 and 2, else relative."""
-    return libdevice.fast_log2f(x) if FAST_LOG else tl.log2(x)
+    return libdevice.fast_log2f(x) if NATIVE else tl.log2(x)  # the interpreter has no libdevice
 
 
 @triton.jit
