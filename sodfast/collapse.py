@@ -41,7 +41,9 @@ class CollapseDetector:
                 return {"reason": "length", "value": value, "threshold": threshold}
         if self.eval_key in line:
             value = line[self.eval_key]
-            threshold = max(config.eval_floor, config.eval_fraction * self.best_eval)
+            share = config.eval_fraction * self.best_eval
+            # Rewards of the user's own may be negative, and 0 is no share of anything.
+            threshold = max(config.eval_floor, share) if share > 0 else config.eval_floor
             self.best_eval = max(self.best_eval, value)
             if value < threshold and line["step"] > 0:
                 return {"reason": "eval", "value": value, "threshold": threshold}

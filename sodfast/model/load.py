@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,13 +43,18 @@ class LanguageModel:
     def softcap(self) -> float | None:
         return getattr(self.network.config, "final_logit_softcapping", None)
 
-    def encode(self, prompt: str, system: str | None = None) -> list[int]:
+    def encode(
+        self,
+        prompt: str,
+        system: str | None = None,
+        history: Sequence[Mapping[str, str]] = (),
+    ) -> list[int]:
         """Token ids of a prompt: the chat template with thinking off where there is one,
-        otherwise system and user text as they are.
+        otherwise the text of the messages as it is. `history` stands between `system` and `prompt`.
 
         Raises `UsageError` where the template refuses the messages, such as a system message.
         """
-        messages = [{"role": "user", "content": prompt}]
+        messages = [*history, {"role": "user", "content": prompt}]
         if system:
             messages.insert(0, {"role": "system", "content": system})
         if not self.tokenizer.chat_template:
@@ -67,7 +72,7 @@ class LanguageModel:
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
     def encode_question(self, question: Question) -> list[int]:
-        return self.encode(question.prompt, question.system)
+        return self.encode(question.prompt, question.system, question.history)
 
     def decode(self, ids: Sequence[int] | Tensor) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)

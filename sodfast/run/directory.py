@@ -3,6 +3,7 @@
 import datetime
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,19 +14,33 @@ from sodfast.config import RENAMED, Config, read_overrides, validate
 from sodfast.errors import RunFailed, UsageError
 from sodfast.files import read_lines, refuse_links, replace_text, try_lock
 from sodfast.run import checkpoint
+from sodfast.tasks.files import changed_file, file_hashes
+
+# Keys that came after 0.1.0, each with the value that means what 0.1.0 did.
+LATER: dict[str, Any] = {
+    "model.random": None,
+    "task.split": None,
+    "task.columns": {},
+    "task.system": None,
+    "task.request": None,
+}
+
+_log = logging.getLogger(__name__)
 
 
 def fingerprint(config: Config) -> str:
     """A hash of all keys but `out`, `steps`, `log`, `checkpoint` and `model.attention`: no number
     of a step depends on these.
 
-    The runs of earlier releases go on: a renamed key is hashed under its first name, and
-    `model.random`, which they did not have, only where it is set.
+    The runs of earlier releases go on: a renamed key is hashed under its first name, and a key that
+    they did not have only where it is not at its old meaning.
     """
     values = config.model_dump(mode="json", exclude={"out", "steps", "log", "checkpoint"})
     del values["model"]["attention"]
-    if config.model.random is None:
-        del values["model"]["random"]
+    for key, old_meaning in LATER.items():
+        group, _, name = key.partition(".")
+        if name in values[group] and values[group][name] == old_meaning:
+            del values[group][name]
     for old, new in RENAMED.items():
         group, _, name = old.partition(".")
         values[group][name] = values[group].pop(new.removeprefix(f"{group}."))
@@ -180,9 +195,22 @@ def stored_config(path: Path, overrides: list[str]) -> Config:
                 f"{path}/config.yaml is not the configuration its checkpoints were made with: "
                 "restore it, or start a new run"
             )
+        _require_same_files(path, file_hashes(config.task), state.get("files"))
         if config.steps < state["step"]:
             raise UsageError(f"steps={config.steps} lies before the checkpoint's {state['step']}")
     return config
+
+
+def _require_same_files(path: Path, found: dict[str, str], stored: dict[str, str] | None) -> None:
+    if stored is None:  # the checkpoint is of a release that kept no hashes
+        if found:
+            _log.warning("%s has no hashes of the task's files: taken to be the same", path)
+        return
+    changed = changed_file(found, stored)
+    if changed is not None:
+        raise UsageError(
+            f"{changed} is not as it was when the run began: restore it, or start a new run"
+        )
 
 
 @contextmanager

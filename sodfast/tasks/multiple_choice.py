@@ -44,7 +44,7 @@ class MultipleChoiceTask:
             )
 
         self.train, self.test = load_questions(
-            config.train, config.test, _check, keep=keep, convert=_from_sciknoweval
+            config, _check, keep=keep, convert=lambda row: _from_sciknoweval(row, config.request)
         )
 
     def score(self, question: Question, response: str) -> float:
@@ -79,11 +79,14 @@ def _check(question: Question) -> None:
         )
 
 
-def _from_sciknoweval(row: Row) -> Row | None:
-    """Bring a row of hicai-zju/SciKnowEval into our layout, None if its options are incomplete."""
+def _from_sciknoweval(row: Row, request: str | None) -> Row | None:
+    """Bring a row of hicai-zju/SciKnowEval into our layout, None if its options are incomplete.
+
+    The task's own request stands below the options unless `task.request` brings another.
+    """
     labels, texts = row["choices"]["label"], row["choices"]["text"]
     if len(labels) != len(texts):
         return None
     options = "\n".join(f"{label}: {text}" for label, text in zip(labels, texts, strict=True))
-    prompt = f"{row['question']}\n\n{options}\n\n{REQUEST}"
+    prompt = f"{row['question']}\n\n{options}" + (f"\n\n{REQUEST}" if request is None else "")
     return {"prompt": prompt, "answer": row["answerKey"], "system": SYSTEM}

@@ -50,7 +50,7 @@ class ToolUseTask:
     name = "tool_use"
 
     def __init__(self, config: ToolUseConfig) -> None:
-        self.train, self.test = load_questions(config.train, config.test, _check)
+        self.train, self.test = load_questions(config, _check)
 
     def score(self, question: Question, response: str) -> float:
         return float(self.extract(response) == _reference_calls(question.answer).canonical())

@@ -9,6 +9,7 @@ import pytest
 from sodfast.config import (
     ArithmeticConfig,
     MultipleChoiceConfig,
+    PythonConfig,
     TaskConfig,
     ToolUseConfig,
     load_config,
@@ -17,6 +18,7 @@ from sodfast.errors import UsageError
 from sodfast.tasks.arithmetic import ArithmeticTask
 from sodfast.tasks.build import build_task
 from sodfast.tasks.multiple_choice import MultipleChoiceTask
+from sodfast.tasks.python import FunctionTask
 from sodfast.tasks.tool_use import ToolUseTask
 
 CHOICE = {"prompt": "2 + 2?\nA: 3\nB: 4", "answer": "B"}
@@ -25,7 +27,12 @@ KINDS: dict[type, tuple[type, dict[str, Any] | None]] = {
     ArithmeticConfig: (ArithmeticTask, None),
     MultipleChoiceConfig: (MultipleChoiceTask, CHOICE),
     ToolUseConfig: (ToolUseTask, CALL),
+    PythonConfig: (FunctionTask, CHOICE),
 }
+REWARD = """
+def reward(prompts, completions, answer):
+    return [float(c == a) for c, a in zip(completions, answer)]
+"""
 
 
 def test_every_configuration_of_a_task_is_known() -> None:
@@ -40,6 +47,9 @@ def test_a_configuration_is_built_as_its_task(kind: type, tmp_path: Path) -> Non
         keys = {name: str(tmp_path / f"{name}.jsonl") for name in ("train", "test")}
         for file in keys.values():
             Path(file).write_text(json.dumps(row) + "\n")
+    if kind is PythonConfig:
+        (tmp_path / "own.py").write_text(REWARD)
+        keys["source"] = f"{tmp_path / 'own.py'}:reward"
     config = kind(**keys)
     task = build_task(config)
     assert type(task) is expected and task.name == config.name
