@@ -198,8 +198,22 @@ class PythonConfig(_PlacedRowsConfig):
         return f"{os.path.abspath(place)}:{name}" if place.endswith(".py") else source
 
 
+class MathConfig(_PlacedRowsConfig):
+    """Rows whose `answer` is a number or LaTeX, compared by the package math-verify."""
+
+    name: Literal["math"] = "math"
+    train: str
+    timeout: Annotated[float, Field(gt=0)] = 10.0  # seconds for an answer
+
+
 TaskConfig = Annotated[
-    ArithmeticConfig | MultipleChoiceConfig | ToolUseConfig | PythonConfig,
+    Union[  # noqa: UP007
+        ArithmeticConfig,
+        MultipleChoiceConfig,
+        ToolUseConfig,
+        MathConfig,
+        PythonConfig,
+    ],
     Field(discriminator="name"),
 ]
 

@@ -2,6 +2,7 @@
 
 from sodfast.config import (
     ArithmeticConfig,
+    MathConfig,
     MultipleChoiceConfig,
     PythonConfig,
     TaskConfig,
@@ -9,6 +10,7 @@ from sodfast.config import (
 )
 from sodfast.tasks.arithmetic import ArithmeticTask
 from sodfast.tasks.base import Task
+from sodfast.tasks.math import MathTask
 from sodfast.tasks.multiple_choice import MultipleChoiceTask
 from sodfast.tasks.python import python_task
 from sodfast.tasks.tool_use import ToolUseTask
@@ -27,5 +29,7 @@ def build_task(config: TaskConfig) -> Task:
             return MultipleChoiceTask(config)
         case ToolUseConfig():
             return ToolUseTask(config)
+        case MathConfig():
+            return MathTask(config)
         case PythonConfig():
             return python_task(config)

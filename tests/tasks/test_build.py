@@ -8,6 +8,7 @@ import pytest
 
 from sodfast.config import (
     ArithmeticConfig,
+    MathConfig,
     MultipleChoiceConfig,
     PythonConfig,
     TaskConfig,
@@ -17,6 +18,7 @@ from sodfast.config import (
 from sodfast.errors import UsageError
 from sodfast.tasks.arithmetic import ArithmeticTask
 from sodfast.tasks.build import build_task
+from sodfast.tasks.math import MathTask
 from sodfast.tasks.multiple_choice import MultipleChoiceTask
 from sodfast.tasks.python import FunctionTask
 from sodfast.tasks.tool_use import ToolUseTask
@@ -28,7 +30,9 @@ KINDS: dict[type, tuple[type, dict[str, Any] | None]] = {
     MultipleChoiceConfig: (MultipleChoiceTask, CHOICE),
     ToolUseConfig: (ToolUseTask, CALL),
     PythonConfig: (FunctionTask, CHOICE),
+    MathConfig: (MathTask, {"prompt": "1 + 1?", "answer": "2"}),
 }
+NEEDS = {MathConfig: "math_verify"}
 REWARD = """
 def reward(prompts, completions, answer):
     return [float(c == a) for c, a in zip(completions, answer)]
@@ -42,6 +46,8 @@ def test_every_configuration_of_a_task_is_known() -> None:
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_a_configuration_is_built_as_its_task(kind: type, tmp_path: Path) -> None:
     expected, row = KINDS[kind]
+    if kind in NEEDS:
+        pytest.importorskip(NEEDS[kind], reason=f"{NEEDS[kind]} is not installed")
     keys: dict[str, Any] = {"train": 3, "test": 2}
     if row is not None:
         keys = {name: str(tmp_path / f"{name}.jsonl") for name in ("train", "test")}
