@@ -116,6 +116,9 @@ class LabConfig(Section):
     long_passes: int = Field(8, ge=1)
 
 
+# How responses are read: strict as the tasks' pages say, reference as lasgroup/SDPO does, so that
+# scores compare.
+Scorer = Literal["strict", "reference"]
 Subject = Literal["biology", "chemistry", "material", "physics"]
 
 
@@ -167,16 +170,18 @@ class _PlacedRowsConfig(RowsConfig):
 
 class MultipleChoiceConfig(RowsConfig):
     """A hub id must have the columns of SciKnowEval, unless `columns` says which it has; `subject`
-    selects its domain."""
+    selects its domain. Folders and files have the fields `prompt` and `answer`."""
 
     name: Literal["multiple_choice"] = "multiple_choice"
     train: str
+    scorer: Scorer = "strict"
     subject: Subject = "chemistry"
 
 
 class ToolUseConfig(RowsConfig):
     name: Literal["tool_use"] = "tool_use"
     train: str
+    scorer: Scorer = "strict"
 
 
 class PythonConfig(_PlacedRowsConfig):

@@ -23,6 +23,7 @@ LATER: dict[str, Any] = {
     "task.columns": {},
     "task.system": None,
     "task.request": None,
+    "task.scorer": "strict",
 }
 
 _log = logging.getLogger(__name__)

@@ -53,9 +53,9 @@ def load_questions(
     A name that ends in .jsonl or is a file on disk is a file of rows, a folder on disk and
     `org/name` (or `org/name:subset`) what the package `datasets` reads. Such a source without
     `test` is split 9:1 by a permutation of seed 42, the published split of SciKnowEval in
-    arXiv 2601.20802, unless `task.split` names a split for each. `keep` selects its rows before
-    the split; `convert` brings them into the layout of the files after it, or answers None for a
-    row to drop. Neither is used where `task.columns` says what the rows hold.
+    arXiv 2601.20802, unless `task.split` names a split for each. `keep` selects rows of a hub id
+    before the split; `convert` brings them into the layout of the files after it, or answers None
+    for a row to drop. Neither is used where `task.columns` says what the rows hold.
 
     Raises:
         UsageError: a source is missing or empty, or holds a row that cannot be used.
@@ -64,14 +64,14 @@ def load_questions(
     train, test, splits = _sources(config)
     if config.columns:
         keep, convert = lambda row: True, lambda row: row
-    train_rows = _read_file(train) if _is_file(train) else _read_data(train, splits[0], keep)
+    train_rows = _read(train, splits[0], keep)
     if test is None:
         train_rows, test_rows = _split(train, train_rows)
     else:
-        test_rows = _read_file(test) if _is_file(test) else _read_data(test, splits[1], keep)
+        test_rows = _read(test, splits[1], keep)
 
     def questions(source: str, rows: Sequence[Placed]) -> list[Question]:
-        if not _is_file(source):
+        if not os.path.exists(source):
             converted = [(place, convert(row)) for place, row in rows]
             rows = [(place, row) for place, row in converted if row is not None]
             if len(rows) < len(converted):
@@ -97,6 +97,12 @@ def _sources(config: RowsConfig) -> tuple[str, str | None, tuple[str, str]]:
 
 def _is_file(source: str) -> bool:
     return source.endswith(".jsonl") or os.path.isfile(source)
+
+
+def _read(source: str, split: str, keep: Callable[[Row], bool]) -> list[Placed]:
+    if _is_file(source):
+        return _read_file(source)
+    return _read_data(source, split, (lambda row: True) if os.path.isdir(source) else keep)
 
 
 def _read_file(source: str) -> list[Placed]:

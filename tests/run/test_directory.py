@@ -386,8 +386,9 @@ def test_fingerprint(override: str, same: bool) -> None:
 def test_keys_that_came_later_stay_outside_the_fingerprint_at_their_old_meaning() -> None:
     task = ("task.name=tool_use", "task.train=a/b", "model.path=m")
     values = json.loads(lab(*task).model_dump_json())["task"]
-    assert {"split", "columns", "system", "request"} <= values.keys()
+    assert {"split", "columns", "system", "request", "scorer"} <= values.keys()
     # The hash that 0.1.0 gives this configuration.
     assert fingerprint(lab(*task)) == "919ffccc6b9d543c"
     for override in ("task.split=dev", "task.columns.prompt=q", "task.system=s", "task.request=r"):
         assert fingerprint(lab(*task, override)) != fingerprint(lab(*task)), override
+    assert fingerprint(lab(*task, "task.scorer=reference")) != fingerprint(lab(*task))
