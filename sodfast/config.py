@@ -211,12 +211,32 @@ class MathConfig(_PlacedRowsConfig):
     timeout: Annotated[float, Field(gt=0)] = 10.0  # seconds for an answer
 
 
+class SandboxConfig(Section):
+    """What a model's programs are kept to (SECURITY.md)."""
+
+    # namespaces: they see and reach nothing; rlimits: where the kernel allows no namespaces, they
+    # are bounded in time, memory and output alone.
+    isolation: Literal["namespaces", "rlimits"] = "namespaces"
+    memory_mib: Positive = 512  # of each process, and of all together
+    processes: Positive = 16  # at once, threads included
+
+
+class CodeConfig(_PlacedRowsConfig):
+    """Rows whose `tests` the model's program must pass, run in a sandbox."""
+
+    name: Literal["code"] = "code"
+    train: str
+    timeout: Annotated[float, Field(gt=0)] = 10.0  # seconds for all tests of an answer
+    options: SandboxConfig = SandboxConfig()
+
+
 TaskConfig = Annotated[
     Union[  # noqa: UP007
         ArithmeticConfig,
         MultipleChoiceConfig,
         ToolUseConfig,
         MathConfig,
+        CodeConfig,
         PythonConfig,
     ],
     Field(discriminator="name"),
@@ -630,13 +650,13 @@ def _explain(error: Any) -> str:
 
 
 def _known_keys(parents: list[str], location: tuple[Any, ...]) -> list[str]:
-    group = parents[0] if parents else None
-    if group in _DISCRIMINATORS:
+    section: Any = Config
+    if parents and parents[0] in _DISCRIMINATORS:
+        group, *parents = parents
         key, _ = _DISCRIMINATORS[group]
         members = _union_members(Config.model_fields[group].annotation)
         models = {member.model_fields[key].default: member for member in members}
-        return list(models[location[1]].model_fields)
-    section: Any = Config
+        section = models[location[1]]
     for parent in parents:
         annotation = section.model_fields[parent].annotation
         section = next(iter(get_args(annotation)), annotation)  # the first of `section | None`

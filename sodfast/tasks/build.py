@@ -2,6 +2,7 @@
 
 from sodfast.config import (
     ArithmeticConfig,
+    CodeConfig,
     MathConfig,
     MultipleChoiceConfig,
     PythonConfig,
@@ -10,6 +11,7 @@ from sodfast.config import (
 )
 from sodfast.tasks.arithmetic import ArithmeticTask
 from sodfast.tasks.base import Task
+from sodfast.tasks.code import CodeTask
 from sodfast.tasks.math import MathTask
 from sodfast.tasks.multiple_choice import MultipleChoiceTask
 from sodfast.tasks.python import python_task
@@ -31,5 +33,7 @@ def build_task(config: TaskConfig) -> Task:
             return ToolUseTask(config)
         case MathConfig():
             return MathTask(config)
+        case CodeConfig():
+            return CodeTask(config)
         case PythonConfig():
             return python_task(config)

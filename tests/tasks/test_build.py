@@ -8,6 +8,7 @@ import pytest
 
 from sodfast.config import (
     ArithmeticConfig,
+    CodeConfig,
     MathConfig,
     MultipleChoiceConfig,
     PythonConfig,
@@ -18,6 +19,7 @@ from sodfast.config import (
 from sodfast.errors import UsageError
 from sodfast.tasks.arithmetic import ArithmeticTask
 from sodfast.tasks.build import build_task
+from sodfast.tasks.code import CodeTask
 from sodfast.tasks.math import MathTask
 from sodfast.tasks.multiple_choice import MultipleChoiceTask
 from sodfast.tasks.python import FunctionTask
@@ -30,6 +32,7 @@ KINDS: dict[type, tuple[type, dict[str, Any] | None]] = {
     MultipleChoiceConfig: (MultipleChoiceTask, CHOICE),
     ToolUseConfig: (ToolUseTask, CALL),
     PythonConfig: (FunctionTask, CHOICE),
+    CodeConfig: (CodeTask, {"prompt": "Add.", "tests": ["assert f() == 3"]}),
     MathConfig: (MathTask, {"prompt": "1 + 1?", "answer": "2"}),
 }
 NEEDS = {MathConfig: "math_verify"}
@@ -44,10 +47,14 @@ def test_every_configuration_of_a_task_is_known() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
-def test_a_configuration_is_built_as_its_task(kind: type, tmp_path: Path) -> None:
+def test_a_configuration_is_built_as_its_task(
+    kind: type, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     expected, row = KINDS[kind]
     if kind in NEEDS:
         pytest.importorskip(NEEDS[kind], reason=f"{NEEDS[kind]} is not installed")
+    if kind is CodeConfig:
+        request.getfixturevalue("namespaces")
     keys: dict[str, Any] = {"train": 3, "test": 2}
     if row is not None:
         keys = {name: str(tmp_path / f"{name}.jsonl") for name in ("train", "test")}
