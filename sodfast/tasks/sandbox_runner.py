@@ -30,6 +30,7 @@ import time
 import traceback
 import types
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 OUTPUT = 64 << 10  # bytes of standard output, and of standard error, at most
@@ -83,7 +84,8 @@ def supervise(limits: dict[str, Any]) -> None:
     """Start the builder, map its ids, and wait until it has ended."""
     user, group = os.geteuid(), os.getegid()  # in new namespaces they have no name at first
     if user == 0:
-        os.setgroups([])
+        with suppress(PermissionError):  # in a namespace whose groups are fixed
+            os.setgroups([])
     unshared, maps = os.pipe(), os.pipe()
     builder = os.fork()
     if builder == 0:

@@ -234,7 +234,7 @@ def test_it_holds_for_others_than_root(tmp_path: Path) -> None:
     limits = '{"isolation": "namespaces", "memory": 134217728, "processes": 6}'
     request = '{"program": "import os\\nwhile True: os.fork()", "seconds": 2}\n'
     plain = ["setpriv", "--reuid", "1234", "--regid", "1234", "--clear-groups"]
-    for before in (plain, ["unshare", "-Ur"]):
+    for before in (plain, [*plain, "unshare", "-Ur"]):
         command = [*before, python, "-I", "-S", "-B", str(program), limits]
         found = subprocess.run(command, input=request, capture_output=True, text=True, env={})
         assert "BlockingIOError" in found.stdout, (before, found.stderr)
