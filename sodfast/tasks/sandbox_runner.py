@@ -20,12 +20,9 @@ import linecache
 import os
 import resource
 import select
-import shutil
 import signal
 import site
 import sys
-import sysconfig
-import tempfile
 import time
 import traceback
 import types
@@ -54,6 +51,9 @@ libc = ctypes.CDLL(None, use_errno=True)
 def main() -> None:
     limits = json.loads(sys.argv[1])
     if limits["isolation"] == "rlimits":
+        import shutil  # these two take longer to import than all others, and are needed here alone
+        import tempfile
+
         work = tempfile.mkdtemp()
         os.chdir(work)
         checked(libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "prctl")
@@ -204,7 +204,7 @@ def build_root(sources: list[tuple[str, int]]) -> str:
 
 def library_paths() -> list[str]:
     """Folders that Python itself is read from: its standard library and the C libraries."""
-    standard = os.path.realpath(sysconfig.get_path("stdlib"))
+    standard = os.path.dirname(os.path.realpath(os.__file__))
     paths = [os.path.dirname(standard)]  # with the C libraries that conda puts there
     paths += [name for name in ("/lib", "/lib64") if not os.path.islink(name)]
     paths += ["/usr/lib", "/usr/lib64", "/usr/share/zoneinfo"]
