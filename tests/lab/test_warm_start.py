@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import slow
 from safetensors.torch import load_file
 
 from sodfast.config import ArithmeticConfig, LabConfig, load_config
@@ -166,13 +167,7 @@ def replace_by_another_lab(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "damage",
-    [
-        empty,
-        *(
-            pytest.param(damage, marks=pytest.mark.slow)
-            for damage in (flip_a_weight, cut_in_half, replace_by_another_lab)
-        ),
-    ],
+    [empty, *slow(flip_a_weight, cut_in_half, replace_by_another_lab)],
 )
 def test_a_damaged_entry_is_reported_and_rebuilt(
     damage: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
