@@ -62,6 +62,24 @@ def train(
 
 
 @app.command()
+def fork(
+    source: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The run to go on from.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="step=N [KEY=VALUE]...",
+            help="One of the run's checkpoints, then overrides. teacher.refresh=now|never: what "
+            "one refresh at that step causes, with the teacher still from there on.",
+        ),
+    ] = None,
+) -> None:
+    """Train on from a checkpoint of another run, under other keys, in a directory of its own."""
+    from sodfast.commands import train_fork
+
+    train_fork(source, overrides or [])
+
+
+@app.command()
 def sweep(
     study: Annotated[str, typer.Argument(metavar="STUDY", help="Study file, or a shipped study.")],
     overrides: Annotated[

@@ -4,7 +4,7 @@ import datetime
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -70,12 +70,20 @@ class RunDirectory:
         self._lock = lock
 
     @classmethod
-    def create(cls, path: Path, config: Config, environment: dict[str, Any]) -> "RunDirectory":
+    def create(
+        cls,
+        path: Path,
+        config: Config,
+        environment: dict[str, Any],
+        begin: Callable[["RunDirectory"], object] = lambda run: None,
+    ) -> "RunDirectory":
+        """A new directory, locked; `begin` writes what it holds beside its configuration."""
         check_out(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
             run = cls(path, _lock(path))
             (path / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+            begin(run)
             # Written last: a directory with a config.yaml is one that can be resumed.
             run.write_config(config)
         except (OSError, RunFailed) as error:
