@@ -171,6 +171,37 @@ def replay_schedule(
     print(json.dumps(result.to_json()))
 
 
+@app.command("calibrate")
+def calibrate_gates(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RUN_DIR|CONFIG] [KEY=VALUE]...",
+            help="A run, whose first steps say how rewards and lengths vary, or a configuration.",
+        ),
+    ] = None,
+    success: Annotated[
+        str | None,
+        typer.Option(
+            metavar="P|A,B",
+            help="Success rate of every prompt, or the Beta that rates are drawn from; "
+            "default: what the run shows, else 1,1.",
+        ),
+    ] = None,
+    rate: Annotated[
+        float, typer.Option(metavar="SHARE", help="Runs that may refresh falsely.")
+    ] = 0.1,
+) -> None:
+    """Say how often CGTR's gates open where nothing improves, and what would hold a chosen rate, by
+    simulation. The last line is JSON."""
+    from sodfast.calibrate import calibrate_source
+
+    result = calibrate_source(*_split(arguments or []), success, rate)
+    for line in result.text():
+        print(line)
+    print(json.dumps(result.to_json()))
+
+
 @app.command("report")
 def report_directory(
     directory: Annotated[Path, typer.Argument(metavar="RUN_OR_STUDY_DIR")],
