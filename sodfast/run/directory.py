@@ -14,18 +14,23 @@ from sodfast.errors import RunFailed, UsageError
 from sodfast.files import read_lines, refuse_links, replace_text, try_lock
 from sodfast.run import checkpoint
 
+# Keys that release 0.1.0 did not have, with their defaults.
+ADDED = {"model.random": None, "lab.stubborn": 0.0, "optimizer.lr_burst": None}
+
 
 def fingerprint(config: Config) -> str:
     """A hash of all keys but `out`, `steps`, `log`, `checkpoint` and `model.attention`: no number
     of a step depends on these.
 
-    The runs of earlier releases go on: a renamed key is hashed under its first name, and
-    `model.random`, which they did not have, only where it is set.
+    The runs of earlier releases go on: a renamed key is hashed under its first name, and one that
+    they did not have (`ADDED`) only where it is not at its default.
     """
     values = config.model_dump(mode="json", exclude={"out", "steps", "log", "checkpoint"})
     del values["model"]["attention"]
-    if config.model.random is None:
-        del values["model"]["random"]
+    for key, default in ADDED.items():
+        group, _, name = key.partition(".")
+        if values[group][name] == default:
+            del values[group][name]
     for old, new in RENAMED.items():
         group, _, name = old.partition(".")
         values[group][name] = values[group].pop(new.removeprefix(f"{group}."))
