@@ -109,6 +109,8 @@ class LabConfig(Section):
     # Lowest and highest probability that a product, or a sum, comes out wrong.
     product_error: tuple[float, float] = (0.05, 0.9)
     sum_error: tuple[float, float] = (0.0, 0.6)
+    # Share of the wrong products, and of the wrong carries, that a demonstration does not cure.
+    stubborn: float = Field(0.0, ge=0, le=1)
     error_decay: float = Field(0.8, gt=0, le=1)  # each later pass errs this much as often
     passes: tuple[float, ...] = (0.55, 0.35, 0.10)  # probabilities of 1, 2, 3 passes
     # This share of the examples has 1 to `long_passes` passes, each number equally likely.
@@ -349,9 +351,24 @@ ScheduleConfig = Annotated[
 ]
 
 
+class BurstConfig(Section):
+    """Steps `first` to `last` train at `factor` times the learning rate."""
+
+    first: Positive
+    last: Positive
+    factor: NonNegative
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "BurstConfig":
+        if self.first > self.last:
+            raise ValueError(f"optimizer.lr_burst: first={self.first} comes after last={self.last}")
+        return self
+
+
 class OptimizerConfig(Section):
     lr: NonNegative = 1e-5
     warmup_steps: Annotated[int, Field(ge=0)] = 10
+    lr_burst: BurstConfig | None = None  # drift that passes: {first: 96, last: 100, factor: 8}
     weight_decay: NonNegative = 0.01
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)

@@ -74,7 +74,7 @@ def save(
             named = {name: tensor.detach().contiguous() for name, tensor in teacher.items()}
             save_file(named, aside / "teacher.safetensors")
         save_file(optimizer, aside / "optimizer.safetensors")
-        (aside / "state.json").write_text(json.dumps({"step": step, **state}))
+        write_state(aside, {"step": step, **state})
         for path in [*aside.rglob("*"), aside]:
             _sync(path)
         os.rename(aside, final)
@@ -84,6 +84,11 @@ def save(
         raise RunFailed(f"checkpoint of step {step} could not be written: {error}") from error
     prune(directory, keep)
     return final
+
+
+def write_state(path: Path, state: dict[str, Any]) -> None:
+    """Write the JSON half of a checkpoint that nobody reads yet."""
+    (path / "state.json").write_text(json.dumps(state))
 
 
 def prune(directory: Path, keep: int) -> None:

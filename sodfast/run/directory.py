@@ -5,7 +5,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -16,9 +16,13 @@ from sodfast.files import read_lines, refuse_links, replace_text, try_lock
 from sodfast.run import checkpoint
 from sodfast.tasks.files import changed_file, file_hashes
 
-# Keys that came after 0.1.0, each with the value that means what 0.1.0 did.
-LATER: dict[str, Any] = {
+_log = logging.getLogger(__name__)
+
+# Keys that release 0.1.0 did not have, with their defaults.
+ADDED: dict[str, Any] = {
     "model.random": None,
+    "lab.stubborn": 0.0,
+    "optimizer.lr_burst": None,
     "task.split": None,
     "task.columns": {},
     "task.system": None,
@@ -26,21 +30,19 @@ LATER: dict[str, Any] = {
     "task.scorer": "strict",
 }
 
-_log = logging.getLogger(__name__)
-
 
 def fingerprint(config: Config) -> str:
     """A hash of all keys but `out`, `steps`, `log`, `checkpoint` and `model.attention`: no number
     of a step depends on these.
 
-    The runs of earlier releases go on: a renamed key is hashed under its first name, and a key that
-    they did not have only where it is not at its old meaning.
+    The runs of earlier releases go on: a renamed key is hashed under its first name, and one that
+    they did not have (`ADDED`) only where it is not at its default.
     """
     values = config.model_dump(mode="json", exclude={"out", "steps", "log", "checkpoint"})
     del values["model"]["attention"]
-    for key, old_meaning in LATER.items():
+    for key, default in ADDED.items():
         group, _, name = key.partition(".")
-        if name in values[group] and values[group][name] == old_meaning:
+        if name in values[group] and values[group][name] == default:
             del values[group][name]
     for old, new in RENAMED.items():
         group, _, name = old.partition(".")
@@ -86,12 +88,20 @@ class RunDirectory:
         self._lock = lock
 
     @classmethod
-    def create(cls, path: Path, config: Config, environment: dict[str, Any]) -> "RunDirectory":
+    def create(
+        cls,
+        path: Path,
+        config: Config,
+        environment: dict[str, Any],
+        begin: Callable[["RunDirectory"], object] = lambda run: None,
+    ) -> "RunDirectory":
+        """A new directory, locked; `begin` writes what it holds beside its configuration."""
         check_out(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
             run = cls(path, _lock(path))
             (path / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+            begin(run)
             # Written last: a directory with a config.yaml is one that can be resumed.
             run.write_config(config)
         except (OSError, RunFailed) as error:
