@@ -23,6 +23,7 @@ from sodfast.tasks.base import Grade, grade
 from sodfast.tasks.python import time_limit
 from sodfast.trainer import Trainer
 
+EXAMPLE = Path(__file__).parents[2] / "examples" / "arithmetic_task.py"
 CLASS = r"""
 import json, re
 from sodfast.tasks import Question
@@ -294,7 +295,8 @@ def test_arithmetic_written_by_a_user_is_the_built_in_run_bit_for_bit(
 ) -> None:
     """And resumes exactly, and refuses to after an edit."""
     built_in = train(rows / "built-in")
-    keys = overrides(rows, CLASS, f"task.options.folder={rows}")
+    options = [f"task.options.{key}={value}" for key, value in (("train", 48), ("test", 8))]
+    keys = ["task.name=python", f"task.source={EXAMPLE}:Arithmetic", *options]
     run(trainer(tiny_run, rows / "class", *keys))
     assert read_run(rows / "class") == built_in
 
