@@ -484,7 +484,7 @@ class Config(Section):
             )
         if not (0 <= self.collapse.eval_floor <= 1 or isinstance(self.task, PythonConfig)):
             raise ValueError(
-                f"collapse.eval_floor={self.collapse.eval_floor} must lie in [0, 1], as the "
+                f"collapse.eval_floor: {self.collapse.eval_floor} must lie in [0, 1], as the "
                 f"rewards of task.name={self.task.name} do"
             )
         return self

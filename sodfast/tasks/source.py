@@ -13,6 +13,10 @@ from typing import Any
 
 from sodfast.errors import UsageError
 
+# Names of the modules that the last `Source.load` has imported. The next one may have others of the
+# same names in another folder.
+_LOADED: set[str] = set()
+
 
 @dataclass(frozen=True)
 class Source:
@@ -63,10 +67,10 @@ class Source:
         """
         files = {str(file) for file in self.files()}
         for name, module in list(sys.modules.items()):
-            if getattr(module, "__file__", None) in files:
+            if name in _LOADED or getattr(module, "__file__", None) in files:
                 del sys.modules[name]
-        if str(self.root) not in sys.path:
-            sys.path.insert(0, str(self.root))
+        _LOADED.clear()
+        sys.path[:] = [str(self.root), *(path for path in sys.path if path != str(self.root))]
         importlib.invalidate_caches()
         writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True
         try:
@@ -75,6 +79,11 @@ class Source:
             raise UsageError(f"task.source: {describe_error(error, self.files())}") from error
         finally:
             sys.dont_write_bytecode = writes
+            _LOADED.update(
+                name
+                for name, found in list(sys.modules.items())
+                if getattr(found, "__file__", None) in files
+            )
         if getattr(module, "__file__", None) != str(self.file):
             raise UsageError(
                 f"task.source: a module named {self.module} is imported already: rename {self.file}"

@@ -36,6 +36,15 @@ def test_a_file_is_loaded_as_it_is_now_with_what_lies_beside_it(tmp_path: Path) 
     assert not list(tmp_path.rglob("*.pyc")), "nothing is written beside the user's files"
 
 
+def test_files_of_the_same_names_in_two_folders(tmp_path: Path) -> None:
+    for name in ("one", "two", "one"):
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        (folder / "own_task.py").write_text("from own_helper import value\n")
+        (folder / "own_helper.py").write_text(f"value = {name!r}\n")
+        assert find_source(f"{folder / 'own_task.py'}:value").load() == name
+
+
 def test_a_module_is_searched_in_the_current_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
