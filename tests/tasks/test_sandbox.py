@@ -63,6 +63,7 @@ def test_outcomes(limits: Limits, request: Any) -> None:
         assert "assert x == 2" in failed.stderr and "sandbox_runner" not in failed.stderr
 
 
+@pytest.mark.slow
 def test_the_time_is_that_of_all_programs_together(monkeypatch: pytest.MonkeyPatch) -> None:
     with Sandbox(PLAIN, 1.0) as sandbox:
         assert sandbox.run("import time; time.sleep(0.4)").ended == "exit"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from marks import slow
 
 from sodfast.tasks.sandbox import PROGRAM, Limits, Outcome, Sandbox
 from sodfast.tasks.sandbox_runner import descendants, resident_bytes
@@ -70,12 +71,18 @@ print(sorted(name for name in os.listdir("/proc") if name.isdigit()))
     ("program", "ended", "says"),
     [
         ("while True: pass", "time", ""),
-        ("import time; time.sleep(1000)", "time", ""),
+        *slow(("import time; time.sleep(1000)", "time", "")),
         ("x = bytearray(10**10)", "exit", "MemoryError"),
         ("while True: print('x' * 1000)", "output", ""),
         ("import sys\nwhile True: print('x' * 1000, file=sys.stderr)", "output", ""),
         ("import os\nwhile True: os.fork()", "exit", "BlockingIOError"),
-        ("import os\nwhile True:\n  try: os.fork()\n  except OSError: pass", "processes|time", ""),
+        *slow(
+            (
+                "import os\nwhile True:\n  try: os.fork()\n  except OSError: pass",
+                "processes|time",
+                "",
+            )
+        ),
         ("import os, signal\nos.kill(1, signal.SIGINT)\nos.kill(1, 9)\nos.kill(-1, 9)", "exit", ""),
         ("import os\nos.kill(os.getpid(), 9)", "exit", ""),
     ],
@@ -250,6 +257,7 @@ def test_the_processes_below_this_one() -> None:
     assert sleeper.pid not in descendants() and resident_bytes(sleeper.pid) == 0
 
 
+@pytest.mark.slow
 def test_a_sandbox_ends_with_the_process_that_has_started_it() -> None:
     script = """
 import os, sys
