@@ -567,3 +567,24 @@ def test_its_siblings_differ_in_one_key(preset: str, path: str, top_k: int | Non
     assert (config.model.path, config.objective.top_k) == (path, top_k)
     same = [f"model.path={path}", f"objective.top_k={'null' if top_k is None else top_k}"]
     assert config == load_config("qwen3_8b_80gb", same)
+
+
+def test_paths_of_a_users_task_are_kept_in_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = ["task.train=a.jsonl", "task.test=org/name"]
+    task = load_config("lab", ["task.name=python", "task.source=own.py:reward", *rows]).task
+    assert task.source == f"{tmp_path}/own.py:reward"
+    assert (task.train, task.test) == (f"{tmp_path}/a.jsonl", "org/name")
+    task = load_config("lab", ["task.name=python", "task.source=package.own:reward"]).task
+    assert task.source == "package.own:reward"
+    for source in ("own.py", ":reward", "own.py:a.b"):
+        message = refusal("task.name=python", f"task.source={source}")
+        assert message.startswith("task.source: must be FILE.py:NAME or module.submodule:NAME")
+    assert "did you mean memory_mib?" in refusal(
+        "task.name=code", "task.train=a.jsonl", "model.path=m", "task.options.memory=3"
+    )
+    # What a task's rewards are compared with may be on their own scale, where they are the user's.
+    keys = ["task.name=python", "task.source=package.own:reward", "collapse.eval_floor=-1"]
+    assert load_config("lab", keys).collapse.eval_floor == -1
