@@ -95,8 +95,10 @@ def supervise(limits: dict[str, Any]) -> None:
         os.write(unshared[1], b"1")
         if user != 0:
             map_ids("self", user, group)
-        elif os.read(maps[0], 1) != b"1":
-            os._exit(1)  # the supervisor has said why
+        else:
+            os.close(maps[1])
+            if os.read(maps[0], 1) != b"1":
+                os._exit(1)  # the supervisor has said why
         build(limits)
     os.close(unshared[1])
     if os.read(unshared[0], 1) == b"1" and user == 0:
@@ -126,10 +128,9 @@ def map_ids(process: str, user: int, group: int) -> None:
         ("gid_map", f"{NOBODY} {group} 1"),
         ("uid_map", f"{NOBODY} {user} 1"),
     ):
-        with open(f"/proc/{process}/{name}", "w") as file:
+        with open(f"/proc/{process}/{name}", "wb", buffering=0) as file:
             try:
-                file.write(text)
-                file.flush()
+                file.write(text.encode())
             except OSError as error:
                 # A map is written once: what a first choice has left need not be written again.
                 if name == "uid_map" or error.errno != errno.EPERM:
