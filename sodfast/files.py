@@ -43,19 +43,59 @@ def refuse_links(directory: Path, names: Iterable[str]) -> None:
             raise UsageError(f"{directory / name} is a symbolic link: replace it by what it names")
 
 
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises `UsageError` where there is none, `FileNotFoundError` where
+    there is no file."""
+    try:
+        value = _parse(_read(file))
+    except ValueError as error:
+        raise UsageError(f"{file}: {error}") from error
+    if not isinstance(value, dict):
+        raise UsageError(f"{file}: no JSON object")
+    return value
+
+
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The JSON lines of a file; a last line cut short by a power failure is left out."""
+    """The JSON lines of a run, each an object with a `step`; none where there is no file.
+
+    A last line cut short by a power failure, be it within a character, is left out. Raises
+    `UsageError` with file and line for anything else.
+    """
     if not file.is_file():
         return []
-    texts = file.read_text().splitlines()
+    texts = _read(file).removesuffix(b"\n").split(b"\n")
     lines = []
     for number, text in enumerate(texts, start=1):
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError as error:
-            if number < len(texts):
-                raise UsageError(f"{file}:{number}: not JSON ({error.msg})") from error
+            line = _parse(text)
+        except ValueError as error:
+            if number == len(texts):
+                break
+            raise UsageError(f"{file}:{number}: {error}") from error
+        step = line.get("step") if isinstance(line, dict) else None
+        if type(step) is not int or not 0 <= step < 2**63:
+            raise UsageError(f"{file}:{number}: no object with a step")
+        lines.append(line)
     return lines
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UsageError(f"{file} cannot be read: {error.strerror}") from error
+
+
+def _parse(text: bytes) -> Any:
+    """Raises `ValueError` for what is not JSON in UTF-8, or nested too deeply to be read."""
+    try:
+        return json.loads(text.decode())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg})") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON ({error})") from error
 
 
 def try_lock(path: Path) -> IO[str] | None:
