@@ -1,8 +1,11 @@
 """Files that others may read or hold at the same time: whole replacement, lines, and locks."""
 
+import csv
 import fcntl
+import io
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -10,6 +13,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from sodfast.errors import UsageError
+
+# What a spreadsheet takes for a formula: a sign that is not a number's, an @, a control character.
+_FORMULA = re.compile(r"[=@\t\r]|[+-](?!\.?\d[\d.eE+-]*$)")
 
 
 def replace_bytes(file: Path, data: bytes) -> None:
@@ -33,6 +39,20 @@ def replace_bytes(file: Path, data: bytes) -> None:
 def replace_text(file: Path, text: str) -> None:
     """`replace_bytes` of a text in UTF-8."""
     replace_bytes(file, text.encode())
+
+
+def to_csv(rows: Iterable[Iterable[Any]]) -> str:
+    """Rows as CSV, quoted where a cell holds a comma, a quote or a line break.
+
+    A text that a spreadsheet would run as a formula gets an apostrophe before it.
+    """
+    stream = io.StringIO()
+    csv.writer(stream, lineterminator="\n").writerows(map(_inert, row) for row in rows)
+    return stream.getvalue()
+
+
+def _inert(cell: Any) -> Any:
+    return f"'{cell}" if isinstance(cell, str) and _FORMULA.match(cell) else cell
 
 
 def refuse_links(directory: Path, names: Iterable[str]) -> None:
@@ -115,7 +135,7 @@ def is_held(lock: Path) -> bool:
     try:
         with lock.open() as stream:
             fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         return False
     except BlockingIOError:
         return True

@@ -79,7 +79,7 @@ def test_the_table_holds_hand_computed_numbers(directory: Path, fill: Fill) -> N
     fill("hard-every50,seed0", 8, True, status="done")
     fill("ema-rate0.04,seed1", 8, False, status="collapsed")
     collapse = {"step": 7, "event": "collapse", "reason": "length"}
-    events = [{"step": 3, "event": "gate"}, collapse]
+    events = [{"step": 3, "event": "refresh", "shock": 1, "age": 3}, collapse]
     (run_path(directory, "ema-rate0.04,seed1") / "events.jsonl").write_text(
         "".join(json.dumps(event) + "\n" for event in events)
     )
@@ -159,12 +159,16 @@ def test_a_cut_last_line_is_left_out_and_a_damaged_one_is_named(
     metrics = run.path / "metrics.jsonl"
     with metrics.open("a") as stream:
         stream.write('{"step": 6, "len')
-    assert [line["step"] for line in run.lines()] == [0, 1, 2, 3, 4, 5]
+    (run, *_) = read_runs(directory)
+    assert [line["step"] for line in run.lines] == [0, 1, 2, 3, 4, 5]
     assert table(directory)[0]["steps"] == "5"
     with metrics.open("a") as stream:
         stream.write('\n{"step": 7}\n')
-    with pytest.raises(UsageError, match=r"metrics.jsonl:7"):
-        write_table(directory)
+    damaged = read_runs(directory)[0]
+    assert (damaged.status, damaged.lines) == ("damaged", [])
+    assert damaged.damage.startswith(f"{metrics}:7: not JSON")
+    row = table(directory)[0]
+    assert row["status"] == "damaged" and row["steps"] == row["final"] == ""
 
 
 def test_a_directory_without_a_study(tmp_path: Path) -> None:
@@ -183,7 +187,7 @@ def test_a_held_directory_is_the_studys_and_nobody_elses(tmp_path: Path) -> None
         assert sorted(path.name for path in out.iterdir()) == [
             *(".lock", "base.yaml", "logs", "runs", "study.yaml")
         ]
-        assert [t.config for t in open_study(out).trials()] == [t.config for t in study.trials()]
+        assert [t.config for t in open_study(out).trials] == [t.config for t in study.trials]
         assert is_held(out / ".lock")
         with pytest.raises(UsageError, match="another process"), hold(out, study):
             pass
@@ -194,7 +198,7 @@ def test_a_held_directory_gains_trials_and_loses_none(tmp_path: Path) -> None:
     few, many = (load_study(write(tmp_path, axes={"seed": list(range(count))})) for count in (2, 3))
     for study in (few, many):
         with hold(tmp_path / "out", study):
-            assert len(open_study(tmp_path / "out").trials()) == len(study.trials())
+            assert len(open_study(tmp_path / "out").trials) == len(study.trials)
     before = (tmp_path / "out" / "study.yaml").read_bytes()
     with pytest.raises(UsageError, match="it has no trial seed2"), hold(tmp_path / "out", few):
         pass

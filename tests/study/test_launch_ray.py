@@ -81,7 +81,7 @@ def test_a_killed_worker_is_retried_and_the_table_is_a_local_sweeps(
     (expected / "logs").mkdir(parents=True)
     for name in ("study.yaml", "base.yaml"):
         (expected / name).write_text((out / name).read_text())
-    for undisturbed in open_study(expected).trials():
+    for undisturbed in open_study(expected).trials:
         overrides = [text for text in undisturbed.overrides if not text.startswith("out=")]
         train(run_path(expected, undisturbed.name), *overrides)
     assert (out / "table.csv").read_text() == write_table(expected).read_text()

@@ -89,11 +89,11 @@ def test_the_stored_study_is_the_sweep(stand_in: Write, tmp_path: Path) -> None:
     text = study.read_text().replace("base: lab", "base: base.yaml")
     study.write_text(text)
     run(study, out, "eval.every=3")
-    expected = load_study(study, ["eval.every=3"]).trials()
+    expected = load_study(study, ["eval.every=3"]).trials
     base.unlink()
     study.unlink()
-    assert open_study(out).trials() == expected
-    assert [trial.config for trial in open_study(out).trials()] == [
+    assert open_study(out).trials == expected
+    assert [trial.config for trial in open_study(out).trials] == [
         trial.config for trial in expected
     ]
     run(out / "study.yaml", out)
@@ -419,7 +419,7 @@ def test_a_sweep_killed_three_times_leaves_the_table_of_an_undisturbed_one(
     seed = time.time_ns()
     print("seed of the moments:", seed)  # pytest shows it when the test fails
     generator = random.Random(seed)
-    names = [trial.name for trial in load_study(real).trials()]
+    names = [trial.name for trial in load_study(real).trials]
     for _ in range(3):
         process = driver(real, out, "--jobs", "2")
         time.sleep(generator.uniform(0.2, 0.9) * lasted)
