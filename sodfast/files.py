@@ -2,7 +2,6 @@
 
 import csv
 import fcntl
-import io
 import json
 import os
 import re
@@ -10,12 +9,13 @@ import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any
 
 from sodfast.errors import UsageError
 
 # What a spreadsheet takes for a formula: a sign that is not a number's, an @, a control character.
-_FORMULA = re.compile(r"[=@\t\r]|[+-](?!\.?\d[\d.eE+-]*$)")
+_FORMULA = re.compile(r"[=@\t\r]|[+-](?!\.?\d+\.?\d*(e[+-]?\d+)?\Z)")
 
 
 def replace_bytes(file: Path, data: bytes) -> None:
@@ -46,9 +46,11 @@ def to_csv(rows: Iterable[Iterable[Any]]) -> str:
 
     A text that a spreadsheet would run as a formula gets an apostrophe before it.
     """
-    stream = io.StringIO()
-    csv.writer(stream, lineterminator="\n").writerows(map(_inert, row) for row in rows)
-    return stream.getvalue()
+    lines: list[str] = []
+    # The writer quotes a carriage return only where it may be a part of the line's end.
+    writer = csv.writer(SimpleNamespace(write=lines.append), lineterminator="\r\n")
+    writer.writerows(map(_inert, row) for row in rows)
+    return "".join(line.removesuffix("\r\n") + "\n" for line in lines)
 
 
 def _inert(cell: Any) -> Any:

@@ -5,7 +5,6 @@ wrong there, whatever a fault or a hand has made of the file.
 """
 
 from collections.abc import Mapping
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -87,5 +86,6 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_finite(value: Any) -> bool:
-    """Whether this is a number that a float holds; JSON has integers of any length."""
-    return _is_number(value) and (abs(value) < 2**63 if type(value) is int else isfinite(value))
+    """Whether this is a number that a float holds, and so does the sum of all squares of a run's
+    such numbers; JSON has integers of any length."""
+    return _is_number(value) and abs(value) < (2**63 if type(value) is int else 1e100)

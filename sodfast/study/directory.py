@@ -11,7 +11,7 @@ table.csv                  a row per trial
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import fsum
 from pathlib import Path
@@ -63,24 +63,27 @@ def hold(directory: Path, study: Study) -> Iterator[None]:
     Raises `UsageError`, with nothing written, for a directory that cannot be used, holds something
     else, is held, or would have the sweep write through a symbolic link.
     """
-    try:
-        _check_usable(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = try_lock(directory / ".lock")
-    except OSError as error:
-        raise UsageError(f"out={directory} cannot be used: {error.strerror}") from error
-    if lock is None:
-        raise UsageError(f"{directory} is being swept by another process: wait for it, or stop it")
-    with lock:
-        if (directory / "study.yaml").exists():
-            _check_kept(directory, study)
-        base = PRESETS / f"{study.base}.yaml"
-        text = (base if base.is_file() else Path(study.base)).read_text()
-        replace_text(directory / "base.yaml", text)
-        stored = study.model_copy(update={"base": "base.yaml"})
-        replace_text(directory / "study.yaml", stored.to_yaml())
-        for folder in ("runs", "logs"):
-            (directory / folder).mkdir(exist_ok=True)
+    with ExitStack() as held:
+        try:
+            _check_usable(directory)
+            directory.mkdir(parents=True, exist_ok=True)
+            lock = try_lock(directory / ".lock")
+            if lock is None:
+                raise UsageError(
+                    f"{directory} is being swept by another process: wait for it, or stop it"
+                )
+            held.enter_context(lock)
+            if (directory / "study.yaml").exists():
+                _check_kept(directory, study)
+            base = PRESETS / f"{study.base}.yaml"
+            text = (base if base.is_file() else Path(study.base)).read_text()
+            replace_text(directory / "base.yaml", text)
+            stored = study.model_copy(update={"base": "base.yaml"})
+            replace_text(directory / "study.yaml", stored.to_yaml())
+            for folder in ("runs", "logs"):
+                (directory / folder).mkdir(exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"out={directory} cannot be used: {error.strerror}") from error
         yield
 
 

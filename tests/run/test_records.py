@@ -66,6 +66,7 @@ def test_a_reward_gate_without_a_reference_has_no_threshold(tmp_path: Path) -> N
         (b'{"step": 1, "x": true}', "x of step 1 is not a number"),
         (b'{"step": 1, "x": NaN}', "x of step 1 is not finite"),
         (b'{"step": 1, "x": 1e999}', "x of step 1 is not finite"),
+        (b'{"step": 1, "x": -1e308}', "x of step 1 is not finite"),
         (b'{"step": 1, "x": ' + b"9" * 400 + b"}", "x of step 1 is not finite"),
     ],
     ids=lambda value: str(value)[:32],

@@ -1,8 +1,11 @@
 """Study directories: what holds them, the statuses of their trials, and the table."""
 
 import csv
+import errno
 import fcntl
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -171,6 +174,58 @@ def test_a_cut_last_line_is_left_out_and_a_damaged_one_is_named(
     assert row["status"] == "damaged" and row["steps"] == row["final"] == ""
 
 
+DAMAGE = {
+    "summary.json": [b"{", b"[]", b"null", b"\xff", b"", b"{}", b"[" * 100_000],
+    "metrics.jsonl": [
+        b'{"step": 0}\n{"step": 1, "length/mean": "long"}\n',
+        b'{"step": 0}\n{"step": 1, "length/mean": ' + b"9" * 400 + b"}\n",
+        b'{"step": 0, "\xc3\n{"step": 1}\n',
+        b"[" * 100_000 + b'\n{"step": 1}\n',
+        b"null\n",
+    ],
+    "events.jsonl": [
+        b'{"step": 3}\n',
+        b'{"step": 3, "event": "refresh"}\n',
+        b'{"step": 3, "event": "gate", "gates": {}, "refresh": false}\n',
+        b'{"event": "collapse"}\n',
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"), [(file, damage) for file, all_ in DAMAGE.items() for damage in all_]
+)
+def test_a_damaged_trial_is_named_and_takes_no_other(
+    directory: Path, fill: Fill, file: str, damage: bytes
+) -> None:
+    fill("hard-every50,seed0", 8, True, status="done")
+    fill("hard-every50,seed1", 8, True, status="done")
+    sound = table(directory)
+    path = run_path(directory, "hard-every50,seed0")
+    (path / file).write_bytes(damage)
+    run = read_runs(directory)[0]
+    assert run.status == "damaged" and run.lines == run.events == []
+    assert run.damage.startswith(f"{path / file}:") and "\n" not in run.damage
+    rows = table(directory)
+    assert rows[0]["status"] == "damaged" and not any(list(rows[0].values())[4:])
+    assert rows[1:] == sound[1:]
+
+
+def test_a_lock_that_is_a_directory_holds_nothing(directory: Path, fill: Fill) -> None:
+    fill("hard-every50,seed0", 8, True, status="done")
+    lock_path(directory, "hard-every50,seed0").mkdir()
+    assert read_runs(directory)[0].status == "done"
+
+
+def test_no_label_of_the_table_is_a_formula(directory: Path) -> None:
+    values = ["=cmd|' /C calc'!A1", "@SUM(1)", "a,b"]
+    write(directory, axes={"log.project": values, "optimizer.lr": [0.1]})
+    rows = table(directory)
+    assert [row["log.project"] for row in rows] == [f"'{values[0]}", f"'{values[1]}", "a,b"]
+    assert [row["name"] for row in rows] == [trial.name for trial in open_study(directory).trials]
+    assert {row["optimizer.lr"] for row in rows} == {"0.1"}
+
+
 def test_a_directory_without_a_study(tmp_path: Path) -> None:
     for read in (open_study, read_runs, write_table):
         with pytest.raises(UsageError, match=r"study\.yaml"):
@@ -212,3 +267,39 @@ def test_what_a_killed_beginning_left_is_no_obstacle(tmp_path: Path) -> None:
         (out / name).write_text("half")
     with hold(out, load_study(write(tmp_path, axes={"seed": [0]}))):
         assert len(read_runs(out)) == 1
+
+
+@pytest.mark.parametrize(
+    "name", [".lock", "runs", "logs", "runs/seed0", "logs/seed0.log", "logs/seed0.lock"]
+)
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_link_is_not_followed(tmp_path: Path, name: str, begun: bool) -> None:
+    """Neither one to a file, a folder, nor one that names nothing yet."""
+    study = load_study(write(tmp_path, axes={"seed": [0]}))
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    if begun:
+        with hold(out, study):
+            pass
+        shutil.rmtree(out / name, ignore_errors=True)
+        (out / name).unlink(missing_ok=True)
+    else:
+        (out / name).parent.mkdir(parents=True)
+        (out / "study.yaml").write_text(study.to_yaml())
+    (out / name).symlink_to(elsewhere)
+    with pytest.raises(UsageError, match=f"{name} is a symbolic link"), hold(out, study):
+        pass
+    assert not elsewhere.exists() and not elsewhere.is_symlink()
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = load_study(write(tmp_path, axes={"seed": [0]}))
+
+    def full(file: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+
+    monkeypatch.setattr("sodfast.study.directory.replace_text", full)
+    with (
+        pytest.raises(UsageError, match="cannot be used: No space left"),
+        hold(tmp_path / "o", study),
+    ):
+        pass

@@ -6,9 +6,11 @@ test at the end trains for real.
 """
 
 import csv
+import errno
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -162,6 +164,67 @@ def test_a_file_that_is_not_a_runs_is_kept(stand_in: Write, tmp_path: Path) -> N
         run(study, out)
     assert notes.read_text() == "mine"
     assert "not empty" in failure_path(out, "seed0").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", [b"{", b"[]", b"\xff"])
+def test_a_damaged_summary_is_written_anew(stand_in: Write, tmp_path: Path, text: bytes) -> None:
+    study, out = stand_in(seed=[0, 1]), tmp_path / "out"
+    run(study, out)
+    before = (out / "table.csv").read_bytes()
+    (run_path(out, "seed0") / "summary.json").write_bytes(text)
+    run(study, out)
+    assert (out / "table.csv").read_bytes() == before
+    assert (starts(out, "seed0"), starts(out, "seed1")) == (2, 1)
+
+
+def test_a_damaged_trial_is_in_the_table_and_takes_no_other(
+    stand_in: Write, tmp_path: Path
+) -> None:
+    study, out = stand_in(seed=[0, 1]), tmp_path / "out"
+    run(study, out)
+    (run_path(out, "seed0") / "metrics.jsonl").write_bytes(b'{"step": "x"}\n{}\n')
+    rows = run(study, out)
+    assert [(row["status"], row["final"]) for row in rows] == [("damaged", ""), ("done", "0.625")]
+
+
+@pytest.mark.parametrize("place", ["directory.replace_text", "sweep.mark_failed"])
+def test_a_disk_that_is_full_later_is_one_line(
+    stand_in: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """While the table is written, and while it is noted why a trial failed."""
+    study, out = stand_in(seed=[0]), tmp_path / "out"
+    run(study, out)
+    (run_path(out, "seed0") / "summary.json").unlink()
+    monkeypatch.setattr(launch, "log_path", lambda directory, name: directory / "no" / name)
+    original = sys.modules["sodfast.study.directory"].replace_text
+
+    def full(*arguments: Any) -> None:
+        if place == "sweep.mark_failed" or arguments[0].name == "table.csv":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(*arguments)
+
+    monkeypatch.setattr(f"sodfast.study.{place}", full)
+    with pytest.raises(RunFailed, match=r"out cannot be written: .*No space left") as caught:
+        run(study, out)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("bytes_", [0, 20])
+def test_a_full_disk_ends_the_command_in_one_line(
+    stand_in: Write, tmp_path: Path, bytes_: int
+) -> None:
+    """No file may grow beyond a few bytes."""
+    study = stand_in(seed=[0])
+    done = subprocess.run(
+        [sys.executable, "-m", "sodfast", "sweep", str(study), f"out={tmp_path / 'out'}"],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_, bytes_)),
+        timeout=100,
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("sodfast: out=") and done.stderr.count("\n") == 1
 
 
 # ---------------------------------------------------------------- refusals
