@@ -136,16 +136,13 @@ def _check_keys(study: Study) -> None:
     """Each key is decided in one place: not in two, and not undone by a later whole group."""
     if "out" in study.axes or "out" in study.overrides:
         raise UsageError("out is no key of a study: give out=DIRECTORY on the command line")
-    for key in study.axes:
-        if key in study.overrides:
+    for first, key in itertools.combinations([*study.overrides, *study.axes], 2):
+        if first == key:
             raise UsageError(f"{key} is an axis and an override: drop one of them")
-    keys = [*study.overrides, *study.axes]
-    for index, key in enumerate(keys):
-        undone = [other for other in keys[:index] if other.startswith(f"{key}.")]
-        if undone:
+        if first.startswith(f"{key}."):
             raise UsageError(
-                f"axis {key} sets a whole group and would undo {undone[0]}: write {undone[0]} as "
-                "a later axis or into the axis's values"
+                f"axis {key} sets a whole group and would undo {first}: write {first} as a later "
+                "axis or into the axis's values"
             )
 
 
