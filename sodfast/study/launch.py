@@ -16,7 +16,14 @@ from sodfast.config import Config
 from sodfast.errors import RunFailed, UsageError
 from sodfast.files import try_lock
 from sodfast.study.definition import Trial
-from sodfast.study.directory import failure_path, finished_status, lock_path, log_path, run_path
+from sodfast.study.directory import (
+    failure_path,
+    finished_status,
+    lock_path,
+    log_path,
+    read_records,
+    run_path,
+)
 
 RETRIES = 2
 POLL_SECONDS = 0.2
@@ -58,10 +65,12 @@ class LocalLauncher:
 
 
 def outcome_of(directory: Path, trial: Trial) -> Literal["done", "collapsed"] | None:
-    """How a trial ended that has nothing left to do. One whose summary is damaged has: resuming
-    it writes the summary anew, or says what is wrong."""
+    """How a trial ended that has nothing left to do. One whose files are damaged has: resuming it
+    writes the summary anew, or says what is wrong."""
+    path = run_path(directory, trial.name)
     try:
-        return finished_status(run_path(directory, trial.name), trial.config)
+        read_records(path, trial.config)
+        return finished_status(path, trial.config)
     except UsageError:
         return None
 

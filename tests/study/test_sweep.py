@@ -184,8 +184,11 @@ def test_a_damaged_trial_is_in_the_table_and_takes_no_other(
     study, out = stand_in(seed=[0, 1]), tmp_path / "out"
     run(study, out)
     (run_path(out, "seed0") / "metrics.jsonl").write_bytes(b'{"step": "x"}\n{}\n')
-    rows = run(study, out)
+    with pytest.raises(RunFailed, match="1 of 2 trials failed: seed0 "):
+        run(study, out)
+    rows = list(csv.DictReader((out / "table.csv").open()))
     assert [(row["status"], row["final"]) for row in rows] == [("damaged", ""), ("done", "0.625")]
+    assert starts(out, "seed1") == 1
 
 
 @pytest.mark.parametrize("place", ["directory.replace_text", "sweep.mark_failed"])
