@@ -506,3 +506,21 @@ def test_a_sweep_killed_three_times_leaves_the_table_of_an_undisturbed_one(
     output, _ = last.communicate(timeout=300)
     assert last.returncode == 0, output
     assert (out / "table.csv").read_text() == expected
+
+
+@pytest.mark.slow
+def test_a_damaged_trial_of_real_training_is_mended_or_named(real: Path, tmp_path: Path) -> None:
+    """Its summary follows from its lines and is written anew; its lines follow from nothing."""
+    out = tmp_path / "out"
+    expected = run(real, out)
+    table = (out / "table.csv").read_bytes()
+    (run_path(out, "hard-every2") / "summary.json").write_text("{")
+    assert run(real, out) == expected and (out / "table.csv").read_bytes() == table
+    metrics = run_path(out, "hard-every2") / "metrics.jsonl"
+    metrics.write_bytes(metrics.read_bytes().replace(b'"step": 2', b'"step": "two"'))
+    with pytest.raises(RunFailed, match="1 of 2 trials failed: hard-every2 "):
+        run(real, out)
+    reason = failure_path(out, "hard-every2").read_text()
+    assert reason.startswith("exit code 2: sodfast: ") and f"{metrics}:3: " in reason
+    statuses_ = [row["status"] for row in csv.DictReader((out / "table.csv").open())]
+    assert statuses_ == [expected[0]["status"], "damaged"]
