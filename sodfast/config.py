@@ -465,13 +465,18 @@ def _read(source: str, above: tuple[Path, ...] = ()) -> DictConfig:
         raise UsageError(f"no configuration file {source!r} and no such preset (presets: {names})")
     if path.resolve() in above:
         raise UsageError(f"{path} is built on itself: change its base or that of {above[-1]}")
+    return _on_base(read_mapping(path), path, above)
+
+
+def read_mapping(path: Path) -> DictConfig:
+    """The mapping in a YAML file, its references unresolved. Raises `UsageError` for any other."""
     try:
         layer = OmegaConf.load(path)
     except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} cannot be read as YAML: {_first_line(error)}") from error
     if not isinstance(layer, DictConfig) or not layer:
-        raise UsageError(f"{path} must hold a mapping with at least one configuration key")
-    return _on_base(layer, path, above)
+        raise UsageError(f"{path} must hold a mapping with at least one key")
+    return layer
 
 
 def _on_base(layer: DictConfig, path: Path, above: tuple[Path, ...]) -> DictConfig:
