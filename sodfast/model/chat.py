@@ -46,15 +46,14 @@ def encode_messages(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     where a text is no Unicode or the prompt has no token, and where it cannot be told which special
     tokens are the template's own.
     """
-    for message in messages:
-        try:
-            message["content"].encode()
-        except UnicodeEncodeError as error:
-            raise UsageError(
-                f"the {message['role']} text holds half of a surrogate pair at character "
-                f"{error.start}, which is no Unicode text: take it out"
-            ) from error
     text = _render(tokenizer, messages)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"a prompt holds half of a surrogate pair ({text[error.start]!r}), which is no Unicode "
+            "text: take it out of the rows of task.*"
+        ) from error
     ids = list(_tokenize(tokenizer, text).input_ids)
     roles = tuple(message["role"] for message in messages)
     special, expected = _specials(tokenizer, roles)
@@ -73,17 +72,25 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids)
 
 
-def require_template(tokenizer: Any, place: str) -> None:
-    """Raise `UsageError`, which begins with `place`, where the chat template does not render a
-    user's message within `CPU_SECONDS` and `MEMORY_BYTES`.
+def require_prompts(tokenizer: Any, place: str) -> None:
+    """Raise `UsageError`, which begins with `place`, where a user's message gives no prompt, or
+    where the chat template takes more than `CPU_SECONDS` or `MEMORY_BYTES` to render one."""
+    if tokenizer.chat_template:
+        _require_template_ends(tokenizer, place)
+    try:
+        encode_messages(tokenizer, [{"role": "user", "content": "1"}])
+    except UsageError as error:
+        raise UsageError(f"{place}: {error}") from error
+
+
+def _require_template_ends(tokenizer: Any, place: str) -> None:
+    """Raise `UsageError` where rendering a message takes too much time or memory.
 
     A template is a program. It is tried in a process of its own, since nothing else ends every
     program: a signal reaches the main thread alone, and neither a signal nor jinja's sandbox, which
-    bounds a single range, ends `10 ** 10 ** 10` or loops within loops. Prompts are rendered in this
+    bounds a single range, ends `10 ** (10 ** 10)` or loops within loops. Prompts are rendered in this
     process afterwards: a template that loops for certain texts alone is not found.
     """
-    if not tokenizer.chat_template:
-        return
     text = "1 + 1 = ? " * 100
     user, system = {"role": "user", "content": text}, {"role": "system", "content": text}
     change = "mend it, or choose another model"

@@ -6,6 +6,7 @@ directory is opened, whatever a file in it says.
 """
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from sodfast.errors import UsageError
 
 INDEX = "model.safetensors.index.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_MOST_LAYERS, _MOST_PARTS = 2**10, 2**20
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _FETCHED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 # Folders, and the weights of some models once more in another layout.
@@ -33,7 +35,7 @@ def find_model(path: str) -> Path:
     Raises `UsageError` where there is none, or where its files are not what `load_model` reads.
     """
     folder = Path(path)
-    if not folder.exists():
+    if not os.path.exists(path):  # which also says so of a name that is too long
         if not _HUB_ID.fullmatch(path):
             raise UsageError(
                 f"model.path={path}: no such directory, and not a hub id of the form org/name"
@@ -51,21 +53,55 @@ def find_model(path: str) -> Path:
     return folder
 
 
-def read_object(file: Path, place: str) -> dict[str, Any]:
-    """A JSON object. Raises `UsageError`, which begins with `place`, for anything else."""
+def read_config(folder: Path, name: str) -> dict[str, Any]:
+    """The contents of config.json. Raises `UsageError`, which begins with `name`, where it names no
+    model, or counts more layers or other parts than any model has: transformers makes lists of such
+    lengths before it checks anything."""
+    contents = _read_json(folder / "config.json", name)
+    if not isinstance(contents, dict) or not isinstance(contents.get("model_type"), str):
+        raise UsageError(f"{name}: its config.json names no model_type: give a Hugging Face model")
+    for part in (contents, *(value for value in contents.values() if isinstance(value, dict))):
+        for key, value in part.items():
+            limit = _MOST_LAYERS if "layer" in key else _MOST_PARTS
+            counts = key.startswith(("num_", "n_")) and isinstance(value, int)
+            if counts and value > limit:
+                raise UsageError(
+                    f"{name}: config.json says {key}={str(value)[:40]}, more than {limit}: give "
+                    "the config.json that belongs to the weights"
+                )
+    return contents
+
+
+def name_no_code(config: Any) -> None:
+    """Take back a configuration's choice of kernels: it may be a repository of the hub
+    (https://huggingface.co/docs/kernels), whose code transformers would run."""
+    config._attn_implementation = config._experts_implementation = None
+
+
+def _read_json(file: Path, name: str) -> Any:
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UsageError(f"{place} is not JSON ({reason}): give the file that was saved") from error
+        raise UsageError(
+            f"{name}: its {file.name} cannot be read ({reason}): give the file that was saved"
+        ) from error
+
+
+def _read_object(file: Path, name: str) -> dict[str, Any]:
+    """A JSON object, empty where there is no such file."""
+    value = _read_json(file, name) if file.is_file() else {}
     if not isinstance(value, dict):
-        raise UsageError(f"{place} is not a JSON object: give the file that was saved")
+        raise UsageError(
+            f"{name}: its {file.name} is not a JSON object: give the file that was saved"
+        )
     return value
 
 
 @contextmanager
-def refusing(place: str, change: str) -> Iterator[None]:
-    """Turn whatever a library raises over a file that it reads into one line: `UsageError`.
+def refusing(failure: str, change: str) -> Iterator[None]:
+    """Turn whatever a library raises over a file that it reads into one line, a `UsageError` that
+    says what failed, why, and what to change.
 
     The libraries check what they read in passing or not at all. So a damaged file shows as any
     exception of Python's, and as a bare `Exception` where `tokenizers` raises it.
@@ -76,7 +112,7 @@ def refusing(place: str, change: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UsageError(f"{place} cannot be used ({reason}): {change}") from error
+        raise UsageError(f"{failure} ({reason}): {change}") from error
 
 
 def _require_files(folder: Path, name: str) -> None:
@@ -97,28 +133,42 @@ def _require_files(folder: Path, name: str) -> None:
             f"{name} holds an adapter beside the model (adapter_config.json): merge it into the "
             "weights and save those, or take it away"
         )
-    _require_own_weights(folder, name)
+    _require_own_files(folder, name)
 
 
-def _require_own_weights(folder: Path, name: str) -> None:
-    """Refuse a model whose weights lie in other files than its own `*.safetensors`, before any of
-    them is opened: transformers follows the names that config.json and the index of a model in
-    several files give, and unpickles what is not called `*.safetensors`."""
-    single = read_object(folder / "config.json", f"{name}: config.json").get("transformers_weights")
+def _require_own_files(folder: Path, name: str) -> None:
+    """Refuse a model whose files send the reader elsewhere, before any such file is opened.
+
+    transformers follows the names of weights that config.json gives, and the index of a model in
+    several files, and unpickles what is not called `*.safetensors`; it follows the names of
+    tokenizers that tokenizer_config.json gives.
+    """
+    single = read_config(folder, name).get("transformers_weights")
     names = [] if single is None else [single]
     if (folder / INDEX).is_file():
-        index = read_object(folder / INDEX, f"{name}: {INDEX}")
+        index = _read_object(folder / INDEX, name)
         for key in ("metadata", "weight_map"):
             if not isinstance(index.get(key), dict):
                 raise UsageError(f"{name}: {key} in {INDEX} is not a JSON object: mend the index")
         names += index["weight_map"].values()
     for file in names:
-        plain = isinstance(file, str) and Path(file).name == file
-        if not plain or not file.endswith(".safetensors"):
+        if not _is_plain(file) or not file.endswith(".safetensors"):
             raise UsageError(
                 f"{name} names {str(file)[:100]!r} as a file of weights: only *.safetensors files "
                 "beside config.json are read"
             )
+    for file in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json"):
+        others = _read_object(folder / file, name).get("fast_tokenizer_files") or []
+        if not isinstance(others, list) or any(not _is_plain(other) for other in others):
+            raise UsageError(
+                f"{name}: fast_tokenizer_files in {file} names {str(others)[:100]}: only files "
+                "beside config.json are read"
+            )
+
+
+def _is_plain(file: Any) -> bool:
+    """Whether this is the name of a file, without a folder."""
+    return isinstance(file, str) and Path(file).name == file
 
 
 def stored_sizes(folder: Path, name: str) -> dict[str, int]:

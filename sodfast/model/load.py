@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sodfast.errors import UsageError
-from sodfast.model.chat import encode_messages, encode_text, require_template
-from sodfast.model.directory import find_model, refusing, stored_sizes
+from sodfast.model.chat import encode_messages, encode_text, require_prompts
+from sodfast.model.directory import find_model, name_no_code, refusing, stored_sizes
 from sodfast.model.packing import can_pack, own_attention, packed_hidden, use_packed_attention
 from sodfast.tasks.base import Question
 
@@ -86,9 +86,9 @@ def load_model(
     transformers_logging.set_verbosity_error()
     try:
         config = _read_config(folder, dtype, name)
-        with refusing(f"{name}: the tokenizer's files", "save the tokenizer there anew"):
+        with refusing(f"{name}: its tokenizer.json makes no tokenizer", "save it there anew"):
             tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-        with refusing(f"{name}: config.json or the weights", "give those of one model"):
+        with refusing(f"{name}: config.json and the weights make no model", "give fitting ones"):
             network, loading = AutoModelForCausalLM.from_pretrained(
                 str(folder),
                 config=config,
@@ -108,13 +108,15 @@ def load_model(
             f"config.json says, such as {min(absent)}: give the weights that belong to it"
         )
     network.name_or_path = network.config.name_or_path = path  # rather than a folder of the cache
-    alone = (folder / "chat_template.jinja").is_file()
-    file = "chat_template.jinja" if alone else "tokenizer_config.json"
-    require_template(tokenizer, f"{name}: the chat template in {file}")
-    with refusing(f"{name}: config.json or the tokenizer's files", "give those of one model"):
-        model = wrap_model(network, tokenizer, device, name)
-        model.encode("1")
-    return model
+    with refusing(f"{name}: config.json and tokenizer.json do not fit", "give fitting ones"):
+        if not tokenizer.chat_template:
+            file = "the tokenizer"
+        elif (folder / "chat_template.jinja").is_file():
+            file = "chat_template.jinja"
+        else:
+            file = "the chat template in tokenizer_config.json"
+        require_prompts(tokenizer, f"{name}: {file}")
+        return wrap_model(network, tokenizer, device, name)
 
 
 def _read_config(folder: Path, dtype: torch.dtype, name: str) -> Any:
@@ -125,10 +127,9 @@ def _read_config(folder: Path, dtype: torch.dtype, name: str) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     stored = stored_sizes(folder, name)
-    with refusing(f"{name}: config.json", "give the config.json that belongs to the weights"):
+    with refusing(f"{name}: its config.json makes no model", "give that of the weights"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        # It may name code of the hub (https://huggingface.co/docs/kernels), which would be run.
-        config._attn_implementation = config._experts_implementation = None
+        name_no_code(config)
         layers = config.get_text_config().num_hidden_layers
         if not 0 < layers <= len(stored):
             raise UsageError(
