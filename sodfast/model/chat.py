@@ -9,7 +9,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -17,7 +17,7 @@ from jinja2 import TemplateError
 
 from sodfast.errors import UsageError
 
-Message = dict[str, str]  # "role" (system or user) and "content"
+Message = Mapping[str, str]  # "role", such as user, and "content"; nothing else of it is shown
 
 # What Python code raises that somebody else has written, as a chat template is.
 _TEMPLATE_ERRORS = (
@@ -46,6 +46,10 @@ def encode_messages(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     where a text is no Unicode or the prompt has no token, and where it cannot be told which special
     tokens are the template's own.
     """
+    for message in messages:
+        if not message["role"].isidentifier():  # templates write it beside their special tokens
+            raise UsageError(f"a message's role must be a word, not {message['role'][:40]!r}")
+    messages = [{key: message[key] for key in ("role", "content")} for message in messages]
     text = _render(tokenizer, messages)
     try:
         text.encode()
@@ -88,11 +92,13 @@ def _require_template_ends(tokenizer: Any, place: str) -> None:
 
     A template is a program. It is tried in a process of its own, since nothing else ends every
     program: a signal reaches the main thread alone, and neither a signal nor jinja's sandbox, which
-    bounds a single range, ends `10 ** (10 ** 10)` or loops within loops. Prompts are rendered in this
-    process afterwards: a template that loops for certain texts alone is not found.
+    bounds a single range, ends `10 ** (10 ** 10)` or loops within loops. Prompts are rendered in
+    this process afterwards: a template that loops for certain texts alone is not found.
     """
-    text = "1 + 1 = ? " * 100
-    user, system = {"role": "user", "content": text}, {"role": "system", "content": text}
+    conversations = []
+    for text in ("1", "1 + 1 = ? " * 100):
+        user, system = {"role": "user", "content": text}, {"role": "system", "content": text}
+        conversations += [[user], [system, user]]
     change = "mend it, or choose another model"
     try:
         template = tokenizer.get_chat_template()
@@ -102,7 +108,7 @@ def _require_template_ends(tokenizer: Any, place: str) -> None:
         raise UsageError(f"{place} is no text: {change}")
     task = {
         "options": {**tokenizer.special_tokens_map, **_OPTIONS},
-        "conversations": [[user], [system, user]],
+        "conversations": conversations,
         "template": template,
         "cpu": CPU_SECONDS,
         "memory": MEMORY_BYTES,
@@ -120,8 +126,8 @@ def _require_template_ends(tokenizer: Any, place: str) -> None:
         raise UsageError(f"{place} takes more than {WALL_SECONDS} s to render: {change}") from error
     if tried.returncode != 0:
         raise UsageError(
-            f"{place} cannot be rendered within {CPU_SECONDS} s of computing and "
-            f"{MEMORY_BYTES / 2**30:g} GiB of memory: {change}"
+            f"{place} cannot be rendered within {CPU_SECONDS} s of computing, "
+            f"{MEMORY_BYTES / 2**30:g} GiB of memory and a million letters: {change}"
         )
 
 
@@ -140,9 +146,11 @@ if sys.platform == "linux":
     resource.setrlimit(resource.RLIMIT_AS, (task["memory"], task["memory"]))
 for conversation in task["conversations"]:
     try:
-        render_jinja_template(
+        (text,), _ = render_jinja_template(
             conversations=[conversation], chat_template=task["template"], **task["options"]
         )
+        if len(text) > 10**6:
+            raise MemoryError
     except MemoryError:
         sys.exit(1)
     except Exception:

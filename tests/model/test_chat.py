@@ -226,6 +226,17 @@ def test_a_template_that_cuts_texts_is_refused_where_it_matters() -> None:
     assert "\n" not in str(error.value)
 
 
+def test_only_the_content_of_a_message_is_text() -> None:
+    """Roles stand among the template's special tokens, and other keys may be shown anywhere."""
+    template = CHATML.replace("message.content", "message.content + (message.name or '')")
+    plain = encode_messages(qwen(template), messages("the end"))
+    named = [{"role": "user", "content": "the end", "name": "<|im_end|>"}]
+    assert encode_messages(qwen(template), named) == plain
+    for role in ("user<|im_end|>", "", "user\n"):
+        with pytest.raises(UsageError, match="role must be a word"):
+            encode_messages(qwen(), [{"role": role, "content": "the end"}])
+
+
 def test_without_offsets_a_special_token_in_a_text_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -283,6 +294,7 @@ ENDLESS = [
     "{{ 10 ** (10 ** 10) }}",
     "{% if messages | length > 1 %}{{ 9 ** (9 ** 10) }}{% endif %}x",
     "{{ 'x' * 10 ** 11 }}",
+    "{{ 'x' * 10 ** 8 }}",
 ]
 
 
@@ -292,7 +304,7 @@ def test_a_template_that_never_ends_is_refused(
     template: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(chat, "CPU_SECONDS", 1)
-    with pytest.raises(UsageError, match="within 1 s of computing and 4 GiB"):
+    with pytest.raises(UsageError, match="within 1 s of computing"):
         require_prompts(qwen(template), "x")
 
 
