@@ -262,6 +262,7 @@ def test_half_of_a_surrogate_pair_is_refused(
 # ---------------------------------------------------------------- templates
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "template",
     [
@@ -335,6 +336,7 @@ def test_several_templates_without_a_default_are_refused() -> None:
         require_prompts(tokenizer, "place")
 
 
+@pytest.mark.slow
 def test_good_prompts_pass() -> None:
     require_prompts(qwen(), "place")
     require_prompts(build_tokenizer(), "place")

@@ -315,6 +315,7 @@ def test_a_tokenizer_that_makes_no_tokens_of_the_model_is_one_line(
     assert "tokenizer" in refusal(directory)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text", ["{{ 1 / 0 }}", "{{", "{% if messages | length > 9 %}x{% endif %}"]
 )
