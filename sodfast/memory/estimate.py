@@ -25,6 +25,7 @@ from sodfast_kernels.philox import CHUNK
 from sodfast.config import ArithmeticConfig, Config, LoRAConfig
 from sodfast.errors import UsageError
 from sodfast.memory.trace import LiveBytes, Sequences, Trace, prefill, scoring, training
+from sodfast.model.directory import read_config
 from sodfast.model.load import output_head, trained_parameters
 from sodfast.model.packing import micro_batches
 from sodfast.model.random_weights import shape, shipped_shapes
@@ -370,13 +371,7 @@ def architecture(config: Config) -> dict[str, Any]:
                 f"holds it, or one of {', '.join(known)}"
             )
         file = Path(found)
-    try:
-        contents = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise UsageError(f"model.path={path}: its config.json cannot be read: {error}") from error
-    if not isinstance(contents, dict) or "model_type" not in contents:
-        raise UsageError(f"model.path={path}: its config.json names no model_type")
-    return contents
+    return read_config(file.parent, f"model.path={path}")
 
 
 @cache

@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sodfast.config import LoRAConfig, ObjectiveConfig
 from sodfast.errors import UsageError
 from sodfast.model import liger, lora
+from sodfast.model.directory import name_no_code, refusing
 from sodfast.model.load import decoder_layers, output_head, recompute_layers, trained_parameters
 from sodfast.model.packing import can_pack, response_hidden, use_packed_attention
 from sodfast.objective import micro_batch_loss
@@ -114,14 +115,14 @@ class Trace:
         from transformers import AutoConfig, AutoModelForCausalLM
         from transformers.initialization import no_init_weights
 
-        try:
+        with refusing(
+            "model.path: its config.json makes no model", "give that of a causal language model"
+        ):
             config = AutoConfig.for_model(**architecture)
+            name_no_code(config)
             with self.mode, no_init_weights():
                 network = AutoModelForCausalLM.from_config(config, dtype=dtype)
             network.tie_weights()
-        except (ValueError, TypeError, AttributeError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise UsageError(f"model.path: its config.json makes no model: {reason}") from error
         if not can_pack(network):
             raise UsageError(
                 f"model.path: sequences of a {type(network).__name__} cannot be packed: choose "
