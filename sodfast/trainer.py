@@ -173,6 +173,9 @@ class Trainer:
             self.reporter.message("no checkpoint yet: starting over at step 0")
             return
         stored = checkpoint.load(path)
+        checkpoint.require_fitting(stored, self.model, self.optimizer, self.schedule)
+        if not stored.hashed:
+            self.reporter.message(f"{path} is of an earlier release: it has no hashes to check")
         self.step = stored.step
         checkpoint.restore_student(
             self.model, self.weights.loadable(stored.student), stored.state.get("base")
