@@ -194,7 +194,13 @@ class Trainer:
         self.state = self._state()
         if closing and self._ended():
             kept = {k: v for k, v in self.lines[-1].items() if k.startswith("eval/")}
-            self.collapse.observe({"step": self.step, **kept})
+            if kept:
+                self.collapse.observe({"step": self.step, **kept})
+            else:  # the run went on when this step was made, and `steps` now ends it here
+                evaluation = self._evaluate(self.step)
+                self.lines[-1] |= evaluation
+                self._observe_collapse({"step": self.step, **evaluation})
+                self.run.write_metrics(self.lines)
         self._event(self.step, "resume")
 
     def _evaluate_start(self, interruption: Interruption, logger: Logger) -> None:
