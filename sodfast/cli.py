@@ -1,5 +1,6 @@
 """Self on-policy distillation: train a language model against an earlier copy of itself."""
 
+import io
 import json
 import os
 import signal
@@ -12,11 +13,13 @@ import typer
 from sodfast.errors import RunFailed, UsageError
 from sodfast.run.interrupt import Interrupted
 
+# What typer raises for arguments that it cannot parse. It brings a click of its own, which has had
+# two names.
+_Unparsed: type[Exception] = typer.BadParameter.__mro__[1]
+
 # The commands parse arguments and print results; whatever is computed, other modules compute. They
 # are imported where they are needed, so that help and refusals need not wait for torch.
-app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__
-)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
 Arguments = Annotated[
     list[str] | None,
@@ -105,8 +108,12 @@ def evaluate(
 ) -> None:
     """Evaluate a run's newest checkpoint, or any model. The last line is JSON."""
     from sodfast.commands import evaluate_model
+    from sodfast.run.console import Screen
 
-    print(json.dumps(evaluate_model(source, overrides or [])))
+    screen = Screen()
+    print(json.dumps(evaluate_model(source, overrides or [], screen)), file=screen, flush=True)
+    if screen.off:
+        raise typer.Exit(1)
 
 
 @app.command("plan")
@@ -185,10 +192,17 @@ def main() -> None:
         print("sodfast: standard output is closed: going on without it", file=sys.stderr)
     # Outside of training, where `Interruption` takes both, SIGTERM ends a command as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if sys.flags.optimize > 1:
+        _stop("transformers needs the docstrings that PYTHONOPTIMIZE=2 removes: set it to 1", 2)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # not every locale has what tables are drawn with
     try:
-        app()
+        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        sys.exit(code or (0 if sys.argv[1:] else 2))
     except UsageError as error:
         _stop(str(error), 2)
+    except _Unparsed as error:
+        _stop(f"{str(error).rstrip('.')}: see sodfast --help", 2)
     except RunFailed as error:
         _stop(str(error), 1, error.alone)
     except (Interrupted, KeyboardInterrupt):
@@ -198,7 +212,8 @@ def main() -> None:
 def _stop(message: str, code: int, alone: bool = False) -> None:
     # Ranks that torchrun started end with the same error, and rank 0 alone prints it. An error
     # that only one rank knows of is printed by that rank.
-    if alone or "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["RANK"] == "0":
+    launched = "TORCHELASTIC_RUN_ID" in os.environ
+    if alone or not launched or os.environ.get("RANK", "0") == "0":
         print("sodfast: " + " ".join(message.split()), file=sys.stderr)
     sys.exit(code)
 

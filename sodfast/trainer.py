@@ -20,7 +20,7 @@ import torch
 from torch import OutOfMemoryError, Tensor
 
 from sodfast import optimizer
-from sodfast.collapse import CollapseDetector
+from sodfast.collapse import CollapseDetector, SignalWatch
 from sodfast.config import Config
 from sodfast.context import Questions, TeacherContext, teacher_prompts
 from sodfast.errors import RunFailed
@@ -112,6 +112,7 @@ class Trainer:
         self.collapse = CollapseDetector(
             config.collapse, config.rollout.max_new_tokens, config.eval.samples
         )
+        self.signal = SignalWatch(config.steps)
         self.lines: list[dict[str, Any]] = []
         self.step = 0
         self.moved = False  # whether the weights may differ from those after `step`
@@ -453,6 +454,8 @@ class Trainer:
         self._append(self.run.metrics, line)
         logger.log(line)
         self.reporter.line(line)
+        if missing := self.signal.observe(line):
+            self.reporter.message(missing)
 
     # ---------------------------------------------------------------- small parts
 

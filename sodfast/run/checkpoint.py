@@ -151,8 +151,7 @@ def save(
         described = {"step": step, **state, "files": _describe(aside)}
         text = json.dumps({**described, "sha256": _digest(described)})
         (aside / "state.json").write_text(text, encoding="utf-8")
-        for path in [*aside.rglob("*"), aside]:
-            _sync(path)
+        sync(aside)
         os.rename(aside, final)
         _sync(directory)
     except (OSError, SafetensorError) as error:
@@ -181,9 +180,9 @@ def prune(directory: Path, keep: int) -> None:
 
 def steps(directory: Path) -> list[int]:
     """Steps of the complete checkpoints."""
-    if not directory.is_dir():
+    if not os.path.isdir(directory):
         return []
-    matches = [_STEP.fullmatch(path.name) for path in directory.iterdir()]
+    matches = [_STEP.fullmatch(name) for name in os.listdir(directory)]
     return [int(match[1]) for match in matches if match]
 
 
@@ -394,6 +393,12 @@ def restore_optimizer(
     optimizer.load_state_dict(
         {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
     )
+
+
+def sync(directory: Path) -> None:
+    """Force a directory and everything in it to disk."""
+    for path in [*directory.rglob("*"), directory]:
+        _sync(path)
 
 
 def _sync(path: Path) -> None:

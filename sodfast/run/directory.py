@@ -18,6 +18,7 @@ from sodfast.run.records import read_events, read_metrics
 
 # What a process that ends before config.yaml is written, or a full disk, leaves of a new run.
 _BEGUN = re.compile(r"\.lock|environment\.json|(environment\.json|config\.yaml)\.[0-9a-f]{16}\.tmp")
+_DEEPEST = 255  # folders that Python makes in one call without exhausting its stack
 
 
 def fingerprint(config: Config) -> str:
@@ -42,15 +43,23 @@ def default_out(config: Config) -> str:
     return f"runs/{stamp}-{config.schedule.kind}-seed{config.seed}"
 
 
-def check_out(path: Path) -> None:
-    """Raise `UsageError` unless `path` can become a new run directory: one that does not exist, is
-    empty, or was begun and has no config.yaml yet. Writes nothing."""
+def require_usable(path: Path, called: str) -> None:
+    """Raise `UsageError`, in which the path is `called` so, for a name that no file can have: one
+    that is too long or too deep, or a loop of links."""
+    if len(path.parts) > _DEEPEST:
+        raise UsageError(f"{called} cannot be used: more than {_DEEPEST} folders deep")
     try:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
         pass
-    except OSError as error:  # a name that is too long, a loop of links
-        raise UsageError(f"out={path} cannot be used: {error.strerror}") from error
+    except OSError as error:
+        raise UsageError(f"{called} cannot be used: {error.strerror}") from error
+
+
+def check_out(path: Path) -> None:
+    """Raise `UsageError` unless `path` can become a new run directory: one that does not exist, is
+    empty, or was begun and has no config.yaml yet. Writes nothing."""
+    require_usable(path, f"out={path}")
     if os.path.isdir(path) and not all(map(_BEGUN.fullmatch, os.listdir(path))):
         raise UsageError(
             f"out={path} exists and is not empty: choose another, or continue it with "
