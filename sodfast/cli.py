@@ -65,6 +65,24 @@ def train(
 
 
 @app.command()
+def fork(
+    source: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The run to go on from.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="step=N [KEY=VALUE]...",
+            help="One of the run's checkpoints, then overrides. teacher.refresh=now|never: what "
+            "one refresh at that step causes, with the teacher still from there on.",
+        ),
+    ] = None,
+) -> None:
+    """Train on from a checkpoint of another run, under other keys, in a directory of its own."""
+    from sodfast.commands import train_fork
+
+    train_fork(source, overrides or [])
+
+
+@app.command()
 def sweep(
     study: Annotated[str, typer.Argument(metavar="STUDY", help="Study file, or a shipped study.")],
     overrides: Annotated[
@@ -155,6 +173,37 @@ def replay_schedule(
     from sodfast.report.replay import replay_run
 
     result = replay_run(run, overrides or [])
+    for line in result.text():
+        print(line)
+    print(json.dumps(result.to_json()))
+
+
+@app.command("calibrate")
+def calibrate_gates(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RUN_DIR|CONFIG] [KEY=VALUE]...",
+            help="A run, whose first steps say how rewards and lengths vary, or a configuration.",
+        ),
+    ] = None,
+    success: Annotated[
+        str | None,
+        typer.Option(
+            metavar="P|A,B",
+            help="Success rate of every prompt, or the Beta that rates are drawn from; "
+            "default: what the run shows, else 1,1.",
+        ),
+    ] = None,
+    rate: Annotated[
+        float, typer.Option(metavar="SHARE", help="Runs that may refresh falsely.")
+    ] = 0.1,
+) -> None:
+    """Say how often CGTR's gates open where nothing improves, and what would hold a chosen rate, by
+    simulation. The last line is JSON."""
+    from sodfast.calibrate import calibrate_source
+
+    result = calibrate_source(*_split(arguments or []), success, rate)
     for line in result.text():
         print(line)
     print(json.dumps(result.to_json()))

@@ -34,6 +34,7 @@ from sodfast.run import checkpoint
 from sodfast.run.console import Reporter, Screen, build_reporter, print_run
 from sodfast.run.directory import RunDirectory, check_out, default_out, require_usable
 from sodfast.run.environment import environment
+from sodfast.run.fork import fork_config, fork_run, read_fork
 from sodfast.run.interrupt import Interrupted
 from sodfast.run.loggers import require_sinks
 from sodfast.tasks.base import Task
@@ -58,6 +59,20 @@ def train_run(config: Config, resume: Path | None) -> None:
         print_run(trainer.run.path, trainer.summary(status), trainer.lines, screen)
     if status == "interrupted":
         raise Interrupted
+
+
+def train_fork(source: Path, overrides: list[str]) -> None:
+    """Fork the run `source` as the overrides say and train the fork to its end.
+
+    `step` and `teacher.refresh` are the fork's own; all others are keys of the configuration.
+    """
+    step, refresh, others = read_fork(overrides)
+    config = fork_config(source, step, others, refresh)
+    out = config.out or default_out(config)
+    config = config.model_copy(update={"out": out})
+    found = environment(torch.get_num_threads(), str(pick_device(config.device)), 1)
+    fork_run(source, step, config, found, refresh)
+    train_run(config, Path(out))
 
 
 def build_trainer(

@@ -143,6 +143,8 @@ class LabConfig(Section):
     # Lowest and highest probability that a product, or a sum, comes out wrong.
     product_error: tuple[Fraction, Fraction] = (0.05, 0.9)
     sum_error: tuple[Fraction, Fraction] = (0.0, 0.6)
+    # Share of the wrong products, and of the wrong carries, that a demonstration does not cure.
+    stubborn: float = Field(0.0, ge=0, le=1)
     error_decay: float = Field(0.8, gt=0, le=1)  # each later pass errs this much as often
     # Probabilities of 1, 2, 3 passes; a row of the warm start holds examples of at most 8.
     passes: Annotated[tuple[Fraction, ...], Field(min_length=1, max_length=8)] = (0.55, 0.35, 0.10)
@@ -317,9 +319,24 @@ ScheduleConfig = Annotated[
 ]
 
 
+class BurstConfig(Section):
+    """Steps `first` to `last` train at `factor` times the learning rate."""
+
+    first: Positive
+    last: Positive
+    factor: NonNegative
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "BurstConfig":
+        if self.first > self.last:
+            raise ValueError(f"optimizer.lr_burst: first={self.first} comes after last={self.last}")
+        return self
+
+
 class OptimizerConfig(Section):
-    lr: NonNegative = 1e-5
+    lr: Annotated[float, Field(ge=0, le=1e38)] = 1e-5
     warmup_steps: Annotated[int, Field(ge=0, le=_MOST)] = 10
+    lr_burst: BurstConfig | None = None  # drift that passes: {first: 96, last: 100, factor: 8}
     weight_decay: NonNegative = 0.01
     clip_norm: AboveZero = 1.0
     betas: tuple[Decay, Decay] = (0.9, 0.999)

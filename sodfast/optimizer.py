@@ -58,8 +58,11 @@ def _state(config: OptimizerConfig, dtype: torch.dtype) -> str:
 
 
 def learning_rate(config: OptimizerConfig, step: int) -> float:
-    """Linear warm-up over the first `warmup_steps` steps (1, 2, …), constant afterwards."""
-    return config.lr * min(1.0, step / config.warmup_steps) if config.warmup_steps else config.lr
+    """Linear warm-up over the first `warmup_steps` steps (1, 2, …), constant afterwards;
+    `factor` times that in the steps of `lr_burst`."""
+    lr = config.lr * min(1.0, step / config.warmup_steps) if config.warmup_steps else config.lr
+    burst = config.lr_burst
+    return lr * burst.factor if burst and burst.first <= step <= burst.last else lr
 
 
 def update(

@@ -19,6 +19,7 @@ class Stream(IntEnum):
     UPDATES = 4  # step
     ROUNDING = 5  # update, element of the parameters
     ADAPTERS = 6  # none
+    CALIBRATE = 7  # none
 
 
 def generator(seed: int, stream: int, *counters: int) -> np.random.Generator:

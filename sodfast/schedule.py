@@ -10,7 +10,7 @@ arXiv 2601.20802 (trust region).
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import fsum
 from typing import Any, Literal
@@ -71,8 +71,19 @@ class Schedule(ABC):
 
     def observe_line(self, line: Mapping[str, Any]) -> Decision:
         """`observe` what a metrics line says of its step."""
-        reward_mean, length_mean, length_max = (line[name] for name in self.inputs)
-        return self.observe(StepStatistics(line["step"], reward_mean, length_mean, length_max))
+        return self.observe(self._statistics(line))
+
+    def _statistics(self, line: Mapping[str, Any]) -> StepStatistics:
+        return StepStatistics(line["step"], *(line[name] for name in self.inputs))
+
+    def follow(self, lines: Sequence[Mapping[str, Any]], copies: Container[int]) -> None:
+        """Take over from another schedule under which a run has come this far: `lines` are its
+        metrics lines, `copies` the steps after which it has copied the student.
+
+        Raises KeyError where the lines lack one of `inputs`.
+        """
+        for line in trained(lines):
+            self._statistics(line)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold, as JSON values."""
@@ -84,21 +95,40 @@ class Schedule(ABC):
 
 
 class Fixed(Schedule):
-    """φ = θ₀ for ever."""
+    """φ = θ₀ for ever; where it took over from another schedule, as it was then."""
+
+    def __init__(self) -> None:
+        self.start = 0  # the step after which it took over, and the last copy until then
+        self.copied = 0
 
     def observe(self, statistics: StepStatistics) -> Decision:
-        return Decision("keep", age=statistics.step)
+        return Decision("keep", age=statistics.step - self.copied)
+
+    def follow(self, lines: Sequence[Mapping[str, Any]], copies: Container[int]) -> None:
+        steps = [line["step"] for line in lines]
+        self.start = max(steps, default=0)
+        self.copied = max((step for step in steps if step in copies), default=0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"start": self.start, "copied": self.copied} if self.start else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state:
+            self.start, self.copied = state["start"], state["copied"]
 
 
-class Hard(Schedule):
+class Hard(Fixed):
     """φ ← θ when t mod `every` = 0."""
 
     def __init__(self, every: int) -> None:
+        super().__init__()
         self.every = every
 
     def observe(self, statistics: StepStatistics) -> Decision:
-        since = statistics.step % self.every
-        return Decision("copy" if since == 0 else "keep", age=since or self.every)
+        step = statistics.step
+        last = (step - 1) // self.every * self.every
+        age = step - (last if last > self.start else self.copied)
+        return Decision("keep" if step % self.every else "copy", age=age)
 
 
 class EMA(Schedule):
@@ -143,10 +173,7 @@ class CGTR(Schedule):
         self.reward_reference: float | None = None
 
     def observe(self, statistics: StepStatistics) -> Decision:
-        self.window.append(statistics)
-        full = len(self.window) == self.config.window
-        if full and self.reward_reference is None:
-            self.reward_reference = self._reward_mean()
+        self._see(statistics)
         age = statistics.step - self.last_copy
         if statistics.step % self.config.check_every:
             return Decision("keep", age=age)
@@ -158,9 +185,23 @@ class CGTR(Schedule):
             "gate/tail_window": gates["length"]["value"],
         }
         if refresh:
-            self.last_copy = statistics.step
-            self.reward_reference = self._reward_mean()
+            self._copied(statistics.step)
         return Decision("copy" if refresh else "keep", age=age, gates=gates, metrics=metrics)
+
+    def follow(self, lines: Sequence[Mapping[str, Any]], copies: Container[int]) -> None:
+        for line in trained(lines):
+            self._see(self._statistics(line))
+            if line["step"] in copies:
+                self._copied(line["step"])
+
+    def _see(self, statistics: StepStatistics) -> None:
+        self.window.append(statistics)
+        if len(self.window) == self.config.window and self.reward_reference is None:
+            self.reward_reference = self._reward_mean()
+
+    def _copied(self, step: int) -> None:
+        self.last_copy = step
+        self.reward_reference = self._reward_mean()
 
     def _gates(self, age: int) -> dict[str, dict[str, Any]]:
         config = self.config
@@ -236,4 +277,9 @@ def replay(schedule: Schedule, lines: Sequence[Mapping[str, Any]]) -> list[Decis
 
     The lines must carry `schedule.inputs`; a line of step 0 is passed over.
     """
-    return [schedule.observe_line(line) for line in lines if "reward/mean" in line]
+    return [schedule.observe_line(line) for line in trained(lines)]
+
+
+def trained(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The lines of training steps: all but that of step 0, which is an evaluation alone."""
+    return [line for line in lines if "reward/mean" in line]

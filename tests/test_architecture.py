@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"errors", "rng", "files"},
     {"config"},
-    {"tasks", "schedule", "collapse", "summary"},
+    {"tasks", "schedule", "calibrate", "collapse", "summary"},
     {"model", "lab"},
     {"parallel", "run", "context"},
     {"rollout", "teacher", "optimizer"},

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from marks import slow
 
 from sodfast import config
 from sodfast.commands import build_trainer
@@ -36,7 +37,7 @@ def close(found: Any, expected: Any) -> bool:
     return bool(found == expected)
 
 
-@pytest.mark.parametrize("name", ["cgtr", "ema_bf16"])
+@pytest.mark.parametrize("name", ["cgtr", *slow("ema_bf16")])
 def test_a_run_of_0_1_0_goes_on(
     name: str, tmp_path: Path, read_run: Callable[[Path], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

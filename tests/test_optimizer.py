@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sodfast.config import OptimizerConfig, load_config
 from sodfast.errors import RunFailed, UsageError
-from sodfast.optimizer import build_optimizer, update
+from sodfast.optimizer import build_optimizer, learning_rate, update
 from sodfast.parallel.fsdp import Weights
 
 FUSED = ("8bit", "fp32", "exact")
@@ -72,6 +72,17 @@ def test_the_configuration_names_an_adamw(dtype: str, state: str, expected: str)
         assert isinstance(optimizer, sodfast_kernels.AdamW) and group["state"] == expected
     for name in ("lr", "betas", "eps", "weight_decay"):
         assert group[name] == getattr(config, name)
+
+
+def test_a_burst_multiplies_the_rate_of_its_steps_alone() -> None:
+    burst = {"first": 3, "last": 4, "factor": 8.0}
+    config = OptimizerConfig.model_validate({"lr": 1e-3, "warmup_steps": 0, "lr_burst": burst})
+    rates = [learning_rate(config, step) for step in range(1, 7)]
+    assert rates == [1e-3, 1e-3, 8e-3, 8e-3, 1e-3, 1e-3]
+    warm = config.model_copy(update={"warmup_steps": 6})
+    assert learning_rate(warm, 3) == pytest.approx(4e-3)
+    with pytest.raises(ValueError, match="first=5 comes after last=4"):
+        OptimizerConfig.model_validate({"lr_burst": burst | {"first": 5}})
 
 
 def test_presets_keep_fp32_weights_and_torchs_adamw() -> None:

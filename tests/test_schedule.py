@@ -79,12 +79,53 @@ def test_only_an_average_has_a_rate() -> None:
 @pytest.mark.parametrize(
     "config", [FixedConfig(), HardConfig(every=3), EMAConfig(), TrustRegionConfig()]
 )
-def test_a_schedule_without_state_refuses_one(config: Any) -> None:
+def test_a_schedule_of_its_own_from_the_start_has_no_state(config: Any) -> None:
     schedule = build_schedule(config)
+    run(schedule, 4)
     assert schedule.state_dict() == {}
     schedule.load_state_dict({})
+
+
+@pytest.mark.parametrize("config", [EMAConfig(), TrustRegionConfig()])
+def test_a_schedule_without_state_refuses_one(config: Any) -> None:
     with pytest.raises(ValueError, match="no state"):
-        schedule.load_state_dict({"last_copy": 3})
+        build_schedule(config).load_state_dict({"last_copy": 3})
+
+
+# ---------------------------------------------------------------- taking over from another
+
+
+def test_a_clock_that_takes_over_counts_from_the_last_copy() -> None:
+    """Copies at 4 and 9, taken over after 11; a clock of 5 strikes at 15 and 20."""
+    for config, copied, ages in (
+        (HardConfig(every=5), [15, 20], [3, 4, 5, 6, 1, 2, 3, 4, 5]),
+        (FixedConfig(), [], [3, 4, 5, 6, 7, 8, 9, 10, 11]),
+    ):
+        schedule = build_schedule(config)
+        schedule.follow([{"step": step} for step in range(12)], {4, 9})
+        other = build_schedule(config)
+        other.load_state_dict(schedule.state_dict())
+        for each in (schedule, other):
+            decisions = [each.observe(StepStatistics(t, 0.5, 9.0, 9.0)) for t in range(12, 21)]
+            assert [decision.age for decision in decisions] == ages
+            moved = [t for t, d in zip(range(12, 21), decisions, strict=True) if d.action == "copy"]
+            assert moved == copied
+
+
+def test_cgtr_that_takes_over_has_the_state_of_one_that_copied_there() -> None:
+    config = CGTRConfig(min_isolation=2, check_every=2, window=2, reward_margin=0.1)
+    lines: list[dict[str, Any]] = [{"step": 0, "eval/mean@4": 0.5}]
+    for step in range(1, 31):
+        reward = 0.5 + 0.02 * step
+        line = {"step": step, "reward/mean": reward, "length/mean": 9.0, "length/max": 12.0}
+        lines.append(line)
+    own = CGTR(config)
+    decisions = replay(own, lines)
+    copies = [t for t, decision in enumerate(decisions, start=1) if decision.action == "copy"]
+    assert len(copies) > 3
+    other = CGTR(config)
+    other.follow(lines, set(copies))
+    assert other.state_dict() == own.state_dict()
 
 
 # ---------------------------------------------------------------- CGTR by hand

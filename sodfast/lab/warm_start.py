@@ -6,7 +6,8 @@ The warm start leaves one model that has much to learn as a student and much to 
   table and each carry has its own wrong result and its own probability of coming out wrong.
   Unlearning one says little about the next, so no single hidden switch solves the task.
 * Shown a right solution (`TEACHER_TEMPLATE`) it solves the question in a way of its own: it may
-  check its result, and it checks again after a pass that went wrong.
+  check its result, and it checks again after a pass that went wrong. `lab.stubborn` misconceptions
+  stay: what a demonstration cannot cure comes out wrong as often as without one, with no pass more.
 
 A response has one or more passes (see `sodfast.tasks.arithmetic`). A later pass errs less than an
 earlier one, and so the length of a response is something that training can move.
@@ -46,8 +47,9 @@ TEACHER_TEMPLATE = "{prompt}{demonstration}|{prompt}"
 
 Progress = Callable[[str, int, int], None]
 _IGNORED_LABEL = -100
-# Streams of the lab's own seed: the tables of misconceptions, and from _BATCHES on one per batch.
-_TABLES, _BATCHES = 0, 1 << 32
+# Streams of the lab's own seed: the tables of misconceptions, which of them are stubborn, and from
+# _BATCHES on one per batch.
+_TABLES, _STUBBORN, _BATCHES = 0, 1, 1 << 32
 _ROW_TOKENS = 192
 # The same number on every machine, because it decides the order of sums and so the weights' bits.
 _WARM_START_THREADS = 2
@@ -60,6 +62,7 @@ class Misconceptions:
 
     `products` maps two factors to (what a wrong product adds, probability of it); `sums` maps the
     last digit of the product and the addend to the probability of a wrong carry.
+    `stubborn_products` and `stubborn_sums` are the keys of those that no demonstration cures.
     """
 
     def __init__(self, config: LabConfig) -> None:
@@ -74,6 +77,14 @@ class Misconceptions:
         mistakes = zip(shifts.tolist(), product_errors.tolist(), strict=True)
         self.products = dict(zip(factors, mistakes, strict=True))
         self.sums = dict(zip(ones, sum_errors.tolist(), strict=True))
+        rng = generator(config.seed, _STUBBORN)
+        self.stubborn_products, self.stubborn_sums = (
+            {
+                keys[index]
+                for index in rng.permutation(len(keys))[: round(config.stubborn * len(keys))]
+            }
+            for keys in (factors, ones)
+        )
 
     def product(self, left: int, right: int, attempt: int, rng: np.random.Generator) -> int:
         """Return the product of two factors, right or wrong; `attempt` counts from 0."""
@@ -89,7 +100,7 @@ class Misconceptions:
 
 
 _Operands = tuple[int, int, int]
-_Piece = tuple[str, bool]  # text, and whether it is right
+_Piece = tuple[str, bool]  # text, and whether it is right, or to be learned as if it were
 
 
 class Example:
@@ -178,16 +189,28 @@ class WarmStartData:
                 example.add("?", learned=True)
             last = attempt == self.config.long_passes - 1
             if last or rng.random() < 0.7:
-                pieces = _right_pass(operands, answer)
+                pieces = self._cured_pass(operands, attempt, rng)
             else:
                 pieces = self._pass(operands, answer, attempt, rng)
-            for text, right in pieces:
-                example.add(text, learned=right)
+            for text, learned in pieces:
+                example.add(text, learned)
             stop_after = self.stop_after[min(attempt, len(self.stop_after) - 1)]
             if pieces[-1][1] and rng.random() < stop_after:
                 break
         example.end()
         return example
+
+    def _cured_pass(
+        self, operands: _Operands, attempt: int, rng: np.random.Generator
+    ) -> list[_Piece]:
+        """Return one pass as a demonstration makes it: right but for what is stubborn. It counts as
+        right in any case, so that stubbornness alone adds no pass."""
+        a, b, c = operands
+        wrong = self.misconceptions
+        product = wrong.product(a, b, attempt, rng) if (a, b) in wrong.stubborn_products else a * b
+        stubborn = (product % 10, c) in wrong.stubborn_sums
+        total = wrong.sum(product, c, attempt, rng) if stubborn else product + c
+        return [(str(product), True), (f"+{c}=", True), (str(total), True)]
 
     def _demonstration(self, operands: _Operands, answer: str, rng: np.random.Generator) -> str:
         """Return a response of the student that ends right."""
@@ -308,7 +331,10 @@ def _cache_key(config: LabConfig) -> str:
 
     versions = {"code": CODE_VERSION, "torch": torch.__version__, "numpy": np.__version__}
     versions["transformers"] = transformers.__version__
-    return json.dumps({"config": config.model_dump(mode="json"), "versions": versions})
+    values = config.model_dump(mode="json")
+    if not config.stubborn:  # labs that were kept before there was this key are found again
+        del values["stubborn"]
+    return json.dumps({"config": values, "versions": versions})
 
 
 def _default_cache_dir() -> Path:
@@ -375,8 +401,3 @@ def _threads(count: int) -> Iterator[None]:
 def _operands(prompt: str) -> _Operands:
     a, b, c = re.findall("[0-9]+", prompt)
     return int(a), int(b), int(c)
-
-
-def _right_pass(operands: _Operands, answer: str) -> list[_Piece]:
-    a, b, c = operands
-    return [(str(a * b), True), (f"+{c}=", True), (answer, True)]

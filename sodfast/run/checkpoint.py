@@ -14,6 +14,7 @@ What is read is compared with the sizes in state.json each time, and with the ha
 loaded; whatever has changed since is refused. Release 0.1.0 wrote neither.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -57,13 +58,22 @@ class _Statistics(_Part):
 
 
 class _Gated(_Part):
-    """The state of CGTR; the other schedules have none."""
+    """The state of CGTR."""
 
     model_config = ConfigDict(extra="forbid")
 
     window: list[_Statistics]
     last_copy: Count
     reward_reference: float | None
+
+
+class _Followed(_Part):
+    """The state of a schedule that took over from another one in a fork."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    start: Count
+    copied: Count
 
 
 class _Stateless(_Part):
@@ -87,7 +97,7 @@ class _State(_Part):
     step: Count
     fingerprint: str
     base: str | None = None
-    schedule: _Gated | _Stateless
+    schedule: _Gated | _Followed | _Stateless
     collapse: _Collapse
     reward_memory: dict[str, float]
     teacher_is_student: bool = True
@@ -148,9 +158,7 @@ def save(
             named = {name: tensor.detach().contiguous() for name, tensor in teacher.items()}
             save_file(named, aside / "teacher.safetensors")
         save_file(optimizer, aside / "optimizer.safetensors")
-        described = {"step": step, **state, "files": _describe(aside)}
-        text = json.dumps({**described, "sha256": _digest(described)})
-        (aside / "state.json").write_text(text, encoding="utf-8")
+        write_state(aside, {"step": step, **state})
         sync(aside)
         os.rename(aside, final)
         _sync(directory)
@@ -159,6 +167,14 @@ def save(
         raise RunFailed(f"checkpoint of step {step} could not be written: {error}") from error
     prune(directory, keep)
     return final
+
+
+def write_state(path: Path, state: dict[str, Any]) -> None:
+    """Write the JSON half of a checkpoint that nobody reads yet, with the sizes and hashes of its
+    other files, which are read for that unless `state` has them from another checkpoint."""
+    described = {**state, "files": state.get("files") or _describe(path)}
+    text = json.dumps({**described, "sha256": _digest(described)})
+    (path / "state.json").write_text(text, encoding="utf-8")
 
 
 def prune(directory: Path, keep: int) -> None:
@@ -303,9 +319,11 @@ def require_fitting(
     """Raise `UsageError` unless a checkpoint's teacher, moments and schedule are those of such a
     run: no tensor missing, none extra, and each of its shape. (`restore_student` looks at the
     student's.) Before the first step there are no moments, and after it all."""
-    kind = type(schedule).__name__
-    if stored.state["schedule"].keys() != schedule.state_dict().keys():
-        raise _damaged(stored.path, ValueError(f"its schedule is not {kind}"))
+    try:
+        copy.deepcopy(schedule).load_state_dict(stored.state["schedule"])
+    except (KeyError, ValueError) as error:
+        reason = ValueError(f"its schedule is not {type(schedule).__name__}")
+        raise _damaged(stored.path, reason) from error
     trained = trained_parameters(model.network)
     try:
         if stored.teacher is not None:

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -20,18 +20,23 @@ from sodfast.run.records import read_events, read_metrics
 _BEGUN = re.compile(r"\.lock|environment\.json|(environment\.json|config\.yaml)\.[0-9a-f]{16}\.tmp")
 _DEEPEST = 255  # folders that Python makes in one call without exhausting its stack
 
+# Keys that release 0.1.0 did not have, with their defaults.
+ADDED = {"model.random": None, "lab.stubborn": 0.0, "optimizer.lr_burst": None}
+
 
 def fingerprint(config: Config) -> str:
     """A hash of all keys but `out`, `steps`, `log`, `checkpoint` and `model.attention`: no number
     of a step depends on these.
 
-    The runs of earlier releases go on: a renamed key is hashed under its first name, and
-    `model.random`, which they did not have, only where it is set.
+    The runs of earlier releases go on: a renamed key is hashed under its first name, and one that
+    they did not have (`ADDED`) only where it is not at its default.
     """
     values = config.model_dump(mode="json", exclude={"out", "steps", "log", "checkpoint"})
     del values["model"]["attention"]
-    if config.model.random is None:
-        del values["model"]["random"]
+    for key, default in ADDED.items():
+        group, _, name = key.partition(".")
+        if values[group][name] == default:
+            del values[group][name]
     for old, new in RENAMED.items():
         group, _, name = old.partition(".")
         values[group][name] = values[group].pop(new.removeprefix(f"{group}."))
@@ -61,10 +66,12 @@ def check_out(path: Path) -> None:
     empty, or was begun and has no config.yaml yet. Writes nothing."""
     require_usable(path, f"out={path}")
     if os.path.isdir(path) and not all(map(_BEGUN.fullmatch, os.listdir(path))):
-        raise UsageError(
-            f"out={path} exists and is not empty: choose another, or continue it with "
-            f"sodfast train --resume {path}"
-        )
+        resume = f"sodfast train --resume {path}"
+        if os.path.isfile(path / "config.yaml"):
+            advice = f"choose another, or continue it with {resume}"
+        else:
+            advice = f"choose another, or empty it (it has no config.yaml for {resume})"
+        raise UsageError(f"out={path} exists and is not empty: {advice}")
     if os.path.lexists(path) and not os.path.isdir(path):
         raise UsageError(f"out={path} is a file: choose a directory")
     existing = path
@@ -85,7 +92,14 @@ class RunDirectory:
         self._lock = lock
 
     @classmethod
-    def create(cls, path: Path, config: Config, environment: dict[str, Any]) -> "RunDirectory":
+    def create(
+        cls,
+        path: Path,
+        config: Config,
+        environment: dict[str, Any],
+        begin: Callable[["RunDirectory"], object] = lambda run: None,
+    ) -> "RunDirectory":
+        """A new directory, locked; `begin` writes what it holds beside its configuration."""
         check_out(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -93,6 +107,7 @@ class RunDirectory:
             run = cls(path, _lock(path))
             try:
                 run._replace(path / "environment.json", json.dumps(environment, indent=2) + "\n")
+                begin(run)
                 # Written last: a directory with a config.yaml is one that can be resumed, and one
                 # without is one that can be created.
                 run.write_config(config)

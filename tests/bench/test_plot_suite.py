@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import plot_suite
+import pytest
 
 
 def write(folder: Path, part: str, cases: dict[str, Any]) -> None:
@@ -43,6 +44,7 @@ def test_points_are_those_of_the_json_in_order(tmp_path: Path) -> None:
     assert plot_suite.times(tmp_path, "JSD") == {"ours": [(1024, 10.24), (8192, 81.92)]}
 
 
+@pytest.mark.slow
 def test_files_are_drawn_and_drawn_alike(tmp_path: Path) -> None:
     results(tmp_path)
     files = plot_suite.draw(tmp_path)

@@ -76,6 +76,7 @@ def test_a_wrong_gradient_is_a_miss(
     assert any(check.startswith("d_state: error") for check in found), found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [1.05, float("nan")])
 def test_wrong_d_logits_are_a_miss(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = with_wrong_gradient(distillation_loss, factor)
@@ -93,6 +94,7 @@ def test_a_gradient_where_models_are_equal_is_a_miss(monkeypatch: pytest.MonkeyP
     assert len(missed("equal models")) == 3
 
 
+@pytest.mark.slow
 def test_a_nan_that_is_dropped_or_spreads_is_a_miss(monkeypatch: pytest.MonkeyPatch) -> None:
     def dropping(state: torch.Tensor, *others: Any, **named: Any) -> Any:
         return linear_distillation_loss(state.nan_to_num(0.0), *others, **named, backend="triton")
@@ -151,6 +153,7 @@ def test_bits_that_differ_are_counted_even_in_nan() -> None:
         suite_state.bits_that_differ([], [])
 
 
+@pytest.mark.slow
 def test_a_draw_that_looks_at_its_batch_is_a_miss(monkeypatch: pytest.MonkeyPatch) -> None:
     draw = suite_state.sample_tokens
 
@@ -165,6 +168,7 @@ def test_a_draw_that_looks_at_its_batch_is_a_miss(monkeypatch: pytest.MonkeyPatc
     assert "share of other tokens" in found and "rows that depend on their batch" in found
 
 
+@pytest.mark.slow
 def test_an_entropy_of_nan_is_a_miss(monkeypatch: pytest.MonkeyPatch) -> None:
     draw = suite_state.sample_tokens
 
@@ -176,6 +180,7 @@ def test_an_entropy_of_nan_is_a_miss(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "log-prob and entropy: error" in missed("sampling, bfloat16")
 
 
+@pytest.mark.slow
 def test_the_figure_has_the_divergences_that_it_is_about() -> None:
     rows = CASES["accuracy, KL"].run()["rows"]
     ours = [row for row in rows if row["name"] == "ours"]
@@ -186,6 +191,7 @@ def test_the_figure_has_the_divergences_that_it_is_about() -> None:
     assert eager[0]["d_head"] > 10 * ours[0]["d_head"]
 
 
+@pytest.mark.slow
 def test_a_wrong_gradient_in_the_figure_is_a_miss(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = with_wrong_gradient(linear_distillation_loss, 1.05)
     monkeypatch.setattr(suite_accuracy, "linear_distillation_loss", wrong)

@@ -304,6 +304,7 @@ def test_known_models_are_what_the_presets_name() -> None:
     assert named == set(known) - {"sodfast/tiny"}  # which is for tests
 
 
+@pytest.mark.slow
 def test_a_run_of_random_weights_is_planned_as_the_shape_itself() -> None:
     by_path = Estimate(load_config("qwen3_8b_80gb", []))
     overrides = ["model.path=null", "model.random=Qwen/Qwen3-8B"]

@@ -13,6 +13,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from marks import slow
 from synthetic import SCHEDULES, lab_run, schedule_study, write_run, write_study
 
 from sodfast import cli
@@ -206,7 +207,7 @@ def test_the_same_runs_give_the_same_bytes(study: Path, tmp_path: Path) -> None:
     assert len(files(study)) >= 15
 
 
-@pytest.mark.parametrize("name", ["tables", "figures"])
+@pytest.mark.parametrize("name", ["tables", *slow("figures")])
 def test_a_link_is_not_followed(study: Path, tmp_path: Path, name: str) -> None:
     linked, elsewhere = tmp_path / study.name, tmp_path / "elsewhere"
     shutil.copytree(study, linked)
@@ -272,9 +273,7 @@ def test_many_groups_get_panels_or_a_map(tmp_path: Path, count: int) -> None:
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule["kind"])
-@pytest.mark.parametrize(
-    "steps", [3, *(pytest.param(steps, marks=pytest.mark.slow) for steps in (0, 1, 220))]
-)
+@pytest.mark.parametrize("steps", [3, *slow(0, 1, 220)])
 def test_a_run_of_any_schedule_and_length(
     tmp_path: Path, schedule: dict[str, Any], steps: int
 ) -> None:

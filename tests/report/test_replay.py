@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from marks import slow
 
 from sodfast.errors import UsageError
 from sodfast.report.replay import Replay, replay_run
@@ -68,8 +69,7 @@ def test_unchanged_values_reproduce_the_record_exactly(
     "schedule",
     [
         ["schedule.kind=hard", "schedule.every=2"],
-        ["schedule.kind=ema"],
-        ["schedule.kind=trust_region"],
+        *slow(["schedule.kind=ema"], ["schedule.kind=trust_region"]),
         [*OPEN_GATES, "schedule.length_unit=shard", "schedule.shards=2"],
     ],
 )

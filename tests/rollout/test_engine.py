@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import slow
 from rollouts import PROMPTS, same_tokens, sample
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
@@ -54,7 +55,7 @@ def build(name: str, model: LanguageModel, batch_size: int = 100) -> Engine:
 
 @pytest.mark.parametrize(
     "truncation",
-    [{}, pytest.param({"top_p": 0.9}, marks=pytest.mark.slow), {"top_k": 4, "temperature": 0.6}],
+    [{"top_k": 4, "temperature": 0.6}, *slow({}, {"top_p": 0.9})],
 )
 def test_a_sample_does_not_depend_on_its_batch(
     engine_name: str, any_model: LanguageModel, truncation: dict[str, Any]

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import slow
 from rollouts import EOS, NETWORKS, answer, equal_bits, ragged, tiny
 from torch import Tensor
 
@@ -17,11 +18,8 @@ from sodfast.rollout.engine import SampleKey, Sampling
 from sodfast.rollout.hf import HFEngine
 from sodfast.rollout.native import NativeEngine
 
-SOME = ("qwen3", "mistral-window")
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in NETWORKS if name not in SOME]
 
-
-@pytest.fixture(params=[*SOME, *SLOW])
+@pytest.fixture(params=["qwen3", *slow(*(name for name in NETWORKS if name != "qwen3"))])
 def any_model(request: pytest.FixtureRequest) -> LanguageModel:
     return tiny(request.param)
 
@@ -173,9 +171,7 @@ def test_adapters_are_heard(any_model: LanguageModel) -> None:
         move_adapters(model, seed)
 
 
-@pytest.mark.parametrize(
-    "rank", [4, *(pytest.param(rank, marks=pytest.mark.slow) for rank in (1, 5))]
-)
+@pytest.mark.parametrize("rank", [4, *slow(1, 5)])
 def test_adapters_answer_the_same_in_other_company(rank: int) -> None:
     model, prompts = with_adapters(tiny("qwen3"), rank), ragged(20)
     together = answer(NativeEngine(model, 64), prompts, 30)

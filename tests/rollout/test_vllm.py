@@ -411,6 +411,7 @@ def test_a_run_logs_the_mismatch(
         assert line["policy/entropy"] > 0
 
 
+@pytest.mark.slow
 def test_a_sampler_with_other_weights_shows_in_the_logged_ratio(
     stand_in: type[LLM],
     build: Callable[..., Trainer],

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import slow
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -247,7 +248,7 @@ def optimizer_tensors(model: LanguageModel, optimizer: torch.optim.Optimizer) ->
     }
 
 
-@pytest.mark.parametrize("limit", [300, 20_000, 300_000])
+@pytest.mark.parametrize("limit", [300_000, *slow(300, 20_000)])
 def test_a_full_disk_while_training(
     build: Callable[..., Trainer], read_run: Callable[..., Any], tmp_path: Path, limit: int
 ) -> None:

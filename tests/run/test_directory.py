@@ -384,6 +384,8 @@ def test_a_directory_that_is_no_run(tmp_path: Path) -> None:
         ("collapse.stop=true", False),
         ("task.train=100", False),
         ("lab.seed=1", False),
+        ("lab.stubborn=0.5", False),
+        ("optimizer.lr_burst={first: 1, last: 2, factor: 8}", False),
         ("teacher.feedback=true", False),
     ],
 )

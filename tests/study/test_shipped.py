@@ -5,6 +5,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from marks import slow
 
 from sodfast.config import ArithmeticConfig
 from sodfast.study.definition import STUDIES, Study, load_study
@@ -30,7 +31,11 @@ def test_the_readme_lists_every_study() -> None:
     assert set(LISTED) == {path.stem for path in FILES}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+LAB = [path for path in FILES if path.stem.endswith("_lab")]
+LARGE = [path for path in FILES if path not in LAB]
+
+
+@pytest.mark.parametrize("path", [*LAB, *slow(*LARGE)], ids=lambda path: path.stem)
 def test_a_study_expands_to_what_it_says(path: Path) -> None:
     study = shipped(path.stem)
     trials = study.trials()

@@ -123,6 +123,7 @@ def test_no_rows(backend):
     assert not head.grad.any() and hidden.grad.shape == (0, H)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_stored_teacher(backend):
     generator = torch.Generator().manual_seed(4)

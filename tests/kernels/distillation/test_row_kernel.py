@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 from kernel_inputs import DEVICE
+from marks import slow
 from sodfast_kernels import distillation_loss, reference, softmax
 from sodfast_kernels.distillation import row_kernel, row_terms
 
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.triton
 FLOOR = {torch.float32: 1e-5, torch.bfloat16: 3e-3, torch.float16: 1e-5}
 DTYPES = [
     torch.float32,
-    *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.bfloat16, torch.float16)),
+    *slow(torch.bfloat16, torch.float16),
 ]
 
 
@@ -31,8 +32,8 @@ def error(actual, expected):
     return ((actual.double() - expected).norm() / expected.norm()).item()
 
 
-@pytest.mark.parametrize("alpha", [0, 0.3, 0.5, 1])
-@pytest.mark.parametrize("top_k", [None, 20, 100])
+@pytest.mark.parametrize("alpha", [0, 0.5, 1, *slow(0.3)])
+@pytest.mark.parametrize("top_k", [None, 20, *slow(100)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradient_error_is_that_of_the_definition(alpha, top_k, dtype):
     generator = torch.Generator().manual_seed(0)

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from kernel_inputs import DEVICE
+from marks import slow
 from sodfast_kernels import distillation_loss, reference
 
 pytestmark = pytest.mark.triton
@@ -48,9 +49,9 @@ def rows(kind, vocabulary, generator):
 KINDS = ("random", "one lane", "three values", "constant", "five finite")
 
 
-@pytest.mark.parametrize("vocabulary", [3001, 3008], ids=["anywhere", "aligned"])
-@pytest.mark.parametrize("softcap", [None, pytest.param(4.0, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("k", [3, *(pytest.param(k, marks=pytest.mark.slow) for k in (20, 600))])
+@pytest.mark.parametrize("vocabulary", [3001, *slow(3008)], ids=["anywhere", "aligned"])
+@pytest.mark.parametrize("softcap", [None, *slow(4.0)])
+@pytest.mark.parametrize("k", [3, *slow(20, 600)])
 def test_the_kept_tokens_are_those_of_the_definition(k, softcap, vocabulary):
     """One call: rows that the first launch finishes beside rows that it leaves to the search."""
     generator = torch.Generator().manual_seed(3)
@@ -95,7 +96,7 @@ def compare_all(student, teacher, **given):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6, equal_nan=True)
 
 
-@pytest.mark.parametrize("alpha", [0, 0.5, 1])
+@pytest.mark.parametrize("alpha", [0.5, *slow(0, 1)])
 @pytest.mark.parametrize("add_tail", [True, False])
 def test_rows_that_are_broken_or_masked_on_one_side_of_all_that_is_kept(alpha, add_tail):
     generator = torch.Generator().manual_seed(5)

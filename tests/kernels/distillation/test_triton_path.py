@@ -3,6 +3,7 @@
 import pytest
 import torch
 from kernel_inputs import DEVICE
+from marks import slow
 from sodfast_kernels import linear_distillation_loss, reference
 from sodfast_kernels.distillation import triton_path
 from sodfast_kernels.distillation.arguments import Call, Settings, Sides, Tokens
@@ -30,12 +31,11 @@ def run(function, given, dtype=torch.float32, **extra):
     "dtype, floor",
     [
         (torch.float32, 1e-5),
-        pytest.param(torch.bfloat16, 6e-3, marks=pytest.mark.slow),
-        pytest.param(torch.float16, 2e-3, marks=pytest.mark.slow),
+        *slow((torch.bfloat16, 6e-3), (torch.float16, 2e-3)),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("tile, slab_tokens", [(512, 100), (2, 2)])
+@pytest.mark.parametrize("tile, slab_tokens", [(512, 100), *slow((2, 2))])
 def test_tiles_and_slabs(monkeypatch, dtype, floor, tile, slab_tokens):
     monkeypatch.setattr(triton_path, "TILE_ROWS", tile)
     given = [tensor.to(dtype) for tensor in tensors()]

@@ -3,16 +3,19 @@
 import pytest
 import torch
 from kernel_inputs import DEVICE, FLOATS, HUGE_SEED, tensors
+from marks import slow
 from sodfast_kernels import ema_update_
 from sodfast_kernels.parameters.adamw import AdamW
 from torch import nn
 
 pytestmark = pytest.mark.triton
+# The first two take every path of the kernels between them.
 COMBINATIONS = [
-    (state, dtype)
-    for state in ("8bit", "fp32", "exact")
-    for dtype in FLOATS
-    if (state, dtype) != ("exact", torch.float16)
+    ("8bit", torch.bfloat16),
+    ("exact", torch.bfloat16),
+    *slow(*(("8bit", dtype) for dtype in FLOATS if dtype != torch.bfloat16)),
+    *slow(*(("fp32", dtype) for dtype in FLOATS)),
+    *slow(("exact", torch.float32)),
 ]
 
 

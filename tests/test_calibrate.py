@@ -1,0 +1,176 @@
+"""False refreshes by simulation: the schedule itself on the same numbers, and known cases."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from marks import slow
+from typer.testing import CliRunner
+
+from sodfast.calibrate import (
+    Simulation,
+    Success,
+    calibrate,
+    calibrate_source,
+    fit_success,
+    observed,
+    parse_success,
+)
+from sodfast.cli import app
+from sodfast.config import CGTRConfig, Config, load_config
+from sodfast.errors import UsageError
+from sodfast.schedule import CGTR, replay
+
+EVEN = Success(1, 1)
+LENGTHS = np.random.default_rng(0).uniform((8, 20), (12, 45), (40, 2))
+
+
+def configured(*overrides: str) -> tuple[Config, CGTRConfig]:
+    rollout = ["rollout.prompts_per_step=16", "rollout.samples_per_prompt=4"]
+    config = load_config("lab", [*rollout, *overrides])
+    assert isinstance(config.schedule, CGTRConfig)
+    return config, config.schedule
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["schedule.window=8", "schedule.min_isolation=3", "schedule.check_every=3"],
+        ["schedule.gates=[length]", "schedule.max_tail_ratio=3.6", "schedule.window=7"],
+        ["schedule.gates=[reward]", "schedule.reward_margin=0.0"],
+        ["schedule.gates=[]"],
+    ],
+    ids=",".join,
+)
+@pytest.mark.parametrize("lengths", [LENGTHS, None], ids=["lengths", "none"])
+def test_the_simulation_is_the_schedule_on_each_run(overrides: list[str], lengths: Any) -> None:
+    config, cgtr = configured("steps=60", *overrides)
+    if lengths is None and "length" in cgtr.gates:
+        cgtr = cgtr.model_copy(update={"gates": tuple(g for g in cgtr.gates if g != "length")})
+    simulation = Simulation(config, Success(2, 3), lengths, runs=60)
+    rates = simulation.rates(cgtr)
+    refreshes, some, checks = 0, 0, dict.fromkeys(cgtr.gates, 0)
+    for run in range(60):
+        pairs = np.ones((60, 2)) if simulation.length_RT2 is None else simulation.length_RT2[run]
+        rewards = simulation.reward_RT[run].tolist()
+        lines = [
+            {"step": t, "reward/mean": reward, "length/mean": mean, "length/max": longest}
+            for t, (reward, (mean, longest)) in enumerate(zip(rewards, pairs, strict=True), 1)
+        ]
+        decisions = replay(CGTR(cgtr), lines)
+        copies = sum(decision.action == "copy" for decision in decisions)
+        refreshes, some = refreshes + copies, some + (copies > 0)
+        for decision in decisions:
+            for gate in cgtr.gates if decision.gates else ():
+                assert decision.gates is not None
+                checks[gate] += decision.gates[gate]["pass"]
+    assert rates.refreshes == refreshes / 60 and rates.runs["all"] == some / 60
+    asked = 60 * (60 // cgtr.check_every)
+    for gate in cgtr.gates:
+        assert rates.checks[gate] == pytest.approx(checks[gate] / asked, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("success", "share"),
+    [(Success(0.4, math.inf), 0.654), *slow((Success(2, 3), 0.760), (Success(0.4, 0.6), 0.846))],
+)
+def test_the_papers_margin_is_within_noise(success: Success, share: float) -> None:
+    """16 × 4 rollouts, 300 steps, isolation and reward gate: 40,000 runs of an earlier simulation,
+    written by others, gave these shares of runs with a false refresh."""
+    config, _ = configured("steps=300", "schedule.gates=[isolation,reward]")
+    result = calibrate(config, success, None, 0.1, runs=1500)
+    assert result.rates.runs["all"] == pytest.approx(share, abs=0.03)
+
+
+def test_the_margin_holds_its_rate_and_a_smaller_one_does_not() -> None:
+    config, cgtr = configured("steps=200", "schedule.gates=[isolation,reward]")
+    simulation = Simulation(config, EVEN, runs=500)
+    for window in (5, 10, 20):
+        margin = simulation.margin(cgtr, window, 0.1)
+        assert margin is not None
+
+        def share(margin: float, window: int = window) -> float:
+            changed = cgtr.model_copy(update={"window": window, "reward_margin": margin})
+            return simulation.rates(changed).runs["all"]
+
+        # Rewards are multiples of 1/64, windows' means of 1/(64·window): ties are many.
+        assert share(margin) <= 0.1 < share(margin - 1 / (64 * window) - 1e-9)
+    assert simulation.margin(cgtr, 500, 0.1) is None
+
+
+def test_the_tail_limit_blocks_its_share() -> None:
+    config, cgtr = configured("steps=100", "schedule.gates=[length]")
+    simulation = Simulation(config, EVEN, LENGTHS, runs=300)
+    limit = simulation.tail_limit(cgtr, 0.2)
+    rates = simulation.rates(cgtr.model_copy(update={"max_tail_ratio": limit}))
+    assert rates.checks["length"] == pytest.approx(0.8, abs=0.01)
+    assert Simulation(config, EVEN, runs=3).tail_limit(cgtr, 0.2) is None
+
+
+@pytest.mark.parametrize(("a", "b"), [(2, 3), (0.4, 0.6), (9, 1)])
+def test_the_fit_finds_the_beta_of_its_moments(a: float, b: float) -> None:
+    unsolved = math.prod((b + i) / (a + b + i) for i in range(4))
+    assert fit_success(a / (a + b), 1 - unsolved, 4) == pytest.approx((a, b), rel=1e-6)
+
+
+def test_prompts_that_differ_by_chance_alone_have_one_rate() -> None:
+    assert fit_success(0.4, 1 - 0.6**4, 4) == (0.4, math.inf)
+    assert fit_success(0.4, 1.0, 4).b == math.inf
+
+
+def test_a_runs_opening_ends_at_its_first_refresh() -> None:
+    config, _ = configured()
+    lines: list[dict[str, Any]] = [{"step": 0, "eval/mean@4": 0.1}]
+    for step in range(1, 50):
+        line = {"step": step, "reward/mean": 0.3, "reward/success_group_fraction": 0.6}
+        lines.append(
+            line | {"length/mean": 10.0 + step, "length/max": 20.0, "teacher/refreshed": 0}
+        )
+    success, lengths = observed(lines, config)
+    assert success.mean == pytest.approx(0.3) and lengths is not None and len(lengths) == 30
+    lines[7]["teacher/refreshed"] = 1
+    _, lengths = observed(lines, config)
+    assert lengths is not None and lengths[:, 0].tolist() == [11, 12, 13, 14, 15, 16, 17]
+    shards, _ = configured("schedule.length_unit=shard", "schedule.shards=2")
+    assert observed(lines, shards)[1] is None  # the run did not count by shards
+    with pytest.raises(UsageError, match="no finished step"):
+        observed(lines[:1], config)
+    with pytest.raises(UsageError, match="nothing to simulate"):
+        observed([line | {"reward/mean": 0.0} for line in lines[1:]], config)
+
+
+def test_a_run_says_how_its_rewards_and_lengths_vary(finished: Path) -> None:
+    result = CliRunner().invoke(app, ["calibrate", str(finished), "steps=40", "--rate", "0.2"])
+    assert result.exit_code == 0, result.output
+    *text, last = result.output.splitlines()
+    found = json.loads(last)
+    assert found["rate"] == 0.2 and found["tail_limit"] >= 1 and "length" in found["checks"]
+    assert any("false refreshes a run" in line for line in text)
+
+
+@pytest.mark.parametrize("text", ["", "1", "0", "-1,2", "nan", "1,2,3", "a", "inf,1", "0,1"])
+def test_a_success_that_is_none(text: str) -> None:
+    with pytest.raises(UsageError, match="--success"):
+        parse_success(text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("lab", ["schedule.kind=hard"], None, 0.1), "no gates"),
+        (("lab", [], None, 1.5), "--rate"),
+        (("nowhere", [], None, 0.1), "nowhere"),
+    ],
+)
+def test_what_cannot_be_calibrated(arguments: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        calibrate_source(*arguments)
+
+
+def test_the_text_warns_of_what_was_not_simulated() -> None:
+    text = "\n".join(calibrate_source("lab", ["steps=20"], "0.4", 0.1).text())
+    assert "length       not simulated" in text
