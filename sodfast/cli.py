@@ -6,12 +6,15 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from sodfast.errors import RunFailed, UsageError
 from sodfast.run.interrupt import Interrupted
+
+if TYPE_CHECKING:
+    from sodfast.run.console import Screen
 
 # What typer raises for arguments that it cannot parse. It brings a click of its own, which has had
 # two names.
@@ -56,7 +59,7 @@ def train(
     else:
         config = load_config(*_split(arguments))
     if dry_run:
-        print(config.to_yaml(), end="")
+        _print(config.to_yaml().rstrip())
         return
 
     from sodfast.commands import train_run
@@ -106,7 +109,7 @@ def sweep(
     from sodfast.study.sweep import sweep as run_sweep
 
     table = run_sweep(study, overrides or [], launcher, jobs, address, _print_report)
-    print(f"table: {table}")
+    _print(f"table: {table}")
 
 
 def _print_report(directory: Path) -> None:
@@ -114,9 +117,9 @@ def _print_report(directory: Path) -> None:
     from sodfast.report.page import write_report
 
     try:
-        print(f"report: {write_report(directory)}")
+        _print(f"report: {write_report(directory)}")
     except UsageError as error:
-        print(f"no report: {error}")
+        _print(f"no report: {error}")
 
 
 @app.command("eval")
@@ -129,9 +132,8 @@ def evaluate(
     from sodfast.run.console import Screen
 
     screen = Screen()
-    print(json.dumps(evaluate_model(source, overrides or [], screen)), file=screen, flush=True)
-    if screen.off:
-        raise typer.Exit(1)
+    result = evaluate_model(source, overrides or [], screen)
+    _print(json.dumps(result), screen=screen)
 
 
 @app.command("plan")
@@ -144,7 +146,7 @@ def plan_memory(arguments: Arguments = None) -> None:
     from sodfast.memory.plan import report
 
     result = report(config)
-    print(json.dumps(result))
+    _print(json.dumps(result))
     if not result["fits"]:
         raise typer.Exit(1)
 
@@ -158,7 +160,7 @@ def export(
     from sodfast.commands import export_model
 
     export_model(run, out)
-    print(f"wrote {out}")
+    _print(f"wrote {out}")
 
 
 @app.command("replay")
@@ -173,9 +175,7 @@ def replay_schedule(
     from sodfast.report.replay import replay_run
 
     result = replay_run(run, overrides or [])
-    for line in result.text():
-        print(line)
-    print(json.dumps(result.to_json()))
+    _print(*result.text(), json.dumps(result.to_json()))
 
 
 @app.command("calibrate")
@@ -204,9 +204,7 @@ def calibrate_gates(
     from sodfast.calibrate import calibrate_source
 
     result = calibrate_source(*_split(arguments or []), success, rate)
-    for line in result.text():
-        print(line)
-    print(json.dumps(result.to_json()))
+    _print(*result.text(), json.dumps(result.to_json()))
 
 
 @app.command("report")
@@ -220,7 +218,18 @@ def report_directory(
     """Write report.html, a page with every figure, and tables/*.csv into a run or a study."""
     from sodfast.report.page import write_report
 
-    print(write_report(directory, baseline))
+    _print(str(write_report(directory, baseline)))
+
+
+def _print(*lines: str, screen: "Screen | None" = None) -> None:
+    """Print what a command was asked for. Where that cannot be written, a line on standard error
+    says so, and the exit code is 1. `screen`: what was written to before."""
+    from sodfast.run.console import Screen
+
+    screen = screen or Screen()
+    print(*lines, sep="\n", file=screen, flush=True)
+    if screen.off:
+        raise typer.Exit(1)
 
 
 def _split(arguments: list[str]) -> tuple[str | None, list[str]]:

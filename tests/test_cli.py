@@ -294,6 +294,16 @@ def test_any_locale_will_do(finished: Path, here: Path, environment: str, name: 
     assert tree(run)["metrics.jsonl"] == tree(finished)["metrics.jsonl"]
 
 
+@pytest.mark.parametrize("output", ["> /dev/full", "| (exec <&-; sleep 5)"])
+def test_a_result_that_nobody_can_read_is_a_failure_in_one_line(here: Path, output: str) -> None:
+    command = [sys.executable, "-m", "sodfast", "train", "--dry-run"]
+    run = f'set -o pipefail; exec 3>err; "$@" 2>&3 {output}'
+    done = subprocess.run(["bash", "-c", run, "bash", *command], timeout=300)
+    said = (here / "err").read_text()
+    assert said.startswith("sodfast: standard output") and said.count("\n") == 1, said
+    assert done.returncode == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("output", ["> /dev/full", ">&-", "| true"])
 def test_an_evaluation_that_nobody_can_read_fails_in_one_line(
