@@ -1,12 +1,14 @@
 """From a configuration to a finished command: builds the parts and hands them to each other."""
 
 import os
+import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers.utils.logging import disable_progress_bar
 
 from sodfast.config import Config, LogConfig, load_config, read_overrides, validate
@@ -30,7 +32,7 @@ from sodfast.rollout.build import build_engine
 from sodfast.rollout.engine import Engine
 from sodfast.run import checkpoint
 from sodfast.run.console import Reporter, Screen, build_reporter, print_run
-from sodfast.run.directory import RunDirectory, check_out, default_out
+from sodfast.run.directory import RunDirectory, check_out, default_out, require_usable
 from sodfast.run.environment import environment
 from sodfast.run.fork import fork_config, fork_run, read_fork
 from sodfast.run.interrupt import Interrupted
@@ -131,15 +133,17 @@ def build_trainer(
     return trainer
 
 
-def evaluate_model(source: str, overrides: list[str]) -> dict[str, Any]:
+def evaluate_model(
+    source: str, overrides: list[str], screen: Screen | None = None
+) -> dict[str, Any]:
     """The `eval/*` metrics of a run's newest checkpoint, or of a model by id or directory.
 
     A model is asked the lab's questions unless the overrides name another task, and then under
-    the limits of the preset `base` rather than the lab's.
+    the limits of the preset `base` rather than the lab's. Progress is shown on `screen`.
     """
     disable_progress_bar()
     run, step, path = Path(source), 0, None
-    if (run / "config.yaml").is_file():
+    if os.path.isfile(run / "config.yaml"):
         config = validate(read_overrides(run / "config.yaml", overrides))
         if config.model.lora != validate(read_overrides(run / "config.yaml", [])).model.lora:
             raise UsageError("model.lora is a property of the run: leave it out")
@@ -156,7 +160,7 @@ def evaluate_model(source: str, overrides: list[str]) -> dict[str, Any]:
         model = _student(config, path, device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    reporter = build_reporter()
+    reporter = build_reporter(screen)
     try:
         data, engine = _questions_and_engine(config, model, task, reporter)
         metrics = evaluate(
@@ -176,21 +180,30 @@ def evaluate_model(source: str, overrides: list[str]) -> dict[str, Any]:
 def export_model(run: Path, out: Path) -> None:
     """Write the newest checkpoint's student to `out`, a Hugging Face directory: the checkpoint's
     own or, under LoRA, the base with the adapters merged into its weights."""
-    if out.exists():
+    require_usable(out, str(out))
+    if os.path.lexists(out):
         raise UsageError(f"{out} exists: choose another directory")
     _, path = _newest(run)
     config = validate(read_overrides(run / "config.yaml", []))
+    aside = out.with_name(f"{out.name}.{secrets.token_hex(8)}.tmp")
     try:
         if config.model.lora is None:
-            shutil.copytree(path / "student", out)
+            checkpoint.verify(path, "student/")
+            shutil.copytree(path / "student", aside)
         else:
             disable_progress_bar()
             student = _student(config, path, torch.device("cpu"))
             merge_adapters(student.network)
-            student.network.save_pretrained(out)
-            student.tokenizer.save_pretrained(out)
-    except OSError as error:
+            aside.mkdir(parents=True)
+            student.network.save_pretrained(aside)
+            student.tokenizer.save_pretrained(aside)
+        checkpoint.sync(aside)
+        # It gets its name only when it is whole, so that a full disk or a kill is in nobody's way.
+        os.rename(aside, out)
+    except (OSError, SafetensorError) as error:
         raise UsageError(f"{out} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def build_model(
@@ -247,12 +260,28 @@ def _questions_and_engine(
 
     Raises `UsageError` where the attention that model.attention asks for is not installed.
     """
-    data = fitting_questions(config, model, task, reporter)
+    try:
+        data = fitting_questions(config, model, task, reporter)
+    except UsageError as error:
+        raise UsageError(f"{error}{_preset_hint(config)}") from error
+    if data.dropped and (hint := _preset_hint(config)):
+        reporter.message(f"prompts were dropped{hint}")
     engine = build_engine(config.rollout, model, reporter.message)
     if config.model.attention == "flash":
         require_flash(*_attention(model, engine))
     engine.require(data.longest + config.rollout.max_new_tokens)
     return data, engine
+
+
+def _preset_hint(config: Config) -> str:
+    """What to add where a limit is in the way that comes from the wrong preset, if it does."""
+    lab = load_config("lab", []).rollout
+    own_model = config.model.path is not None or config.model.random is not None
+    if own_model and config.rollout.max_prompt_tokens == lab.max_prompt_tokens:
+        return " (that is the lab's limit: for a model of your own begin with `sodfast train base`)"
+    if not own_model and config.rollout.max_new_tokens > lab.max_new_tokens:
+        return " (a file for the lab's own model begins with `base: lab`)"
+    return ""
 
 
 def _attention(

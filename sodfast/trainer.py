@@ -20,7 +20,7 @@ import torch
 from torch import OutOfMemoryError, Tensor
 
 from sodfast import optimizer
-from sodfast.collapse import CollapseDetector
+from sodfast.collapse import CollapseDetector, SignalWatch
 from sodfast.config import Config
 from sodfast.context import Questions, TeacherContext, teacher_prompts
 from sodfast.errors import RunFailed
@@ -112,6 +112,7 @@ class Trainer:
         self.collapse = CollapseDetector(
             config.collapse, config.rollout.max_new_tokens, config.eval.samples
         )
+        self.signal = SignalWatch(config.steps)
         self.lines: list[dict[str, Any]] = []
         self.step = 0
         self.moved = False  # whether the weights may differ from those after `step`
@@ -173,6 +174,9 @@ class Trainer:
             self.reporter.message("no checkpoint yet: starting over at step 0")
             return
         stored = checkpoint.load(path)
+        checkpoint.require_fitting(stored, self.model, self.optimizer, self.schedule)
+        if not stored.hashed:
+            self.reporter.message(f"{path} is of an earlier release: it has no hashes to check")
         self.step = stored.step
         checkpoint.restore_student(
             self.model, self.weights.loadable(stored.student), stored.state.get("base")
@@ -191,7 +195,13 @@ class Trainer:
         self.state = self._state()
         if closing and self._ended():
             kept = {k: v for k, v in self.lines[-1].items() if k.startswith("eval/")}
-            self.collapse.observe({"step": self.step, **kept})
+            if kept:
+                self.collapse.observe({"step": self.step, **kept})
+            else:  # the run went on when this step was made, and `steps` now ends it here
+                evaluation = self._evaluate(self.step)
+                self.lines[-1] |= evaluation
+                self._observe_collapse({"step": self.step, **evaluation})
+                self.run.write_metrics(self.lines)
         self._event(self.step, "resume")
 
     def _evaluate_start(self, interruption: Interruption, logger: Logger) -> None:
@@ -444,6 +454,8 @@ class Trainer:
         self._append(self.run.metrics, line)
         logger.log(line)
         self.reporter.line(line)
+        if missing := self.signal.observe(line):
+            self.reporter.message(missing)
 
     # ---------------------------------------------------------------- small parts
 

@@ -3,6 +3,7 @@
 What the commands print and do as a user runs them stands in test_cli.py.
 """
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -259,3 +260,59 @@ def test_an_export_never_overwrites_and_names_what_it_cannot_write(
         export_model(finished, tmp_path / "mine" / "below a file")
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
     assert (tmp_path / "mine").read_text() == "mine"
+
+
+@pytest.mark.parametrize("end", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("place", ["shutil.copytree", "sodfast.run.checkpoint.sync", "os.rename"])
+def test_an_export_that_ends_early_leaves_nothing_in_the_way(
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+    end: BaseException,
+) -> None:
+    out = tmp_path / "folder" / "out"
+
+    def refuse(*arguments: Any) -> None:
+        raise end
+
+    with monkeypatch.context() as patch, pytest.raises((UsageError, KeyboardInterrupt)):
+        patch.setattr(place, refuse)
+        export_model(finished, out)
+    assert not list(tmp_path.rglob("*.*"))
+    export_model(finished, out)
+    student = finished / "checkpoints" / "step-2" / "student"
+    assert {path.name for path in out.iterdir()} == {path.name for path in student.iterdir()}
+
+
+def test_an_export_follows_no_link_and_copies_no_damage(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UsageError, match="exists: choose another"):
+        export_model(finished, tmp_path / "out")
+    assert not (tmp_path / "elsewhere").exists()
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    weights = run / "checkpoints" / "step-2" / "student" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(UsageError, match=r"student/model\.safetensors has been changed"):
+        export_model(run, tmp_path / "new")
+    assert not list(tmp_path.glob("new*"))
+
+
+# ---------------------------------------------------------------- the preset that is meant
+
+
+def test_limits_of_the_wrong_preset_are_named(tiny_model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "plain.yaml"
+    file.write_text(f"steps: 2\nout: {tmp_path / 'run'}\n")
+    with pytest.raises(UsageError, match="begins with `base: lab`"):
+        build_trainer(load_config(str(file), ["lab.batches=1"]), None, Reporter())
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "' + "1+" * 40 + '\\nA: 1\\nB: 2", "answer": "A"}\n')
+    (tmp_path / "other.jsonl").write_text(rows.read_text())
+    task = ["task.name=multiple_choice", f"task.train={rows}", f"task.test={tmp_path}/other.jsonl"]
+    config = load_config("lab", [f"model.path={tiny_model}", *task, f"out={tmp_path / 'run'}"])
+    with pytest.raises(UsageError, match="begin with `sodfast train base`"):
+        build_trainer(config, None, Reporter())
+    assert not (tmp_path / "run").exists()

@@ -61,7 +61,7 @@ def _lacking(event: Mapping[str, Any]) -> str | None:
     if not isinstance(kind, str):
         return "event"
     if kind == "refresh":
-        return next((key for key in ("shock", "age") if not _is_finite(event.get(key))), None)
+        return None if _is_finite(event.get("shock")) else "shock"
     if kind == "gate":
         gates = event.get("gates")
         if not isinstance(event.get("refresh"), bool):

@@ -71,7 +71,7 @@ def load_questions(
         UsageError: a source is missing or empty, or holds a row that cannot be used.
             `check` raises it for an answer that does not fit; the row's place is put in front.
     """
-    if test == train:
+    if test is not None and os.path.realpath(test) == os.path.realpath(train):
         raise UsageError(f"task.test: {test} is also task.train, name other rows to test on")
     if _is_file(train):
         if test is None:

@@ -84,7 +84,6 @@ def test_a_damaged_line_of_the_metrics_is_named(tmp_path: Path, line: bytes, wro
         ({"event": 3}, "event"),
         ({"event": "refresh", "age": 2}, "shock"),
         ({"event": "refresh", "shock": "x", "age": 2}, "shock"),
-        ({"event": "refresh", "shock": 0.1}, "age"),
         ({"event": "gate", "gates": {}}, "refresh"),
         ({"event": "gate", "refresh": True}, "gates"),
         ({"event": "gate", "refresh": True, "gates": [GATE]}, "gates"),
