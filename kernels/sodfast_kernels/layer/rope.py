@@ -48,8 +48,7 @@ def rope_and_cache(
     the two differ by a few units of the last place of a head's largest element.
 
     Nothing is read back from a GPU, so the call can be captured in a CUDA graph; a replay reads
-    `page` and `offset` anew. What the cache holds elsewhere stays as it is, NaN among it. Never
-    differentiated.
+    `page` and `offset` anew. What the cache holds elsewhere stays as it is, NaN among it.
 
     A prediction, not measured: a decode step of up to 256 tokens takes as long as a launch, 2 to
     3 µs, since even 256 tokens of Qwen3-8B are 6 MB. For longer prefills bench/compile_report.py
@@ -74,14 +73,13 @@ def rope_and_cache(
         elements of a head are adjacent.
 
     Raises:
-        ValueError: naming the argument that is out of range, or of a wrong shape, dtype or device.
+        ValueError: naming the argument that is out of range, or of a wrong shape, dtype or device,
+            or `qkv` where a gradient would be recorded: there is none.
     """
     _check(qkv, cos, sin, kv_heads, gain, eps)
-    tensors = [qkv, cos, sin] if gain is None else [qkv, cos, sin, gain]
     if cache is not None:
         _check_cache(qkv, kv_heads, *cache)
-        tensors += cache
-    if not uses_triton(backend, tensors):
+    if not uses_triton(backend, (qkv,)):  # the others are on its device
         return _rotate(qkv, cos, sin, kv_heads, gain, eps, cache)
     from .kernel import rotate
 
@@ -93,6 +91,8 @@ def _check(
 ) -> None:
     if not isinstance(qkv, Tensor) or qkv.dim() != 3:
         raise ValueError("qkv must be a tensor of shape [T, A + 2K, D]")
+    if qkv.requires_grad and torch.is_grad_enabled():
+        raise ValueError("qkv must not require a gradient; use torch.no_grad()")
     tokens, heads, width = qkv.shape
     if qkv.dtype not in DTYPES:
         raise ValueError(f"qkv must be fp32, bf16, fp16 or fp64, got {qkv.dtype}")
@@ -137,7 +137,6 @@ def _check_like(qkv: Tensor, name: str, value: Tensor, shape: tuple[int, ...]) -
         )
 
 
-@torch.no_grad()
 def _rotate(
     qkv: Tensor,
     cos: Tensor,
@@ -148,14 +147,15 @@ def _rotate(
     cache: CacheSlots | None,
 ) -> tuple[Tensor, Tensor | None]:
     rotated, width = qkv.shape[1] - kv_heads, qkv.shape[2]
-    heads = qkv[:, :rotated]
+    heads, v = qkv.split([rotated, kv_heads], 1)
     if gain is not None:
-        heads = F.rms_norm(heads, (width,), None, eps) * gain
-    turned = torch.addcmul(heads * cos[:, None], heads.roll(width // 2, -1), sin[:, None])
+        heads = F.rms_norm(heads, (width,), None, eps).mul_(gain)
+    rolled = heads.roll(width // 2, -1)
+    turned = (heads * cos.unsqueeze(1)).addcmul_(rolled, sin.unsqueeze(1))
     q, k = turned.split([rotated - kv_heads, kv_heads], 1)
     if cache is None:
         return q, k
     keys, values, page, offset = cache
     keys[page, offset] = k
-    values[page, offset] = qkv[:, rotated:]
+    values[page, offset] = v
     return q, None

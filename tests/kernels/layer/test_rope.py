@@ -181,10 +181,13 @@ def test_fp64_is_exact_on_the_pytorch_path():
     torch.testing.assert_close(k.cpu(), keys, rtol=1e-12, atol=1e-12)
 
 
-def test_no_gradient_is_recorded():
+def test_a_gradient_is_refused():
     qkv, cos, sin, kv_heads, gain = layer_input()
-    q, k = rope_and_cache(qkv.requires_grad_(), cos, sin, kv_heads, gain=gain)
-    assert not q.requires_grad and not k.requires_grad
+    qkv.requires_grad_()
+    with pytest.raises(ValueError, match=r"^qkv must not require a gradient"):
+        rope_and_cache(qkv, cos, sin, kv_heads, gain=gain)
+    with torch.no_grad():
+        assert not rope_and_cache(qkv, cos, sin, kv_heads, gain=gain)[0].requires_grad
 
 
 def wrong_arguments():

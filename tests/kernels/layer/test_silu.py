@@ -71,8 +71,12 @@ def test_fp64_is_exact_on_the_pytorch_path():
     )
 
 
-def test_no_gradient_is_recorded():
-    assert not silu_and_mul(draw(2, 4).requires_grad_()).requires_grad
+def test_a_gradient_is_refused():
+    gate_up = draw(2, 4).requires_grad_()
+    with pytest.raises(ValueError, match=r"^gate_up must not require a gradient"):
+        silu_and_mul(gate_up)
+    with torch.no_grad():
+        assert not silu_and_mul(gate_up).requires_grad
 
 
 @pytest.mark.parametrize(
