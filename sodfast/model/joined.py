@@ -39,12 +39,12 @@ def joined(parameters: Sequence[Tensor]) -> Tensor | None:
     """The parameters as one tensor, a view of their memory along the first dimension; None where
     they do not lie one after the other in one storage."""
     first = parameters[0]
-    place, storage = first.storage_offset(), first.untyped_storage()
+    place, storage = first.storage_offset(), first.untyped_storage()._cdata
     for parameter in parameters:
         alike = parameter.dtype == first.dtype and parameter.shape[1:] == first.shape[1:]
         if not alike or not parameter.is_contiguous() or parameter.storage_offset() != place:
             return None
-        if parameter.untyped_storage().data_ptr() != storage.data_ptr():
+        if parameter.untyped_storage()._cdata != storage:
             return None
         place += parameter.numel()
     shape = (sum(map(len, parameters)), *first.shape[1:])
