@@ -1,8 +1,8 @@
 """What the machine code of a kernel says: its loops, their instructions and the bytes they move.
 
 A loop is a backward branch of nvdisasm's listing; only the innermost ones that touch global memory
-are of interest, since they run once for every few elements and all else once a program. A kernel that
-has none of them is straight through, and counts as a loop that is run once. Which loop of the
+are of interest, since they run once for every few elements and all else once a program. A kernel
+that has none of them is straight through, and counts as a loop that is run once. Which loop of the
 source one of them is, the functions tell that its instructions come from.
 """
 

@@ -9,7 +9,7 @@ keys are normalised and turned; each head is stored where its kind belongs, by m
 numbers of heads fit. Elements i and i + D/2 turn together: they lie in two tiles of half the width.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import triton
 import triton.language as tl
@@ -18,7 +18,9 @@ from torch import Tensor
 from ..launch import Configuration, Sweep, on_device, power_of_two
 from ..rounding import round_nearest
 from ..softmax import LOG2E
-from .rope import CacheSlots
+
+if TYPE_CHECKING:
+    from .rope import CacheSlots
 
 # Elements of each half that a warp holds, 8 a thread: 16 bytes of a 16-bit dtype.
 ELEMENTS = 256
@@ -123,7 +125,7 @@ def rotate(
     kv_heads: int,
     gain: Tensor | None,
     eps: float,
-    cache: CacheSlots | None,
+    cache: "CacheSlots | None",
 ) -> tuple[Tensor, Tensor | None]:
     """Queries, and keys where there is no cache; the arguments are checked."""
     tokens, heads, width = qkv.shape
@@ -156,7 +158,7 @@ def rotate(
     return (out, None) if cache is not None else (out[:, :queries], out[:, queries:])
 
 
-def _slots(cache: CacheSlots | None) -> dict[str, Any]:
+def _slots(cache: "CacheSlots | None") -> dict[str, Any]:
     """The kernel's arguments of a cache."""
     if cache is None:
         return dict.fromkeys((*CACHE, *CACHE_STRIDES))
