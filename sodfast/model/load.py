@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from sodfast.errors import UsageError
 from sodfast.model.chat import encode_messages, encode_text, require_prompts
 from sodfast.model.directory import find_model, name_no_code, refusing, stored_sizes
+from sodfast.model.joined import join_weights
 from sodfast.model.packing import can_pack, own_attention, packed_hidden, use_packed_attention
 from sodfast.tasks.base import Question
 
@@ -170,6 +171,7 @@ def wrap_model(network: Any, tokenizer: Any, device: torch.device, name: str) ->
     pad_id = eos_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     # Networks are always in eval mode: dropout would make teacher and student differ even where
     # their weights are equal.
+    join_weights(network, device)
     model = LanguageModel(network.to(device).eval(), tokenizer, eos_ids, pad_id)
     if not can_pack(model.network):
         raise UsageError(

@@ -63,6 +63,26 @@ def test_a_prompt_of_several_slots_is_in_each_of_them() -> None:
         assert not cached_SWKD[3].any()
 
 
+@torch.no_grad()
+def test_a_token_is_written_where_the_attention_places_it() -> None:
+    """And nowhere else: what positions out of use hold stays."""
+    decoder = Decoder(tiny("qwen3").network, 8)
+    cache = Cache(decoder, 4, 8)
+    cache.memory.fill_(123.0)
+    length_B = torch.tensor([0, 5, 2], dtype=torch.int32)
+    attend = cache.decoding(length_B, 8)
+    for layer, (keys_SWKD, values_SWKD) in enumerate(cache.layers):
+        place = attend.place(layer)
+        assert place is not None
+        assert place.keys is keys_SWKD and place.values is values_SWKD
+        assert place.page_T.tolist() == [0, 1, 2] and place.offset_T.tolist() == [0, 5, 2]
+    decoder.forward(torch.tensor([3, 4, 5]), length_B.long(), attend)
+    for index, cached_SWKD in enumerate(tensor for pair in cache.layers for tensor in pair):
+        written_SW = (cached_SWKD != 123.0).all(3).all(2)
+        assert written_SW.nonzero().tolist() == [[0, 0], [1, 5], [2, 2]], index
+    assert cache.prefilling([3], [[0]]).place(0) is None
+
+
 def test_slots_move_by_their_first_positions_only() -> None:
     cache = Cache(Decoder(tiny("llama").network, 6), 4, 6)
     cache.memory.copy_(torch.arange(cache.memory.numel()))
