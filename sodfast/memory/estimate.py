@@ -31,7 +31,8 @@ from sodfast.model.random_weights import shape, shipped_shapes
 from sodfast.optimizer import build_optimizer
 from sodfast.parallel.fsdp import Weights
 from sodfast.parallel.offload import SLOTS, block_bytes, blocks
-from sodfast.rollout.decoder import Cache, unsupported
+from sodfast.rollout.cache import Cache
+from sodfast.rollout.decoder import unsupported
 from sodfast.rollout.native import (
     PREFILL_TOKENS,
     cache_slots,

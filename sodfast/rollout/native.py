@@ -29,7 +29,8 @@ from torch import Tensor
 
 from sodfast.errors import RunFailed, UsageError
 from sodfast.model.load import LanguageModel
-from sodfast.rollout.decoder import Cache, Decoder
+from sodfast.rollout.cache import Cache
+from sodfast.rollout.decoder import Decoder
 from sodfast.rollout.engine import Sample, SampleKey, Sampling, check_prompts, stop_length
 
 # A CPU works on rows in multiples of this, idle ones or padding added: a matrix product of fewer

@@ -12,7 +12,8 @@ from sodfast.errors import UsageError
 from sodfast.model.load import LanguageModel, trained_parameters
 from sodfast.model.lora import add_adapters
 from sodfast.rollout import native
-from sodfast.rollout.decoder import Cache, Decoder, unsupported
+from sodfast.rollout.cache import Cache
+from sodfast.rollout.decoder import Decoder, unsupported
 from sodfast.rollout.engine import SampleKey, Sampling
 from sodfast.rollout.hf import HFEngine
 from sodfast.rollout.native import NativeEngine
