@@ -8,9 +8,8 @@ Shapes: T tokens of any sequences in a row, W positions that a sequence can have
 key-value heads, D head size, H hidden, V vocabulary.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +23,28 @@ ARCHITECTURES = (
 )
 # Rotary embeddings whose angles do not depend on how long a sequence has become.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-# (layer, query [T, A, D], key [T, K, D], value [T, K, D]) → attended values [T, A, D]
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+class Place(NamedTuple):
+    """Where the keys and values of new tokens belong in one layer of the cache."""
+
+    keys: Tensor  # [P, page, K, D], of any strides
+    values: Tensor  # [P, page, K, D]
+    page_T: Tensor  # int64, the page of each token; idle rows name one that nobody reads
+    offset_T: Tensor  # int64, its position within the page
+
+
+class Attend(Protocol):
+    """The attention that `Decoder.forward` is given, with the cache behind it."""
+
+    def place(self, layer: int) -> Place | None:
+        """Where `forward` itself writes the new keys and values of `layer`; None: the attention
+        takes them as arguments."""
+
+    def __call__(
+        self, layer: int, q_TAD: Tensor, k_TKD: Tensor | None, v_TKD: Tensor | None
+    ) -> Tensor:
+        """Attended values [T, A, D]; keys and values are None where `place` gave a place."""
 
 
 def unsupported(network: Any) -> str | None:
@@ -126,7 +145,14 @@ class Decoder:
                 qk_TND = F.rms_norm(qk_TND, qk_TND.shape[2:], None, self.eps) * layer.head_gain
             qk_TND = torch.addcmul(qk_TND * cos_T1D, qk_TND.roll(self.head_dim // 2, -1), sin_T1D)
             q_TAD, k_TKD = qk_TND.split([self.query_heads, self.kv_heads], 1)
-            attended_TAD = attend(index, q_TAD, k_TKD, heads_TND[:, rotated:])
+            v_TKD = heads_TND[:, rotated:]
+            place = attend.place(index)
+            if place is None:
+                attended_TAD = attend(index, q_TAD, k_TKD, v_TKD)
+            else:
+                place.keys[place.page_T, place.offset_T] = k_TKD
+                place.values[place.page_T, place.offset_T] = v_TKD
+                attended_TAD = attend(index, q_TAD, None, None)
             x_TH = _add_linear(x_TH, attended_TAD.flatten(1), layer.output)
             y_TH = F.rms_norm(x_TH, x_TH.shape[1:], layer.mlp_norm, self.eps)
             gated_TI = F.silu(layer.gate(y_TH)).mul_(layer.up(y_TH))
