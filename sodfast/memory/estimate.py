@@ -32,14 +32,10 @@ from sodfast.model.random_weights import shape, shipped_shapes
 from sodfast.optimizer import build_optimizer
 from sodfast.parallel.fsdp import Weights
 from sodfast.parallel.offload import SLOTS, block_bytes, blocks
-from sodfast.rollout.decoder import Cache, unsupported
-from sodfast.rollout.native import (
-    PREFILL_TOKENS,
-    cache_slots,
-    idle_rows,
-    slot_bytes,
-    state_bytes,
-)
+from sodfast.rollout.batch import PREFILL_TOKENS, idle_rows, state_bytes
+from sodfast.rollout.cache import Cache
+from sodfast.rollout.decoder import unsupported
+from sodfast.rollout.native import cache_slots, slot_bytes
 from sodfast.schedule import average_rate, student_share
 
 GIB = 2**30

@@ -12,14 +12,11 @@ and norm together would be no fewer and move more. The product of queries, keys 
 where their weights lie together (model/joined.py), and so is that of gate and up. Qwen2, Qwen3,
 Llama and Mistral fit; `unsupported` says what does not.
 
-Shapes: T tokens of any sequences in a row, B sequences with one new token each, S slots of the
-cache, W positions of a slot, A query heads, K key-value heads, D head size, H hidden, V vocabulary.
+Shapes: T tokens of any sequences in a row, W positions that a sequence can have, A query heads, K
+key-value heads, D head size, H hidden, V vocabulary.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from math import prod
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -27,7 +24,6 @@ import torch.nn.functional as F
 from sodfast_kernels import rope_and_cache, silu_and_mul
 from torch import Tensor, nn
 
-from sodfast.model.attention import PackedAttention, SlotAttention
 from sodfast.model.joined import joined
 
 ARCHITECTURES = (
@@ -41,21 +37,20 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 class Place(NamedTuple):
-    """Where the keys and values of T new tokens belong: page_T and offset_T (int64) of a cache of
-    `keys` and `values` [P, page, K, D]."""
+    """Where the keys and values of new tokens belong in one layer of the cache."""
 
-    keys: Tensor
-    values: Tensor
-    page_T: Tensor
-    offset_T: Tensor
+    keys: Tensor  # [P, page, K, D], of any strides
+    values: Tensor  # [P, page, K, D]
+    page_T: Tensor  # int64, the page of each token; idle rows name one that nobody reads
+    offset_T: Tensor  # int64, its position within the page
 
 
 class Attend(Protocol):
-    """Attention within a forward pass, layer by layer."""
+    """The attention that `Decoder.forward` is given, with the cache behind it."""
 
     def place(self, layer: int) -> Place | None:
-        """Where `forward` itself writes the keys and values of a layer; None: they are given to the
-        call."""
+        """Where `forward` itself writes the new keys and values of `layer`; None: the attention
+        takes them as arguments."""
 
     def __call__(
         self, layer: int, q_TAD: Tensor, k_TKD: Tensor | None, v_TKD: Tensor | None
@@ -216,118 +211,3 @@ def _linear_into(out_TN: Tensor, x_TH: Tensor, linear: nn.Module) -> None:
         torch.mm(x_TH, linear.weight.t(), out=out_TN)
     else:
         torch.addmm(linear.bias, x_TH, linear.weight.t(), out=out_TN)
-
-
-class Cache:
-    """Keys and values of S slots of W positions each, for every layer.
-
-    Logically [S, W, K, D]. In memory that is the order on a GPU, where FlashAttention reads it;
-    on a CPU keys lie as [S, K, D, W] and values as [S, K, W, D], which makes both products of
-    attention plain batched ones without a copy. Zeros at first: what is masked must be finite.
-    `memory` of an earlier cache is used again where it is large enough.
-    """
-
-    def __init__(
-        self, decoder: Decoder, slots: int, width: int, memory: Tensor | None = None
-    ) -> None:
-        self.decoder = decoder
-        weight = decoder.embedding
-        kv, size = decoder.kv_heads, decoder.head_dim
-        shape = (len(decoder.layers), 2, slots * width * kv * size)
-        # What an earlier cache has left in it is finite, too.
-        if memory is None or memory.numel() < prod(shape) or memory.dtype != weight.dtype:
-            memory = weight.new_zeros(prod(shape))
-        self.memory = memory
-        self.layers: list[tuple[Tensor, Tensor]] = []
-        for keys, values in memory[: prod(shape)].view(shape):
-            if weight.device.type == "cpu":
-                keys_SWKD = keys.view(slots, kv, size, width).permute(0, 3, 1, 2)
-                values_SWKD = values.view(slots, kv, width, size).transpose(1, 2)
-            else:
-                keys_SWKD, values_SWKD = (x.view(slots, width, kv, size) for x in (keys, values))
-            self.layers.append((keys_SWKD, values_SWKD))
-
-    @staticmethod
-    def bytes_per_token(network: Any) -> int:
-        """Bytes of one position of one slot over all layers, for any of transformers' networks."""
-        config = network.config.get_text_config()
-        query_heads = config.num_attention_heads
-        heads = getattr(config, "num_key_value_heads", None) or query_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // query_heads
-        layers, head = config.num_hidden_layers, network.get_output_embeddings().weight
-        return layers * 2 * heads * size * head.element_size()
-
-    def move(self, source_N: Tensor, target_N: Tensor, width: int) -> None:
-        """Copy the first `width` positions of some slots to others."""
-        for pair in self.layers:
-            for cached_SWKD in pair:
-                cached_SWKD[target_N, :width] = cached_SWKD[source_N, :width]
-
-    def prefilling(self, lengths: Sequence[int], copies: Sequence[Sequence[int]]) -> Attend:
-        """Causal attention within each of the prompts of these `lengths`, packed one after the
-        other; each prompt's keys and values go to the slots of its entry of `copies`. Tokens
-        after the last prompt attend to nothing."""
-        device = self.decoder.embedding.device
-        starts = [end - length for end, length in zip(accumulate(lengths), lengths, strict=True)]
-        sources = list(zip(starts, lengths, copies, strict=True))
-        spans = [(first, n, slot) for first, n, slots in sources for slot in slots]
-        token_N = torch.cat([torch.arange(first, first + n) for first, n, _ in spans]).to(device)
-        position_N = torch.cat([torch.arange(n) for _, n, _ in spans]).to(device)
-        slot_N = torch.cat([torch.full((n,), slot) for _, n, slot in spans]).to(device)
-        packed = PackedAttention(lengths, device, self.decoder.embedding.dtype)
-
-        return _Prefill(self, packed, slot_N, position_N, token_N)
-
-    def decoding(self, length_B: Tensor, width: int) -> Attend:
-        """Attention of one new token in each of the slots 0 … B−1, whose `length_B` (int32)
-        positions before it are cached. `width` bounds their lengths after it; a GPU, whose
-        kernel reads the lengths themselves, takes any bound."""
-        row_B = torch.arange(len(length_B), device=length_B.device)
-        attention = SlotAttention(length_B + 1, width, self.decoder.embedding.dtype)
-        return _Decode(self, attention, row_B, length_B.long())
-
-
-@dataclass(frozen=True)
-class _Prefill:
-    """See `Cache.prefilling`. Token token_N[n] of the prompts is position position_N[n] of slot
-    slot_N[n]."""
-
-    cache: Cache
-    attention: PackedAttention
-    slot_N: Tensor
-    position_N: Tensor
-    token_N: Tensor
-
-    def place(self, layer: int) -> None:
-        """None: a prompt's keys and values go to several slots."""
-
-    def __call__(
-        self, layer: int, q_TAD: Tensor, k_TKD: Tensor | None, v_TKD: Tensor | None
-    ) -> Tensor:
-        assert k_TKD is not None and v_TKD is not None
-        for cached_SWKD, new_TKD in zip(self.cache.layers[layer], (k_TKD, v_TKD), strict=True):
-            cached_SWKD[self.slot_N, self.position_N] = new_TKD[self.token_N]
-        decoder = self.cache.decoder
-        return self.attention(q_TAD, k_TKD, v_TKD, decoder.scale, decoder.layers[layer].window)
-
-
-@dataclass(frozen=True)
-class _Decode:
-    """See `Cache.decoding`: a slot is a page, and the new token of slot b is position position_B[b]
-    of it."""
-
-    cache: Cache
-    attention: SlotAttention
-    row_B: Tensor
-    position_B: Tensor
-
-    def place(self, layer: int) -> Place:
-        return Place(*self.cache.layers[layer], self.row_B, self.position_B)
-
-    def __call__(
-        self, layer: int, q_TAD: Tensor, k_TKD: Tensor | None, v_TKD: Tensor | None
-    ) -> Tensor:
-        assert k_TKD is None and v_TKD is None  # they are in the cache
-        decoder = self.cache.decoder
-        keys_and_values = self.cache.layers[layer]
-        return self.attention(q_TAD, *keys_and_values, decoder.scale, decoder.layers[layer].window)
