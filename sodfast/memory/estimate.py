@@ -10,9 +10,9 @@ of matrix products, captured graphs, and fragments between the allocator's block
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,18 @@ from sodfast_kernels import AdamW, ParameterUpdate
 from sodfast_kernels.parameters import empty_state
 from sodfast_kernels.philox import CHUNK
 
-from sodfast.config import ArithmeticConfig, Config, LoRAConfig
+from sodfast.config import ArithmeticConfig, Config
 from sodfast.errors import UsageError
-from sodfast.memory.trace import LiveBytes, Sequences, Trace, prefill, scoring, training
+from sodfast.memory.trace import (
+    FAKE,
+    LiveBytes,
+    Sequences,
+    empty_network,
+    peak,
+    prefill,
+    scoring,
+    training,
+)
 from sodfast.model.load import output_head, trained_parameters
 from sodfast.model.packing import micro_batches
 from sodfast.model.random_weights import shape, shipped_shapes
@@ -78,14 +87,13 @@ class Estimate:
             config.device == "auto" and torch.cuda.is_available()
         )
         self.budget = int((config.memory_gib or BUDGET_GIB) * GIB)
-        self.trace = _trace(
+        self.network = empty_network(
             json.dumps(architecture(config)),
-            config.model.dtype,
+            getattr(torch, config.model.dtype),
             config.model.gradient_checkpointing,
             self.on_gpu and config.model.liger is not False,
             config.model.lora,
         )
-        self.network = self.trace.network
         self.head = output_head(self.network)
         self.parameters = sum(p.numel() for p in self.network.parameters())
         self.weights = sum(p.nbytes for p in self.network.parameters())
@@ -191,7 +199,7 @@ class Estimate:
         group = self._optimizer.param_groups[0]
         if not isinstance(self._optimizer, AdamW):  # two moments and a count of steps
             return 2 * self.trained + 4 * len(group["params"])
-        with self.trace.mode:
+        with FAKE:
             states = [empty_state(p, group["state"]) for p in group["params"]]
         return sum(tensor.nbytes for state in states for tensor in state.values())
 
@@ -219,9 +227,9 @@ class Estimate:
         scored = [(r.context, r.response) for r in self.rollouts if r.context is not None]
         if not scored:
             return 0
-        batch = self._micro_batches(scored)[0]
+        batch, _ = self._heaviest(scored)
         rows = sum(response for _, response in batch)
-        return self.trace.peak(scoring, batch) - rows * self.head[0].nbytes
+        return peak(self.network, scoring, batch) - rows * self.head[0].nbytes
 
     def _training(self) -> int:
         """Beside full gradients: of the heaviest micro-batch, or of the optimizer's step."""
@@ -229,66 +237,62 @@ class Estimate:
         most = self._stepping()
         for i in range(0, len(self.rollouts), size):
             update = [(r.prompt, r.response) for r in self.rollouts[i : i + size]]
-            first, *rest = self._micro_batches(update)
-            if self.given or not rest:
-                most = max(most, self._backward(first, False) - self.trained)
-            if rest:
-                heaviest = max(rest, key=lambda batch: sum(map(sum, batch)))
-                most = max(most, self._backward(heaviest if self.given else first, True))
+            batch, accumulating = self._heaviest(update)
+            taken = peak(
+                self.network,
+                training,
+                self.config.objective,
+                batch,
+                self.teachers * self.head.shape[1],
+                accumulating,
+                self.on_gpu,
+                whole=not accumulating,
+            )
+            most = max(most, taken if accumulating else taken - self.trained)
         return most
 
-    def _backward(self, batch: Sequences, accumulating: bool) -> int:
-        width = self.teachers * self.head.shape[1]
-        return self.trace.peak(
-            training,
-            self.config.objective,
-            batch,
-            width,
-            accumulating,
-            self.on_gpu,
-            whole=not accumulating,
-        )
-
-    def _micro_batches(self, lengths: list[tuple[int, int]]) -> list[Sequences]:
-        """As training cuts them, the longest sequence in the first. At the caps that one is filled
-        up with the response to a prompt of one token: then no other micro-batch is larger."""
+    def _heaviest(self, lengths: list[tuple[int, int]]) -> tuple[Sequences, bool]:
+        """The micro-batch of the most tokens, and whether there are others. At the caps it is then
+        filled up with the response to a prompt of one token, so that no other can be larger."""
         budget = self.config.optimizer.micro_batch_tokens
-        totals = [sum(pair) for pair in lengths]
-        batches = [tuple(lengths[i] for i in group) for group in micro_batches(totals, budget)]
-        room = budget - sum(map(sum, batches[0]))
+        groups = list(micro_batches([sum(pair) for pair in lengths], budget))
+        batches = [tuple(lengths[i] for i in group) for group in groups]
+        heaviest = max(batches, key=lambda batch: sum(map(sum, batch)))
+        room = budget - sum(map(sum, heaviest))
         if not self.given and len(batches) > 1 and room > 1:
-            batches[0] += ((1, room - 1),)
-        return batches
+            heaviest += ((1, room - 1),)
+        return heaviest, len(batches) > 1
+
+    # The PyTorch paths of `sodfast_kernels`, taken without a GPU, work on CHUNK elements at a time.
+    # What they allocate is measured on as much of the largest parameter: real memory, but little.
 
     def _stepping(self) -> int:
-        """Of the optimizer's step beside its state: only the PyTorch path takes any."""
+        """Of the optimizer's step beside its state."""
         group = self._optimizer.param_groups[0]
         if self.on_gpu or not isinstance(self._optimizer, AdamW):
             return 0
-        parameter = self._chunk()
-        parameter.grad = torch.zeros_like(parameter)
+        parameter, gradient = self._chunks()
+        parameter.grad = gradient
         optimizer = AdamW([parameter], state=group["state"])
         optimizer.step()  # which makes the state
-        state = optimizer.state[parameter].values()
-        with LiveBytes([parameter, parameter.grad, *state]) as live:
+        with LiveBytes([parameter, gradient, *optimizer.state[parameter].values()]) as live:
             optimizer.step()
         return live.take_peak()
 
     def _moving_the_teacher(self) -> int:
-        """Of the teacher's move, likewise."""
         if self.on_gpu:
             return 0
         update = ParameterUpdate(average_rate(self.config.schedule))
-        teacher, student = self._chunk(), self._chunk()
+        teacher, student = self._chunks()
         with LiveBytes([teacher, student]) as live:
             update.add([teacher], [student])
         return live.take_peak()
 
-    def _chunk(self) -> torch.Tensor:
-        """As much of the largest parameter as the PyTorch paths of `sodfast_kernels` work on at a
-        time: real memory, but little."""
+    def _chunks(self) -> Iterator[torch.Tensor]:
+        """Two tensors of such a chunk's size."""
         largest = max(trained_parameters(self.network).values(), key=torch.Tensor.numel)
-        return torch.zeros(min(largest.numel(), CHUNK), dtype=largest.dtype)
+        size = min(largest.numel(), CHUNK)
+        return (torch.zeros(size, dtype=largest.dtype) for _ in range(2))
 
     # ---------------------------------------------------------------- sampling
 
@@ -315,7 +319,7 @@ class Estimate:
         if not self.native:
             # All prompts of a batch at once, padded; the cache grows with the answers.
             rows = min(config.batch_size, wanted)
-            activations = self.trace.peak(scoring, ((prompts[0], 1),) * rows)
+            activations = peak(self.network, scoring, ((prompts[0], 1),) * rows)
             return {"kv_cache": rows * self.longest * self.token_bytes, "activations": activations}
         # Also where it would not start the plan says what the least would take.
         rows = min(self._slots[0] or 1, wanted)
@@ -324,7 +328,7 @@ class Estimate:
         for prompt in prompts[: -(-rows // copies)]:
             if not packed or sum(packed) + prompt <= PREFILL_TOKENS:
                 packed.append(prompt)
-        activations = self.trace.peak(prefill, tuple(packed), copies, self.longest, self.on_gpu)
+        activations = peak(self.network, prefill, tuple(packed), copies, self.longest, self.on_gpu)
         return {
             "kv_cache": rows * slot_bytes(self.network, self.longest),
             "activations": activations + state_bytes(rows, config.max_new_tokens),
@@ -377,10 +381,3 @@ def architecture(config: Config) -> dict[str, Any]:
     if not isinstance(contents, dict) or "model_type" not in contents:
         raise UsageError(f"model.path={path}: its config.json names no model_type")
     return contents
-
-
-@cache
-def _trace(
-    contents: str, dtype: str, recompute: bool, liger: bool, adapters: LoRAConfig | None
-) -> Trace:
-    return Trace(json.loads(contents), getattr(torch, dtype), recompute, liger, adapters)
