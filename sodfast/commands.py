@@ -25,6 +25,7 @@ from sodfast.model.load import (
 )
 from sodfast.model.lora import add_adapters, merge_adapters, require_peft
 from sodfast.model.random_weights import random_model
+from sodfast.parallel.offload import pinned_setting
 from sodfast.parallel.ranks import ALONE, Ranks, join
 from sodfast.rollout.build import build_engine
 from sodfast.rollout.engine import Engine
@@ -76,7 +77,8 @@ def build_trainer(
     if device.type == "cuda" and config.rollout.engine != "vllm":
         # Phases ask for blocks of different sizes. Read when CUDA's allocator starts, after this
         # line; vLLM has an allocator of its own that knows no such segments.
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+        settings = ",".join(filter(None, ["expandable_segments:True", pinned_setting()]))
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", settings)
         if ranks.size > 1:
             torch.cuda.set_device(device)  # on which NCCL and FSDP work
     limit_memory(device, config.memory_gib)
@@ -188,8 +190,22 @@ def build_model(
     model = _untrained(config, device, progress)
     use_liger(model.network, config.model.liger, message)
     if config.model.gradient_checkpointing:
-        recompute_layers(model.network)
+        recompute_layers(model.network, _kept_layers(config, message))
     return model
+
+
+def _kept_layers(config: Config, message: Callable[[str], object]) -> int:
+    """How many layers keep their activations although the others do not."""
+    kept = config.model.kept_layers
+    if kept == "auto":
+        from sodfast.memory.estimate import Estimate
+
+        estimate = Estimate(config)
+        kept = estimate.kept_layers
+        message(
+            f"model.kept_layers: {kept} of {len(estimate.layers)} layers keep their activations"
+        )
+    return kept
 
 
 def _untrained(

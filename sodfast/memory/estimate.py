@@ -10,9 +10,10 @@ of matrix products, captured graphs, and fragments between the allocator's block
 """
 
 import json
+from bisect import bisect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from sodfast.model.packing import micro_batches
 from sodfast.model.random_weights import shape, shipped_shapes
 from sodfast.optimizer import build_optimizer
 from sodfast.parallel.fsdp import Weights
-from sodfast.parallel.offload import SLOTS, block_bytes, blocks
+from sodfast.parallel.offload import SLOTS, block_bytes, blocks, pinned_bytes
 from sodfast.rollout.decoder import Cache, unsupported
 from sodfast.rollout.native import (
     PREFILL_TOKENS,
@@ -52,6 +53,8 @@ from sodfast.schedule import average_rate, student_share
 
 GIB = 2**30
 BUDGET_GIB = 78.0  # of allocator memory on an 80 GB card
+# What model.kept_layers=auto fills up at most: a run's memory may be 5 % from the plan's.
+AUTO_SHARE = 0.95
 
 Items = dict[str, int]  # item → bytes
 
@@ -87,13 +90,15 @@ class Estimate:
             config.device == "auto" and torch.cuda.is_available()
         )
         self.budget = int((config.memory_gib or BUDGET_GIB) * GIB)
-        self.network = empty_network(
+        self._network = partial(
+            empty_network,
             json.dumps(architecture(config)),
             getattr(torch, config.model.dtype),
             config.model.gradient_checkpointing,
             self.on_gpu and config.model.liger is not False,
             config.model.lora,
         )
+        self.network = self._network(0)
         self.head = output_head(self.network)
         self.parameters = sum(p.numel() for p in self.network.parameters())
         self.weights = sum(p.nbytes for p in self.network.parameters())
@@ -130,7 +135,7 @@ class Estimate:
                 **resident,
                 **scores,
                 "gradients": self.trained,
-                "activations": self._training(),
+                "activations": self._training(self.kept_layers),
             },
             "refresh": {
                 **resident,
@@ -170,14 +175,14 @@ class Estimate:
 
     @property
     def host(self) -> Items:
-        """Bytes in host memory beside a GPU's: the weights on their way from disk, and the teacher,
-        each of whose pinned buffers torch rounds up to a power of two."""
+        """Bytes in host memory beside a GPU's: the weights on their way from disk, unless they are
+        drawn on the GPU, and the teacher's pinned buffers."""
         if not self.on_gpu:
             return {}
-        items = {"loading": self.weights}
+        items = {} if self.config.model.random else {"loading": self.weights}
         if self.on_host:
             sizes = [*self.layers, *self.others]
-            items["teacher"] = sum(1 << (size - 1).bit_length() for size in sizes)
+            items["teacher"] = sum(map(pinned_bytes, sizes))
         return items
 
     # ---------------------------------------------------------------- weights and their state
@@ -227,19 +232,31 @@ class Estimate:
         scored = [(r.context, r.response) for r in self.rollouts if r.context is not None]
         if not scored:
             return 0
-        batch, _ = self._heaviest(scored)
+        batch, _ = self._heaviest(scored, self.config.scoring_tokens)
         rows = sum(response for _, response in batch)
         return peak(self.network, scoring, batch) - rows * self.head[0].nbytes
 
-    def _training(self) -> int:
-        """Beside full gradients: of the heaviest micro-batch, or of the optimizer's step."""
+    @cached_property
+    def kept_layers(self) -> int:
+        """How many of the last layers keep their activations although the others do not."""
+        kept = self.config.model.kept_layers
+        if kept != "auto":
+            return kept
+        taken = sum((self._resident | self._scores()).values()) + self.trained
+        room = int(self.budget * AUTO_SHARE) - taken
+        return bisect(range(1, len(self.layers) + 1), room, key=self._training)
+
+    def _training(self, kept: int) -> int:
+        """Beside full gradients: of the heaviest micro-batch, or of the optimizer's step. `kept`:
+        layers that keep their activations although the others do not."""
+        network = self._network(kept)
         size = len(self.rollouts) // self.config.optimizer.updates_per_step
         most = self._stepping()
         for i in range(0, len(self.rollouts), size):
             update = [(r.prompt, r.response) for r in self.rollouts[i : i + size]]
-            batch, accumulating = self._heaviest(update)
+            batch, accumulating = self._heaviest(update, self.config.optimizer.micro_batch_tokens)
             taken = peak(
-                self.network,
+                network,
                 training,
                 self.config.objective,
                 batch,
@@ -247,14 +264,15 @@ class Estimate:
                 accumulating,
                 self.on_gpu,
                 whole=not accumulating,
+                last=kept,
             )
             most = max(most, taken if accumulating else taken - self.trained)
         return most
 
-    def _heaviest(self, lengths: list[tuple[int, int]]) -> tuple[Sequences, bool]:
-        """The micro-batch of the most tokens, and whether there are others. At the caps it is then
-        filled up with the response to a prompt of one token, so that no other can be larger."""
-        budget = self.config.optimizer.micro_batch_tokens
+    def _heaviest(self, lengths: list[tuple[int, int]], budget: int) -> tuple[Sequences, bool]:
+        """Of the micro-batches within `budget` tokens the one of the most, and whether there are
+        others. At the caps it is then filled up with the response to a prompt of one token, so that
+        no other can be larger."""
         groups = list(micro_batches([sum(pair) for pair in lengths], budget))
         batches = [tuple(lengths[i] for i in group) for group in groups]
         heaviest = max(batches, key=lambda batch: sum(map(sum, batch)))

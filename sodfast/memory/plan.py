@@ -33,9 +33,12 @@ def largest_micro_batch(config: Config) -> int | None:
     that fits and one that does not, a run fits.
     """
 
+    # By itself model.kept_layers=auto would take what a larger micro-batch needs.
+    fixed = ["model.kept_layers=0"] if config.model.kept_layers == "auto" else []
+
     @cache
     def estimate(tokens: int) -> Estimate:
-        return Estimate(override(config, [f"optimizer.micro_batch_tokens={tokens}"]))
+        return Estimate(override(config, [f"optimizer.micro_batch_tokens={tokens}", *fixed]))
 
     def meeting(low: int, high: int) -> int | None:
         """Where the first of the phases' lines meets the budget; None: no peak grows."""
@@ -77,6 +80,10 @@ def _changes(config: Config) -> Iterator[Overrides]:
     rollout, optimizer, teacher = config.rollout, config.optimizer, config.teacher
     if rollout.cache_gib is not None:
         yield {"rollout.cache_gib": "null"}
+    if config.model.kept_layers not in (0, "auto"):
+        yield {"model.kept_layers": 0}
+    if config.scoring_tokens > optimizer.micro_batch_tokens:
+        yield {"teacher.micro_batch_tokens": "null"}
     if config.model.dtype != "bfloat16":
         yield {"model.dtype": "bfloat16", "optimizer.adamw": "auto"}
     elif optimizer.adamw not in ("auto", "8bit"):
@@ -121,6 +128,7 @@ def report(config: Config) -> dict[str, Any]:
         "largest_cache_bytes": result.cache_bytes,
         "largest_cache_tokens": result.cache_bytes // result.token_bytes,
         "largest_micro_batch_tokens": largest,
+        "kept_layers": result.kept_layers,
         "changes": advice,
     }
 
@@ -143,6 +151,11 @@ def _text(
     if result.fits:
         most = "of any size" if largest is None else f"of at most {largest:,} tokens"
         yield f"Micro-batches: {most} (optimizer.micro_batch_tokens)."
+    if config.model.gradient_checkpointing:
+        yield (
+            f"Layers that keep their activations: {result.kept_layers} of {len(result.layers)} "
+            "(model.kept_layers)."
+        )
     if result.host:
         parts = [f"{item} {count / GIB:.2f} GiB" for item, count in result.host.items()]
         yield f"Host memory: {', '.join(parts)}."

@@ -97,12 +97,14 @@ def empty_network(
     recompute: bool,
     use_liger: bool,
     adapters: LoRAConfig | None = None,
+    kept: int = 0,
 ) -> Any:
     """A network without weights, set up as `commands.build_model` sets up one that has some.
 
     `contents`: of a config.json. `use_liger`: with Liger's kernels where they are installed and
-    know the network; without them it takes more. Raises `UsageError` for a network that
-    transformers does not know or that cannot be trained here.
+    know the network; without them it takes more. `kept`: how many layers `recompute` spares.
+    Raises `UsageError` for a network that transformers does not know or that cannot be trained
+    here.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
@@ -132,45 +134,51 @@ def empty_network(
     if use_liger and liger.unsupported(network, torch.device("cuda")) is None:
         liger.patch(network)
     if recompute:
-        recompute_layers(network)
+        recompute_layers(network, kept)
     return network
 
 
 @cache
 def peak(
-    network: Any, phase: Callable[..., Peaks], *arguments: Hashable, whole: bool = False
+    network: Any,
+    phase: Callable[..., Peaks],
+    *arguments: Hashable,
+    whole: bool = False,
+    last: int = 0,
 ) -> int:
     """The most bytes there are at once in `phase(network, *arguments)`, one of the functions
     below; measured once for the same arguments.
 
     The peak of each of the phase's parts is continued linearly from two depths, unless the network
-    is shallow, its layers do not repeat, or all of it is to be measured (`whole`).
+    is shallow, its layers do not repeat, or all of it is to be measured (`whole`). The `last`
+    layers, which are set up otherwise, are there at every depth.
     """
-    layers = decoder_layers(network)
-    shallow = None if whole else depths(network)
+    repeated = len(decoder_layers(network)) - last
+    shallow = None if whole else depths(network, last)
     with FAKE, _no_kernels():
         if shallow is None:
             return max(phase(network, *arguments))
         measured = []
         for depth in shallow:
-            with _first_layers(network, depth):
+            with _fewer_layers(network, depth, last):
                 measured.append(phase(network, *arguments))
     less, more = shallow
     return max(
-        high + (high - low) * (len(layers) - more) // (more - less)
+        high + (high - low) * (repeated - more) // (more - less)
         for low, high in zip(*measured, strict=True)
     )
 
 
-def depths(network: Any) -> tuple[int, int] | None:
-    """Two depths at which the network's layers repeat; None where it is hardly deeper."""
+def depths(network: Any, last: int = 0) -> tuple[int, int] | None:
+    """Two depths at which the network's layers but the `last` repeat; None where it is hardly
+    deeper."""
     layers = decoder_layers(network)
     kinds = getattr(network.config, "layer_types", None) or [None] * len(layers)
     shapes = [
         (kind, *(p.shape for p in layer.parameters()))
         for kind, layer in zip(kinds, layers, strict=True)
-    ]
-    for period in range(1, len(layers) // (DEPTHS[1] + 1) + 1):
+    ][: len(layers) - last]
+    for period in range(1, len(shapes) // (DEPTHS[1] + 1) + 1):
         if all(shape == shapes[i % period] for i, shape in enumerate(shapes)):
             return DEPTHS[0] * period, DEPTHS[1] * period
     return None
@@ -271,10 +279,11 @@ def _samples(sequences: Sequences) -> tuple[list[Tensor], list[Sample]]:
 
 
 @contextmanager
-def _first_layers(network: Any, depth: int) -> Iterator[None]:
+def _fewer_layers(network: Any, first: int, last: int) -> Iterator[None]:
+    """The network with its first and its last layers alone."""
     body = network.base_model
     ((name, layers),) = (m for m in body.named_children() if isinstance(m[1], nn.ModuleList))
-    setattr(body, name, layers[:depth])
+    setattr(body, name, nn.ModuleList([*layers[:first], *layers[len(layers) - last :]]))
     try:
         yield
     finally:

@@ -16,16 +16,18 @@ from sodfast.run import checkpoint
 
 
 def fingerprint(config: Config) -> str:
-    """A hash of all keys but `out`, `steps`, `log`, `checkpoint` and `model.attention`: no number
-    of a step depends on these.
+    """A hash of all keys but `out`, `steps`, `log`, `checkpoint`, `model.attention` and
+    `model.kept_layers`: no number of a step depends on these.
 
     The runs of earlier releases go on: a renamed key is hashed under its first name, and
-    `model.random`, which they did not have, only where it is set.
+    `model.random` and `teacher.micro_batch_tokens`, which they did not have, only where they are
+    set.
     """
     values = config.model_dump(mode="json", exclude={"out", "steps", "log", "checkpoint"})
-    del values["model"]["attention"]
-    if config.model.random is None:
-        del values["model"]["random"]
+    del values["model"]["attention"], values["model"]["kept_layers"]
+    for group, key in (("model", "random"), ("teacher", "micro_batch_tokens")):
+        if values[group][key] is None:
+            del values[group][key]
     for old, new in RENAMED.items():
         group, _, name = old.partition(".")
         values[group][name] = values[group].pop(new.removeprefix(f"{group}."))

@@ -20,6 +20,7 @@ from sodfast.memory import trace
 from sodfast.memory.estimate import GIB, Estimate, Lengths, architecture
 from sodfast.rollout.native import cache_slots
 from sodfast.run.console import Reporter
+from sodfast.teacher import DRIFT_EVERY
 from sodfast.trainer import Trainer
 
 # ---------------------------------------------------------------- measured over real training
@@ -121,7 +122,8 @@ def test_each_phases_peak_is_the_plans_within_five_percent(
         scores.head,
     )
     line |= {"step": 2, **trainer._statistics(rollouts)}
-    _, peaks["refresh"] = measured(trainer, lambda: trainer._move_teacher(2, line))
+    # In a step in which the drift of a teacher in host memory is measured.
+    _, peaks["refresh"] = measured(trainer, lambda: trainer._move_teacher(DRIFT_EVERY, line))
     _, peaks["evaluate"] = measured(trainer, lambda: trainer._evaluate(2))
 
     lengths = [
@@ -243,6 +245,34 @@ def test_the_estimate_and_the_engine_give_one_answer(
 
 
 @pytest.mark.slow
+def test_scoring_has_a_budget_of_its_own(by_hand: Callable[..., Estimate]) -> None:
+    long, short = by_hand("teacher.micro_batch_tokens=8000"), by_hand()
+    long_peaks, peaks = long.peaks, short.peaks
+    shared = by_hand("optimizer.micro_batch_tokens=1000")
+    own = by_hand("optimizer.micro_batch_tokens=1000", "teacher.micro_batch_tokens=4000")
+    assert own.peaks["teacher"] > shared.peaks["teacher"]
+    assert {**own.peaks, "teacher": 0} == {**shared.peaks, "teacher": 0}
+    assert long_peaks["teacher"] <= peaks["teacher"] and long_peaks["train"] == peaks["train"]
+
+
+def test_auto_keeps_the_layers_that_fit_and_each_takes_more(
+    by_hand: Callable[..., Estimate],
+) -> None:
+    checkpointed = "model.gradient_checkpointing=true"
+    by_count = [
+        by_hand(checkpointed, f"model.kept_layers={kept}").peaks["train"] for kept in range(3)
+    ]
+    assert by_count == sorted(set(by_count))
+    for kept, peak in enumerate(by_count):
+        budget = f"memory_gib={1.001 * peak / 0.95 / GIB}"
+        assert by_hand(checkpointed, "model.kept_layers=auto", budget).kept_layers == kept
+    tight = by_hand(checkpointed, "model.kept_layers=auto", "memory_gib=0.001")
+    assert tight.kept_layers == 0 and not tight.fits
+    with pytest.raises(UsageError, match=r"model\.kept_layers=3: the model has 2 decoder layers"):
+        _ = by_hand(checkpointed, "model.kept_layers=3").peaks
+
+
+@pytest.mark.slow
 def test_longer_answers_take_more_and_smaller_micro_batches_less(
     by_hand: Callable[..., Estimate],
 ) -> None:
@@ -309,6 +339,8 @@ def test_a_run_of_random_weights_is_planned_as_the_shape_itself() -> None:
     overrides = ["model.path=null", "model.random=Qwen/Qwen3-8B"]
     random = Estimate(load_config("qwen3_8b_80gb", overrides))
     assert random.phases == by_path.phases and random.parameters == by_path.parameters
+    assert random.host.keys() == {"teacher"}  # nothing is loaded
+    assert random.host["teacher"] == by_path.host["teacher"] and by_path.host["loading"] > 16e9
     with pytest.raises(UsageError, match=r"model\.random=Qwen/Qwen9 .*Qwen/Qwen3-0\.6B, "):
         architecture(load_config(None, ["model.random=Qwen/Qwen9"]))
 

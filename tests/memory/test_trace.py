@@ -154,6 +154,19 @@ def test_a_deep_network_is_what_two_depths_of_it_say(
     assert len(network.model.layers) == 8
 
 
+def test_layers_that_are_set_up_otherwise_are_all_measured() -> None:
+    """Those that keep their activations are the last ones, the others continue linearly."""
+    objective = load_config(None, []).objective
+    phase = (training, objective, ((5, 60), (4, 7)), 64, True, False)
+    found = []
+    for kept in (0, 2, 3, 8):
+        network = empty_network(json.dumps(qwen(8)), torch.float32, True, False, None, kept)
+        assert depths(network, kept) == ((2, 3) if kept < 5 else None)
+        found.append(peak(network, *phase, last=kept))
+        assert found[-1] == pytest.approx(peak(network, *phase, whole=True), rel=1e-4)
+    assert found == sorted(found) and found[-1] > 1.5 * found[0]
+
+
 def test_layers_that_do_not_repeat_are_all_measured() -> None:
     odd = {**gemma(), "layer_types": ["full_attention"] + ["sliding_attention"] * 7}
     for contents in (odd, qwen(3)):
