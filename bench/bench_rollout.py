@@ -38,7 +38,7 @@ from sodfast.config import load_config
 from sodfast.model.attention import SlotAttention
 from sodfast.model.load import LanguageModel
 from sodfast.model.packing import own_attention
-from sodfast.rollout.decoder import Cache
+from sodfast.rollout.cache import Cache
 from sodfast.rollout.engine import SampleKey, Sampling
 from sodfast.rollout.hf import HFEngine, _generating_as, left_padded
 from sodfast.rollout.native import NativeEngine, _Batch, _width

@@ -251,7 +251,7 @@ def _questions_and_engine(
     data = fitting_questions(config, model, task, reporter)
     engine = build_engine(config.rollout, model, reporter.message)
     if config.model.attention == "flash":
-        require_flash(*_attention(model, engine))
+        require_flash(*_attention(model, engine)[:3])
     engine.require(data.longest + config.rollout.max_new_tokens)
     return data, engine
 
@@ -259,7 +259,7 @@ def _questions_and_engine(
 def _attention(
     model: LanguageModel, engine: Engine
 ) -> tuple[torch.device, torch.dtype, bool, bool]:
-    """What `describe` and `require_flash` are asked about."""
+    """What `describe` is asked about; `require_flash` takes all but the last."""
     capped = getattr(model.network.config, "attn_logit_softcapping", None) is not None
     return model.device, model.head.dtype, capped, engine.name == "native"
 

@@ -5,8 +5,9 @@ the phases allocate beside them is measured on tensors without memory (trace.py)
 
 All of it is what one process takes that has the GPU and the model to itself. Every phase is taken
 at its largest: the teacher has weights of its own, and gradients are there from an earlier
-micro-batch. Left out: what CUDA itself holds (about half a GiB outside the allocator), workspaces
-of matrix products, captured graphs, and fragments between the allocator's blocks.
+micro-batch. What the objective takes for its slabs of logits and its statistics is part of the
+activations. Left out: what CUDA itself holds (about half a GiB outside the allocator) and fragments
+between the allocator's blocks.
 """
 
 import json
@@ -41,20 +42,18 @@ from sodfast.model.random_weights import shape, shipped_shapes
 from sodfast.optimizer import build_optimizer
 from sodfast.parallel.fsdp import Weights
 from sodfast.parallel.offload import SLOTS, block_bytes, blocks, pinned_bytes
-from sodfast.rollout.decoder import Cache, unsupported
-from sodfast.rollout.native import (
-    PREFILL_TOKENS,
-    cache_slots,
-    idle_rows,
-    slot_bytes,
-    state_bytes,
-)
+from sodfast.rollout.batch import PREFILL_TOKENS, idle_rows, state_bytes
+from sodfast.rollout.cache import Cache
+from sodfast.rollout.decoder import unsupported
+from sodfast.rollout.native import CacheSize, cache_size
 from sodfast.schedule import average_rate, student_share
 
 GIB = 2**30
 BUDGET_GIB = 78.0  # of allocator memory on an 80 GB card
 # What model.kept_layers=auto fills up at most: a run's memory may be 5 % from the plan's.
 AUTO_SHARE = 0.95
+# Of each stream that multiplies, for good, on a Hopper GPU; others have less.
+CUBLAS_WORKSPACE = 32 * 2**20
 
 Items = dict[str, int]  # item → bytes
 
@@ -166,7 +165,7 @@ class Estimate:
     @property
     def refused(self) -> str | None:
         """Why the engine would not start, whatever the sums say."""
-        return self._slots[1] if self.native else None
+        return self.cache(evaluating=False)[1] if self.native else None
 
     @property
     def cache_bytes(self) -> int:
@@ -194,7 +193,13 @@ class Estimate:
         if self.on_host:
             # Without a GPU the host's memory is the device's.
             teacher = 0 if self.on_gpu else sum(self.layers) + sum(self.others)
-        return {"weights": self.weights, "optimizer_state": self._state(), "teacher": teacher}
+        return {
+            "weights": self.weights,
+            "optimizer_state": self._state(),
+            "teacher": teacher,
+            # Steps are captured on a stream of their own.
+            "workspaces": self.on_gpu * CUBLAS_WORKSPACE * (2 if self.native else 1),
+        }
 
     @cached_property
     def _optimizer(self) -> torch.optim.Optimizer:
@@ -314,42 +319,61 @@ class Estimate:
 
     # ---------------------------------------------------------------- sampling
 
-    @cached_property
-    def _slots(self) -> tuple[int, str | None]:
-        """How many sequences the native engine decodes at once, or why it would not start."""
+    def cache(self, evaluating: bool) -> tuple[CacheSize, str | None]:
+        """The native engine's cache of one call. Where it would not start: the least that it would
+        need, and why."""
         config, free = self.config.rollout, self.budget - sum(self._resident.values())
+        _, _, sequences = self._asked(evaluating)
+        rows = min(config.batch_size, sequences)
+        size = partial(cache_size, self.network, self.longest, on_gpu=self.on_gpu, free=free)
         try:
-            slots = cache_slots(self.network, self.longest, config.cache_gib, free, self.on_gpu)
+            return size(rows=rows, cache_gib=config.cache_gib), None
         except UsageError as error:
-            return 0, str(error)
-        return min(config.batch_size, slots), None
+            return size(rows=1, cache_gib=2.0**30), str(error)
+
+    def at_once(self, evaluating: bool) -> int:
+        """How many sequences are decoded together at the start of a call."""
+        prompts, copies, sequences = self._asked(evaluating)
+        if not self.native:
+            return min(self.config.rollout.batch_size, sequences)
+        size, _ = self.cache(evaluating)
+        return size.at_once(prompts[0], copies, self.config.rollout.max_new_tokens)
+
+    def _asked(self, evaluating: bool) -> tuple[list[int], int, int]:
+        """Tokens of the prompts of a call, the longest first, samples of each, and samples of all
+        (of an evaluation as many as can be decoded at once, where the questions are not known)."""
+        copies, sequences = self.config.rollout.samples_per_prompt, len(self.rollouts)
+        prompts = sorted((r.prompt for r in self.rollouts[::copies]), reverse=True)
+        if evaluating:
+            task, copies = self.config.task, self.config.eval.samples
+            sequences = self.config.rollout.batch_size
+            if isinstance(task, ArithmeticConfig):
+                sequences = task.test * copies
+            prompts = prompts[:1] * -(-sequences // copies)
+        return prompts, copies, sequences
 
     def _sampling(self, evaluating: bool) -> Items:
         """Cache and activations of the engine."""
-        config = self.config.rollout
-        copies, wanted = config.samples_per_prompt, len(self.rollouts)
-        prompts = sorted((r.prompt for r in self.rollouts[::copies]), reverse=True)
-        if evaluating:
-            task, copies, wanted = self.config.task, self.config.eval.samples, config.batch_size
-            if isinstance(task, ArithmeticConfig):
-                wanted = task.test * copies
-            prompts = prompts[:1] * -(-wanted // copies)
+        prompts, copies, _ = self._asked(evaluating)
+        started, new_tokens = self.at_once(evaluating), self.config.rollout.max_new_tokens
         if not self.native:
             # All prompts of a batch at once, padded; the cache grows with the answers.
-            rows = min(config.batch_size, wanted)
-            activations = peak(self.network, scoring, ((prompts[0], 1),) * rows)
-            return {"kv_cache": rows * self.longest * self.token_bytes, "activations": activations}
-        # Also where it would not start the plan says what the least would take.
-        rows = min(self._slots[0] or 1, wanted)
-        rows += idle_rows(rows, self.on_gpu)
+            activations = peak(self.network, scoring, ((prompts[0], 1),) * started)
+            cached = started * self.longest * self.token_bytes
+            return {"kv_cache": cached, "activations": activations}
+        size, _ = self.cache(evaluating)
+        rows = size.rows + idle_rows(size.rows, self.on_gpu)
+        started += idle_rows(started, self.on_gpu)
         packed: list[int] = []
-        for prompt in prompts[: -(-rows // copies)]:
+        for prompt in prompts[: -(-started // copies)]:
             if not packed or sum(packed) + prompt <= PREFILL_TOKENS:
                 packed.append(prompt)
         activations = peak(self.network, prefill, tuple(packed), copies, self.longest, self.on_gpu)
         return {
-            "kv_cache": rows * slot_bytes(self.network, self.longest),
-            "activations": activations + state_bytes(rows, config.max_new_tokens),
+            "kv_cache": size.bytes,
+            # The logits of a captured step; its hidden states are small beside them.
+            "graphs": rows * len(self.head) * 4 if self.on_gpu else 0,
+            "activations": activations + state_bytes(rows, new_tokens),
         }
 
 

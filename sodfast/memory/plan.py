@@ -125,6 +125,10 @@ def report(config: Config) -> dict[str, Any]:
         "peak_bytes": result.peaks,
         "host_bytes": result.host,
         "parameters": result.parameters,
+        "decoded_at_once": {
+            "rollout": result.at_once(False),
+            **({"evaluate": result.at_once(True)} if config.eval.every else {}),
+        },
         "largest_cache_bytes": result.cache_bytes,
         "largest_cache_tokens": result.cache_bytes // result.token_bytes,
         "largest_micro_batch_tokens": largest,
@@ -148,6 +152,8 @@ def _text(
         f"Cache of keys and values: at most {result.cache_bytes / GIB:.2f} GiB in a rollout, "
         f"{cache_tokens:,} tokens."
     )
+    evaluated = f", {result.at_once(True)} in an evaluation" if config.eval.every else ""
+    yield f"Decoded at once, at the start: {result.at_once(False)} sequences{evaluated}."
     if result.fits:
         most = "of any size" if largest is None else f"of at most {largest:,} tokens"
         yield f"Micro-batches: {most} (optimizer.micro_batch_tokens)."

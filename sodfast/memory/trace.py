@@ -32,7 +32,8 @@ from sodfast.model import liger, lora
 from sodfast.model.load import decoder_layers, output_head, recompute_layers, trained_parameters
 from sodfast.model.packing import can_pack, response_hidden, use_packed_attention
 from sodfast.objective import micro_batch_loss
-from sodfast.rollout.decoder import Cache, Decoder
+from sodfast.rollout.cache import Cache
+from sodfast.rollout.decoder import Decoder
 from sodfast.rollout.engine import Sample
 
 # The layers of most networks repeat after a few. A deeper network is measured with these multiples

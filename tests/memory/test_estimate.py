@@ -18,7 +18,7 @@ from sodfast.lab import model as lab_model
 from sodfast.lab.model import build_tokenizer
 from sodfast.memory import trace
 from sodfast.memory.estimate import GIB, Estimate, Lengths, architecture
-from sodfast.rollout.native import cache_slots
+from sodfast.rollout.native import cache_size
 from sodfast.run.console import Reporter
 from sodfast.teacher import DRIFT_EVERY
 from sodfast.trainer import Trainer
@@ -166,6 +166,7 @@ def test_weights_and_what_goes_with_them(by_hand: Callable[..., Estimate]) -> No
     train = estimate.phases["train"]
     assert train.pop("activations") > 0
     assert train == {
+        "workspaces": 2 * 32 * 2**20,  # of the stream that computes and of the one that captures
         "weights": 4 * NUMBERS,
         "gradients": 4 * NUMBERS,
         "teacher": 4 * NUMBERS,
@@ -214,14 +215,20 @@ def test_under_trust_region_there_are_two_models_states_side_by_side(
     assert two.phases["teacher"]["activations"] >= two.phases["teacher"]["teacher_hidden"]
 
 
-def test_the_cache_is_the_slots_that_its_budget_holds(by_hand: Callable[..., Estimate]) -> None:
-    slot = 128 * 2 * 2 * 2 * 16 * 4  # tokens · layers · keys and values · heads · size · fp32
-    assert by_hand().phases["rollout"]["kv_cache"] == 64 * slot
-    tight = by_hand(f"rollout.cache_gib={10.5 * slot / GIB}")
-    assert tight.phases["rollout"]["kv_cache"] == 10 * slot
-    taken = sum(tight.phases["rollout"].values()) - 10 * slot
+def test_the_cache_is_the_pages_that_its_budget_holds(by_hand: Callable[..., Estimate]) -> None:
+    page = 64 * 2 * 2 * 2 * 16 * 4  # tokens · layers · keys and values · heads · size · fp32
+    whole = by_hand()
+    # 32 + 96 tokens are two pages; one more is where idle rows write.
+    assert whole.phases["rollout"]["kv_cache"] == (64 * 2 + 1) * page
+    assert whole.phases["rollout"]["graphs"] == 64 * 500 * 4
+    tight = by_hand(f"rollout.cache_gib={21.5 * page / GIB}")
+    assert tight.phases["rollout"]["kv_cache"] == 21 * page
+    assert tight.phases["rollout"]["graphs"] == 20 * 500 * 4
+    taken = sum(tight.phases["rollout"].values()) - 21 * page
     assert tight.cache_bytes == tight.budget - taken
-    assert tight.token_bytes == slot // 128
+    assert tight.token_bytes == page // 64
+    # Prompts of 32 with answers that are expected to take 12 fit into one page each.
+    assert (whole.at_once(False), tight.at_once(False)) == (64, 20)
 
 
 def test_a_cpu_keeps_its_cache_and_takes_sequences_in_sixteens(
@@ -240,7 +247,7 @@ def test_the_estimate_and_the_engine_give_one_answer(
     """The engine's own words, without its advice, which the plan replaces by its own."""
     estimate = by_hand(f"device={device}", "rollout.cache_gib=0.00005")
     with pytest.raises(UsageError) as caught:
-        cache_slots(estimate.network, 128, 0.00005, 0, device == "cuda")
+        cache_size(estimate.network, 128, 64, 0.00005, 0, device == "cuda")
     assert estimate.refused == str(caught.value) and not estimate.fits
 
 

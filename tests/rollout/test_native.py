@@ -11,8 +11,9 @@ from sodfast.config import LoRAConfig
 from sodfast.errors import UsageError
 from sodfast.model.load import LanguageModel, trained_parameters
 from sodfast.model.lora import add_adapters
-from sodfast.rollout import native
-from sodfast.rollout.decoder import Cache, Decoder, unsupported
+from sodfast.rollout import batch, native
+from sodfast.rollout.cache import Cache
+from sodfast.rollout.decoder import Decoder, unsupported
 from sodfast.rollout.engine import SampleKey, Sampling
 from sodfast.rollout.hf import HFEngine
 from sodfast.rollout.native import NativeEngine
@@ -115,13 +116,13 @@ def test_a_prompt_is_prefilled_once_for_the_samples_that_start_together(
     prompts = [prompt for prompt in ragged(4) for _ in range(8)]
     answer(NativeEngine(model, 64), prompts, 2)
     tokens = sum(len(prompt) for prompt in prompts[::8])
-    assert seen[0] == tokens + -tokens % native.CPU_ROWS
+    assert seen[0] == tokens + -tokens % batch.CPU_ROWS
 
 
 def test_long_prompts_are_prefilled_in_several_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
     model, prompts = tiny("llama"), ragged(9, longest=30)
     whole = answer(NativeEngine(model, 64), prompts, 12)
-    monkeypatch.setattr(native, "PREFILL_TOKENS", 20)
+    monkeypatch.setattr(batch, "PREFILL_TOKENS", 20)
     assert equal_bits(answer(NativeEngine(model, 64), prompts, 12), whole)
 
 
@@ -199,7 +200,7 @@ def test_a_short_budget_means_fewer_slots_and_the_same_answers() -> None:
     slot_gib = (width + -width % 16) * Cache.bytes_per_token(model.network) / 2**30
     free = answer(NativeEngine(model, 64), prompts, 30)
     engine = NativeEngine(model, 64, cache_gib=31.9 * slot_gib)
-    assert engine.slots(width) == 16
+    assert engine.size(width, 64).rows == 16
     assert equal_bits(answer(engine, prompts, 30), free)
     assert engine.memory.nbytes <= 31.9 * slot_gib * 2**30
     small = NativeEngine(model, 64, cache_gib=15.9 * slot_gib)
@@ -263,8 +264,8 @@ def test_slots_are_what_the_budget_holds() -> None:
 
     assert [slots(budget, True) for budget in (1.01, 1.99, 40.5)] == [1, 1, 40]
     assert [slots(budget, False) for budget in (16.1, 31.9, 40.5)] == [16, 16, 32]
-    assert [native.idle_rows(rows, False) for rows in (1, 16, 17)] == [15, 0, 15]
-    assert native.idle_rows(17, True) == 0
+    assert [batch.idle_rows(rows, False) for rows in (1, 16, 17)] == [15, 0, 15]
+    assert batch.idle_rows(17, True) == 0
     # A share of what is free, where no budget is given; nothing where more is taken than there is.
     assert native.cache_slots(network, 100, None, 20 * slot / 0.85, True) in (19, 20)
     assert native.cache_slots(network, 100, None, 33 * slot / 0.5, False) == 32
