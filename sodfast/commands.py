@@ -75,10 +75,9 @@ def build_trainer(
     _require_shardable(config, ranks)
     device = pick_device(config.device, ranks)
     if device.type == "cuda" and config.rollout.engine != "vllm":
-        # Phases ask for blocks of different sizes. Read when CUDA's allocator starts, after this
-        # line; vLLM has an allocator of its own that knows no such segments.
-        settings = ",".join(filter(None, ["expandable_segments:True", pinned_setting()]))
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", settings)
+        # Read when CUDA's allocator starts, after this line; vLLM has one of its own that knows no
+        # such segments.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", allocator_settings())
         if ranks.size > 1:
             torch.cuda.set_device(device)  # on which NCCL and FSDP work
     limit_memory(device, config.memory_gib)
@@ -278,6 +277,12 @@ def pick_device(name: str, ranks: Ranks = ALONE) -> torch.device:
     elif device.type == "cuda" and (device.index or 0) >= gpus:
         raise UsageError(f"device={name}: this machine has {gpus} GPUs")
     return device
+
+
+def allocator_settings() -> str:
+    """PYTORCH_ALLOC_CONF of a run on a GPU: phases ask for blocks of different sizes, and a teacher
+    in host memory for pinned buffers of its own sizes."""
+    return ",".join(filter(None, ["expandable_segments:True", pinned_setting()]))
 
 
 def limit_memory(device: torch.device, gib: float | None) -> None:

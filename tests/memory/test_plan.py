@@ -32,6 +32,7 @@ def test_the_8b_preset_fits_as_the_byte_budget_says(cli: Command) -> None:
     assert gib == pytest.approx(
         {
             "weights": 15.26,
+            "workspaces": 2 / 32,
             "gradients": 15.26,
             "optimizer_state": 15.5,
             "teacher_hidden": 4.0,
@@ -44,6 +45,9 @@ def test_the_8b_preset_fits_as_the_byte_budget_says(cli: Command) -> None:
     pinned = 16.4e9 if pinned_setting() else 23.6e9
     assert result["host_bytes"]["teacher"] == pytest.approx(pinned, rel=0.01)
     assert result["largest_cache_tokens"] == pytest.approx(336_000, rel=0.02)
+    assert result["decoded_at_once"]["rollout"] == 64
+    assert result["decoded_at_once"]["evaluate"] >= 200
+    assert "64 sequences, 2" in outcome.out
     assert "fits" in outcome.out and "8,190,735,360 parameters" in outcome.out
 
 
@@ -149,7 +153,7 @@ def test_several_changes_are_the_fewest(small: Config) -> None:
         "model.gradient_checkpointing=true",
     ]
     least = Estimate(override(config, lean)).peaks["train"]
-    assert least < plain / 3
+    assert least < plain / 3 + 64 * 2**20  # with the same workspaces
     tight = override(config, [f"memory_gib={1.05 * least / GIB}"])
     found = changes(tight)
     assert Estimate(override(tight, found)).fits
