@@ -87,8 +87,8 @@ class ModelConfig(Section):
     # Keep only the input of each decoder layer, and run the layer again in the backward pass: less
     # memory, more time.
     gradient_checkpointing: bool = False
-    # How many of the last layers keep all of it nevertheless; auto: as many as, by `sodfast plan`,
-    # fit into memory_gib. No number changes.
+    # How many of the last layers keep all their activations nevertheless; auto: as many as fit into
+    # memory_gib by `sodfast plan`. No number changes.
     kept_layers: Annotated[int, Field(ge=0)] | Literal["auto"] = 0
     # Liger's kernels for RMSNorm, RoPE and the gated MLP; auto: use them on a GPU where Liger
     # supports the model's architecture.

@@ -32,13 +32,11 @@ def largest_micro_batch(config: Config) -> int | None:
     above the peak between them and below it beyond them: where it meets the budget between a size
     that fits and one that does not, a run fits.
     """
-
-    # By itself model.kept_layers=auto would take what a larger micro-batch needs.
-    fixed = ["model.kept_layers=0"] if config.model.kept_layers == "auto" else []
+    config = _at_least(config)
 
     @cache
     def estimate(tokens: int) -> Estimate:
-        return Estimate(override(config, [f"optimizer.micro_batch_tokens={tokens}", *fixed]))
+        return Estimate(override(config, [f"optimizer.micro_batch_tokens={tokens}"]))
 
     def meeting(low: int, high: int) -> int | None:
         """Where the first of the phases' lines meets the budget; None: no peak grows."""
@@ -62,6 +60,7 @@ def largest_micro_batch(config: Config) -> int | None:
 def changes(config: Config) -> list[str]:
     """Overrides with which a run fits that does not, checked by planning it: the first single
     change that is enough, or else the fewest of the known changes; none where they do not help."""
+    config = _at_least(config)
 
     def fits(taken: Sequence[Overrides]) -> bool:
         return Estimate(override(config, _texts(taken))).fits
@@ -80,7 +79,7 @@ def _changes(config: Config) -> Iterator[Overrides]:
     rollout, optimizer, teacher = config.rollout, config.optimizer, config.teacher
     if rollout.cache_gib is not None:
         yield {"rollout.cache_gib": "null"}
-    if config.model.kept_layers not in (0, "auto"):
+    if config.model.kept_layers:
         yield {"model.kept_layers": 0}
     if config.scoring_tokens > optimizer.micro_batch_tokens:
         yield {"teacher.micro_batch_tokens": "null"}
@@ -101,6 +100,12 @@ def _changes(config: Config) -> Iterator[Overrides]:
             "teacher.max_prompt_tokens": -(-teacher.max_prompt_tokens // share),
             "optimizer.micro_batch_tokens": -(-optimizer.micro_batch_tokens // share),
         }
+
+
+def _at_least(config: Config) -> Config:
+    """Without what model.kept_layers=auto would take of the room that something else needs."""
+    auto = config.model.kept_layers == "auto"
+    return override(config, ["model.kept_layers=0"]) if auto else config
 
 
 def _texts(taken: Sequence[Overrides]) -> list[str]:
