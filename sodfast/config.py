@@ -381,16 +381,17 @@ class Config(Section):
                 "model.path and model.random exclude each other: leave one of them out"
             )
         kept = self.model.kept_layers
-        if kept and not self.model.gradient_checkpointing:
+        recomputed = self.model.gradient_checkpointing
+        if kept not in (0, "auto") and not recomputed:
             raise ValueError(
                 f"model.kept_layers={kept} needs model.gradient_checkpointing=true, without which "
                 "every layer keeps its activations"
             )
-        if kept == "auto" and self.memory_gib is None:
+        if kept == "auto" and recomputed and self.memory_gib is None:
             raise ValueError(
                 "model.kept_layers=auto needs memory_gib, which says how much memory there is"
             )
-        if kept == "auto" and self.rollout.engine == "vllm":
+        if kept == "auto" and recomputed and self.rollout.engine == "vllm":
             raise ValueError(
                 "model.kept_layers=auto does not go with rollout.engine=vllm, whose memory is not "
                 "planned: set model.kept_layers to a number"

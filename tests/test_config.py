@@ -499,6 +499,11 @@ def test_kept_layers_are_a_count_or_auto(value: str) -> None:
     assert "model.kept_layers" in message
 
 
+def test_auto_means_nothing_where_all_layers_keep_their_activations() -> None:
+    config = load_config("qwen3_8b_80gb", ["model.gradient_checkpointing=false", "memory_gib=null"])
+    assert config.model.kept_layers == "auto"
+
+
 def test_scoring_takes_trainings_micro_batches_unless_it_has_a_budget() -> None:
     assert lab("optimizer.micro_batch_tokens=123").scoring_tokens == 123
     own = lab("optimizer.micro_batch_tokens=123", "teacher.micro_batch_tokens=45")

@@ -243,8 +243,11 @@ class Estimate:
 
     @cached_property
     def kept_layers(self) -> int:
-        """How many of the last layers keep their activations although the others do not."""
+        """How many of the last layers keep their activations although the others do not; 0 where
+        all do."""
         kept = self.config.model.kept_layers
+        if not self.config.model.gradient_checkpointing:
+            return 0
         if kept != "auto":
             return kept
         taken = sum((self._resident | self._scores()).values()) + self.trained

@@ -273,6 +273,7 @@ def test_auto_keeps_the_layers_that_fit_and_each_takes_more(
     for kept, peak in enumerate(by_count):
         budget = f"memory_gib={1.001 * peak / 0.95 / GIB}"
         assert by_hand(checkpointed, "model.kept_layers=auto", budget).kept_layers == kept
+    assert by_hand("model.kept_layers=auto").kept_layers == 0
     tight = by_hand(checkpointed, "model.kept_layers=auto", "memory_gib=0.001")
     assert tight.kept_layers == 0 and not tight.fits
     with pytest.raises(UsageError, match=r"model\.kept_layers=3: the model has 2 decoder layers"):
