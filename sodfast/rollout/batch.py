@@ -4,12 +4,10 @@ The living rows, always the first ones, decode one token at a time. When enough 
 are moved together and waiting samples take the rows behind them, in order. A prompt runs through
 the model once for all of its samples that start together.
 
-A sample starts when the cache has room for what all are expected to become: every answer counts as
-the mean length, estimated as tokens drawn over answers ended (the maximum-likelihood estimate for
-geometric lengths of which some are still unknown; `EXPECTED_SHARE` of the cap stands for one answer
-that ended before), or as its own length where that is more. When the pages run out nevertheless,
-the youngest sample gives its pages back, waits as the next one, and is drawn again from its prompt.
-A token depends on its key and not on its company, so the answer is the same.
+A sample starts when the cache has room for what all are expected to become (admission.py). When
+the pages run out nevertheless, the youngest sample gives its pages back, waits as the next one, and
+is drawn again from its prompt. A token depends on its key and not on its company, so the answer is
+the same. The oldest never waits, so the batch always ends.
 
 On a GPU a step is one CUDA graph per power-of-two bucket of rows. The host looks at what has
 finished every few steps, with the next ones queued already: a row that has ended since then idles,
@@ -20,11 +18,7 @@ Shapes: B rows, T packed prompt tokens, N tokens to be read, H hidden, S steps, 
 
 import math
 from collections import deque
-from collections.abc import Hashable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import cache
-from itertools import groupby
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -34,9 +28,11 @@ from torch import Tensor
 
 from sodfast.errors import RunFailed
 from sodfast.model.load import LanguageModel
+from sodfast.rollout.admission import Draw, count_fitting, expected_tokens, prompt_groups
 from sodfast.rollout.cache import Cache, staged
 from sodfast.rollout.decoder import Decoder
 from sodfast.rollout.engine import Sample, SampleKey, Sampling, stop_length
+from sodfast.rollout.graphs import Graphs, beside, mark
 
 # A CPU works on rows in multiples of this, idle ones or padding added: a matrix product of fewer
 # rows sums in another order, and what does not fill a vector register goes through another exp.
@@ -53,33 +49,17 @@ QUEUED_LOOKS = {"cuda": 2, "cpu": 1}
 # Waiting samples start when they will be this share of all living rows: a prefill costs about a
 # step.
 REFILL_SHARE = 1 / 8
-# Share of the cap that an answer is expected to take before any has ended.
-EXPECTED_SHARE = 1 / 8
 # Prompt tokens of one packed forward, which bounds the memory of its activations.
 PREFILL_TOKENS = 16_384
 # Elements of noise drawn ahead at a time on a CPU, where one large call is cheaper than many.
 NOISE_ELEMENTS = 1 << 14
 
 
-@dataclass(eq=False)
-class Draw:
-    """A sample that waits or is being drawn. `place`: its number in the caller's list, by which
-    samples start; `sample`: its number in the key."""
-
-    place: int
-    prompt: Tensor  # [P] int64
-    sample: int
-    ids: tuple[int, ...]  # those of the prompt
-    start: int = 0  # its positions in the cache are this and the batch's steps
-    drawn: int = 0  # tokens that it is known to have; those of an attempt given up count
-    searched: int = 0  # tokens that were searched for stop strings
-
-
 class Look(NamedTuple):
     """What the host will look at."""
 
     status_2B: Tensor  # whether each row is done, and its count of tokens
-    event: Any  # of CUDA: when `status_2B` is there; None on a CPU
+    event: Any  # what `mark` gave: behind it `status_2B` is there
 
 
 class Batch:
@@ -125,8 +105,7 @@ class Batch:
         self.tokens = state(torch.int64, columns)
         self.logprob = state(torch.float32, columns)
         self.entropy = state(torch.float32, columns)
-        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self.pool = torch.cuda.graph_pool_handle() if self.on_gpu else None
+        self.graphs = Graphs() if self.on_gpu else None
         self.noise_ahead: list[Tensor] = []  # of the coming steps, the next one last
 
     def advance(self) -> dict[int, Sample]:
@@ -191,7 +170,7 @@ class Batch:
         self.sample[first:last] = self._put(torch.tensor([draw.sample for draw in draws]))
         self.count[first:last] = 0
         self.noise_ahead.clear()
-        groups = list(_groups(draws, first))
+        groups = list(prompt_groups(draws, first))
         for prompt, rows in groups:
             self.cache.start(rows, len(prompt))
         for pack in _packs(groups):
@@ -258,11 +237,10 @@ class Batch:
                 return False
             self._give_up_youngest()
         rows = self._bucket(len(self.rows))
-        if self.on_gpu and rows not in self.graphs:
-            self.graphs[rows] = self._capture(rows)
         for _ in range(steps):
-            if self.on_gpu:
-                self.graphs[rows].replay()
+            if self.graphs is not None:
+                state = [self.token, self.cached, self.count, self.done]
+                self.graphs.run(rows, lambda: self._step(rows, self.width), state)
             else:
                 width = self._longest() + 1
                 self._step(rows, min(self.width, width + -width % WIDTH_STEP))
@@ -296,21 +274,12 @@ class Batch:
     def _add_look(self) -> None:
         active = len(self.rows)
         status_2B = torch.stack([self.done[:active].long(), self.count[:active]])
-        event = None
-        if self.on_gpu:
-            event = torch.cuda.Event()
-            event.record()
-        self.looks.append(Look(status_2B, event))
+        self.looks.append(Look(status_2B, mark(self.device)))
 
     def _look(self) -> dict[int, Sample]:
         """The samples that had finished at the first of the looks, by place."""
         look = self.looks.popleft()
-        beside: Any = nullcontext()
-        if look.event is not None:  # read beside the steps that are queued behind it
-            stream = _streams(self.device).looking
-            stream.wait_event(look.event)
-            beside = torch.cuda.stream(stream)
-        with beside:
+        with beside(look.event):
             done, count = look.status_2B.tolist()
             ended = self._ended(done, count)
             finished = self._samples(ended) if ended else {}
@@ -426,65 +395,9 @@ class Batch:
             self.noise_ahead = list(noise_BSV.unbind(1))[::-1]
         return self.noise_ahead.pop()
 
-    def _capture(self, rows: int) -> torch.cuda.CUDAGraph:
-        """A CUDA graph of one step of the first `rows` rows. The step that warms up is undone."""
-        state = [self.token, self.cached, self.count, self.done]
-        before = [tensor.clone() for tensor in state]
-        stream, main = _streams(self.device).capturing, torch.cuda.current_stream()
-        stream.wait_stream(main)
-        with torch.cuda.stream(stream):
-            self._step(rows, self.width)
-        main.wait_stream(stream)
-        for tensor, value in zip(state, before, strict=True):
-            tensor.copy_(value)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=stream):
-            self._step(rows, self.width)
-        return graph
-
     def _put(self, tensor: Tensor) -> Tensor:
         """On the device, without waiting for what is queued there."""
         return staged(tensor, self.device).to(self.device, non_blocking=True)
-
-
-class _Streams(NamedTuple):
-    capturing: Any  # torch.cuda.Stream
-    looking: Any
-
-
-@cache
-def _streams(device: torch.device) -> _Streams:
-    """The same ones for every call: cuBLAS keeps a workspace for each stream that it has run on."""
-    return _Streams(torch.cuda.Stream(device), torch.cuda.Stream(device))
-
-
-def expected_tokens(cap: int, drawn: int, ended: int) -> int:
-    """What an answer is expected to take when `ended` ones have and `drawn` tokens were drawn."""
-    return min(cap, int((EXPECTED_SHARE * cap + drawn) / (1 + ended)))
-
-
-def count_fitting(
-    sequences: Iterable[tuple[Hashable, int, int]], pages: int, positions: int
-) -> int:
-    """How many of these, in order, fit into so many pages of so many `positions`. Of each: which
-    prompt it has, the tokens of that, and those of its answer; neighbours with the same prompt
-    share its full pages."""
-    count, before = 0, None
-    for prompt, length, answer in sequences:
-        full = length // positions
-        pages -= -(-(length + answer) // positions) - (full if prompt == before else 0)
-        if pages < 0:
-            break
-        count, before = count + 1, prompt
-    return count
-
-
-def _groups(draws: Sequence[Draw], first: int) -> Iterator[tuple[Tensor, range]]:
-    """Prompts with the rows of the neighbours that share them, rows counted from `first`."""
-    for _, same in groupby(draws, key=lambda draw: draw.ids):
-        sharing = list(same)
-        yield sharing[0].prompt, range(first, first + len(sharing))
-        first += len(sharing)
 
 
 def _packs(groups: Iterable[tuple[Tensor, range]]) -> Iterator[list[tuple[Tensor, range]]]:

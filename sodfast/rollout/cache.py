@@ -219,7 +219,9 @@ class _Decoding:
         if cache.whole:
             self.page_B = torch.arange(len(cached_B), device=cached_B.device)
             self.offset_B = position_B
-            self.products = SlotAttention(cached_B + 1, width)
+            # One position for idle rows, whose own may all lie behind `width`: attention over none
+            # would leave NaN in the cache.
+            self.products = SlotAttention((cached_B + 1).masked_fill(done_B, 1), width)
             return
         self.table_BM = cache.table_RM[: len(cached_B)]
         column_B1 = (position_B // cache.page)[:, None]

@@ -19,15 +19,8 @@ from torch import Tensor
 
 from sodfast.errors import UsageError
 from sodfast.model.load import LanguageModel
-from sodfast.rollout.batch import (
-    CPU_ROWS,
-    WIDTH_STEP,
-    Batch,
-    Draw,
-    count_fitting,
-    expected_tokens,
-    idle_rows,
-)
+from sodfast.rollout.admission import Draw, count_fitting, expected_tokens
+from sodfast.rollout.batch import CPU_ROWS, WIDTH_STEP, Batch, idle_rows
 from sodfast.rollout.cache import PAGE, Cache
 from sodfast.rollout.engine import Sample, SampleKey, Sampling, check_prompts
 
