@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 from sodfast_kernels import decode_attention
+from suite_timing import clock
 from torch import Tensor
 
 from sodfast.config import load_config
@@ -54,12 +55,6 @@ CPU_TARGETS = {"lab": 1.5, "long tail": 2.0}
 # Tokens of a block of transformers' paged cache, by default (the option that sets them has had two
 # names, so it is left alone), and the patience with its answers.
 RIVAL_PAGE, RIVAL_SECONDS = 256, 120
-
-
-def clock(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def take_turns(cases: dict[str, Turn], rounds: int, ours: str = "native") -> dict[str, Any]:

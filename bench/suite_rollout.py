@@ -2,11 +2,17 @@
 
 import math
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from suite_record import Case, Plan, Result, check
 
+# Besides this file and the kernels.
+SOURCES = [
+    Path(__file__).with_name("bench_rollout.py"),
+    *(Path(__file__).parents[1] / "sodfast").rglob("*.py"),
+]
 ROOFLINE_SHARE = 0.70
 # Of the attention alone: the goal of kernels/sodfast_kernels/attention.
 COPY_SHARE = 0.80

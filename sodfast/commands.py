@@ -27,6 +27,7 @@ from sodfast.model.load import (
 )
 from sodfast.model.lora import add_adapters, merge_adapters, require_peft
 from sodfast.model.random_weights import random_model
+from sodfast.parallel.offload import pinned_setting
 from sodfast.parallel.ranks import ALONE, Ranks, join
 from sodfast.rollout.build import build_engine
 from sodfast.rollout.engine import Engine
@@ -91,9 +92,9 @@ def build_trainer(
     _require_shardable(config, ranks)
     device = pick_device(config.device, ranks)
     if device.type == "cuda" and config.rollout.engine != "vllm":
-        # Phases ask for blocks of different sizes. Read when CUDA's allocator starts, after this
-        # line; vLLM has an allocator of its own that knows no such segments.
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+        # Read when CUDA's allocator starts, after this line; vLLM has one of its own that knows no
+        # such segments.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", allocator_settings())
         if ranks.size > 1:
             torch.cuda.set_device(device)  # on which NCCL and FSDP work
     limit_memory(device, config.memory_gib)
@@ -216,8 +217,22 @@ def build_model(
     model = _untrained(config, device, progress)
     use_liger(model.network, config.model.liger, message)
     if config.model.gradient_checkpointing:
-        recompute_layers(model.network)
+        recompute_layers(model.network, _kept_layers(config, message))
     return model
+
+
+def _kept_layers(config: Config, message: Callable[[str], object]) -> int:
+    """How many layers keep their activations although the others do not."""
+    kept = config.model.kept_layers
+    if kept == "auto":
+        from sodfast.memory.estimate import Estimate
+
+        estimate = Estimate(config)
+        kept = estimate.kept_layers
+        message(
+            f"model.kept_layers: {kept} of {len(estimate.layers)} layers keep their activations"
+        )
+    return kept
 
 
 def _untrained(
@@ -306,6 +321,12 @@ def pick_device(name: str, ranks: Ranks = ALONE) -> torch.device:
     elif device.type == "cuda" and (device.index or 0) >= gpus:
         raise UsageError(f"device={name}: this machine has {gpus} GPUs")
     return device
+
+
+def allocator_settings() -> str:
+    """PYTORCH_ALLOC_CONF of a run on a GPU: phases ask for blocks of different sizes, and a teacher
+    in host memory for pinned buffers of its own sizes."""
+    return ",".join(filter(None, ["expandable_segments:True", pinned_setting()]))
 
 
 def limit_memory(device: torch.device, gib: float | None) -> None:

@@ -121,6 +121,9 @@ class ModelConfig(Section):
     # Keep only the input of each decoder layer, and run the layer again in the backward pass: less
     # memory, more time.
     gradient_checkpointing: bool = False
+    # How many of the last layers keep all their activations nevertheless; auto: as many as fit into
+    # memory_gib by `sodfast plan`. No number changes.
+    kept_layers: Annotated[int, Field(ge=0)] | Literal["auto"] = 0
     # Liger's kernels for RMSNorm, RoPE and the gated MLP; auto: use them on a GPU where Liger
     # supports the model's architecture.
     liger: bool | Literal["auto"] = "auto"  # YAML reads on and off as true and false
@@ -248,6 +251,10 @@ class TeacherConfig(Section):
     )
     feedback: bool = False  # show the teacher the task's feedback on this rollout, too
     max_prompt_tokens: Positive = 10_240  # longer: the demonstration is cut
+    # Tokens that are scored at a time, prompts included; null: optimizer.micro_batch_tokens. With
+    # storage=host each such pass streams the weights once. Where a pass has other sequences, matrix
+    # products have other shapes, and numbers may differ in their last bits.
+    micro_batch_tokens: Positive | None = None
     template: str = (
         "{prompt}\n\n{demonstration}{feedback}"
         "Using what is shown above, answer the original question yourself."
@@ -445,6 +452,22 @@ class Config(Section):
             raise ValueError(
                 "model.path and model.random exclude each other: leave one of them out"
             )
+        kept = self.model.kept_layers
+        recomputed = self.model.gradient_checkpointing
+        if kept not in (0, "auto") and not recomputed:
+            raise ValueError(
+                f"model.kept_layers={kept} needs model.gradient_checkpointing=true, without which "
+                "every layer keeps its activations"
+            )
+        if kept == "auto" and recomputed and self.memory_gib is None:
+            raise ValueError(
+                "model.kept_layers=auto needs memory_gib, which says how much memory there is"
+            )
+        if kept == "auto" and recomputed and self.rollout.engine == "vllm":
+            raise ValueError(
+                "model.kept_layers=auto does not go with rollout.engine=vllm, whose memory is not "
+                "planned: set model.kept_layers to a number"
+            )
         own = self.model.path is None and self.model.random is None
         if own and not isinstance(self.task, ArithmeticConfig):
             raise ValueError(
@@ -462,6 +485,11 @@ class Config(Section):
         """All values, as a layer that means the same wherever and whenever it is read."""
         layer: dict[str, Any] = _literal(self.model_dump(mode="json"))
         return layer
+
+    @property
+    def scoring_tokens(self) -> int:
+        """Tokens of one scoring pass of the teacher at most, prompts included."""
+        return self.teacher.micro_batch_tokens or self.optimizer.micro_batch_tokens
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_layer(), sort_keys=False, allow_unicode=True)

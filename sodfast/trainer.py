@@ -317,7 +317,7 @@ class Trainer:
         return self.teacher.score(
             [context if row in read else None for row, context in enumerate(rollouts.contexts)],
             [sample.response for sample in rollouts.samples],
-            self._budget,
+            self.config.scoring_tokens,
         )
 
     def _statistics(self, rollouts: Rollouts) -> dict[str, Any]:
@@ -413,15 +413,18 @@ class Trainer:
         """Let the schedule decide and the teacher follow; write the events, return the metrics."""
         decision = self.schedule.observe_line(line)
         with oom_hint("refresh"):
-            drift = float(self.teacher.apply(decision, step))
-        if not isfinite(drift):
+            moved = self.teacher.apply(decision, step)
+            drift = None if moved is None else float(moved)
+        finite = self.weights.finite() if drift is None else isfinite(drift)
+        if self.ranks.any(not finite):
             raise RunFailed("the update made weights that are not finite: lower optimizer.lr")
         copied = decision.action == "copy"
         if decision.gates is not None:
             self._event(step, "gate", gates=decision.gates, refresh=copied)
         if copied:
             self._event(step, "refresh", shock=drift, age=decision.age)
-        metrics: dict[str, Any] = {"teacher/drift": drift, **decision.metrics}
+        metrics: dict[str, Any] = {} if drift is None else {"teacher/drift": drift}
+        metrics |= decision.metrics
         if decision.age is not None:
             metrics |= {"teacher/age": decision.age, "teacher/refreshed": int(copied)}
         return metrics

@@ -3,6 +3,8 @@
 What the commands print and do as a user runs them stands in test_cli.py.
 """
 
+import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -146,6 +148,40 @@ def test_a_model_that_cannot_be_streamed_is_refused_before_the_run(
     with pytest.raises(UsageError, match=r"teacher\.storage=device"):
         build(tmp_path / "run", "teacher.storage=host")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_says_how_many_layers_keep_their_activations(
+    build: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What auto comes to; a number that cannot be is refused before the run."""
+    said: list[str] = []
+    monkeypatch.setattr(Reporter, "message", lambda self, text: said.append(text))
+    checkpointed = "model.gradient_checkpointing=true"
+    auto = [checkpointed, "model.kept_layers=auto", "memory_gib=8"]
+    build(tmp_path / "run", *auto, "device=cpu").run.close()
+    assert any(re.match(r"model\.kept_layers: (\d+) of \1 layers keep", text) for text in said)
+    with pytest.raises(UsageError, match=r"model\.kept_layers=99"):
+        build(tmp_path / "other", checkpointed, "model.kept_layers=99")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("setting", ["", "pinned_max_round_threshold_mb:1"])
+def test_the_allocator_is_told_what_it_knows(
+    build: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str
+) -> None:
+    """Which versions of torch know the second setting, `pinned_setting` says."""
+
+    def stop(*_: Any) -> None:
+        raise UsageError("far enough")
+
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    monkeypatch.setattr(commands, "pinned_setting", lambda: setting)
+    monkeypatch.setattr(commands, "pick_device", lambda *_: torch.device("cuda"))
+    monkeypatch.setattr(commands, "limit_memory", stop)
+    with pytest.raises(UsageError, match="far enough"):
+        build(tmp_path / "run")
+    expected = ["expandable_segments:True", *([setting] if setting else [])]
+    assert os.environ["PYTORCH_ALLOC_CONF"].split(",") == expected
 
 
 def test_a_trainer_that_cannot_be_built_leaves_the_directory_unlocked(

@@ -63,6 +63,8 @@ LAB_DEFAULTS = {
     "model.path": None,
     "model.random": None,
     "model.attention": "auto",
+    "model.kept_layers": 0,
+    "teacher.micro_batch_tokens": None,
     "task.name": "arithmetic",
     "rollout.prompts_per_step": 16,
     "rollout.samples_per_prompt": 4,
@@ -288,6 +290,7 @@ def test_several_mistakes_are_all_named() -> None:
         "schedule.gates=length",
         "schedule.gates=[length,length]",
         "schedule.length_unit=rank",
+        "teacher.micro_batch_tokens=0",
         "optimizer.lr=fast",
         "optimizer.lr=-1",
         "optimizer.lr='1e-5'",
@@ -475,12 +478,49 @@ def test_a_group_that_is_no_mapping_in_the_file(tmp_path: Path) -> None:
             ["model.path", "model.random"],
             ["model.path=null"],
         ),
+        (
+            ["model.kept_layers=2"],
+            ["model.kept_layers", "model.gradient_checkpointing"],
+            ["model.gradient_checkpointing=true"],
+        ),
+        (
+            ["model.kept_layers=auto", "model.gradient_checkpointing=true"],
+            ["model.kept_layers", "memory_gib"],
+            ["memory_gib=4"],
+        ),
+        (
+            [
+                "model.kept_layers=auto",
+                "model.gradient_checkpointing=true",
+                "memory_gib=4",
+                "rollout.engine=vllm",
+            ],
+            ["model.kept_layers", "rollout.engine"],
+            ["model.kept_layers=2"],
+        ),
     ],
 )
 def test_parts_must_fit(overrides: list[str], named: list[str], repaired: list[str]) -> None:
     message = refusal(*overrides)
     assert all(key in message for key in named)
     lab(*overrides, *repaired)
+
+
+@pytest.mark.parametrize("value", ["-1", "fast", "1.5", "true"])
+def test_kept_layers_are_a_count_or_auto(value: str) -> None:
+    message = refusal(f"model.kept_layers={value}", "model.gradient_checkpointing=true")
+    assert "model.kept_layers" in message
+
+
+def test_auto_means_nothing_where_all_layers_keep_their_activations() -> None:
+    config = load_config("qwen3_8b_80gb", ["model.gradient_checkpointing=false", "memory_gib=null"])
+    assert config.model.kept_layers == "auto"
+
+
+def test_scoring_takes_trainings_micro_batches_unless_it_has_a_budget() -> None:
+    assert lab("optimizer.micro_batch_tokens=123").scoring_tokens == 123
+    own = lab("optimizer.micro_batch_tokens=123", "teacher.micro_batch_tokens=45")
+    assert own.scoring_tokens == 45
 
 
 def test_a_number_of_shards_that_is_not_used_need_not_divide() -> None:
@@ -561,7 +601,8 @@ def test_the_8b_preset_is_the_papers_setting() -> None:
     assert (optimizer.lr, optimizer.warmup_steps, optimizer.updates_per_step) == (1e-5, 10, 4)
     assert optimizer.adamw == "auto"  # 8-bit moments for bfloat16 weights
     assert (config.eval.every, config.eval.samples) == (10, 16)
-    assert config.teacher.storage == "host"
+    assert (config.teacher.storage, config.scoring_tokens) == ("host", 65_536)
+    assert config.model.kept_layers == "auto"
     assert config.schedule == CGTRConfig()
     assert config.task.name == "multiple_choice"
 

@@ -220,14 +220,20 @@ def decoder_layers(network: Any) -> list[nn.Module]:
     return layers
 
 
-def recompute_layers(network: Any) -> None:
+def recompute_layers(network: Any, kept: int = 0) -> None:
     """Gradient checkpointing: a decoder layer keeps its input only, and the backward pass runs it
     again. (transformers' own switch works in train mode only, and this project's networks are
     always in eval mode.) Copies of the network do the same with their own weights.
 
-    Raises `UsageError` as `decoder_layers` does.
+    The last `kept` layers stay as they are. The backward pass has freed their activations before it
+    runs another layer again, so the two do not add up.
+
+    Raises `UsageError` as `decoder_layers` does, and where there are fewer layers.
     """
-    for layer in decoder_layers(network):
+    layers = decoder_layers(network)
+    if kept > len(layers):
+        raise UsageError(f"model.kept_layers={kept}: the model has {len(layers)} decoder layers")
+    for layer in layers[: len(layers) - kept]:
         layer.__class__ = _recomputed(type(layer))
 
 

@@ -21,18 +21,23 @@ _BEGUN = re.compile(r"\.lock|environment\.json|(environment\.json|config\.yaml)\
 _DEEPEST = 255  # folders that Python makes in one call without exhausting its stack
 
 # Keys that release 0.1.0 did not have, with their defaults.
-ADDED = {"model.random": None, "lab.stubborn": 0.0, "optimizer.lr_burst": None}
+ADDED = {
+    "model.random": None,
+    "lab.stubborn": 0.0,
+    "teacher.micro_batch_tokens": None,
+    "optimizer.lr_burst": None,
+}
 
 
 def fingerprint(config: Config) -> str:
-    """A hash of all keys but `out`, `steps`, `log`, `checkpoint` and `model.attention`: no number
-    of a step depends on these.
+    """A hash of all keys but `out`, `steps`, `log`, `checkpoint`, `model.attention` and
+    `model.kept_layers`: no number of a step depends on these.
 
     The runs of earlier releases go on: a renamed key is hashed under its first name, and one that
     they did not have (`ADDED`) only where it is not at its default.
     """
     values = config.model_dump(mode="json", exclude={"out", "steps", "log", "checkpoint"})
-    del values["model"]["attention"]
+    del values["model"]["attention"], values["model"]["kept_layers"]
     for key, default in ADDED.items():
         group, _, name = key.partition(".")
         if values[group][name] == default:

@@ -380,6 +380,7 @@ def test_a_directory_that_is_no_run(tmp_path: Path) -> None:
         ("checkpoint.every=0", True),
         ("model.attention=flash", True),
         ("model.random=sodfast/tiny", False),
+        ("teacher.micro_batch_tokens=9", False),
         ("eval.every=3", False),
         ("collapse.stop=true", False),
         ("task.train=100", False),
@@ -391,3 +392,8 @@ def test_a_directory_that_is_no_run(tmp_path: Path) -> None:
 )
 def test_fingerprint(override: str, same: bool) -> None:
     assert (fingerprint(lab(override)) == fingerprint(lab())) == same
+
+
+def test_layers_may_keep_their_activations_in_a_resumed_run() -> None:
+    thrifty = "model.gradient_checkpointing=true"
+    assert fingerprint(lab(thrifty)) == fingerprint(lab(thrifty, "model.kept_layers=1"))
