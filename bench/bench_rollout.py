@@ -15,7 +15,7 @@ Qwen3-8B in bf16 with random weights:
 * milliseconds of a decode step under the CUDA graph, 64 slots at 2k and 128 at 1.5k positions,
   against weights and cache read once at the bandwidth measured in the same run;
 * tokens a second of whole answers beside `generate` and continuous batching;
-* one layer's attention by torch's FlashAttention 2, and FlashAttention 4 where it is installed;
+* one layer's `decode_attention`, 64 sequences of 2k and 4 of 8k positions, against a copy;
 * correctness that only a GPU can show: tokens equal to `generate`'s, samples that do not depend on
   their batch, and the error of bf16 against that of transformers.
 
@@ -27,21 +27,23 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from statistics import median
 from typing import Any
 
 import torch
+from sodfast_kernels import decode_attention
+from suite_timing import clock
 from torch import Tensor
 
 from sodfast.config import load_config
-from sodfast.model.attention import SlotAttention
 from sodfast.model.load import LanguageModel
 from sodfast.model.packing import own_attention
-from sodfast.rollout.decoder import Cache
+from sodfast.rollout.admission import Draw
+from sodfast.rollout.batch import STEPS_PER_LOOK, Batch
+from sodfast.rollout.cache import PAGE, Cache
 from sodfast.rollout.engine import SampleKey, Sampling
 from sodfast.rollout.hf import HFEngine, _generating_as, left_padded
-from sodfast.rollout.native import NativeEngine, _Batch, _width
+from sodfast.rollout.native import NativeEngine, _width
 from sodfast.run.environment import environment
 
 Progress = Callable[[str], None]
@@ -52,13 +54,7 @@ WARM_UP = 1
 CPU_TARGETS = {"lab": 1.5, "long tail": 2.0}
 # Tokens of a block of transformers' paged cache, by default (the option that sets them has had two
 # names, so it is left alone), and the patience with its answers.
-PAGE, RIVAL_SECONDS = 256, 120
-
-
-def clock(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+RIVAL_PAGE, RIVAL_SECONDS = 256, 120
 
 
 def take_turns(cases: dict[str, Turn], rounds: int, ours: str = "native") -> dict[str, Any]:
@@ -166,7 +162,7 @@ def by_continuous_batching(
     blocks = batch = None  # as transformers chooses: on a CPU far more than this needs
     if model.device.type == "cpu":
         longest = max(len(ids) + cap for ids, cap in zip(asked, caps, strict=True))
-        blocks, batch = len(asked) * (longest // PAGE + 1), 1024
+        blocks, batch = len(asked) * (longest // RIVAL_PAGE + 1), 1024
 
     def answer(turn: int) -> list[int]:
         deadline = time.monotonic() + RIVAL_SECONDS
@@ -407,19 +403,24 @@ def decode_step(
     vocabulary = model.head.shape[0]
     shape = Shape(vocabulary=vocabulary)
     prompts = random_prompts(slots, context - steps // 2, shape)
-    calls = steps // 8 if model.device.type == "cuda" else steps
+    stretch = STEPS_PER_LOOK[model.device.type]
     width = _width(context + 2 * steps)
     sampling = Sampling(1.0, 1.0, width - len(prompts[0]))
-    # An id that no token has: a slot that idles would read the cache at a standstill.
+    # An id that no token has: a row that idles would read nothing.
     endless = LanguageModel(model.network, None, (-1,), model.pad_id)
-    batch = _Batch(endless, slots, width, sampling, SampleKey(1, 1), None)
-    batch.admit(list(range(slots)), prompts, list(range(slots)))
-    batch.decode()  # captures the graph
-    before, start = int(batch.count[0]), clock(model.device)
-    cached = int(batch.cached[0])
-    for _ in range(calls):
-        batch.decode()
-    taken, drawn = clock(model.device) - start, int(batch.count[0]) - before
+    draws = [Draw(i, prompt, i, tuple(prompt.tolist())) for i, prompt in enumerate(prompts)]
+    page = PAGE[model.device.type]
+    pages = 0 if page is None else 1 + slots * -(-width // page)
+    batch = Batch(
+        endless, draws, slots, width, sampling, SampleKey(1, 1), page=page, pages=pages
+    )  # fmt: skip
+    batch.advance()  # prompts, and on a GPU the first steps, with their graph
+    batch.advance()
+    cached, drawn = len(prompts[0]) + batch.steps, steps // stretch * stretch
+    start = clock(model.device)
+    while batch.steps < cached - len(prompts[0]) + drawn:
+        batch.advance()
+    taken = clock(model.device) - start
     # What every step reads: all weights but the embedding's unused rows, and the filled cache.
     weights = sum(p.numel() * p.element_size() for p in model.network.parameters())
     embedding = model.network.get_input_embeddings().weight
@@ -439,54 +440,42 @@ def decode_step(
 
 
 @torch.no_grad()
-def attention_cases(device: torch.device, slots: int, context: int, layers: int) -> dict[str, Any]:
-    """Milliseconds of one layer's decode attention, and its share of a read, by implementation.
-
-    `layers` caches take turns, so none of them is found in the GPU's L2."""
-    shape = Shape()
-    used = torch.full((slots,), context, dtype=torch.int32, device=device)
-    size = (slots, context, shape.kv_heads, shape.head_dim)
-    caches = [
-        tuple(torch.randn(size, device=device, dtype=torch.bfloat16) for _ in range(2))
-        for _ in range(layers)
-    ]
-    query = torch.randn(slots, shape.heads, shape.head_dim, device=device, dtype=torch.bfloat16)
-
-    def run() -> Tensor:
-        attention = SlotAttention(used, context, query.dtype)
-        attended = [attention(query, *cache, shape.head_dim**-0.5) for cache in caches]
-        return attended[-1]
-
-    expected = run()
-    rows = {"FA2": attention_time(run, device, layers, caches)}
-    if find_spec("flash_attn") is None or find_spec("flash_attn.cute") is None:
-        rows["FA4"] = {"failed": "flash-attn-4 is not installed"}
-        return rows
-    from torch.nn.attention import activate_flash_attention_impl, restore_flash_attention_impl
-
-    try:
-        activate_flash_attention_impl("FA4")
-        torch.testing.assert_close(run(), expected, rtol=2e-2, atol=2e-2)
-        rows["FA4"] = attention_time(run, device, layers, caches)
-    except Exception as reason:  # a pre-release: its fault is its result
-        rows["FA4"] = {"failed": f"{type(reason).__name__}: {reason}"[:300]}
-    finally:
-        restore_flash_attention_impl()
-    return rows
-
-
-def attention_time(
-    run: Callable[[], Tensor], device: torch.device, layers: int, caches: Sequence[Any]
+def attention_step(
+    device: torch.device, slots: int, context: int, layers: int, shape: Shape | None = None
 ) -> dict[str, Any]:
-    run()
+    """Milliseconds of one layer's `decode_attention`, and the bytes a second that it reads.
+
+    On a GPU the layers, each with pages of its own in a random order, are one CUDA graph: so the
+    host's time does not count, and none of them is found in the GPU's L2."""
+    shape = shape or Shape()
+    gpu = device.type == "cuda"
+    dtype = torch.bfloat16 if gpu else torch.float32
+    columns = -(-context // PAGE["cuda"])
+    table = torch.randperm(slots * columns, device=device).int().view(slots, columns)
+    used = torch.full((slots,), context, dtype=torch.int32, device=device)
+    size = (layers, 2, slots * columns, PAGE["cuda"], shape.kv_heads, shape.head_dim)
+    caches = torch.randn(size, device=device, dtype=dtype)
+    query = torch.randn(slots, 1, shape.heads, shape.head_dim, device=device, dtype=dtype)
+
+    def attend() -> None:
+        for keys, values in caches:
+            decode_attention(query, keys, values, table, used)
+
+    attend()  # compiles
+    run = attend
+    if gpu:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            attend()
+        run = graph.replay
     times = []
     for _ in range(7):
         start = clock(device)
         run()
         times.append((clock(device) - start) / layers)
     taken = median(times)
-    moved = sum(tensor.numel() * tensor.element_size() for tensor in caches[0])
-    return {"milliseconds": 1e3 * taken, "gigabytes_per_second": moved / taken / 1e9}
+    moved = 2 * slots * context * shape.kv_heads * shape.head_dim * query.element_size()
+    return {"milliseconds": 1e3 * taken, "bytes": moved, "bytes_per_second": moved / taken}
 
 
 def whole_answers(

@@ -36,6 +36,7 @@ import triton
 from sodfast_kernels.attention import kernel as attention_kernel
 from sodfast_kernels.distillation import row_launch
 from sodfast_kernels.launch import Configuration
+from sodfast_kernels.layer import kernel as layer_kernel
 from sodfast_kernels.parameters import adamw_kernels, teacher_kernels
 from sodfast_kernels.sampling import kernel as sampling_kernel
 from triton.backends.compiler import GPUTarget
@@ -43,7 +44,10 @@ from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource
 
 ARCHITECTURES = (80, 90, 100)
-MODULES = (teacher_kernels, adamw_kernels, row_launch, sampling_kernel, attention_kernel)
+MODULES = (
+    *(teacher_kernels, adamw_kernels, row_launch, sampling_kernel),
+    *(attention_kernel, layer_kernel),
+)
 
 
 def compile_ptx(configuration: Configuration, arch: int) -> tuple[str, int]:

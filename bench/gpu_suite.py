@@ -54,22 +54,29 @@ MINUTES_A_PART = 8
 MEMORY_BYTES = 78 << 30
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
+def main(
+    arguments: list[str] | None = None,
+    name: str = "gpu_suite",
+    description: str | None = __doc__,
+    parts: dict[str, str] | None = None,
+) -> int:
+    """The suite `name`: of this file, or one with `parts` of its own, which are run alike."""
+    known = PARTS if parts is None else parts
+    options = parse(arguments, description, known)
     if options.rehearse:
         os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported
     import torch
     from suite_record import Plan
 
     if not options.rehearse and not options.list and not torch.cuda.is_available():
-        print("bench/gpu_suite.py needs a CUDA device; --rehearse runs it on a CPU")
+        print(f"bench/{name}.py needs a CUDA device; --rehearse runs it on a CPU")
         return 2
     gpu = not options.rehearse and torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
     plan = Plan(device, full=not options.rehearse, without=frozenset(options.without))
     if options.list:
         for part in options.parts:
-            for case in import_module(PARTS[part]).cases(plan):
+            for case in import_module(known[part]).cases(plan):
                 print(f"{part:12} {case.minutes:4.1f} min  {case.name}")
         return 0
     if gpu:
@@ -79,25 +86,26 @@ def main(arguments: list[str] | None = None) -> int:
     minutes = options.budget_minutes or MINUTES_A_PART * len(options.parts)
     deadline = time.monotonic() + 60 * minutes
     for part in options.parts:
-        run_part(part, plan, options.out, deadline)
-    return report(options.parts, plan, options.out)
+        run_part(part, import_module(known[part]), plan, options.out, deadline)
+    table = "targets.md" if parts is None else f"{name}.md"
+    return report(options.parts, list(known), plan, options.out, table)
 
 
-def parse(arguments: list[str] | None) -> Any:
+def parse(arguments: list[str] | None, description: str | None, known: dict[str, str]) -> Any:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(known)}; all")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--budget-minutes", type=float)
     parser.add_argument("--without", nargs="+", default=[], metavar="PEER", type=str.lower)
     parser.add_argument("--rehearse", action="store_true")
     parser.add_argument("--list", action="store_true")
     options = parser.parse_intermixed_args(arguments)
-    options.parts = options.parts or list(PARTS)
+    options.parts = options.parts or list(known)
     for part in options.parts:
-        if part not in PARTS:
-            parser.error(f"no part {part!r}; there are {', '.join(PARTS)}")
+        if part not in known:
+            parser.error(f"no part {part!r}; there are {', '.join(known)}")
     options.out = options.out or default_folder(options.rehearse)
     return options
 
@@ -112,16 +120,13 @@ def default_folder(rehearse: bool) -> Path:
     return ROOT / "bench" / "results" / name
 
 
-def run_part(part: str, plan: Any, folder: Path, deadline: float) -> None:
+def run_part(part: str, module: Any, plan: Any, folder: Path, deadline: float) -> None:
     """Its cases one after the other, each into the part's JSON as it ends."""
     from suite_record import Record, versions
 
-    module = import_module(PARTS[part])
-    assert module.__file__ is not None
     sources = [path for path in (ROOT / "bench").glob("suite_*.py") if path.name != JUDGE]
     sources += [Path(module.__file__), *(ROOT / "kernels").rglob("*.py")]
-    if part == "rollout":
-        sources += [ROOT / "bench" / "bench_rollout.py", *(ROOT / "sodfast").rglob("*.py")]
+    sources += getattr(module, "SOURCES", [])
     record = Record(folder / f"{part}.json", part, versions(plan, sources))
     lost = ""
     for case in module.cases(plan):
@@ -188,11 +193,12 @@ def progress(part: str, name: str, text: str) -> None:
     print(f"{part}: {name}: {text}", flush=True)
 
 
-def report(parts: list[str], plan: Any, folder: Path) -> int:
-    """Table and plots of what the folder holds, and the exit code by the parts of this command."""
+def report(parts: list[str], known: list[str], plan: Any, folder: Path, file: str) -> int:
+    """Table (in `file`) and plots of what the folder holds, and the exit code by the parts of this
+    command."""
     from suite_targets import VERDICTS, judge, table
 
-    (folder / "targets.md").write_text(table(judge(folder, list(PARTS), plan.without)))
+    (folder / file).write_text(table(judge(folder, known, plan.without)))
     targets = judge(folder, parts, plan.without)
     if find_spec("matplotlib"):
         from plot_suite import draw

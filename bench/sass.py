@@ -1,8 +1,9 @@
 """What the machine code of a kernel says: its loops, their instructions and the bytes they move.
 
 A loop is a backward branch of nvdisasm's listing; only the innermost ones that touch global memory
-are of interest, since they run once for every few elements and all else once a program. Which loop
-of the source one of them is, the functions tell that its instructions come from.
+are of interest, since they run once for every few elements and all else once a program. A kernel
+that has none of them is straight through, and counts as a loop that is run once. Which loop of the
+source one of them is, the functions tell that its instructions come from.
 """
 
 import ast
@@ -41,7 +42,8 @@ def memory_loops(nvdisasm: Path, cubin: Path) -> list[Loop]:
 
 
 def read_listing(listing: str) -> list[Loop]:
-    """The innermost loops with global accesses of a listing by `nvdisasm -c -g`."""
+    """The innermost loops with global accesses of a listing by `nvdisasm -c -g`; where there is
+    none, all of it."""
     code: list[tuple[str, str, str | None]] = []  # opcode, operands, function
     labels: dict[str, int] = {}
     function = None
@@ -63,8 +65,8 @@ def read_listing(listing: str) -> list[Loop]:
         for begin, end in spans
         if not any(begin <= b and e <= end and (b, e) != (begin, end) for b, e in spans)
     ]
-    loops = [_loop(code[begin:end]) for begin, end in innermost]
-    return [loop for loop in loops if loop.bytes]
+    loops = [loop for begin, end in innermost if (loop := _loop(code[begin:end])).bytes]
+    return loops or [loop for loop in [_loop(code)] if loop.bytes]
 
 
 def _loop(body: list[tuple[str, str, str | None]]) -> Loop:

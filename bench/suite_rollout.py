@@ -2,12 +2,20 @@
 
 import math
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from suite_record import Case, Plan, Result, check
 
+# Besides this file and the kernels.
+SOURCES = [
+    Path(__file__).with_name("bench_rollout.py"),
+    *(Path(__file__).parents[1] / "sodfast").rglob("*.py"),
+]
 ROOFLINE_SHARE = 0.70
+# Of the attention alone: the goal of kernels/sodfast_kernels/attention.
+COPY_SHARE = 0.80
 MEMORY_BYTES = 80e9
 
 
@@ -45,12 +53,16 @@ class Engine:
         dtype = torch.bfloat16 if self.plan.full else torch.float32
         return {"checks": as_checks(self.bench.check_repeatability(self.plan.device, dtype))}
 
-    def attention(self) -> Result:
-        rows = self.bench.attention_cases(self.plan.device, 64, 2048, layers=8)
-        return {
-            "bytes_per_second": self.rates,
-            "rows": [{"name": name, **row} for name, row in rows.items()],
-        }
+    def attention(self, slots: int, context: int, layers: int) -> Result:
+        shape = None if self.plan.full else self.bench.TINY_SHAPE
+        row = self.bench.attention_step(self.plan.device, slots, context, layers, shape)
+        row["share_of_copy"] = row["bytes_per_second"] / self.rates["copy"]
+        checks = []
+        if self.plan.full:
+            share = row["share_of_copy"]
+            checks.append(check("share of a copy's bandwidth", share, COPY_SHARE, at_most=False))
+        name = "decode_attention"
+        return {"bytes_per_second": self.rates, "checks": checks, "rows": [{"name": name, **row}]}
 
     def decode(self, slots: int, context: int, steps: int) -> Result:
         if self.plan.full:
@@ -84,8 +96,10 @@ def cases(plan: Plan) -> list[Case]:
         Case("answers equal to generate's", 0.5, engine.equality),
         Case("samples do not depend on their batch", 0.5, engine.repeatability),
     ]
-    if plan.full:
-        found.append(Case("decode attention, 64 × 2048", 0.5, engine.attention))
+    shapes = ((64, 2048, 8), (4, 8192, 16)) if plan.full else ((2, 40, 2),)
+    for slots, context, layers in shapes:
+        name = f"decode attention, {slots} × {context}"
+        found.append(Case(name, 0.5, partial(engine.attention, slots, context, layers)))
     sizes = ((64, 2048, 128), (128, 1536, 128)) if plan.full else ((4, 40, 8),)
     for slots, context, steps in sizes:
         name = f"decode, {slots} slots at {context}"

@@ -120,6 +120,13 @@ def host_seconds(work: Work, device: torch.device) -> float:
     return taken
 
 
+def clock(device: torch.device) -> float:
+    """Seconds, when all that was asked of the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 class Ceiling(NamedTuple):
     """work: what is timed. amount: the bytes or flops of one turn."""
 

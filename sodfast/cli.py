@@ -1,22 +1,28 @@
 """Self on-policy distillation: train a language model against an earlier copy of itself."""
 
+import io
 import json
 import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from sodfast.errors import RunFailed, UsageError
 from sodfast.run.interrupt import Interrupted
 
+if TYPE_CHECKING:
+    from sodfast.run.console import Screen
+
+# What typer raises for arguments that it cannot parse. It brings a click of its own, which has had
+# two names.
+_Unparsed: type[Exception] = typer.BadParameter.__mro__[1]
+
 # The commands parse arguments and print results; whatever is computed, other modules compute. They
 # are imported where they are needed, so that help and refusals need not wait for torch.
-app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__
-)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
 Arguments = Annotated[
     list[str] | None,
@@ -53,7 +59,7 @@ def train(
     else:
         config = load_config(*_split(arguments))
     if dry_run:
-        print(config.to_yaml(), end="")
+        _print(config.to_yaml().rstrip())
         return
 
     from sodfast.commands import train_run
@@ -103,7 +109,7 @@ def sweep(
     from sodfast.study.sweep import sweep as run_sweep
 
     table = run_sweep(study, overrides or [], launcher, jobs, address, _print_report)
-    print(f"table: {table}")
+    _print(f"table: {table}")
 
 
 def _print_report(directory: Path) -> None:
@@ -111,9 +117,9 @@ def _print_report(directory: Path) -> None:
     from sodfast.report.page import write_report
 
     try:
-        print(f"report: {write_report(directory)}")
+        _print(f"report: {write_report(directory)}")
     except UsageError as error:
-        print(f"no report: {error}")
+        _print(f"no report: {error}")
 
 
 @app.command("eval")
@@ -123,8 +129,11 @@ def evaluate(
 ) -> None:
     """Evaluate a run's newest checkpoint, or any model. The last line is JSON."""
     from sodfast.commands import evaluate_model
+    from sodfast.run.console import Screen
 
-    print(json.dumps(evaluate_model(source, overrides or [])))
+    screen = Screen()
+    result = evaluate_model(source, overrides or [], screen)
+    _print(json.dumps(result), screen=screen)
 
 
 @app.command("plan")
@@ -137,7 +146,7 @@ def plan_memory(arguments: Arguments = None) -> None:
     from sodfast.memory.plan import report
 
     result = report(config)
-    print(json.dumps(result))
+    _print(json.dumps(result))
     if not result["fits"]:
         raise typer.Exit(1)
 
@@ -151,7 +160,7 @@ def export(
     from sodfast.commands import export_model
 
     export_model(run, out)
-    print(f"wrote {out}")
+    _print(f"wrote {out}")
 
 
 @app.command("replay")
@@ -166,9 +175,7 @@ def replay_schedule(
     from sodfast.report.replay import replay_run
 
     result = replay_run(run, overrides or [])
-    for line in result.text():
-        print(line)
-    print(json.dumps(result.to_json()))
+    _print(*result.text(), json.dumps(result.to_json()))
 
 
 @app.command("calibrate")
@@ -197,9 +204,7 @@ def calibrate_gates(
     from sodfast.calibrate import calibrate_source
 
     result = calibrate_source(*_split(arguments or []), success, rate)
-    for line in result.text():
-        print(line)
-    print(json.dumps(result.to_json()))
+    _print(*result.text(), json.dumps(result.to_json()))
 
 
 @app.command("report")
@@ -213,7 +218,18 @@ def report_directory(
     """Write report.html, a page with every figure, and tables/*.csv into a run or a study."""
     from sodfast.report.page import write_report
 
-    print(write_report(directory, baseline))
+    _print(str(write_report(directory, baseline)))
+
+
+def _print(*lines: str, screen: "Screen | None" = None) -> None:
+    """Print what a command was asked for. Where that cannot be written, a line on standard error
+    says so, and the exit code is 1. `screen`: what was written to before."""
+    from sodfast.run.console import Screen
+
+    screen = screen or Screen()
+    print(*lines, sep="\n", file=screen, flush=True)
+    if screen.off:
+        raise typer.Exit(1)
 
 
 def _split(arguments: list[str]) -> tuple[str | None, list[str]]:
@@ -234,10 +250,17 @@ def main() -> None:
         print("sodfast: standard output is closed: going on without it", file=sys.stderr)
     # Outside of training, where `Interruption` takes both, SIGTERM ends a command as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if sys.flags.optimize > 1:
+        _stop("transformers needs the docstrings that PYTHONOPTIMIZE=2 removes: set it to 1", 2)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # not every locale has what tables are drawn with
     try:
-        app()
+        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        sys.exit(code or (0 if sys.argv[1:] else 2))
     except UsageError as error:
         _stop(str(error), 2)
+    except _Unparsed as error:
+        _stop(f"{str(error).rstrip('.')}: see sodfast --help", 2)
     except RunFailed as error:
         _stop(str(error), 1, error.alone)
     except (Interrupted, KeyboardInterrupt):
@@ -247,7 +270,8 @@ def main() -> None:
 def _stop(message: str, code: int, alone: bool = False) -> None:
     # Ranks that torchrun started end with the same error, and rank 0 alone prints it. An error
     # that only one rank knows of is printed by that rank.
-    if alone or "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["RANK"] == "0":
+    launched = "TORCHELASTIC_RUN_ID" in os.environ
+    if alone or not launched or os.environ.get("RANK", "0") == "0":
         print("sodfast: " + " ".join(message.split()), file=sys.stderr)
     sys.exit(code)
 

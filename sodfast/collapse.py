@@ -1,18 +1,22 @@
-"""When a run counts as collapsed: runaway length, or a test score that is lost."""
+"""When a run counts as collapsed (runaway length, or a test score that is lost), and when there is
+nothing that it could learn from."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from sodfast.config import CollapseConfig
 
+SCORED = 0.05  # the best mean@k from which on there is a score that can be lost
+SILENT_STEPS = 5  # steps in a row without a learning signal after which that is said
+
 
 class CollapseDetector:
     """The first step with runaway length or a lost test score. Our reading of the paper's
-    undefined thresholds, every number a key of `collapse.*`:
+    undefined thresholds, numbers that are keys of `collapse.*` by their name:
 
     * mean response length ≥ length_fraction × the cap for length_steps steps in a row, or
-    * eval mean@k < max(eval_floor, eval_fraction × the best so far), after at least one step,
-      since an untrained student has no score that it could have lost.
+    * eval mean@k < max(eval_floor, eval_fraction × the best so far), provided that this best is
+      at least 0.05: a run that has never scored has no score that it could have lost.
     """
 
     def __init__(self, config: CollapseConfig, max_new_tokens: int, eval_samples: int) -> None:
@@ -41,11 +45,14 @@ class CollapseDetector:
                 return {"reason": "length", "value": value, "threshold": threshold}
         if self.eval_key in line:
             value = line[self.eval_key]
-            share = config.eval_fraction * self.best_eval
-            # Rewards of the user's own may be negative, and 0 is no share of anything.
-            threshold = max(config.eval_floor, share) if share > 0 else config.eval_floor
-            self.best_eval = max(self.best_eval, value)
-            if value < threshold and line["step"] > 0:
+            best = self.best_eval
+            threshold = max(config.eval_floor, config.eval_fraction * best)
+            # Rewards of the user's own may be negative: a negative floor is their whole threshold.
+            own = config.eval_floor < 0
+            if own and best <= 0:
+                threshold = config.eval_floor
+            self.best_eval = max(best, value)
+            if value < threshold and (best >= SCORED or (own and line["step"] > 0)):
                 return {"reason": "eval", "value": value, "threshold": threshold}
         return None
 
@@ -56,3 +63,36 @@ class CollapseDetector:
         self.long_steps = state["long_steps"]
         self.best_eval = state["best_eval"]
         self.step = state["step"]
+
+
+class SignalWatch:
+    """Says once when step after step has had neither a gradient nor a divergence."""
+
+    def __init__(self, steps: int) -> None:
+        self._left: int | None = min(SILENT_STEPS, steps)
+        self._rewards: list[float] = []
+
+    def observe(self, line: Mapping[str, Any]) -> str | None:
+        """See the next metrics line; what to change where there is nothing to learn from."""
+        if self._left is None or "optim/grad_norm" not in line:
+            return None
+        if line["optim/grad_norm"] or line.get("distill/divergence"):
+            self._left = None  # a run that has learned may well end with nothing left to learn
+            return None
+        self._left -= 1
+        self._rewards.append(line["reward/mean"])
+        if self._left:
+            return None
+        self._left = None
+        return f"no learning signal so far, neither gradient nor divergence: {self._remedy()}"
+
+    def _remedy(self) -> str:
+        if not any(self._rewards):
+            return (
+                "no answer has had a reward, so there is nothing to demonstrate or to prefer; take "
+                "easier questions or a stronger model, raise rollout.samples_per_prompt or "
+                "rollout.max_new_tokens, or lower teacher.success_reward"
+            )
+        if all(reward == 1 for reward in self._rewards):
+            return "every answer is right; take harder questions"
+        return "see objective.distill_coef, objective.policy_coef and teacher.success_reward"

@@ -1,12 +1,14 @@
 """From a configuration to a finished command: builds the parts and hands them to each other."""
 
 import os
+import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers.utils.logging import disable_progress_bar
 
 from sodfast.config import Config, LogConfig, load_config, read_overrides, validate
@@ -25,12 +27,13 @@ from sodfast.model.load import (
 )
 from sodfast.model.lora import add_adapters, merge_adapters, require_peft
 from sodfast.model.random_weights import random_model
+from sodfast.parallel.offload import pinned_setting
 from sodfast.parallel.ranks import ALONE, Ranks, join
 from sodfast.rollout.build import build_engine
 from sodfast.rollout.engine import Engine
 from sodfast.run import checkpoint
 from sodfast.run.console import Reporter, Screen, build_reporter, print_run
-from sodfast.run.directory import RunDirectory, check_out, default_out
+from sodfast.run.directory import RunDirectory, check_out, default_out, require_usable
 from sodfast.run.environment import environment
 from sodfast.run.fork import fork_config, fork_run, read_fork
 from sodfast.run.interrupt import Interrupted
@@ -89,9 +92,9 @@ def build_trainer(
     _require_shardable(config, ranks)
     device = pick_device(config.device, ranks)
     if device.type == "cuda" and config.rollout.engine != "vllm":
-        # Phases ask for blocks of different sizes. Read when CUDA's allocator starts, after this
-        # line; vLLM has an allocator of its own that knows no such segments.
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+        # Read when CUDA's allocator starts, after this line; vLLM has one of its own that knows no
+        # such segments.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", allocator_settings())
         if ranks.size > 1:
             torch.cuda.set_device(device)  # on which NCCL and FSDP work
     limit_memory(device, config.memory_gib)
@@ -131,15 +134,17 @@ def build_trainer(
     return trainer
 
 
-def evaluate_model(source: str, overrides: list[str]) -> dict[str, Any]:
+def evaluate_model(
+    source: str, overrides: list[str], screen: Screen | None = None
+) -> dict[str, Any]:
     """The `eval/*` metrics of a run's newest checkpoint, or of a model by id or directory.
 
     A model is asked the lab's questions unless the overrides name another task, and then under
-    the limits of the preset `base` rather than the lab's.
+    the limits of the preset `base` rather than the lab's. Progress is shown on `screen`.
     """
     disable_progress_bar()
     run, step, path = Path(source), 0, None
-    if (run / "config.yaml").is_file():
+    if os.path.isfile(run / "config.yaml"):
         config = validate(read_overrides(run / "config.yaml", overrides))
         if config.model.lora != validate(read_overrides(run / "config.yaml", [])).model.lora:
             raise UsageError("model.lora is a property of the run: leave it out")
@@ -156,7 +161,7 @@ def evaluate_model(source: str, overrides: list[str]) -> dict[str, Any]:
         model = _student(config, path, device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    reporter = build_reporter()
+    reporter = build_reporter(screen)
     try:
         data, engine = _questions_and_engine(config, model, task, reporter)
         metrics = evaluate(
@@ -176,21 +181,30 @@ def evaluate_model(source: str, overrides: list[str]) -> dict[str, Any]:
 def export_model(run: Path, out: Path) -> None:
     """Write the newest checkpoint's student to `out`, a Hugging Face directory: the checkpoint's
     own or, under LoRA, the base with the adapters merged into its weights."""
-    if out.exists():
+    require_usable(out, str(out))
+    if os.path.lexists(out):
         raise UsageError(f"{out} exists: choose another directory")
     _, path = _newest(run)
     config = validate(read_overrides(run / "config.yaml", []))
+    aside = out.with_name(f"{out.name}.{secrets.token_hex(8)}.tmp")
     try:
         if config.model.lora is None:
-            shutil.copytree(path / "student", out)
+            checkpoint.verify(path, "student/")
+            shutil.copytree(path / "student", aside)
         else:
             disable_progress_bar()
             student = _student(config, path, torch.device("cpu"))
             merge_adapters(student.network)
-            student.network.save_pretrained(out)
-            student.tokenizer.save_pretrained(out)
-    except OSError as error:
+            aside.mkdir(parents=True)
+            student.network.save_pretrained(aside)
+            student.tokenizer.save_pretrained(aside)
+        checkpoint.sync(aside)
+        # It gets its name only when it is whole, so that a full disk or a kill is in nobody's way.
+        os.rename(aside, out)
+    except (OSError, SafetensorError) as error:
         raise UsageError(f"{out} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def build_model(
@@ -203,8 +217,22 @@ def build_model(
     model = _untrained(config, device, progress)
     use_liger(model.network, config.model.liger, message)
     if config.model.gradient_checkpointing:
-        recompute_layers(model.network)
+        recompute_layers(model.network, _kept_layers(config, message))
     return model
+
+
+def _kept_layers(config: Config, message: Callable[[str], object]) -> int:
+    """How many layers keep their activations although the others do not."""
+    kept = config.model.kept_layers
+    if kept == "auto":
+        from sodfast.memory.estimate import Estimate
+
+        estimate = Estimate(config)
+        kept = estimate.kept_layers
+        message(
+            f"model.kept_layers: {kept} of {len(estimate.layers)} layers keep their activations"
+        )
+    return kept
 
 
 def _untrained(
@@ -247,18 +275,34 @@ def _questions_and_engine(
 
     Raises `UsageError` where the attention that model.attention asks for is not installed.
     """
-    data = fitting_questions(config, model, task, reporter)
+    try:
+        data = fitting_questions(config, model, task, reporter)
+    except UsageError as error:
+        raise UsageError(f"{error}{_preset_hint(config)}") from error
+    if data.dropped and (hint := _preset_hint(config)):
+        reporter.message(f"prompts were dropped{hint}")
     engine = build_engine(config.rollout, model, reporter.message)
     if config.model.attention == "flash":
-        require_flash(*_attention(model, engine))
+        require_flash(*_attention(model, engine)[:3])
     engine.require(data.longest + config.rollout.max_new_tokens)
     return data, engine
+
+
+def _preset_hint(config: Config) -> str:
+    """What to add where a limit is in the way that comes from the wrong preset, if it does."""
+    lab = load_config("lab", []).rollout
+    own_model = config.model.path is not None or config.model.random is not None
+    if own_model and config.rollout.max_prompt_tokens == lab.max_prompt_tokens:
+        return " (that is the lab's limit: for a model of your own begin with `sodfast train base`)"
+    if not own_model and config.rollout.max_new_tokens > lab.max_new_tokens:
+        return " (a file for the lab's own model begins with `base: lab`)"
+    return ""
 
 
 def _attention(
     model: LanguageModel, engine: Engine
 ) -> tuple[torch.device, torch.dtype, bool, bool]:
-    """What `describe` and `require_flash` are asked about."""
+    """What `describe` is asked about; `require_flash` takes all but the last."""
     capped = getattr(model.network.config, "attn_logit_softcapping", None) is not None
     return model.device, model.head.dtype, capped, engine.name == "native"
 
@@ -277,6 +321,12 @@ def pick_device(name: str, ranks: Ranks = ALONE) -> torch.device:
     elif device.type == "cuda" and (device.index or 0) >= gpus:
         raise UsageError(f"device={name}: this machine has {gpus} GPUs")
     return device
+
+
+def allocator_settings() -> str:
+    """PYTORCH_ALLOC_CONF of a run on a GPU: phases ask for blocks of different sizes, and a teacher
+    in host memory for pinned buffers of its own sizes."""
+    return ",".join(filter(None, ["expandable_segments:True", pinned_setting()]))
 
 
 def limit_memory(device: torch.device, gib: float | None) -> None:

@@ -10,9 +10,11 @@ Defaults follow Table 9 and Appendix A of the CGTR paper (arXiv 2606.03532) wher
 """
 
 import difflib
+import io
 import json
 import logging
 import os
+import re
 from functools import cache
 from pathlib import Path
 from string import Formatter
@@ -22,6 +24,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -41,12 +44,43 @@ RENAMED = {"optimizer.state": "optimizer.adamw"}
 # Groups that are unions, the key that tells their members apart, and its value where it is absent.
 _DISCRIMINATORS = {"schedule": ("kind", "cgtr"), "task": ("name", "arithmetic")}
 
-Positive = Annotated[int, Field(ge=1)]
-Interval = Annotated[int, Field(ge=0)]  # in steps; 0: never
+
+def _warm_or_greedy(temperature: float) -> float:
+    if 0 < temperature < _COLDEST:
+        raise ValueError(f"must be 0 or at least {_COLDEST:g}")
+    return temperature
+
+
+def _names_a_file(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("holds a character that no path may hold")
+    return text
+
+
+def _fits_a_file_system(text: str) -> str:
+    names = text.encode().split(b"/")
+    if len(text.encode()) > 4095 or max(map(len, names)) > 255:
+        raise ValueError("is longer than a path may be")
+    return text
+
+
+# Bounds beyond which a number is no use and its conversion to 32 bits fails in the middle of a run.
+_MOST, _LARGEST, _COLDEST = 2**31 - 1, 1e9, 1e-6
+# What a YAML text may hold. libyaml ends the process where nesting exhausts its stack.
+_DEEPEST, _MOST_INTERPOLATIONS = 100, 1000
+_KEY = re.compile(r"[^.\[\]]+(\.[^.\[\]]+){0,7}")  # of an override
+
+Positive = Annotated[int, Field(ge=1, le=_MOST)]
+Interval = Annotated[int, Field(ge=0, le=_MOST)]  # in steps; 0: never
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 TopP = Annotated[float, Field(gt=0, le=1)]
-Temperature = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
+Temperature = Annotated[float, Field(ge=_COLDEST, le=_LARGEST)]
+NonNegative = Annotated[float, Field(ge=0, le=_LARGEST)]
+AboveZero = Annotated[float, Field(gt=0, le=_LARGEST)]
+Gibibytes = Annotated[float, Field(gt=0, le=1e6)]
+NewPath = Annotated[str, AfterValidator(_names_a_file)]  # its length is the directory's business
+PathText = Annotated[NewPath, AfterValidator(_fits_a_file_system)]
 
 # Pairs of model.dtype and optimizer.adamw that make no sense, and why.
 _REFUSED_ADAMW = {
@@ -76,7 +110,7 @@ class LoRAConfig(Section):
 
 
 class ModelConfig(Section):
-    path: str | None = None  # Hugging Face id or directory; None: the lab builds its own model
+    path: PathText | None = None  # Hugging Face id or directory; None: the lab builds its own model
     # Instead of `path`: random weights, drawn from `seed`, of a shape named in configs/models.json,
     # and a tokenizer of bytes, without a directory or network; for measurements.
     random: str | None = None
@@ -87,6 +121,9 @@ class ModelConfig(Section):
     # Keep only the input of each decoder layer, and run the layer again in the backward pass: less
     # memory, more time.
     gradient_checkpointing: bool = False
+    # How many of the last layers keep all their activations nevertheless; auto: as many as fit into
+    # memory_gib by `sodfast plan`. No number changes.
+    kept_layers: Annotated[int, Field(ge=0)] | Literal["auto"] = 0
     # Liger's kernels for RMSNorm, RoPE and the gated MLP; auto: use them on a GPU where Liger
     # supports the model's architecture.
     liger: bool | Literal["auto"] = "auto"  # YAML reads on and off as true and false
@@ -97,25 +134,43 @@ class LabConfig(Section):
     """The lab's model, its misconceptions and its warm start (lab/warm_start.py)."""
 
     seed: int = Field(0, ge=0, lt=2**63)  # of the initial weights, the error tables, the batches
-    hidden_size: int = Field(128, ge=8)
-    layers: int = Field(3, ge=1)
+    hidden_size: int = Field(128, ge=8, le=16_384)
+    layers: int = Field(3, ge=1, le=256)
     heads: int = Field(4, ge=1)
-    intermediate_size: int = Field(384, ge=8)
-    batches: int = Field(700, ge=1)  # supervised updates of the warm start ...
-    rows: int = Field(6, ge=1)  # ... on so many packed rows each
-    lr: float = Field(3e-3, gt=0)
-    warmup_batches: int = Field(30, ge=1)
+    intermediate_size: int = Field(384, ge=8, le=65_536)
+    batches: int = Field(700, ge=1, le=10**6)  # supervised updates of the warm start ...
+    rows: int = Field(6, ge=1, le=10**4)  # ... on so many packed rows each
+    lr: float = Field(3e-3, gt=0, le=1)
+    warmup_batches: int = Field(30, ge=1, le=10**6)
     demonstrated_fraction: float = Field(0.35, ge=0, le=1)  # examples that show a right solution
     # Lowest and highest probability that a product, or a sum, comes out wrong.
-    product_error: tuple[float, float] = (0.05, 0.9)
-    sum_error: tuple[float, float] = (0.0, 0.6)
+    product_error: tuple[Fraction, Fraction] = (0.05, 0.9)
+    sum_error: tuple[Fraction, Fraction] = (0.0, 0.6)
     # Share of the wrong products, and of the wrong carries, that a demonstration does not cure.
     stubborn: float = Field(0.0, ge=0, le=1)
     error_decay: float = Field(0.8, gt=0, le=1)  # each later pass errs this much as often
-    passes: tuple[float, ...] = (0.55, 0.35, 0.10)  # probabilities of 1, 2, 3 passes
+    # Probabilities of 1, 2, 3 passes; a row of the warm start holds examples of at most 8.
+    passes: Annotated[tuple[Fraction, ...], Field(min_length=1, max_length=8)] = (0.55, 0.35, 0.10)
     # This share of the examples has 1 to `long_passes` passes, each number equally likely.
     long_fraction: float = Field(0.05, ge=0, le=1)
-    long_passes: int = Field(8, ge=1)
+    long_passes: int = Field(8, ge=1, le=8)
+
+    @field_validator("passes")
+    @classmethod
+    def _passes_are_a_distribution(cls, passes: tuple[float, ...]) -> tuple[float, ...]:
+        if abs(sum(passes) - 1) > 1e-6 or passes[-1] == 0:
+            raise ValueError("must add up to 1, the last being above 0")
+        return passes
+
+    @model_validator(mode="after")
+    def _heads_can_be_rotated(self) -> "LabConfig":
+        size = self.hidden_size // self.heads
+        if size < 2 or size % 2:
+            raise ValueError(
+                f"lab.heads={self.heads} must divide lab.hidden_size={self.hidden_size} into heads "
+                "of an even size"
+            )
+        return self
 
 
 # How responses are read: strict as the tasks' pages say, reference as lasgroup/SDPO does, so that
@@ -133,8 +188,8 @@ class ArithmeticConfig(_TaskConfig):
     """The lab's generated task; `train` and `test` count its questions."""
 
     name: Literal["arithmetic"] = "arithmetic"
-    train: int = Field(default=1024, ge=1)
-    test: int = Field(default=64, ge=1)
+    train: Positive = 1024
+    test: Positive = 64
 
 
 class SplitConfig(Section):
@@ -149,8 +204,8 @@ class RowsConfig(_TaskConfig):
     `org/name:subset`); the last two need the package `datasets`, and without `test` they are split
     9:1."""
 
-    train: str | None
-    test: str | None = None
+    train: PathText | None
+    test: PathText | None = None
     # The split that `train` is read from (`test` then reads "test"), or one for each.
     split: str | SplitConfig | None = None
     columns: dict[str, str] = {}  # our names → the columns that hold them, {prompt: question}
@@ -175,14 +230,14 @@ class MultipleChoiceConfig(RowsConfig):
     selects its domain. Folders and files have the fields `prompt` and `answer`."""
 
     name: Literal["multiple_choice"] = "multiple_choice"
-    train: str
+    train: PathText
     scorer: Scorer = "strict"
     subject: Subject = "chemistry"
 
 
 class ToolUseConfig(RowsConfig):
     name: Literal["tool_use"] = "tool_use"
-    train: str
+    train: PathText
     scorer: Scorer = "strict"
 
 
@@ -192,9 +247,9 @@ class PythonConfig(_PlacedRowsConfig):
 
     name: Literal["python"] = "python"
     source: str
-    train: str | None = None
+    train: PathText | None = None
     options: dict[str, Any] = {}
-    timeout: Annotated[float, Field(gt=0)] = 60.0  # seconds for a call
+    timeout: AboveZero = 60.0  # seconds for a call
 
     @field_validator("source")
     @classmethod
@@ -209,8 +264,8 @@ class MathConfig(_PlacedRowsConfig):
     """Rows whose `answer` is a number or LaTeX, compared by the package math-verify."""
 
     name: Literal["math"] = "math"
-    train: str
-    timeout: Annotated[float, Field(gt=0)] = 10.0  # seconds for an answer
+    train: PathText
+    timeout: AboveZero = 10.0  # seconds for an answer
 
 
 class SandboxConfig(Section):
@@ -227,8 +282,8 @@ class CodeConfig(_PlacedRowsConfig):
     """Rows whose `tests` the model's program must pass, run in a sandbox."""
 
     name: Literal["code"] = "code"
-    train: str
-    timeout: Annotated[float, Field(gt=0)] = 10.0  # seconds for all tests of an answer
+    train: PathText
+    timeout: AboveZero = 10.0  # seconds for all tests of an answer
     options: SandboxConfig = SandboxConfig()
 
 
@@ -257,7 +312,7 @@ class RolloutConfig(Section):
     batch_size: Positive = 256  # sequences decoded at once, at most
     # Key-value cache of native and vllm, GiB; null: a share of the free memory. A short budget
     # makes rollouts slower, never shorter.
-    cache_gib: Annotated[float, Field(gt=0)] | None = None
+    cache_gib: Gibibytes | None = None
 
 
 class ObjectiveConfig(Section):
@@ -266,7 +321,7 @@ class ObjectiveConfig(Section):
     add_tail: bool = True
     distill_coef: NonNegative = 1.0
     policy_coef: NonNegative = 1.0
-    ratio_cap: Annotated[float, Field(gt=0)] | None = 2.0
+    ratio_cap: AboveZero | None = 2.0
     clip_range: tuple[NonNegative, NonNegative] = (0.2, 0.28)
     normalize_advantage: bool = False  # divide the group's advantages by their std
     reduction: Literal["sequence_mean", "token_mean"] = "sequence_mean"
@@ -277,9 +332,15 @@ class TeacherConfig(Section):
 
     context: Literal["demonstration", "none"] = "demonstration"
     storage: Literal["device", "host"] = "device"  # host: streamed layer by layer to the device
-    success_reward: float = 0.5  # a rollout with at least this reward can be a demonstration
+    success_reward: Annotated[float, Field(ge=-_LARGEST, le=_LARGEST)] = (
+        0.5  # a rollout with at least this reward can be a demonstration
+    )
     feedback: bool = False  # show the teacher the task's feedback on this rollout, too
     max_prompt_tokens: Positive = 10_240  # longer: the demonstration is cut
+    # Tokens that are scored at a time, prompts included; null: optimizer.micro_batch_tokens. With
+    # storage=host each such pass streams the weights once. Where a pass has other sequences, matrix
+    # products have other shapes, and numbers may differ in their last bits.
+    micro_batch_tokens: Positive | None = None
     template: str = (
         "{prompt}\n\n{demonstration}{feedback}"
         "Using what is shown above, answer the original question yourself."
@@ -323,11 +384,11 @@ class CGTRConfig(Section):
     """Consolidation-Gated Teacher Refresh; defaults of Table 9, arXiv 2606.03532."""
 
     kind: Literal["cgtr"] = "cgtr"
-    min_isolation: Annotated[int, Field(ge=0)] = 30
+    min_isolation: Interval = 30
     check_every: Positive = 5
-    window: Positive = 5
+    window: Annotated[int, Field(ge=1, le=10_000)] = 5
     reward_margin: NonNegative = 0.05
-    max_tail_ratio: Annotated[float, Field(gt=0)] = 3.2
+    max_tail_ratio: AboveZero = 3.2
     gates: tuple[Literal["isolation", "reward", "length"], ...] = ("isolation", "reward", "length")
     length_unit: Literal["sequence", "shard"] = "sequence"
     shards: Positive = 4  # length_unit=shard: groups of sequences whose lengths are summed
@@ -366,13 +427,13 @@ class BurstConfig(Section):
 
 
 class OptimizerConfig(Section):
-    lr: NonNegative = 1e-5
-    warmup_steps: Annotated[int, Field(ge=0)] = 10
+    lr: Annotated[float, Field(ge=0, le=1e38)] = 1e-5
+    warmup_steps: Annotated[int, Field(ge=0, le=_MOST)] = 10
     lr_burst: BurstConfig | None = None  # drift that passes: {first: 96, last: 100, factor: 8}
     weight_decay: NonNegative = 0.01
-    clip_norm: Annotated[float, Field(gt=0)] = 1.0
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    eps: Annotated[float, Field(gt=0)] = 1e-8
+    clip_norm: AboveZero = 1.0
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    eps: Annotated[float, Field(ge=1e-30, le=_LARGEST)] = 1e-8
     # Which AdamW. torch: torch's, on float32 weights. 8bit, fp32: the fused one, with moments of
     # that size, which rounds bfloat16 weights stochastically. exact: fp32 moments and, beside
     # bfloat16 weights, the 16 bits that make them fp32. plain: torch's on bfloat16 weights, a
@@ -385,7 +446,8 @@ class OptimizerConfig(Section):
 class EvalConfig(Section):
     every: Interval = 10  # 0: no evaluation, neither of the untrained student nor at the end
     samples: Positive = 16
-    temperature: Annotated[float, Field(ge=0)] = 0.6  # 0: greedy
+    # 0: greedy
+    temperature: Annotated[NonNegative, AfterValidator(_warm_or_greedy)] = 0.6
     top_p: TopP = 0.95
     top_k: Positive | None = None
 
@@ -415,12 +477,12 @@ class LogConfig(Section):
 
 class Config(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    out: str | None = None  # the run directory itself; None: a new folder under runs/
+    out: NewPath | None = None  # the run directory itself; None: a new folder under runs/
     steps: Positive = 150
     threads: Positive | None = None  # CPU threads of the run; None: torch's choice
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,2})?)$")] = "auto"
     # What a GPU's allocator may hand out, GiB; null: all of it. `sodfast plan` then assumes 78.
-    memory_gib: Annotated[float, Field(gt=0)] | None = None
+    memory_gib: Gibibytes | None = None
     model: ModelConfig = ModelConfig()
     lab: LabConfig = LabConfig()
     task: TaskConfig = ArithmeticConfig()
@@ -476,6 +538,22 @@ class Config(Section):
             raise ValueError(
                 "model.path and model.random exclude each other: leave one of them out"
             )
+        kept = self.model.kept_layers
+        recomputed = self.model.gradient_checkpointing
+        if kept not in (0, "auto") and not recomputed:
+            raise ValueError(
+                f"model.kept_layers={kept} needs model.gradient_checkpointing=true, without which "
+                "every layer keeps its activations"
+            )
+        if kept == "auto" and recomputed and self.memory_gib is None:
+            raise ValueError(
+                "model.kept_layers=auto needs memory_gib, which says how much memory there is"
+            )
+        if kept == "auto" and recomputed and self.rollout.engine == "vllm":
+            raise ValueError(
+                "model.kept_layers=auto does not go with rollout.engine=vllm, whose memory is not "
+                "planned: set model.kept_layers to a number"
+            )
         own = self.model.path is None and self.model.random is None
         if own and not isinstance(self.task, ArithmeticConfig | PythonConfig):
             raise ValueError(
@@ -494,8 +572,18 @@ class Config(Section):
         """See `CGTRConfig`; None for the other schedules."""
         return self.schedule.length_shards if isinstance(self.schedule, CGTRConfig) else None
 
+    def to_layer(self) -> dict[str, Any]:
+        """All values, as a layer that means the same wherever and whenever it is read."""
+        layer: dict[str, Any] = _literal(self.model_dump(mode="json"))
+        return layer
+
+    @property
+    def scoring_tokens(self) -> int:
+        """Tokens of one scoring pass of the teacher at most, prompts included."""
+        return self.teacher.micro_batch_tokens or self.optimizer.micro_batch_tokens
+
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return yaml.safe_dump(self.to_layer(), sort_keys=False, allow_unicode=True)
 
 
 def load_config(source: str | None, overrides: list[str]) -> Config:
@@ -513,7 +601,9 @@ def load_config(source: str | None, overrides: list[str]) -> Config:
 def validate(layer: DictConfig | dict[str, Any]) -> Config:
     """Check a merged layer; raises `UsageError` naming each key that is wrong."""
     try:
-        values: Any = OmegaConf.to_container(OmegaConf.create(layer), resolve=True)
+        created = OmegaConf.create(layer)
+        _refuse_environment(OmegaConf.to_container(created))
+        values: Any = OmegaConf.to_container(created, resolve=True)
         for group, (key, default) in _DISCRIMINATORS.items():
             if isinstance(values.get(group), dict):
                 values[group] = {key: default, **values[group]}
@@ -521,7 +611,7 @@ def validate(layer: DictConfig | dict[str, Any]) -> Config:
         # and still refuses "5" for 5. No field may have a "before" validator: pydantic checks what
         # one returns as Python values, and strict mode refuses a list for a tuple there.
         return Config.model_validate_json(json.dumps(values), strict=True)
-    except (OmegaConfBaseException, TypeError) as error:
+    except (OmegaConfBaseException, TypeError, RecursionError) as error:
         raise UsageError(f"configuration: {_first_line(error)}") from error
     except ValidationError as error:
         raise UsageError("; ".join(_explain(item) for item in error.errors())) from error
@@ -537,7 +627,7 @@ def read_overrides(path: Path, overrides: list[str]) -> DictConfig:
 
 def override(config: Config, overrides: list[str]) -> Config:
     """`config` with `key=value` texts applied; raises `UsageError` as `load_config` does."""
-    layer = OmegaConf.create(config.model_dump(mode="json"))
+    layer = OmegaConf.create(config.to_layer())
     for key, value in parse_overrides(overrides):
         _set(layer, key, value)
     return validate(layer)
@@ -556,13 +646,21 @@ def _read(source: str, above: tuple[Path, ...] = ()) -> DictConfig:
         raise UsageError(f"no configuration file {source!r} and no such preset (presets: {names})")
     if path.resolve() in above:
         raise UsageError(f"{path} is built on itself: change its base or that of {above[-1]}")
+    return _on_base(read_mapping(path), path, above)
+
+
+def read_mapping(path: Path) -> DictConfig:
+    """The mapping in a YAML file, its references unresolved. Raises `UsageError` for any other."""
     try:
-        layer = OmegaConf.load(path)
+        text = path.read_text(encoding="utf-8")
+        _require_shallow(text)
+        layer = OmegaConf.load(io.StringIO(text))
+        _refuse_environment(OmegaConf.to_container(layer))
     except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} cannot be read as YAML: {_first_line(error)}") from error
     if not isinstance(layer, DictConfig) or not layer:
-        raise UsageError(f"{path} must hold a mapping with at least one configuration key")
-    return _on_base(layer, path, above)
+        raise UsageError(f"{path} must hold a mapping with at least one key")
+    return layer
 
 
 def _on_base(layer: DictConfig, path: Path, above: tuple[Path, ...]) -> DictConfig:
@@ -576,8 +674,11 @@ def _on_base(layer: DictConfig, path: Path, above: tuple[Path, ...]) -> DictConf
         if base is None:
             return layer
         if not isinstance(base, str):
-            raise TypeError(f"base must be a preset's name or a file, not {base!r}")
-        if not _preset(base).is_file():
+            raise TypeError(f"base must be a preset's name or a file, not {_short(base)}")
+        if not os.path.isfile(_preset(base)) and not base.endswith((".yaml", ".yml")):
+            # Of any other file, an error would print the text.
+            raise TypeError(f"base: {_short(base)} is neither a preset nor a file named *.yaml")
+        if not os.path.isfile(_preset(base)):
             base = str(path.parent / base)
         below = _read(base, (*above, path.resolve()))
         for group, (key, default) in _DISCRIMINATORS.items():
@@ -620,15 +721,21 @@ def parse_overrides(overrides: list[str]) -> list[tuple[str, Any]]:
     pairs = []
     for text in overrides:
         key, equals, _ = text.partition("=")
-        if not equals or not key:
-            raise UsageError(f"{text!r} is not an override: write key=value, for example steps=10")
+        if not equals or not _KEY.fullmatch(key):
+            raise UsageError(
+                f"{_short(text)} is not an override: write key=value, for example steps=10"
+            )
         try:
+            _require_shallow(text.partition("=")[2])
             layer = OmegaConf.from_dotlist([text])
+            _refuse_environment(OmegaConf.to_container(layer))
             _rename(layer)
             key = RENAMED.get(key, key)
             value = OmegaConf.select(layer, key)
+            if isinstance(value, str):
+                value = _literal(value)  # `select` has resolved it
         except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
-            raise UsageError(f"override {text!r}: {_first_line(error)}") from error
+            raise UsageError(f"override {_short(text)}: {_first_line(error)}") from error
         pairs.append((key, value))
     # A change of kind empties its group, so it must come before the keys set within the group.
     kinds = {f"{group}.{key}" for group, (key, _) in _DISCRIMINATORS.items()}
@@ -660,10 +767,10 @@ def _explain(error: Any) -> str:
         known = _known_keys(location[:-1], error["loc"])
         close = difflib.get_close_matches(location[-1], known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
-        return f"unknown key {key} ({hint})"
+        return f"unknown key {key if len(key) <= 200 else _short(key)} ({hint})"
     if not key:
         return message
-    return f"{key}: {message} (got {error['input']!r})"
+    return f"{key}: {message} (got {_short(error['input'])})"
 
 
 def _known_keys(parents: list[str], location: tuple[Any, ...]) -> list[str]:
@@ -686,5 +793,52 @@ def _union_members(annotation: Any) -> tuple[Any, ...]:
     return get_args(annotation)
 
 
+def _require_shallow(text: str) -> None:
+    """Raise `ValueError` where YAML is nested more deeply, or refers to more keys, than any
+    configuration does."""
+    if text.count("${") > _MOST_INTERPOLATIONS:
+        raise ValueError(f"more than {_MOST_INTERPOLATIONS} interpolations")
+    depth = 0
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if depth > _DEEPEST:
+            raise ValueError(f"nested more than {_DEEPEST} levels deep")
+
+
+def _refuse_environment(value: Any) -> None:
+    """Raise `UsageError` for a value that reads the environment: it would end up in config.yaml,
+    and a run is a function of its configuration alone."""
+    if isinstance(value, dict):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, list):
+        for item in value:
+            _refuse_environment(item)
+    elif isinstance(value, str) and re.search(r"(?<!\\)(\\\\)*\$\{.*oc\.env", value):
+        raise UsageError(f"{_short(value)} reads the environment: write the value itself")
+
+
+def _literal(value: Any) -> Any:
+    """`value` with `${` escaped, so that OmegaConf gives it back instead of looking up a key."""
+    if isinstance(value, dict):
+        return {key: _literal(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_literal(item) for item in value]
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    return value
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
 def _first_line(error: BaseException) -> str:
+    """What is wrong, and where in a YAML text, without a copy of that text."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"{error.problem}, line {mark.line + 1}, column {mark.column + 1}"
     return " ".join(str(error).split())[:300]

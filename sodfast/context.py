@@ -18,6 +18,9 @@ from sodfast.run.console import Reporter
 from sodfast.tasks.base import Grade, Question, Task
 
 _THINKING = re.compile(r"<think>.*?</think>", re.DOTALL)
+# More characters than a token of any vocabulary has on average: a longer text need not be encoded
+# to be known as too long.
+_TOKEN_CHARACTERS = 1000
 
 
 def choose_demonstrations(
@@ -71,7 +74,7 @@ class TeacherContext:
                     f"teacher.max_prompt_tokens={limit} does not hold question {question.id} and "
                     "its feedback: raise it, or set teacher.feedback=false"
                 )
-            tokens = self.model.tokenizer(text, add_special_tokens=False).input_ids
+            tokens = self.model.encode_text(text)
             keep = max(0, len(tokens) - (len(ids) - limit))
             shorter = self.model.decode(tokens[:keep]).rstrip()
             # Decoding can give back as many characters as before; cutting must make progress.
@@ -136,6 +139,16 @@ class Questions:
     longest: int
 
 
+def _prompt_tokens(model: LanguageModel, key: str, question: Question, limit: int) -> int:
+    """The tokens of a question's prompt, or some number above `limit` where that is plain."""
+    if len(question.prompt) + len(question.system or "") > _TOKEN_CHARACTERS * limit:
+        return limit + 1
+    try:
+        return len(model.encode_question(question))
+    except UsageError as error:
+        raise UsageError(f"{key}: question {question.id}: {error}") from error
+
+
 def fitting_questions(
     config: Config, model: LanguageModel, task: Task, reporter: Reporter
 ) -> Questions:
@@ -151,7 +164,7 @@ def fitting_questions(
     for key, questions in (("task.train", task.train), ("task.test", task.test)):
         kept[key] = []
         for question in questions:
-            length = len(model.encode_question(question))
+            length = _prompt_tokens(model, key, question, limit)
             if length <= limit and context.fits(question):
                 kept[key].append(question)
                 longest = max(longest, length)

@@ -1,15 +1,21 @@
 """Files that others may read or hold at the same time: whole replacement, lines, and locks."""
 
+import csv
 import fcntl
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any
 
 from sodfast.errors import UsageError
+
+# What a spreadsheet takes for a formula: a sign that is not a number's, an @, a control character.
+_FORMULA = re.compile(r"[=@\t\r]|[+-](?!\.?\d+\.?\d*(e[+-]?\d+)?\Z)")
 
 
 def replace_bytes(file: Path, data: bytes) -> None:
@@ -35,6 +41,22 @@ def replace_text(file: Path, text: str) -> None:
     replace_bytes(file, text.encode())
 
 
+def to_csv(rows: Iterable[Iterable[Any]]) -> str:
+    """Rows as CSV, quoted where a cell holds a comma, a quote or a line break.
+
+    A text that a spreadsheet would run as a formula gets an apostrophe before it.
+    """
+    lines: list[str] = []
+    # The writer quotes a carriage return only where it may be a part of the line's end.
+    writer = csv.writer(SimpleNamespace(write=lines.append), lineterminator="\r\n")
+    writer.writerows(map(_inert, row) for row in rows)
+    return "".join(line.removesuffix("\r\n") + "\n" for line in lines)
+
+
+def _inert(cell: Any) -> Any:
+    return f"'{cell}" if isinstance(cell, str) and _FORMULA.match(cell) else cell
+
+
 def refuse_links(directory: Path, names: Iterable[str]) -> None:
     """Raise `UsageError` where one of these names in `directory` is a symbolic link: what is
     written there would land elsewhere."""
@@ -43,19 +65,59 @@ def refuse_links(directory: Path, names: Iterable[str]) -> None:
             raise UsageError(f"{directory / name} is a symbolic link: replace it by what it names")
 
 
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises `UsageError` where there is none, `FileNotFoundError` where
+    there is no file."""
+    try:
+        value = _parse(_read(file))
+    except ValueError as error:
+        raise UsageError(f"{file}: {error}") from error
+    if not isinstance(value, dict):
+        raise UsageError(f"{file}: no JSON object")
+    return value
+
+
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The JSON lines of a file; a last line cut short by a power failure is left out."""
+    """The JSON lines of a run, each an object with a `step`; none where there is no file.
+
+    A last line cut short by a power failure, be it within a character, is left out. Raises
+    `UsageError` with file and line for anything else.
+    """
     if not file.is_file():
         return []
-    texts = file.read_text().splitlines()
+    texts = _read(file).removesuffix(b"\n").split(b"\n")
     lines = []
     for number, text in enumerate(texts, start=1):
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError as error:
-            if number < len(texts):
-                raise UsageError(f"{file}:{number}: not JSON ({error.msg})") from error
+            line = _parse(text)
+        except ValueError as error:
+            if number == len(texts):
+                break
+            raise UsageError(f"{file}:{number}: {error}") from error
+        step = line.get("step") if isinstance(line, dict) else None
+        if type(step) is not int or not 0 <= step < 2**63:
+            raise UsageError(f"{file}:{number}: no object with a step")
+        lines.append(line)
     return lines
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UsageError(f"{file} cannot be read: {error.strerror}") from error
+
+
+def _parse(text: bytes) -> Any:
+    """Raises `ValueError` for what is not JSON in UTF-8, or nested too deeply to be read."""
+    try:
+        return json.loads(text.decode())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg})") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON ({error})") from error
 
 
 def try_lock(path: Path) -> IO[str] | None:
@@ -75,7 +137,7 @@ def is_held(lock: Path) -> bool:
     try:
         with lock.open() as stream:
             fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         return False
     except BlockingIOError:
         return True

@@ -22,6 +22,10 @@ from sodfast.parallel.fsdp import ShardedCopy, ShardedWeights, Weights
 from sodfast.parallel.offload import HostCopy
 from sodfast.schedule import Decision, student_share
 
+# Steps from one measurement of the drift to the next while a teacher in host memory stands still:
+# each streams all of its weights for nothing else. A window of the report's diagnostics has one.
+DRIFT_EVERY = 5
+
 
 @dataclass(frozen=True)
 class TeacherScores:
@@ -152,11 +156,17 @@ class Teacher:
         self.weights = self.store.network if isinstance(self.store, HostCopy) else self.store
 
     @torch.no_grad()
-    def apply(self, decision: Decision, step: int) -> Tensor:
+    def apply(self, decision: Decision, step: int) -> Tensor | None:
         """Carry the schedule's decision out. Returns ‖θ − φ‖₂ from before the move, so at a copy
-        this is the refresh shock ‖θ_t − φ_{t−1}‖₂ (arXiv 2606.03532 §3.2)."""
+        this is the refresh shock ‖θ_t − φ_{t−1}‖₂ (arXiv 2606.03532 §3.2).
+
+        None: not measured, since the teacher stands still in host memory and `step` is no multiple
+        of DRIFT_EVERY.
+        """
         if self.weights is None:
             raise RuntimeError("prepare_update must run before the student moves")
+        if decision.action == "keep" and self.storage == "host" and step % DRIFT_EVERY:
+            return None
         rate = decision.rate if decision.action == "average" else 0.0
         if self.store is not None:
             drift = self.store.update_(self.student, rate, seed=self.seed, step=step)

@@ -20,7 +20,7 @@ import torch
 from torch import OutOfMemoryError, Tensor
 
 from sodfast import optimizer
-from sodfast.collapse import CollapseDetector
+from sodfast.collapse import CollapseDetector, SignalWatch
 from sodfast.config import Config
 from sodfast.context import Questions, TeacherContext, teacher_prompts
 from sodfast.errors import RunFailed
@@ -115,6 +115,7 @@ class Trainer:
         self.collapse = CollapseDetector(
             config.collapse, config.rollout.max_new_tokens, config.eval.samples
         )
+        self.signal = SignalWatch(config.steps)
         self.lines: list[dict[str, Any]] = []
         self.step = 0
         self.moved = False  # whether the weights may differ from those after `step`
@@ -176,6 +177,9 @@ class Trainer:
             self.reporter.message("no checkpoint yet: starting over at step 0")
             return
         stored = checkpoint.load(path)
+        checkpoint.require_fitting(stored, self.model, self.optimizer, self.schedule)
+        if not stored.hashed:
+            self.reporter.message(f"{path} is of an earlier release: it has no hashes to check")
         self.step = stored.step
         checkpoint.restore_student(
             self.model, self.weights.loadable(stored.student), stored.state.get("base")
@@ -194,7 +198,13 @@ class Trainer:
         self.state = self._state()
         if closing and self._ended():
             kept = {k: v for k, v in self.lines[-1].items() if k.startswith("eval/")}
-            self.collapse.observe({"step": self.step, **kept})
+            if kept:
+                self.collapse.observe({"step": self.step, **kept})
+            else:  # the run went on when this step was made, and `steps` now ends it here
+                evaluation = self._evaluate(self.step)
+                self.lines[-1] |= evaluation
+                self._observe_collapse({"step": self.step, **evaluation})
+                self.run.write_metrics(self.lines)
         self._event(self.step, "resume")
 
     def _evaluate_start(self, interruption: Interruption, logger: Logger) -> None:
@@ -309,7 +319,7 @@ class Trainer:
         return self.teacher.score(
             [context if row in read else None for row, context in enumerate(rollouts.contexts)],
             [sample.response for sample in rollouts.samples],
-            self._budget,
+            self.config.scoring_tokens,
         )
 
     def _statistics(self, rollouts: Rollouts) -> dict[str, Any]:
@@ -405,15 +415,18 @@ class Trainer:
         """Let the schedule decide and the teacher follow; write the events, return the metrics."""
         decision = self.schedule.observe_line(line)
         with oom_hint("refresh"):
-            drift = float(self.teacher.apply(decision, step))
-        if not isfinite(drift):
+            moved = self.teacher.apply(decision, step)
+            drift = None if moved is None else float(moved)
+        finite = self.weights.finite() if drift is None else isfinite(drift)
+        if self.ranks.any(not finite):
             raise RunFailed("the update made weights that are not finite: lower optimizer.lr")
         copied = decision.action == "copy"
         if decision.gates is not None:
             self._event(step, "gate", gates=decision.gates, refresh=copied)
         if copied:
             self._event(step, "refresh", shock=drift, age=decision.age)
-        metrics: dict[str, Any] = {"teacher/drift": drift, **decision.metrics}
+        metrics: dict[str, Any] = {} if drift is None else {"teacher/drift": drift}
+        metrics |= decision.metrics
         if decision.age is not None:
             metrics |= {"teacher/age": decision.age, "teacher/refreshed": int(copied)}
         return metrics
@@ -446,6 +459,8 @@ class Trainer:
         self._append(self.run.metrics, line)
         logger.log(line)
         self.reporter.line(line)
+        if missing := self.signal.observe(line):
+            self.reporter.message(missing)
 
     # ---------------------------------------------------------------- small parts
 

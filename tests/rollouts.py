@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from sodfast.model.load import LanguageModel, to_ids
+from sodfast.rollout.cache import Cache
 from sodfast.rollout.engine import Engine, Sample, SampleKey, Sampling
 
 EOS = 0
@@ -78,6 +79,19 @@ def ragged(count: int, longest: int = 23) -> list[Tensor]:
     generator = torch.Generator().manual_seed(count)
     lengths = torch.randint(1, longest + 1, (count,), generator=generator).tolist()
     return [torch.randint(2, 97, (length,), generator=generator) for length in lengths]
+
+
+def sequences(*lengths: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randint(2, 97, (length,), generator=generator) for length in lengths]
+
+
+def prefill(cache: Cache, prompts: list[Tensor], copies: list[list[int]]) -> Tensor:
+    """Logits of every prompt token, the prompts packed one after the other."""
+    lengths = [len(prompt) for prompt in prompts]
+    position_T = torch.cat([torch.arange(length) for length in lengths])
+    attend = cache.prefilling(lengths, copies)
+    return cache.decoder.logits(cache.decoder.forward(torch.cat(prompts), position_T, attend))
 
 
 def answer(engine: Any, prompts: Sequence[Tensor], cap: int, **sampling: Any) -> list[Sample]:

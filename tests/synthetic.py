@@ -123,7 +123,7 @@ def write_study(
     """
     directory.mkdir(parents=True)
     (directory / "study.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
-    trials = load_study(directory / "study.yaml").trials()
+    trials = load_study(directory / "study.yaml").trials
     for trial in trials:
         steps = (cut or {}).get(trial.name, trial.config.steps)
         if steps is not None:

@@ -1,6 +1,8 @@
 """The commands: what they print, what they refuse, and that a refusal leaves nothing behind."""
 
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -248,9 +250,98 @@ def test_wrong_options_are_refused(cli: Command) -> None:
     for arguments in (["train", "--resum", "x"], ["export", "one"], ["fly"], ["eval"]):
         outcome = cli(*arguments)
         assert outcome.code == 2 and outcome.err and "Traceback" not in outcome.err
+        refused(outcome, "see sodfast --help")
+
+
+def test_without_a_command_there_is_help(cli: Command) -> None:
+    outcome = cli()
+    assert outcome.code == 2 and "Usage" in outcome.out and outcome.err == ""
+
+
+def test_an_error_is_printed_by_rank_0_and_where_no_rank_is_named(
+    cli: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")  # of something else than torchrun
+    refused(cli("train", "stepz=3"), "stepz")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    assert cli("train", "stepz=3") == Outcome(2, "", "")
+    monkeypatch.delenv("RANK")
+    refused(cli("train", "stepz=3"), "stepz")
+
+
+def test_paths_longer_than_any_are_refused(cli: Command, here: Path, finished: Path) -> None:
+    for path in ("x" * 5000, "x/" * 2400, "x/" * 1500):
+        for arguments in (["--resume", path], [path], [f"out={path}"], [f"model.path={path}"]):
+            refused(cli("train", *arguments))
+        refused(cli("eval", path))
+        refused(cli("export", path, "out"))
+        refused(cli("export", str(finished), path))
+    assert tree(here) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("environment", "name"),
+    [("LC_ALL=C", "rün"), ("LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0", "run")],
+)
+def test_any_locale_will_do(finished: Path, here: Path, environment: str, name: str) -> None:
+    """Nothing but what is drawn on the screen depends on it."""
+    run = shutil.copytree(finished, here / name)
+    command = f'env {environment} "$@"'
+    arguments = [sys.executable, "-m", "sodfast", "train", "--resume", str(run)]
+    done = subprocess.run(["bash", "-c", command, "bash", *arguments], capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert tree(run)["metrics.jsonl"] == tree(finished)["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("output", ["> /dev/full", "| (exec <&-; sleep 5)"])
+def test_a_result_that_nobody_can_read_is_a_failure_in_one_line(here: Path, output: str) -> None:
+    command = [sys.executable, "-m", "sodfast", "train", "--dry-run"]
+    run = f'set -o pipefail; exec 3>err; "$@" 2>&3 {output}'
+    done = subprocess.run(["bash", "-c", run, "bash", *command], timeout=300)
+    said = (here / "err").read_text()
+    assert said.startswith("sodfast: standard output") and said.count("\n") == 1, said
+    assert done.returncode == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("output", ["> /dev/full", ">&-", "| true"])
+def test_an_evaluation_that_nobody_can_read_fails_in_one_line(
+    finished: Path, here: Path, output: str
+) -> None:
+    command = [sys.executable, "-m", "sodfast", "eval", str(finished)]
+    evaluate = f'set -o pipefail; exec 3>err; "$@" 2>&3 {output}'
+    done = subprocess.run(["bash", "-c", evaluate, "bash", *command], timeout=300)
+    said = (here / "err").read_text()
+    assert said.startswith("sodfast: standard output") and said.count("\n") == 1, said
+    assert done.returncode == (0 if output == ">&-" else 1)
+
+
+@pytest.mark.parametrize("level", ["1", "2"])
+def test_python_without_docstrings_is_refused_and_without_assertions_is_not(
+    level: str, here: Path
+) -> None:
+    command = [sys.executable, "-m", "sodfast", "train", "--dry-run"]
+    environment = {**os.environ, "PYTHONOPTIMIZE": level}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if level == "1":
+        assert done.returncode == 0 and done.stdout.startswith("seed: 0\n"), done.stderr
+    else:
+        refused(Outcome(done.returncode, done.stdout, done.stderr), "PYTHONOPTIMIZE")
 
 
 # ---------------------------------------------------------------- the commands' work
+
+
+def test_a_run_without_a_learning_signal_says_so_once(
+    cli: Command, tiny_run: list[str], here: Path
+) -> None:
+    outcome = cli(
+        "train", *tiny_run, "steps=2", "objective.distill_coef=0", "objective.policy_coef=0"
+    )
+    assert outcome.code == 0
+    (said,) = [line for line in outcome.out.splitlines() if "no learning signal" in line]
+    assert "objective.distill_coef" in said
 
 
 def test_train_prints_plain_lines_and_a_table(

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sodfast.collapse import CollapseDetector
+from sodfast.collapse import CollapseDetector, SignalWatch
 from sodfast.config import CollapseConfig
 
 
@@ -67,6 +67,9 @@ def test_an_evaluation_without_lengths_does_not_interrupt_a_streak() -> None:
         ((0.2, 0.6, 0.061, 0.059), 30, 0.06),  # the best so far, not the first
         ((0.05, 0.0099), 10, 0.01),  # the floor
         ((0.05, 0.01), None, None),
+        ((0.049, 0.0), None, None),  # nothing to fall from
+        ((0.0, 0.0, 0.0), None, None),
+        ((0.0, 0.0, 0.3, 0.0), 30, 0.03),
     ],
 )
 def test_lost_score(scores: tuple[float, ...], step: int | None, threshold: float | None) -> None:
@@ -92,7 +95,9 @@ def test_every_threshold_is_a_key() -> None:
 def test_an_untrained_student_has_nothing_to_lose() -> None:
     collapse = detector()
     assert collapse.observe({"step": 0, "eval/mean@4": 0.0}) is None
-    assert collapse.observe({"step": 10, "eval/mean@4": 0.0}) is not None
+    assert collapse.observe({"step": 10, "eval/mean@4": 0.0}) is None
+    assert collapse.observe({"step": 20, "eval/mean@4": 0.05}) is None
+    assert collapse.observe({"step": 30, "eval/mean@4": 0.0}) is not None
 
 
 def test_another_number_of_samples_is_another_score() -> None:
@@ -127,8 +132,37 @@ def test_the_first_collapse_by_definition(lines: list[dict[str, Any]]) -> None:
     def collapsed(index: int) -> bool:
         streak = [line["length/mean"] >= 90 for line in lines[max(0, index - 4) : index + 1]]
         before = [line["eval/mean@4"] for line in lines[:index] if "eval/mean@4" in line]
-        bar = max(0.01, 0.1 * max(before, default=0.0))
-        return streak == [True] * 5 or lines[index].get("eval/mean@4", 1.0) < bar
+        best = max(before, default=0.0)
+        fallen = lines[index].get("eval/mean@4", 1.0) < max(0.01, 0.1 * best)
+        return streak == [True] * 5 or (best >= 0.05 and fallen)
 
     steps = [lines[index]["step"] for index in range(len(lines)) if collapsed(index)]
     assert collapse.step == (steps[0] if steps else None)
+
+
+# ---------------------------------------------------------------- nothing to learn from
+
+
+def silent(step: int, reward: float = 0.0, **values: float) -> dict[str, Any]:
+    return {"step": step, "reward/mean": reward, "optim/grad_norm": 0.0, **values}
+
+
+@pytest.mark.parametrize(
+    ("reward", "remedy"), [(0.0, "teacher.success_reward"), (1.0, "harder"), (0.5, "policy_coef")]
+)
+@pytest.mark.parametrize(("steps", "said"), [(100, 5), (3, 3)])
+def test_a_run_without_a_signal_says_once_what_to_change(
+    reward: float, remedy: str, steps: int, said: int
+) -> None:
+    watch = SignalWatch(steps)
+    assert watch.observe({"step": 0, "eval/mean@4": 0.0}) is None
+    messages = [watch.observe(silent(step, reward)) for step in range(1, 20)]
+    assert [step for step, text in enumerate(messages, start=1) if text] == [said]
+    assert remedy in (messages[said - 1] or "")
+
+
+@pytest.mark.parametrize("signal", [{"optim/grad_norm": 0.1}, {"distill/divergence": 0.1}])
+def test_a_run_that_has_had_a_signal_says_nothing(signal: dict[str, float]) -> None:
+    watch = SignalWatch(100)
+    lines = [silent(1), {**silent(2), **signal}, *(silent(step) for step in range(3, 30))]
+    assert [watch.observe(line) for line in lines] == [None] * 29

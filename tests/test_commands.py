@@ -3,6 +3,9 @@
 What the commands print and do as a user runs them stands in test_cli.py.
 """
 
+import os
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -147,6 +150,40 @@ def test_a_model_that_cannot_be_streamed_is_refused_before_the_run(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_says_how_many_layers_keep_their_activations(
+    build: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What auto comes to; a number that cannot be is refused before the run."""
+    said: list[str] = []
+    monkeypatch.setattr(Reporter, "message", lambda self, text: said.append(text))
+    checkpointed = "model.gradient_checkpointing=true"
+    auto = [checkpointed, "model.kept_layers=auto", "memory_gib=8"]
+    build(tmp_path / "run", *auto, "device=cpu").run.close()
+    assert any(re.match(r"model\.kept_layers: (\d+) of \1 layers keep", text) for text in said)
+    with pytest.raises(UsageError, match=r"model\.kept_layers=99"):
+        build(tmp_path / "other", checkpointed, "model.kept_layers=99")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("setting", ["", "pinned_max_round_threshold_mb:1"])
+def test_the_allocator_is_told_what_it_knows(
+    build: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str
+) -> None:
+    """Which versions of torch know the second setting, `pinned_setting` says."""
+
+    def stop(*_: Any) -> None:
+        raise UsageError("far enough")
+
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    monkeypatch.setattr(commands, "pinned_setting", lambda: setting)
+    monkeypatch.setattr(commands, "pick_device", lambda *_: torch.device("cuda"))
+    monkeypatch.setattr(commands, "limit_memory", stop)
+    with pytest.raises(UsageError, match="far enough"):
+        build(tmp_path / "run")
+    expected = ["expandable_segments:True", *([setting] if setting else [])]
+    assert os.environ["PYTORCH_ALLOC_CONF"].split(",") == expected
+
+
 def test_a_trainer_that_cannot_be_built_leaves_the_directory_unlocked(
     build: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -259,3 +296,59 @@ def test_an_export_never_overwrites_and_names_what_it_cannot_write(
         export_model(finished, tmp_path / "mine" / "below a file")
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
     assert (tmp_path / "mine").read_text() == "mine"
+
+
+@pytest.mark.parametrize("end", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("place", ["shutil.copytree", "sodfast.run.checkpoint.sync", "os.rename"])
+def test_an_export_that_ends_early_leaves_nothing_in_the_way(
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+    end: BaseException,
+) -> None:
+    out = tmp_path / "folder" / "out"
+
+    def refuse(*arguments: Any) -> None:
+        raise end
+
+    with monkeypatch.context() as patch, pytest.raises((UsageError, KeyboardInterrupt)):
+        patch.setattr(place, refuse)
+        export_model(finished, out)
+    assert not list(tmp_path.rglob("*.*"))
+    export_model(finished, out)
+    student = finished / "checkpoints" / "step-2" / "student"
+    assert {path.name for path in out.iterdir()} == {path.name for path in student.iterdir()}
+
+
+def test_an_export_follows_no_link_and_copies_no_damage(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UsageError, match="exists: choose another"):
+        export_model(finished, tmp_path / "out")
+    assert not (tmp_path / "elsewhere").exists()
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    weights = run / "checkpoints" / "step-2" / "student" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(UsageError, match=r"student/model\.safetensors has been changed"):
+        export_model(run, tmp_path / "new")
+    assert not list(tmp_path.glob("new*"))
+
+
+# ---------------------------------------------------------------- the preset that is meant
+
+
+def test_limits_of_the_wrong_preset_are_named(tiny_model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "plain.yaml"
+    file.write_text(f"steps: 2\nout: {tmp_path / 'run'}\n")
+    with pytest.raises(UsageError, match="begins with `base: lab`"):
+        build_trainer(load_config(str(file), ["lab.batches=1"]), None, Reporter())
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "' + "1+" * 40 + '\\nA: 1\\nB: 2", "answer": "A"}\n')
+    (tmp_path / "other.jsonl").write_text(rows.read_text())
+    task = ["task.name=multiple_choice", f"task.train={rows}", f"task.test={tmp_path}/other.jsonl"]
+    config = load_config("lab", [f"model.path={tiny_model}", *task, f"out={tmp_path / 'run'}"])
+    with pytest.raises(UsageError, match="begin with `sodfast train base`"):
+        build_trainer(config, None, Reporter())
+    assert not (tmp_path / "run").exists()

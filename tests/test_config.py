@@ -5,9 +5,22 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from sodfast.config import PRESETS, CGTRConfig, Config, EMAConfig, HardConfig, load_config
+from sodfast.config import (
+    PRESETS,
+    CGTRConfig,
+    Config,
+    EMAConfig,
+    HardConfig,
+    LogConfig,
+    load_config,
+)
+from sodfast.config import (
+    override as changed,
+)
 from sodfast.errors import UsageError
 
 
@@ -50,6 +63,8 @@ LAB_DEFAULTS = {
     "model.path": None,
     "model.random": None,
     "model.attention": "auto",
+    "model.kept_layers": 0,
+    "teacher.micro_batch_tokens": None,
     "task.name": "arithmetic",
     "rollout.prompts_per_step": 16,
     "rollout.samples_per_prompt": 4,
@@ -275,6 +290,7 @@ def test_several_mistakes_are_all_named() -> None:
         "schedule.gates=length",
         "schedule.gates=[length,length]",
         "schedule.length_unit=rank",
+        "teacher.micro_batch_tokens=0",
         "optimizer.lr=fast",
         "optimizer.lr=-1",
         "optimizer.lr='1e-5'",
@@ -462,12 +478,49 @@ def test_a_group_that_is_no_mapping_in_the_file(tmp_path: Path) -> None:
             ["model.path", "model.random"],
             ["model.path=null"],
         ),
+        (
+            ["model.kept_layers=2"],
+            ["model.kept_layers", "model.gradient_checkpointing"],
+            ["model.gradient_checkpointing=true"],
+        ),
+        (
+            ["model.kept_layers=auto", "model.gradient_checkpointing=true"],
+            ["model.kept_layers", "memory_gib"],
+            ["memory_gib=4"],
+        ),
+        (
+            [
+                "model.kept_layers=auto",
+                "model.gradient_checkpointing=true",
+                "memory_gib=4",
+                "rollout.engine=vllm",
+            ],
+            ["model.kept_layers", "rollout.engine"],
+            ["model.kept_layers=2"],
+        ),
     ],
 )
 def test_parts_must_fit(overrides: list[str], named: list[str], repaired: list[str]) -> None:
     message = refusal(*overrides)
     assert all(key in message for key in named)
     lab(*overrides, *repaired)
+
+
+@pytest.mark.parametrize("value", ["-1", "fast", "1.5", "true"])
+def test_kept_layers_are_a_count_or_auto(value: str) -> None:
+    message = refusal(f"model.kept_layers={value}", "model.gradient_checkpointing=true")
+    assert "model.kept_layers" in message
+
+
+def test_auto_means_nothing_where_all_layers_keep_their_activations() -> None:
+    config = load_config("qwen3_8b_80gb", ["model.gradient_checkpointing=false", "memory_gib=null"])
+    assert config.model.kept_layers == "auto"
+
+
+def test_scoring_takes_trainings_micro_batches_unless_it_has_a_budget() -> None:
+    assert lab("optimizer.micro_batch_tokens=123").scoring_tokens == 123
+    own = lab("optimizer.micro_batch_tokens=123", "teacher.micro_batch_tokens=45")
+    assert own.scoring_tokens == 45
 
 
 def test_a_number_of_shards_that_is_not_used_need_not_divide() -> None:
@@ -548,7 +601,8 @@ def test_the_8b_preset_is_the_papers_setting() -> None:
     assert (optimizer.lr, optimizer.warmup_steps, optimizer.updates_per_step) == (1e-5, 10, 4)
     assert optimizer.adamw == "auto"  # 8-bit moments for bfloat16 weights
     assert (config.eval.every, config.eval.samples) == (10, 16)
-    assert config.teacher.storage == "host"
+    assert (config.teacher.storage, config.scoring_tokens) == ("host", 65_536)
+    assert config.model.kept_layers == "auto"
     assert config.schedule == CGTRConfig()
     assert config.task.name == "multiple_choice"
 
@@ -588,3 +642,136 @@ def test_paths_of_a_users_task_are_kept_in_full(
     # What a task's rewards are compared with may be on their own scale, where they are the user's.
     keys = ["task.name=python", "task.source=package.own:reward", "collapse.eval_floor=-1"]
     assert load_config("lab", keys).collapse.eval_floor == -1
+
+
+# ---------------------------------------------------------------- bounds and hostile texts
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "optimizer.betas=[1,1]",
+        "optimizer.eps=1e-300",
+        "optimizer.lr=1e300",
+        "rollout.temperature=1e-300",
+        "rollout.temperature=1e300",
+        "eval.temperature=1e-300",
+        "schedule.window=1e20",
+        "schedule.window=100000000000000000000",
+        "schedule.window=9223372036854775807",
+        "objective.ratio_cap=1e308",
+        "rollout.cache_gib=1e300",
+        "memory_gib=1e300",
+        "threads=2147483648",
+        "device=cuda:99999999999999999999",
+        "device=cuda:1000",
+        "lab.passes=[]",
+        "lab.passes=[-1,2]",
+        "lab.passes=[0.5]",
+        "lab.passes=[1,0]",
+        "lab.long_passes=9",
+        "lab.heads=1000",
+        "lab.heads=0",
+        "lab.heads=5",
+        "lab.hidden_size=100000000000000000000",
+        "lab.product_error=[2,3]",
+        "lab.sum_error=[-1,0]",
+        "lab.lr=1e300",
+        "model.path=" + "x" * 300,
+        "model.path=" + "x/" * 2500,
+        'out="a\\0b"',
+    ],
+    ids=lambda text: text[:40],
+)
+def test_values_that_would_fail_in_the_middle_of_a_run(override: str) -> None:
+    message = refusal(override)
+    assert override.partition("=")[0] in message and len(message) < 800
+
+
+@pytest.mark.parametrize(
+    "override", ["lab.passes=[0,1]", "lab.passes=[0.2,0.3,0.5]", "lab.long_passes=1", "lab.heads=3"]
+)
+def test_what_the_lab_can_do_is_accepted(override: str) -> None:
+    assert lab(override) != lab()
+
+
+NESTED = {
+    "lists": "[" * 100_000,
+    "closed lists": "[" * 50_000 + "]" * 50_000,
+    "mappings": "{a: " * 30_000,
+    "sequences": "- " * 30_000,
+    "references": "${" * 30_000,
+    "closed references": "'" + "${" * 900 + "}" * 900 + "'",
+}
+
+
+@pytest.mark.parametrize("name", NESTED)
+def test_deep_nesting_is_refused_and_ends_no_process(name: str, tmp_path: Path) -> None:
+    assert "override" in refusal(f"out={NESTED[name]}")
+    file = tmp_path / "config.yaml"
+    file.write_text(f"out: {NESTED[name]}")
+    if name != "closed references":
+        assert "cannot be read as YAML" in refusal(source=str(file))
+    refusal(source=str(file))
+
+
+@pytest.mark.parametrize("key", ["a." * 30_000 + "b", "steps" + "[" * 30_000, "steps[0]", "a..b"])
+def test_a_key_that_is_no_dotted_name_is_refused(key: str) -> None:
+    assert "write key=value" in refusal(f"{key}=1")
+
+
+def test_a_lone_surrogate_is_refused() -> None:
+    assert "surrogates" in refusal("log.project=\udcff")
+
+
+ENVIRONMENT = ["${oc.env:HOME}", "x ${oc.env:HOME}", "${oc.decode:${oc.env:HOME}}"]
+
+
+@pytest.mark.parametrize("text", ENVIRONMENT)
+def test_the_environment_is_never_read(text: str, tmp_path: Path) -> None:
+    assert "reads the environment" in refusal(f"log.project={text}")
+    file = tmp_path / "config.yaml"
+    for content in (
+        f"log: {{project: '{text}'}}",
+        f"base: '{text}'",
+        f"log: {{sinks: ['{text}']}}",
+    ):
+        file.write_text(content)
+        assert "reads the environment" in refusal(source=str(file))
+
+
+@given(st.text(alphabet="\\${}a:.'\" ,[]é", max_size=9), st.sampled_from(["", "${oc.env:HOME}"]))
+def test_a_literal_text_stays_what_it_is(
+    tmp_path_factory: pytest.TempPathFactory, text: str, environment: str
+) -> None:
+    """Written, read, overridden and read again: as on every resume."""
+    config = Config(log=LogConfig(project=text + environment))
+    file = tmp_path_factory.mktemp("literal") / "config.yaml"
+    file.write_text(config.to_yaml())
+    assert load_config(str(file), []) == config
+    assert load_config(str(file), ["steps=7"]).log == config.log
+    assert changed(config, ["steps=7"]).log == config.log
+
+
+def test_an_escaped_reference_in_a_file_or_an_override_is_text(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("log: {project: '\\${oc.env:HOME}'}")
+    for config in (load_config(str(file), []), lab("log.project='\\${oc.env:HOME}'")):
+        assert config.log.project == "${oc.env:HOME}"
+
+
+@pytest.mark.parametrize("name", ["passwd", "secret.txt", "/etc/passwd"])
+def test_a_base_that_is_no_configuration_is_not_printed(name: str, tmp_path: Path) -> None:
+    for secret in ("root:x:0:0", "key: [token", "token"):
+        (tmp_path / name).write_text(secret) if name[0] != "/" else None
+        file = tmp_path / "config.yaml"
+        file.write_text(f"base: {name}\n")
+        message = refusal(source=str(file))
+        assert name in message and "root:" not in message and "token" not in message
+
+
+def test_a_yaml_error_names_the_place_and_not_the_text(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("seed: 3\nout: [token\nsteps: }")
+    message = refusal(source=str(file))
+    assert "line 3, column" in message and "token" not in message

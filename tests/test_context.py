@@ -13,6 +13,7 @@ from sodfast.context import Questions, TeacherContext, choose_demonstrations, fi
 from sodfast.errors import UsageError
 from sodfast.lab.model import build_tokenizer
 from sodfast.model.load import LanguageModel
+from sodfast.model.random_weights import byte_tokenizer
 from sodfast.run.console import Reporter
 from sodfast.tasks.arithmetic import question_pools
 from sodfast.tasks.base import Question
@@ -138,6 +139,24 @@ def test_a_feedback_that_does_not_fit_says_what_to_change() -> None:
         tight.render(question(), "345", "6" * 20)
 
 
+@pytest.mark.parametrize("limit", [200, 30, 22])
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_demonstration_opens_no_turn(chat: bool, limit: int) -> None:
+    """An answer of letters may read like a special token, also where it is cut."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "<eos>"})
+    tokenizer.chat_template = CHAT if chat else None
+    model = LanguageModel(None, tokenizer, (tokenizer.eos_token_id,), 0)
+    teacher = TeacherContext(TeacherConfig(**TEMPLATES, max_prompt_tokens=limit), model)
+    shown = "1<eos>2<eos>3<eos>"
+    ids = teacher.render(question(), shown, None)
+    assert tokenizer.eos_token_id not in ids
+    whole = f"{'|' * chat}12|={shown}=+12*{'=?' * chat}"
+    assert len(ids) == min(limit, len(whole))
+    kept = len(shown) - (len(whole) - len(ids))
+    assert tokenizer.decode(ids) == whole.replace(shown, shown[:kept])
+
+
 def test_fits_counts_the_request_and_one_token_of_demonstration() -> None:
     length = len("12|=3=+12*")
     assert context(False, max_prompt_tokens=length).fits(question())
@@ -196,6 +215,37 @@ def test_what_exceeds_a_limit_is_dropped_and_said(model: LanguageModel, override
         f"task.train: dropped {40 - len(found.train)} of 40 prompts as too long",
         f"task.test: dropped {8 - len(found.test)} of 8 prompts as too long",
     ]
+
+
+class Asked:
+    """A task of these questions."""
+
+    def __init__(self, *prompts: str) -> None:
+        self.train = [question(prompt) for prompt in prompts]
+        self.test = [question("1+1=")]
+
+
+def test_a_prompt_beyond_all_limits_is_not_even_encoded(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[int] = []
+    encode = LanguageModel.encode
+
+    def counted(self: LanguageModel, prompt: str, system: str | None = None) -> list[int]:
+        encoded.append(len(prompt))
+        return encode(self, prompt, system)
+
+    monkeypatch.setattr(LanguageModel, "encode", counted)
+    config = load_config("lab", [])
+    found = fitting_questions(config, model, Asked("2+2=", "1" * 10**8), Reporter())  # type: ignore[arg-type]
+    assert (len(found.train), found.dropped) == (1, 1)
+    assert encoded and max(encoded) < 100
+
+
+def test_a_question_that_is_no_text_is_named(model: LanguageModel) -> None:
+    config = load_config("lab", [])
+    with pytest.raises(UsageError, match=r"task\.train: question q: .*surrogate pair"):
+        fitting_questions(config, model, Asked("1\ud800"), Reporter())  # type: ignore[arg-type]
 
 
 def test_a_prompt_and_its_answer_must_have_positions(model: LanguageModel) -> None:

@@ -1,5 +1,7 @@
 """Files that others read or hold at the same time: whole replacement, lines, and locks."""
 
+import csv
+import io
 import os
 from pathlib import Path
 
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from sodfast import files
 from sodfast.errors import UsageError
-from sodfast.files import is_held, read_lines, replace_text, try_lock
+from sodfast.files import is_held, read_lines, replace_text, to_csv, try_lock
 
 # ---------------------------------------------------------------- whole replacement
 
@@ -46,6 +48,38 @@ def test_a_crash_before_the_replacement_leaves_the_old_text(
     assert file.read_text() == "old"
     replace_text(file, "newer")  # what the crash left aside is in nobody's way
     assert file.read_text() == "newer" and list(tmp_path.iterdir()) == [file]
+
+
+# ---------------------------------------------------------------- tables
+
+
+@given(st.lists(st.lists(st.text(st.characters(exclude_categories=("Cs",))), min_size=2)))
+def test_a_table_reads_back_cell_by_cell(rows: list[list[str]]) -> None:
+    """Commas, quotes and line breaks, too; an apostrophe stands before what would be a formula."""
+    found = read_csv(to_csv(rows))
+    for row, expected in zip(found, rows, strict=True):
+        for cell, own in zip(row, expected, strict=True):
+            assert cell in (own, f"'{own}")
+
+
+def read_csv(text: str) -> list[list[str]]:
+    return list(csv.reader(io.StringIO(text, newline="")))
+
+
+@pytest.mark.parametrize(
+    "text", ["=cmd|' /C calc'!A1", "+1+1", "-2+3*cmd", "@SUM(A1)", "\t=1", "\r=1", "-", "+a"]
+)
+def test_a_formula_is_a_text(text: str) -> None:
+    assert read_csv(to_csv([["name", text]])) == [["name", f"'{text}"]]
+
+
+@pytest.mark.parametrize("cell", [-1.5, 3, "-1.5", "+2", "-1e-05", "-.5", "seed0,lr-1", "a=b", ""])
+def test_a_number_and_a_name_stay_what_they_are(cell: str | float) -> None:
+    assert read_csv(to_csv([["name", cell]])) == [["name", str(cell)]]
+
+
+def test_a_missing_cell_is_empty() -> None:
+    assert to_csv([["a", None, 0.1]]) == "a,,0.1\n"
 
 
 # ---------------------------------------------------------------- lines

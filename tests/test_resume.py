@@ -168,6 +168,21 @@ def test_a_kill_while_a_finished_run_is_reopened_loses_no_evaluation(
     assert replaced == 3  # configuration, metrics, events
 
 
+def test_a_run_that_now_ends_at_its_checkpoint_gets_its_last_evaluation(
+    train: Train, tmp_path: Path
+) -> None:
+    """Step 3 of a longer run is not evaluated; a resume whose `steps` ends there evaluates it, as
+    in the run that had ended there, and going on forgets it again."""
+    expected = {n: train(tmp_path / f"{n}", *SETTINGS, f"steps={n}") for n in (3, 5)}
+    out = tmp_path / "run"
+    train(out, *SETTINGS, "steps=5", "checkpoint.every=3")
+    shutil.rmtree(out / "checkpoints" / "step-5")
+    shorter = train(out, "steps=3")
+    assert "eval/mean@2" in shorter.lines[-1] and shorter == expected[3]
+    assert train(out) == shorter
+    assert train(out, "steps=5") == expected[5]
+
+
 @pytest.mark.slow
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(
     train: Train, undisturbed: Train, tmp_path: Path

@@ -302,6 +302,45 @@ def test_recomputed_layers_change_no_bit(runs: Train) -> None:
     assert runs("model.gradient_checkpointing=true") == runs()
 
 
+@pytest.mark.slow
+def test_layers_that_keep_their_activations_change_no_bit(runs: Train) -> None:
+    assert runs("model.gradient_checkpointing=true", "model.kept_layers=1") == runs()
+
+
+@pytest.mark.slow
+def test_a_scoring_budget_of_its_own(runs: Train) -> None:
+    """That of training changes no bit, another one the rounding at most."""
+    same = ["optimizer.micro_batch_tokens=70", "teacher.storage=host", "steps=3"]
+    cut = runs(*same)
+    assert runs(*same, "teacher.micro_batch_tokens=70") == cut
+    assert_close(runs(*same, "teacher.micro_batch_tokens=9000").lines, cut.lines)
+
+
+@pytest.mark.parametrize(("tokens", "passes"), [("null", 3), ("100000", 1)])
+def test_a_streamed_teacher_passes_by_once_a_scoring_budget(
+    build: Build, tmp_path: Path, tokens: str, passes: int
+) -> None:
+    longest = "optimizer.micro_batch_tokens=1"  # each sequence alone
+    trainer = build(
+        tmp_path / "run",
+        "teacher.storage=host",
+        "teacher.context=none",
+        longest,
+        f"teacher.micro_batch_tokens={tokens}",
+        "rollout.prompts_per_step=1",
+        "rollout.samples_per_prompt=3",
+    )
+    trainer.teacher.prepare_update()
+    rollouts = trainer._rollout(1)
+    seen: list[int] = []
+    layer = decoder_layers(trainer.teacher.network)[0]
+    layer.mlp.register_forward_pre_hook(lambda *_: seen.append(1))  # type: ignore[union-attr,operator]
+    updates = trainer._updates(1, rollouts)
+    trainer._score(rollouts, updates)
+    trainer.run.close()
+    assert len(seen) == passes
+
+
 def test_layers_are_recomputed_where_the_key_says_so(build: Build, tmp_path: Path) -> None:
     counts = []
     for recompute in ("false", "true"):
@@ -591,12 +630,15 @@ def test_a_lack_of_memory_names_its_phase_and_the_key(
     assert train(out) == runs("steps=5", "eval.every=3", "checkpoint.every=2")
 
 
+@pytest.mark.parametrize("storage", ["device", "host"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_weights_that_are_not_finite_name_their_step(
-    build: Build, train: Train, tmp_path: Path, dtype: str
+    build: Build, train: Train, tmp_path: Path, dtype: str, storage: str
 ) -> None:
+    """Also where the drift, which would tell, is not measured in that step."""
     out = tmp_path / "run"
     overrides = ["optimizer.lr=1e38", "optimizer.warmup_steps=0", f"model.dtype={dtype}"]
+    overrides += [f"teacher.storage={storage}"]
     trainer = build(out, *overrides, "steps=5")
     with pytest.raises(RunFailed, match=r"^step 1: .*not finite.*optimizer\.lr"):
         trainer.train()

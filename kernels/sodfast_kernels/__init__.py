@@ -1,5 +1,5 @@
-"""Fused distillation objective, teacher updates, optimizer, sampling and attention for decoding;
-triton for CUDA only.
+"""Fused distillation objective, teacher updates, optimizer, sampling, attention for decoding and
+what lies between a layer's products; triton for CUDA only.
 
 `reference` is the definition of the objective in plain PyTorch.
 """
@@ -12,6 +12,7 @@ from .distillation import (
     linear_scratch_bytes,
     reference,
 )
+from .layer import rope_and_cache, silu_and_mul
 from .parameters import AdamW, ParameterUpdate, copy_teacher_, ema_update_, parameter_distance
 from .sampling import SampledTokens, gumbel_noise, sample_tokens
 
@@ -29,5 +30,7 @@ __all__ = [
     "linear_scratch_bytes",
     "parameter_distance",
     "reference",
+    "rope_and_cache",
     "sample_tokens",
+    "silu_and_mul",
 ]

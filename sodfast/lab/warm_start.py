@@ -23,7 +23,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -242,20 +242,38 @@ def build(
 
     The weights are a function of `config` alone, bit for bit on one machine, and are kept as one
     safetensors file in `cache_dir`, by default `$SODFAST_CACHE` or `~/.cache/sodfast`. A damaged
-    file is reported and built anew. `progress` is called with (phase, done, total).
+    file is reported and built anew; where the directory cannot be used, that is reported and the
+    model is built without it. `progress` is called with (phase, done, total).
     """
-    directory = cache_dir if cache_dir is not None else _default_cache_dir()
     key = _cache_key(config)
-    path = directory / f"lab-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
+    name = f"lab-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
     tokenizer = build_tokenizer()
     model = new_model(config)
-    if not path.exists() or not _load(model, path, key):
-        # The trials of a sweep start together, and one warm start is enough for all.
-        with alone(directory) as waited:
-            if not (waited and path.exists() and _load(model, path, key)):
-                _warm_start(model, config, progress)
+    with ExitStack() as held:
+        path = None
+        with _reported():
+            directory = cache_dir if cache_dir is not None else _default_cache_dir()
+            if os.path.exists(directory / name) and _load(model, directory / name, key):
+                return model.eval(), tokenizer
+            # The trials of a sweep start together, and one warm start is enough for all.
+            waited = held.enter_context(alone(directory))
+            if waited and os.path.exists(directory / name) and _load(model, directory / name, key):
+                return model.eval(), tokenizer
+            path = directory / name
+        _warm_start(model, config, progress)
+        with _reported():
+            if path is not None:
                 _save(model, path, key)
     return model.eval(), tokenizer
+
+
+@contextmanager
+def _reported() -> Iterator[None]:
+    """The cache saves time and nothing else: what goes wrong with it is one line."""
+    try:
+        yield
+    except OSError as error:
+        _log.warning("the lab's model is not cached (%s): set SODFAST_CACHE to a folder", error)
 
 
 def _warm_start(model: "Qwen3ForCausalLM", config: LabConfig, progress: Progress | None) -> None:
@@ -320,7 +338,10 @@ def _cache_key(config: LabConfig) -> str:
 
 
 def _default_cache_dir() -> Path:
-    return Path(os.environ.get("SODFAST_CACHE") or Path.home() / ".cache" / "sodfast")
+    chosen = os.environ.get("SODFAST_CACHE") or os.path.expanduser("~/.cache/sodfast")
+    if chosen.startswith("~"):  # as it is where nobody knows a home directory
+        raise FileNotFoundError("there is no home directory")
+    return Path(chosen)
 
 
 def _digest(tensors: "dict[str, torch.Tensor]") -> str:
@@ -347,7 +368,7 @@ def _load(model: "Qwen3ForCausalLM", path: Path, key: str) -> bool:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, FileNotFoundError) as error:
+    except (SafetensorError, OSError) as error:
         _log.warning("%s cannot be read (%s): building the lab anew", path, error)
         return False
     parameters = dict(model.named_parameters())

@@ -5,14 +5,16 @@ the phases allocate beside them is measured on tensors without memory (trace.py)
 
 All of it is what one process takes that has the GPU and the model to itself. Every phase is taken
 at its largest: the teacher has weights of its own, and gradients are there from an earlier
-micro-batch. Left out: what CUDA itself holds (about half a GiB outside the allocator), workspaces
-of matrix products, captured graphs, and fragments between the allocator's blocks.
+micro-batch. What the objective takes for its slabs of logits and its statistics is part of the
+activations. Left out: what CUDA itself holds (about half a GiB outside the allocator) and fragments
+between the allocator's blocks.
 """
 
 import json
-from collections.abc import Sequence
+from bisect import bisect
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,27 +24,37 @@ from sodfast_kernels import AdamW, ParameterUpdate
 from sodfast_kernels.parameters import empty_state
 from sodfast_kernels.philox import CHUNK
 
-from sodfast.config import ArithmeticConfig, Config, LoRAConfig
+from sodfast.config import ArithmeticConfig, Config
 from sodfast.errors import UsageError
-from sodfast.memory.trace import LiveBytes, Sequences, Trace, prefill, scoring, training
+from sodfast.memory.trace import (
+    FAKE,
+    LiveBytes,
+    Sequences,
+    empty_network,
+    peak,
+    prefill,
+    scoring,
+    training,
+)
+from sodfast.model.directory import read_config
 from sodfast.model.load import output_head, trained_parameters
 from sodfast.model.packing import micro_batches
 from sodfast.model.random_weights import shape, shipped_shapes
 from sodfast.optimizer import build_optimizer
 from sodfast.parallel.fsdp import Weights
-from sodfast.parallel.offload import SLOTS, block_bytes, blocks
-from sodfast.rollout.decoder import Cache, unsupported
-from sodfast.rollout.native import (
-    PREFILL_TOKENS,
-    cache_slots,
-    idle_rows,
-    slot_bytes,
-    state_bytes,
-)
+from sodfast.parallel.offload import SLOTS, block_bytes, blocks, pinned_bytes
+from sodfast.rollout.batch import PREFILL_TOKENS, idle_rows, state_bytes
+from sodfast.rollout.cache import Cache
+from sodfast.rollout.decoder import unsupported
+from sodfast.rollout.native import CacheSize, cache_size
 from sodfast.schedule import average_rate, student_share
 
 GIB = 2**30
 BUDGET_GIB = 78.0  # of allocator memory on an 80 GB card
+# What model.kept_layers=auto fills up at most: a run's memory may be 5 % from the plan's.
+AUTO_SHARE = 0.95
+# Of each stream that multiplies, for good, on a Hopper GPU; others have less.
+CUBLAS_WORKSPACE = 32 * 2**20
 
 Items = dict[str, int]  # item → bytes
 
@@ -78,14 +90,15 @@ class Estimate:
             config.device == "auto" and torch.cuda.is_available()
         )
         self.budget = int((config.memory_gib or BUDGET_GIB) * GIB)
-        self.trace = _trace(
+        self._network = partial(
+            empty_network,
             json.dumps(architecture(config)),
-            config.model.dtype,
+            getattr(torch, config.model.dtype),
             config.model.gradient_checkpointing,
             self.on_gpu and config.model.liger is not False,
             config.model.lora,
         )
-        self.network = self.trace.network
+        self.network = self._network(0)
         self.head = output_head(self.network)
         self.parameters = sum(p.numel() for p in self.network.parameters())
         self.weights = sum(p.nbytes for p in self.network.parameters())
@@ -122,7 +135,7 @@ class Estimate:
                 **resident,
                 **scores,
                 "gradients": self.trained,
-                "activations": self._training(),
+                "activations": self._training(self.kept_layers),
             },
             "refresh": {
                 **resident,
@@ -153,7 +166,7 @@ class Estimate:
     @property
     def refused(self) -> str | None:
         """Why the engine would not start, whatever the sums say."""
-        return self._slots[1] if self.native else None
+        return self.cache(evaluating=False)[1] if self.native else None
 
     @property
     def cache_bytes(self) -> int:
@@ -162,14 +175,14 @@ class Estimate:
 
     @property
     def host(self) -> Items:
-        """Bytes in host memory beside a GPU's: the weights on their way from disk, and the teacher,
-        each of whose pinned buffers torch rounds up to a power of two."""
+        """Bytes in host memory beside a GPU's: the weights on their way from disk, unless they are
+        drawn on the GPU, and the teacher's pinned buffers."""
         if not self.on_gpu:
             return {}
-        items = {"loading": self.weights}
+        items = {} if self.config.model.random else {"loading": self.weights}
         if self.on_host:
             sizes = [*self.layers, *self.others]
-            items["teacher"] = sum(1 << (size - 1).bit_length() for size in sizes)
+            items["teacher"] = sum(map(pinned_bytes, sizes))
         return items
 
     # ---------------------------------------------------------------- weights and their state
@@ -181,7 +194,13 @@ class Estimate:
         if self.on_host:
             # Without a GPU the host's memory is the device's.
             teacher = 0 if self.on_gpu else sum(self.layers) + sum(self.others)
-        return {"weights": self.weights, "optimizer_state": self._state(), "teacher": teacher}
+        return {
+            "weights": self.weights,
+            "optimizer_state": self._state(),
+            "teacher": teacher,
+            # Steps are captured on a stream of their own.
+            "workspaces": self.on_gpu * CUBLAS_WORKSPACE * (2 if self.native else 1),
+        }
 
     @cached_property
     def _optimizer(self) -> torch.optim.Optimizer:
@@ -191,7 +210,7 @@ class Estimate:
         group = self._optimizer.param_groups[0]
         if not isinstance(self._optimizer, AdamW):  # two moments and a count of steps
             return 2 * self.trained + 4 * len(group["params"])
-        with self.trace.mode:
+        with FAKE:
             states = [empty_state(p, group["state"]) for p in group["params"]]
         return sum(tensor.nbytes for state in states for tensor in state.values())
 
@@ -219,115 +238,146 @@ class Estimate:
         scored = [(r.context, r.response) for r in self.rollouts if r.context is not None]
         if not scored:
             return 0
-        batch = self._micro_batches(scored)[0]
+        batch, _ = self._heaviest(scored, self.config.scoring_tokens)
         rows = sum(response for _, response in batch)
-        return self.trace.peak(scoring, batch) - rows * self.head[0].nbytes
+        return peak(self.network, scoring, batch) - rows * self.head[0].nbytes
 
-    def _training(self) -> int:
-        """Beside full gradients: of the heaviest micro-batch, or of the optimizer's step."""
+    @cached_property
+    def kept_layers(self) -> int:
+        """How many of the last layers keep their activations although the others do not; 0 where
+        all do."""
+        kept = self.config.model.kept_layers
+        if not self.config.model.gradient_checkpointing:
+            return 0
+        if kept != "auto":
+            return kept
+        taken = sum((self._resident | self._scores()).values()) + self.trained
+        room = int(self.budget * AUTO_SHARE) - taken
+        return bisect(range(1, len(self.layers) + 1), room, key=self._training)
+
+    def _training(self, kept: int) -> int:
+        """Beside full gradients: of the heaviest micro-batch, or of the optimizer's step. `kept`:
+        layers that keep their activations although the others do not."""
+        network = self._network(kept)
         size = len(self.rollouts) // self.config.optimizer.updates_per_step
         most = self._stepping()
         for i in range(0, len(self.rollouts), size):
             update = [(r.prompt, r.response) for r in self.rollouts[i : i + size]]
-            first, *rest = self._micro_batches(update)
-            if self.given or not rest:
-                most = max(most, self._backward(first, False) - self.trained)
-            if rest:
-                heaviest = max(rest, key=lambda batch: sum(map(sum, batch)))
-                most = max(most, self._backward(heaviest if self.given else first, True))
+            batch, accumulating = self._heaviest(update, self.config.optimizer.micro_batch_tokens)
+            taken = peak(
+                network,
+                training,
+                self.config.objective,
+                batch,
+                self.teachers * self.head.shape[1],
+                accumulating,
+                self.on_gpu,
+                whole=not accumulating,
+                last=kept,
+            )
+            most = max(most, taken if accumulating else taken - self.trained)
         return most
 
-    def _backward(self, batch: Sequences, accumulating: bool) -> int:
-        width = self.teachers * self.head.shape[1]
-        return self.trace.peak(
-            training,
-            self.config.objective,
-            batch,
-            width,
-            accumulating,
-            self.on_gpu,
-            whole=not accumulating,
-        )
-
-    def _micro_batches(self, lengths: list[tuple[int, int]]) -> list[Sequences]:
-        """As training cuts them, the longest sequence in the first. At the caps that one is filled
-        up with the response to a prompt of one token: then no other micro-batch is larger."""
-        budget = self.config.optimizer.micro_batch_tokens
-        totals = [sum(pair) for pair in lengths]
-        batches = [tuple(lengths[i] for i in group) for group in micro_batches(totals, budget)]
-        room = budget - sum(map(sum, batches[0]))
+    def _heaviest(self, lengths: list[tuple[int, int]], budget: int) -> tuple[Sequences, bool]:
+        """Of the micro-batches within `budget` tokens the one of the most, and whether there are
+        others. At the caps it is then filled up with the response to a prompt of one token, so that
+        no other can be larger."""
+        groups = list(micro_batches([sum(pair) for pair in lengths], budget))
+        batches = [tuple(lengths[i] for i in group) for group in groups]
+        heaviest = max(batches, key=lambda batch: sum(map(sum, batch)))
+        room = budget - sum(map(sum, heaviest))
         if not self.given and len(batches) > 1 and room > 1:
-            batches[0] += ((1, room - 1),)
-        return batches
+            heaviest += ((1, room - 1),)
+        return heaviest, len(batches) > 1
+
+    # The PyTorch paths of `sodfast_kernels`, taken without a GPU, work on CHUNK elements at a time.
+    # What they allocate is measured on as much of the largest parameter: real memory, but little.
 
     def _stepping(self) -> int:
-        """Of the optimizer's step beside its state: only the PyTorch path takes any."""
+        """Of the optimizer's step beside its state."""
         group = self._optimizer.param_groups[0]
         if self.on_gpu or not isinstance(self._optimizer, AdamW):
             return 0
-        parameter = self._chunk()
-        parameter.grad = torch.zeros_like(parameter)
+        parameter, gradient = self._chunks()
+        parameter.grad = gradient
         optimizer = AdamW([parameter], state=group["state"])
         optimizer.step()  # which makes the state
-        state = optimizer.state[parameter].values()
-        with LiveBytes([parameter, parameter.grad, *state]) as live:
+        with LiveBytes([parameter, gradient, *optimizer.state[parameter].values()]) as live:
             optimizer.step()
         return live.take_peak()
 
     def _moving_the_teacher(self) -> int:
-        """Of the teacher's move, likewise."""
         if self.on_gpu:
             return 0
         update = ParameterUpdate(average_rate(self.config.schedule))
-        teacher, student = self._chunk(), self._chunk()
+        teacher, student = self._chunks()
         with LiveBytes([teacher, student]) as live:
             update.add([teacher], [student])
         return live.take_peak()
 
-    def _chunk(self) -> torch.Tensor:
-        """As much of the largest parameter as the PyTorch paths of `sodfast_kernels` work on at a
-        time: real memory, but little."""
+    def _chunks(self) -> Iterator[torch.Tensor]:
+        """Two tensors of such a chunk's size."""
         largest = max(trained_parameters(self.network).values(), key=torch.Tensor.numel)
-        return torch.zeros(min(largest.numel(), CHUNK), dtype=largest.dtype)
+        size = min(largest.numel(), CHUNK)
+        return (torch.zeros(size, dtype=largest.dtype) for _ in range(2))
 
     # ---------------------------------------------------------------- sampling
 
-    @cached_property
-    def _slots(self) -> tuple[int, str | None]:
-        """How many sequences the native engine decodes at once, or why it would not start."""
+    def cache(self, evaluating: bool) -> tuple[CacheSize, str | None]:
+        """The native engine's cache of one call. Where it would not start: the least that it would
+        need, and why."""
         config, free = self.config.rollout, self.budget - sum(self._resident.values())
+        _, _, sequences = self._asked(evaluating)
+        rows = min(config.batch_size, sequences)
+        size = partial(cache_size, self.network, self.longest, on_gpu=self.on_gpu, free=free)
         try:
-            slots = cache_slots(self.network, self.longest, config.cache_gib, free, self.on_gpu)
+            return size(rows=rows, cache_gib=config.cache_gib), None
         except UsageError as error:
-            return 0, str(error)
-        return min(config.batch_size, slots), None
+            return size(rows=1, cache_gib=2.0**30), str(error)
+
+    def at_once(self, evaluating: bool) -> int:
+        """How many sequences are decoded together at the start of a call."""
+        prompts, copies, sequences = self._asked(evaluating)
+        if not self.native:
+            return min(self.config.rollout.batch_size, sequences)
+        size, _ = self.cache(evaluating)
+        return size.at_once(prompts[0], copies, self.config.rollout.max_new_tokens)
+
+    def _asked(self, evaluating: bool) -> tuple[list[int], int, int]:
+        """Tokens of the prompts of a call, the longest first, samples of each, and samples of all
+        (of an evaluation as many as can be decoded at once, where the questions are not known)."""
+        copies, sequences = self.config.rollout.samples_per_prompt, len(self.rollouts)
+        prompts = sorted((r.prompt for r in self.rollouts[::copies]), reverse=True)
+        if evaluating:
+            task, copies = self.config.task, self.config.eval.samples
+            sequences = self.config.rollout.batch_size
+            if isinstance(task, ArithmeticConfig):
+                sequences = task.test * copies
+            prompts = prompts[:1] * -(-sequences // copies)
+        return prompts, copies, sequences
 
     def _sampling(self, evaluating: bool) -> Items:
         """Cache and activations of the engine."""
-        config = self.config.rollout
-        copies, wanted = config.samples_per_prompt, len(self.rollouts)
-        prompts = sorted((r.prompt for r in self.rollouts[::copies]), reverse=True)
-        if evaluating:
-            task, copies, wanted = self.config.task, self.config.eval.samples, config.batch_size
-            if isinstance(task, ArithmeticConfig):
-                wanted = task.test * copies
-            prompts = prompts[:1] * -(-wanted // copies)
+        prompts, copies, _ = self._asked(evaluating)
+        started, new_tokens = self.at_once(evaluating), self.config.rollout.max_new_tokens
         if not self.native:
             # All prompts of a batch at once, padded; the cache grows with the answers.
-            rows = min(config.batch_size, wanted)
-            activations = self.trace.peak(scoring, ((prompts[0], 1),) * rows)
-            return {"kv_cache": rows * self.longest * self.token_bytes, "activations": activations}
-        # Also where it would not start the plan says what the least would take.
-        rows = min(self._slots[0] or 1, wanted)
-        rows += idle_rows(rows, self.on_gpu)
+            activations = peak(self.network, scoring, ((prompts[0], 1),) * started)
+            cached = started * self.longest * self.token_bytes
+            return {"kv_cache": cached, "activations": activations}
+        size, _ = self.cache(evaluating)
+        rows = size.rows + idle_rows(size.rows, self.on_gpu)
+        started += idle_rows(started, self.on_gpu)
         packed: list[int] = []
-        for prompt in prompts[: -(-rows // copies)]:
+        for prompt in prompts[: -(-started // copies)]:
             if not packed or sum(packed) + prompt <= PREFILL_TOKENS:
                 packed.append(prompt)
-        activations = self.trace.peak(prefill, tuple(packed), copies, self.longest, self.on_gpu)
+        activations = peak(self.network, prefill, tuple(packed), copies, self.longest, self.on_gpu)
         return {
-            "kv_cache": rows * slot_bytes(self.network, self.longest),
-            "activations": activations + state_bytes(rows, config.max_new_tokens),
+            "kv_cache": size.bytes,
+            # The logits of a captured step; its hidden states are small beside them.
+            "graphs": rows * len(self.head) * 4 if self.on_gpu else 0,
+            "activations": activations + state_bytes(rows, new_tokens),
         }
 
 
@@ -370,17 +420,4 @@ def architecture(config: Config) -> dict[str, Any]:
                 f"holds it, or one of {', '.join(known)}"
             )
         file = Path(found)
-    try:
-        contents = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise UsageError(f"model.path={path}: its config.json cannot be read: {error}") from error
-    if not isinstance(contents, dict) or "model_type" not in contents:
-        raise UsageError(f"model.path={path}: its config.json names no model_type")
-    return contents
-
-
-@cache
-def _trace(
-    contents: str, dtype: str, recompute: bool, liger: bool, adapters: LoRAConfig | None
-) -> Trace:
-    return Trace(json.loads(contents), getattr(torch, dtype), recompute, liger, adapters)
+    return read_config(file.parent, f"model.path={path}")

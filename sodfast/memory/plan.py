@@ -20,6 +20,8 @@ from sodfast.memory.estimate import GIB, Estimate
 # To which the largest micro-batch is rounded down.
 MICRO_BATCH_STEP = 1024
 
+Overrides = dict[str, str | int]  # key → value
+
 
 def largest_micro_batch(config: Config) -> int | None:
     """The most `optimizer.micro_batch_tokens` with which a run that fits still fits, rounded down
@@ -30,6 +32,7 @@ def largest_micro_batch(config: Config) -> int | None:
     above the peak between them and below it beyond them: where it meets the budget between a size
     that fits and one that does not, a run fits.
     """
+    config = _at_least(config)
 
     @cache
     def estimate(tokens: int) -> Estimate:
@@ -57,9 +60,10 @@ def largest_micro_batch(config: Config) -> int | None:
 def changes(config: Config) -> list[str]:
     """Overrides with which a run fits that does not, checked by planning it: the first single
     change that is enough, or else the fewest of the known changes; none where they do not help."""
+    config = _at_least(config)
 
-    def fits(taken: list[list[str]]) -> bool:
-        return Estimate(override(config, _joined(taken))).fits
+    def fits(taken: Sequence[Overrides]) -> bool:
+        return Estimate(override(config, _texts(taken))).fits
 
     known = list(_changes(config))
     singles, firsts = [[change] for change in known], [known[:n] for n in range(2, len(known) + 1)]
@@ -67,37 +71,47 @@ def changes(config: Config) -> list[str]:
     for change in taken[:-1]:  # without the last one it does not fit
         fewer = [other for other in taken if other is not change]
         taken = fewer if fits(fewer) else taken
-    return _joined(taken)
+    return _texts(taken)
 
 
-def _changes(config: Config) -> Iterator[list[str]]:
+def _changes(config: Config) -> Iterator[Overrides]:
     """What takes less memory than `config`, the least costly first."""
     rollout, optimizer, teacher = config.rollout, config.optimizer, config.teacher
     if rollout.cache_gib is not None:
-        yield ["rollout.cache_gib=null"]
+        yield {"rollout.cache_gib": "null"}
+    if config.model.kept_layers:
+        yield {"model.kept_layers": 0}
+    if config.scoring_tokens > optimizer.micro_batch_tokens:
+        yield {"teacher.micro_batch_tokens": "null"}
     if config.model.dtype != "bfloat16":
-        yield ["model.dtype=bfloat16", "optimizer.adamw=auto"]
+        yield {"model.dtype": "bfloat16", "optimizer.adamw": "auto"}
     elif optimizer.adamw not in ("auto", "8bit"):
-        yield ["optimizer.adamw=8bit"]
+        yield {"optimizer.adamw": "8bit"}
     if teacher.storage != "host" and config.model.lora is None:
-        yield ["teacher.storage=host"]
+        yield {"teacher.storage": "host"}
     if not config.model.gradient_checkpointing:
-        yield ["model.gradient_checkpointing=true"]
+        yield {"model.gradient_checkpointing": "true"}
     longest = rollout.max_prompt_tokens + rollout.max_new_tokens
     if optimizer.micro_batch_tokens > longest:
-        yield [f"optimizer.micro_batch_tokens={longest}"]
+        yield {"optimizer.micro_batch_tokens": longest}
     for share in (2, 4, 8):
-        yield [
-            f"rollout.max_new_tokens={-(-rollout.max_new_tokens // share)}",
-            f"teacher.max_prompt_tokens={-(-teacher.max_prompt_tokens // share)}",
-            f"optimizer.micro_batch_tokens={-(-optimizer.micro_batch_tokens // share)}",
-        ]
+        yield {
+            "rollout.max_new_tokens": -(-rollout.max_new_tokens // share),
+            "teacher.max_prompt_tokens": -(-teacher.max_prompt_tokens // share),
+            "optimizer.micro_batch_tokens": -(-optimizer.micro_batch_tokens // share),
+        }
 
 
-def _joined(taken: Sequence[list[str]]) -> list[str]:
-    """All overrides, a key's last one only."""
-    last = {text.partition("=")[0]: text for change in taken for text in change}
-    return list(last.values())
+def _at_least(config: Config) -> Config:
+    """Without what model.kept_layers=auto would take of the room that something else needs."""
+    auto = config.model.kept_layers == "auto"
+    return override(config, ["model.kept_layers=0"]) if auto else config
+
+
+def _texts(taken: Sequence[Overrides]) -> list[str]:
+    """All overrides as a command takes them, a key's last one only."""
+    last = {key: value for change in taken for key, value in change.items()}
+    return [f"{key}={value}" for key, value in last.items()]
 
 
 def report(config: Config) -> dict[str, Any]:
@@ -116,9 +130,14 @@ def report(config: Config) -> dict[str, Any]:
         "peak_bytes": result.peaks,
         "host_bytes": result.host,
         "parameters": result.parameters,
+        "decoded_at_once": {
+            "rollout": result.at_once(False),
+            **({"evaluate": result.at_once(True)} if config.eval.every else {}),
+        },
         "largest_cache_bytes": result.cache_bytes,
         "largest_cache_tokens": result.cache_bytes // result.token_bytes,
         "largest_micro_batch_tokens": largest,
+        "kept_layers": result.kept_layers,
         "changes": advice,
     }
 
@@ -138,9 +157,16 @@ def _text(
         f"Cache of keys and values: at most {result.cache_bytes / GIB:.2f} GiB in a rollout, "
         f"{cache_tokens:,} tokens."
     )
+    evaluated = f", {result.at_once(True)} in an evaluation" if config.eval.every else ""
+    yield f"Decoded at once, at the start: {result.at_once(False)} sequences{evaluated}."
     if result.fits:
         most = "of any size" if largest is None else f"of at most {largest:,} tokens"
         yield f"Micro-batches: {most} (optimizer.micro_batch_tokens)."
+    if config.model.gradient_checkpointing:
+        yield (
+            f"Layers that keep their activations: {result.kept_layers} of {len(result.layers)} "
+            "(model.kept_layers)."
+        )
     if result.host:
         parts = [f"{item} {count / GIB:.2f} GiB" for item, count in result.host.items()]
         yield f"Host memory: {', '.join(parts)}."

@@ -12,11 +12,12 @@ which its own `linear_scratch_bytes` states.
 Shapes: T tokens, N response tokens, H hidden size, H' that of the teacher's rows, V vocabulary.
 """
 
+import json
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.util import find_spec
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -28,15 +29,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sodfast.config import LoRAConfig, ObjectiveConfig
 from sodfast.errors import UsageError
 from sodfast.model import liger, lora
+from sodfast.model.directory import name_no_code, refusing
 from sodfast.model.load import decoder_layers, output_head, recompute_layers, trained_parameters
 from sodfast.model.packing import can_pack, response_hidden, use_packed_attention
 from sodfast.objective import micro_batch_loss
-from sodfast.rollout.decoder import Cache, Decoder
+from sodfast.rollout.cache import Cache
+from sodfast.rollout.decoder import Decoder
 from sodfast.rollout.engine import Sample
 
 # The layers of most networks repeat after a few. A deeper network is measured with these multiples
 # of that few, and the line through the two peaks gives its own.
 DEPTHS = (2, 3)
+# Lengths and ids may be real tensors, so that the phases can read them.
+FAKE = FakeTensorMode(allow_non_fake_inputs=True)
 
 Sequences = tuple[tuple[int, int], ...]  # tokens of (prompt or context, response) of a micro-batch
 Peaks = tuple[int, ...]  # of a phase's parts, bytes
@@ -87,100 +92,98 @@ class LiveBytes(TorchDispatchMode):
         self._live -= self._sizes.pop(key)
 
 
-class Trace:
-    """A network of `architecture` (the contents of a config.json), without weights.
+@cache
+def empty_network(
+    contents: str,
+    dtype: torch.dtype,
+    recompute: bool,
+    use_liger: bool,
+    adapters: LoRAConfig | None = None,
+    kept: int = 0,
+) -> Any:
+    """A network without weights, set up as `commands.build_model` sets up one that has some.
 
-    `liger`: with Liger's kernels where they are installed and know it; else without, which takes
-    more. Raises `UsageError` for one that transformers does not know or that cannot be trained
+    `contents`: of a config.json. `use_liger`: with Liger's kernels where they are installed and
+    know the network; without them it takes more. `kept`: how many layers `recompute` spares.
+    Raises `UsageError` for a network that transformers does not know or that cannot be trained
     here.
     """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
 
-    def __init__(
-        self,
-        architecture: dict[str, Any],
-        dtype: torch.dtype,
-        recompute: bool,
-        liger: bool,
-        adapters: LoRAConfig | None = None,
-    ) -> None:
-        # Lengths and ids may be real tensors, so that the phases can read them.
-        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self.network = self._empty(architecture, dtype)
-        self._set_up(recompute, liger, adapters)
-        self.depths = _depths(self.network)
-        self._peaks: dict[tuple[Any, ...], int] = {}
-
-    def _empty(self, architecture: dict[str, Any], dtype: torch.dtype) -> Any:
-        from transformers import AutoConfig, AutoModelForCausalLM
-        from transformers.initialization import no_init_weights
-
-        try:
-            config = AutoConfig.for_model(**architecture)
-            with self.mode, no_init_weights():
-                network = AutoModelForCausalLM.from_config(config, dtype=dtype)
-            network.tie_weights()
-        except (ValueError, TypeError, AttributeError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise UsageError(f"model.path: its config.json makes no model: {reason}") from error
-        if not can_pack(network):
-            raise UsageError(
-                f"model.path: sequences of a {type(network).__name__} cannot be packed: choose "
-                "another model"
-            )
-        return network.eval()
-
-    def _set_up(self, recompute: bool, use_liger: bool, adapters: LoRAConfig | None) -> None:
-        """As `commands.build_model` sets up a network that has weights."""
-        use_packed_attention(self.network)
-        if adapters is not None:
-            lora.require_peft()
-            lora.inject_adapters(self.network, adapters, seed=0)
-            self._forget_values()
-        if use_liger and liger.unsupported(self.network, torch.device("cuda")) is None:
-            liger.patch(self.network)
-        if recompute:
-            recompute_layers(self.network)
-
-    def _forget_values(self) -> None:
-        """Make fake what is not: peft gives the adapters that it adds real memory."""
-        for module in self.network.modules():
+    with refusing(
+        "model.path: its config.json makes no model", "give that of a causal language model"
+    ):
+        config = AutoConfig.for_model(**json.loads(contents))
+        name_no_code(config)
+        with FAKE, no_init_weights():
+            network = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        network.tie_weights()
+    if not can_pack(network):
+        raise UsageError(
+            f"model.path: sequences of a {type(network).__name__} cannot be packed: choose "
+            "another model"
+        )
+    use_packed_attention(network.eval())
+    if adapters is not None:
+        lora.require_peft()
+        lora.inject_adapters(network, adapters, seed=0)
+        for module in network.modules():  # peft gives the adapters that it adds real memory
             for name, parameter in module.named_parameters(recurse=False):
                 if not isinstance(parameter, FakeTensor):
-                    fake = self.mode.from_tensor(parameter.detach())
+                    fake = FAKE.from_tensor(parameter.detach())
                     module.register_parameter(name, nn.Parameter(fake, parameter.requires_grad))
+    if use_liger and liger.unsupported(network, torch.device("cuda")) is None:
+        liger.patch(network)
+    if recompute:
+        recompute_layers(network, kept)
+    return network
 
-    def peak(self, phase: Callable[..., Peaks], *arguments: Any, whole: bool = False) -> int:
-        """The most bytes there are at once in `phase(network, *arguments)`, one of the functions
-        below; measured once for the same arguments.
 
-        The peak of each of the phase's parts is continued linearly from two depths, unless the
-        network is shallow, its layers do not repeat, or all of it is to be measured (`whole`).
-        """
-        key = (phase, arguments, whole)
-        if key not in self._peaks:
-            depths = None if whole else self.depths
-            with self.mode, _no_kernels():
-                if depths is None:
-                    parts = phase(self.network, *arguments)
-                else:
-                    less, more = (self._at(depth, phase, arguments) for depth in depths)
-                    beyond = len(decoder_layers(self.network)) - depths[1]
-                    parts = tuple(
-                        high + (high - low) * beyond // (depths[1] - depths[0])
-                        for low, high in zip(less, more, strict=True)
-                    )
-            self._peaks[key] = max(parts)
-        return self._peaks[key]
+@cache
+def peak(
+    network: Any,
+    phase: Callable[..., Peaks],
+    *arguments: Hashable,
+    whole: bool = False,
+    last: int = 0,
+) -> int:
+    """The most bytes there are at once in `phase(network, *arguments)`, one of the functions
+    below; measured once for the same arguments.
 
-    def _at(self, depth: int, phase: Callable[..., Peaks], arguments: tuple[Any, ...]) -> Peaks:
-        """The phase's peaks in a network of the first `depth` layers."""
-        body = self.network.base_model
-        ((name, layers),) = (m for m in body.named_children() if isinstance(m[1], nn.ModuleList))
-        setattr(body, name, layers[:depth])
-        try:
-            return phase(self.network, *arguments)
-        finally:
-            setattr(body, name, layers)
+    The peak of each of the phase's parts is continued linearly from two depths, unless the network
+    is shallow, its layers do not repeat, or all of it is to be measured (`whole`). The `last`
+    layers, which are set up otherwise, are there at every depth.
+    """
+    repeated = len(decoder_layers(network)) - last
+    shallow = None if whole else depths(network, last)
+    with FAKE, _no_kernels():
+        if shallow is None:
+            return max(phase(network, *arguments))
+        measured = []
+        for depth in shallow:
+            with _fewer_layers(network, depth, last):
+                measured.append(phase(network, *arguments))
+    less, more = shallow
+    return max(
+        high + (high - low) * (repeated - more) // (more - less)
+        for low, high in zip(*measured, strict=True)
+    )
+
+
+def depths(network: Any, last: int = 0) -> tuple[int, int] | None:
+    """Two depths at which the network's layers but the `last` repeat; None where it is hardly
+    deeper."""
+    layers = decoder_layers(network)
+    kinds = getattr(network.config, "layer_types", None) or [None] * len(layers)
+    shapes = [
+        (kind, *(p.shape for p in layer.parameters()))
+        for kind, layer in zip(kinds, layers, strict=True)
+    ][: len(layers) - last]
+    for period in range(1, len(shapes) // (DEPTHS[1] + 1) + 1):
+        if all(shape == shapes[i % period] for i, shape in enumerate(shapes)):
+            return DEPTHS[0] * period, DEPTHS[1] * period
+    return None
 
 
 # ---------------------------------------------------------------- the phases
@@ -207,7 +210,7 @@ def training(
     teacher_hidden = [head.new_empty(n, teacher_width) for _, n in sequences]
     teacher_head = head.new_empty(len(head), teacher_width)
     gradients = [torch.empty_like(parameter) for parameter in trained if accumulating]
-    for parameter, gradient in zip_longest(trained, gradients):
+    for parameter, gradient in zip(trained, gradients, strict=False):  # of none or of all
         parameter.grad = gradient
     known = [*_tensors(network), *teacher_hidden, teacher_head, *gradients]
 
@@ -277,6 +280,18 @@ def _samples(sequences: Sequences) -> tuple[list[Tensor], list[Sample]]:
     return [prompt for prompt, _ in ids], samples
 
 
+@contextmanager
+def _fewer_layers(network: Any, first: int, last: int) -> Iterator[None]:
+    """The network with its first and its last layers alone."""
+    body = network.base_model
+    ((name, layers),) = (m for m in body.named_children() if isinstance(m[1], nn.ModuleList))
+    setattr(body, name, nn.ModuleList([*layers[:first], *layers[len(layers) - last :]]))
+    try:
+        yield
+    finally:
+        setattr(body, name, layers)
+
+
 def _tensors(network: nn.Module) -> list[Tensor]:
     return [*network.parameters(), *network.buffers()]
 
@@ -296,17 +311,3 @@ def _no_kernels() -> Iterator[None]:
         yield
     finally:
         KernelInterface.__getitem__ = launch
-
-
-def _depths(network: Any) -> tuple[int, int] | None:
-    """Two depths at which the network's layers repeat; None where it is hardly deeper."""
-    layers = decoder_layers(network)
-    kinds = getattr(network.config, "layer_types", None) or [None] * len(layers)
-    shapes = [
-        (kind, tuple(p.shape for p in layer.parameters()))
-        for kind, layer in zip(kinds, layers, strict=True)
-    ]
-    for period in range(1, len(layers) // (DEPTHS[1] + 1) + 1):
-        if all(shape == shapes[i % period] for i, shape in enumerate(shapes)):
-            return DEPTHS[0] * period, DEPTHS[1] * period
-    return None

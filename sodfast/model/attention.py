@@ -1,13 +1,13 @@
-"""Attention over packed sequences and over the slots of a cache, called alike on every device.
+"""Attention over packed sequences, called alike on every device, and over the slots of a cache.
 
 `paths` decides which kernel runs, from the device, the dtype and what is installed:
 
-* On a GPU in 16 bits, FlashAttention 2: torch's own (`varlen_attn`) where it has the arguments that
-  are needed, otherwise the `flash-attn` package where it is installed, otherwise sdpa. The
-  `varlen_attn` of torch 2.11 has no `seqused_k`, so that it serves packed sequences but no cache.
-* On a GPU in 32 bits: sdpa, since FlashAttention takes 16 bits only.
-* On a CPU: sdpa over runs of equally long packed sequences; two batched matrix products where each
-  sequence has one new token.
+* Packed sequences on a GPU in 16 bits: FlashAttention 2, torch's own (`varlen_attn`) where it has
+  the arguments that are needed, otherwise the `flash-attn` package where it is installed, otherwise
+  sdpa. In 32 bits sdpa, since FlashAttention takes 16 bits only. On a CPU: sdpa over runs of
+  equally long sequences.
+* New tokens over a cache on a GPU: `sodfast_kernels.decode_attention`, whatever is installed. On a
+  CPU: two batched matrix products.
 
 Shapes: T tokens of packed sequences, B sequences with one new token each, S slots of W positions,
 A query heads, K key-value heads, D head size. `window`: a token attends to this many last
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from sodfast.errors import UsageError
 
-Path = Literal["varlen_attn", "flash-attn", "sdpa", "products"]
+Path = Literal["varlen_attn", "flash-attn", "sdpa", "decode_attention", "products"]
 FLASH: tuple[Path, ...] = ("varlen_attn", "flash-attn")
 
 
@@ -49,29 +49,29 @@ def paths(device: torch.device, dtype: torch.dtype) -> Paths:
     if device.type != "cuda":
         return Paths("sdpa", "sdpa", "products")
     if dtype.itemsize != 2:
-        return Paths("sdpa", "sdpa", "sdpa")
+        return Paths("sdpa", "sdpa", "decode_attention")
     otherwise: Path = "flash-attn" if _has_package() else "sdpa"
-    torchs = _varlen_arguments()
     return Paths(
-        packed="varlen_attn" if "window_size" in torchs else otherwise,
+        packed="varlen_attn" if "window_size" in _varlen_arguments() else otherwise,
         capped=otherwise,
-        slots="varlen_attn" if {"window_size", "seqused_k"} <= torchs else otherwise,
+        slots="decode_attention",
     )
 
 
 def describe(device: torch.device, dtype: torch.dtype, softcap: bool, slots: bool) -> str:
     """One line for a person: the kernels of a run. `softcap`: whether the model caps its scores;
-    `slots`: whether its rollouts attend by `SlotAttention` or by kernels that are not ours."""
+    `slots`: whether its rollouts decode from our own cache, or by kernels that are not ours."""
     found = paths(device, dtype)
     packed = found.capped if softcap else found.packed
     decode = _named(found.slots) if slots else "the engine's own"
     return f"attention: {_named(packed)} over packed sequences, {decode} in decoding"
 
 
-def require_flash(device: torch.device, dtype: torch.dtype, softcap: bool, slots: bool) -> None:
+def require_flash(device: torch.device, dtype: torch.dtype, softcap: bool) -> None:
     """What model.attention=flash asks for; the arguments are those of `describe`.
 
-    Raises `UsageError` where any of these kernels would not be FlashAttention's.
+    Raises `UsageError` where the kernel over packed sequences would not be FlashAttention's. In
+    decoding ours is always there.
     """
     found = paths(device, dtype)
     packed = found.capped if softcap else found.packed
@@ -79,8 +79,6 @@ def require_flash(device: torch.device, dtype: torch.dtype, softcap: bool, slots
         reason = "FlashAttention takes 16 bits on a GPU: set device=cuda and model.dtype=bfloat16"
     elif packed not in FLASH:
         reason = "none that is installed serves this model's packed sequences: install flash-attn"
-    elif slots and found.slots not in FLASH:
-        reason = "none that is installed decodes from a cache: install flash-attn or torch 2.13"
     else:
         return
     raise UsageError(f"model.attention=flash: {reason}, or set model.attention=auto")
@@ -98,7 +96,8 @@ def without_cudnn(device: torch.device) -> None:
 
 
 def _named(path: Path) -> str:
-    return f"torch's {path}" if path == "varlen_attn" else path
+    owner = {"varlen_attn": "torch's ", "decode_attention": "sodfast's "}
+    return owner.get(path, "") + path
 
 
 def _varlen_arguments() -> frozenset[str]:
@@ -133,13 +132,6 @@ def _varlen_attn() -> Callable[..., Any]:
 def _sides(window: int | None) -> tuple[int, int]:
     """FlashAttention's window of causal attention: positions to the left (−1: all) and right."""
     return (-1 if window is None else window - 1, 0)
-
-
-def _sides_of_one(window: int | None) -> tuple[int, int]:
-    """The same for a single query, the last of its sequence: without a window nothing lies to its
-    right, so that it need not be cut off there. FlashAttention 2 packs the query heads of a group
-    into one tile and splits the keys among blocks only where neither side is cut off."""
-    return (-1, -1) if window is None else _sides(window)
 
 
 class PackedAttention:
@@ -255,20 +247,10 @@ class SlotAttention:
     """One query token for each of the slots 0 … B−1, which attends to the first `used_B` (int32)
     positions of its slot, its own the last of them. No `used_B` exceeds `width`."""
 
-    def __init__(self, used_B: Tensor, width: int, dtype: torch.dtype) -> None:
+    def __init__(self, used_B: Tensor, width: int) -> None:
         self.used_B = used_B
         self.width = width
         self.biases: dict[int | None, Tensor] = {}
-        kernels: dict[Path, Callable[..., Tensor]] = {
-            "varlen_attn": self._varlen,
-            "flash-attn": self._package,
-            "sdpa": self._sdpa,
-            "products": self._products,
-        }
-        chosen = paths(used_B.device, dtype).slots
-        self.attend = kernels[chosen]
-        if chosen == "varlen_attn":  # one query each
-            self.ends_B1 = torch.arange(len(used_B) + 1, dtype=torch.int32, device=used_B.device)
 
     def __call__(
         self,
@@ -278,75 +260,12 @@ class SlotAttention:
         scale: float,
         window: int | None = None,
     ) -> Tensor:
-        """Attended values [B, A, D]."""
-        return self.attend(q_BAD, keys_SWKD, values_SWKD, scale, window)
-
-    def _varlen(
-        self,
-        q_BAD: Tensor,
-        keys_SWKD: Tensor,
-        values_SWKD: Tensor,
-        scale: float,
-        window: int | None,
-    ) -> Tensor:
-        slot = keys_SWKD.shape[1]
-        keys, values = (x[: len(q_BAD)].flatten(0, 1) for x in (keys_SWKD, values_SWKD))
-        return _varlen_attn()(
-            q_BAD, keys, values, self.ends_B1, self.ends_B1 * slot, 1, slot,
-            scale=scale, window_size=_sides_of_one(window), seqused_k=self.used_B,
-        )  # fmt: skip
-
-    def _package(
-        self,
-        q_BAD: Tensor,
-        keys_SWKD: Tensor,
-        values_SWKD: Tensor,
-        scale: float,
-        window: int | None,
-    ) -> Tensor:
-        from flash_attn import flash_attn_with_kvcache
-
-        return flash_attn_with_kvcache(
-            q_BAD[:, None],
-            keys_SWKD[: len(q_BAD)],
-            values_SWKD[: len(q_BAD)],
-            cache_seqlens=self.used_B,
-            softmax_scale=scale,
-            window_size=_sides_of_one(window),
-        )[:, 0]
-
-    def _sdpa(
-        self,
-        q_BAD: Tensor,
-        keys_SWKD: Tensor,
-        values_SWKD: Tensor,
-        scale: float,
-        window: int | None,
-    ) -> Tensor:
-        count, width = len(q_BAD), self.width
-        return F.scaled_dot_product_attention(
-            q_BAD[:, :, None],
-            keys_SWKD[:count, :width].transpose(1, 2),
-            values_SWKD[:count, :width].transpose(1, 2),
-            attn_mask=self._seen(window)[:, None, None],
-            scale=scale,
-            enable_gqa=q_BAD.shape[1] != keys_SWKD.shape[2],
-        )[:, :, 0]
-
-    def _products(
-        self,
-        q_BAD: Tensor,
-        keys_SWKD: Tensor,
-        values_SWKD: Tensor,
-        scale: float,
-        window: int | None,
-    ) -> Tensor:
-        """Two batched products and a softmax. In the memory order of a CPU's cache
-        (rollout/decoder.py) the permuted keys and values are plain matrices, read without a copy.
-        """
+        """Attended values [B, A, D], by two batched products and a softmax. In the memory order of
+        a CPU's cache (rollout/cache.py) the permuted keys and values are plain matrices, read
+        without a copy."""
         count, width, kv_heads = len(q_BAD), self.width, keys_SWKD.shape[2]
         if window not in self.biases:
-            bias_BW = torch.zeros(count, width, dtype=q_BAD.dtype)
+            bias_BW = torch.zeros(count, width, dtype=q_BAD.dtype, device=q_BAD.device)
             bias_BW.masked_fill_(~self._seen(window), -torch.inf)
             self.biases[window] = bias_BW.repeat_interleave(kv_heads, 0)[:, None]
         q_NGD = q_BAD.reshape(count * kv_heads, -1, q_BAD.shape[2])  # G queries of each key head

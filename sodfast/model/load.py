@@ -1,6 +1,5 @@
 """Language models: loading, checks that this project can train them, prompts, decoder layers."""
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sodfast.errors import UsageError
+from sodfast.model.chat import encode_messages, encode_text, require_prompts
+from sodfast.model.directory import find_model, name_no_code, refusing, stored_sizes
+from sodfast.model.joined import join_weights
 from sodfast.model.packing import can_pack, own_attention, packed_hidden, use_packed_attention
 from sodfast.tasks.base import Question
 
@@ -51,25 +51,19 @@ class LanguageModel:
     ) -> list[int]:
         """Token ids of a prompt: the chat template with thinking off where there is one,
         otherwise the text of the messages as it is. `history` stands between `system` and `prompt`.
+        No text becomes a special token.
 
-        Raises `UsageError` where the template refuses the messages, such as a system message.
+        Raises `UsageError` where the template refuses the messages, such as a system message, and
+        for whatever else `encode_messages` refuses.
         """
         messages = [*history, {"role": "user", "content": prompt}]
         if system:
             messages.insert(0, {"role": "system", "content": system})
-        if not self.tokenizer.chat_template:
-            return self.tokenizer("\n\n".join(message["content"] for message in messages)).input_ids
-        try:
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
-            )
-        except TemplateError as error:
-            roles = " and ".join(message["role"] for message in messages)
-            raise UsageError(
-                f"the model's chat template refuses a {roles} message ({error}): change the rows "
-                "of task.* or choose another model"
-            ) from error
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+        return encode_messages(self.tokenizer, messages)
+
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of a text by itself, without special tokens."""
+        return encode_text(self.tokenizer, text)
 
     def encode_question(self, question: Question) -> list[int]:
         return self.encode(question.prompt, question.system, question.history)
@@ -84,32 +78,33 @@ def load_model(
     """Load a Hugging Face id or directory as `dtype`, rounded to nearest where that is narrower
     than what is stored. Only safetensors, never remote code.
 
-    Raises `UsageError` for a directory without a model or tokenizer, weights that are damaged,
-    incomplete or in a format that would have to be unpickled, or a head that is not a plain
-    linear projection.
+    Raises `UsageError` for a directory without a model or tokenizer, a file in it that is damaged
+    or says what no model can be, weights that are incomplete or in a format that would have to be
+    unpickled, a chat template that cannot be rendered, or a head that is not a plain linear
+    projection.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
-    if Path(path).is_dir():
-        _require_files(Path(path))
+    name = f"model.path={path}"
+    folder = find_model(path)
     verbosity = transformers_logging.get_verbosity()
     # transformers reports missing weights as a table; the error below says it in one line.
     transformers_logging.set_verbosity_error()
     try:
-        _require_safetensors_names(path)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        network, loading = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=dtype,
-            trust_remote_code=False,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UsageError(f"model.path={path} cannot be loaded: {reason}") from error
+        config = _read_config(folder, dtype, name)
+        with refusing(f"{name}: its tokenizer.json makes no tokenizer", "save it there anew"):
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        with refusing(f"{name}: config.json and the weights make no model", "give fitting ones"):
+            network, loading = AutoModelForCausalLM.from_pretrained(
+                str(folder),
+                config=config,
+                dtype=dtype,
+                trust_remote_code=False,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
     finally:
         transformers_logging.set_verbosity(verbosity)
     # transformers fills absent weights with random numbers.
@@ -119,23 +114,70 @@ def load_model(
             f"model.path={path}: {len(absent)} weights are missing or have another shape than "
             f"config.json says, such as {min(absent)}: give the weights that belong to it"
         )
-    return wrap_model(network, tokenizer, device, name=f"model.path={path}")
+    network.name_or_path = network.config.name_or_path = path  # rather than a folder of the cache
+    with refusing(f"{name}: config.json and tokenizer.json do not fit", "give fitting ones"):
+        if not tokenizer.chat_template:
+            file = "the tokenizer"
+        elif (folder / "chat_template.jinja").is_file():
+            file = "chat_template.jinja"
+        else:
+            file = "the chat template in tokenizer_config.json"
+        require_prompts(tokenizer, f"{name}: {file}")
+        return wrap_model(network, tokenizer, device, name)
+
+
+def _read_config(folder: Path, dtype: torch.dtype, name: str) -> Any:
+    """The configuration of a causal language model that is not beyond the weights beside it.
+
+    Raises `UsageError`, which begins with `name`, for any other.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    stored = stored_sizes(folder, name)
+    with refusing(f"{name}: its config.json makes no model", "give that of the weights"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        name_no_code(config)
+        layers = config.get_text_config().num_hidden_layers
+        if not 0 < layers <= len(stored):
+            raise UsageError(
+                f"{name}: config.json says {layers} layers, and the weights hold {len(stored)} "
+                "tensors: give the config.json that belongs to the weights"
+            )
+        with torch.device("meta"):  # shapes without memory
+            network = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    described, held = sum(p.numel() for p in network.parameters()), sum(stored.values())
+    # Far above what is stored, since transformers says best which weights are missing, but not so
+    # far that memory ends while it makes up for them. (Quantized weights share elements.)
+    if described > 10 * held:
+        raise UsageError(
+            f"{name}: config.json describes {described:,} weights, and {held:,} are stored: give "
+            "the config.json that belongs to the weights"
+        )
+    return config
 
 
 def wrap_model(network: Any, tokenizer: Any, device: torch.device, name: str) -> LanguageModel:
     """Move a loaded network to `device`, have it run packed sequences, and check that this project
     can train it. Raises `UsageError` where it cannot."""
     rows = network.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
-        raise UsageError(f"{name}: the tokenizer has {len(tokenizer)} tokens, the model {rows}")
+    tokens = 1 + max(tokenizer.get_vocab().values(), default=-1)
+    if tokens > rows:
+        raise UsageError(f"{name}: the tokenizer has {tokens} tokens, the model {rows}")
     eos = network.generation_config.eos_token_id
     eos = tokenizer.eos_token_id if eos is None else eos
     eos_ids = tuple(eos) if isinstance(eos, list | tuple) else (eos,)
-    if eos_ids == (None,):
+    if eos_ids in ((), (None,)):
         raise UsageError(f"{name}: neither the model nor its tokenizer names an EOS token")
+    for index in eos_ids:
+        if type(index) is not int or not 0 <= index < rows:
+            raise UsageError(
+                f"{name}: eos_token_id {str(index)[:40]!r} in generation_config.json or "
+                f"config.json is none of the tokens 0 to {rows - 1}: give one that ends an answer"
+            )
     pad_id = eos_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     # Networks are always in eval mode: dropout would make teacher and student differ even where
     # their weights are equal.
+    join_weights(network, device)
     model = LanguageModel(network.to(device).eval(), tokenizer, eos_ids, pad_id)
     if not can_pack(model.network):
         raise UsageError(
@@ -184,14 +226,20 @@ def decoder_layers(network: Any) -> list[nn.Module]:
     return layers
 
 
-def recompute_layers(network: Any) -> None:
+def recompute_layers(network: Any, kept: int = 0) -> None:
     """Gradient checkpointing: a decoder layer keeps its input only, and the backward pass runs it
     again. (transformers' own switch works in train mode only, and this project's networks are
     always in eval mode.) Copies of the network do the same with their own weights.
 
-    Raises `UsageError` as `decoder_layers` does.
+    The last `kept` layers stay as they are. The backward pass has freed their activations before it
+    runs another layer again, so the two do not add up.
+
+    Raises `UsageError` as `decoder_layers` does, and where there are fewer layers.
     """
-    for layer in decoder_layers(network):
+    layers = decoder_layers(network)
+    if kept > len(layers):
+        raise UsageError(f"model.kept_layers={kept}: the model has {len(layers)} decoder layers")
+    for layer in layers[: len(layers) - kept]:
         layer.__class__ = _recomputed(type(layer))
 
 
@@ -208,58 +256,6 @@ def _recomputed(kind: type[Any]) -> type[Any]:
     return type(kind.__name__, (kind,), {"forward": forward})
 
 
-def _require_files(path: Path) -> None:
-    if not (path / "config.json").is_file():
-        raise UsageError(f"model.path={path} holds no config.json: give a Hugging Face model")
-    if not any(path.glob("*.safetensors")):
-        raise UsageError(
-            f"model.path={path} holds no .safetensors file (other formats would be unpickled): "
-            "save the model with safe_serialization=True"
-        )
-    if not any((path / name).is_file() for name in _TOKENIZER_FILES):
-        raise UsageError(f"model.path={path} holds no tokenizer: save the tokenizer there too")
-
-
-def _require_safetensors_names(path: str) -> None:
-    """Refuse a model whose weights lie in other files than its own `*.safetensors`, before any of
-    them is opened: transformers follows the names that config.json and the index of a model in
-    several files give, and unpickles what is not called `*.safetensors`.
-
-    `path`: a directory or a Hugging Face id, as for `load_model`.
-    """
-    index = "model.safetensors.index.json"
-    single = _read_json(path, "config.json").get("transformers_weights")
-    weight_map = _read_json(path, index).get("weight_map", {})
-    if not isinstance(weight_map, dict):
-        raise UsageError(f"model.path={path}: weight_map in {index} is not a mapping")
-    for name in [*([] if single is None else [single]), *weight_map.values()]:
-        plain = isinstance(name, str) and Path(name).name == name
-        if not plain or not name.endswith(".safetensors"):
-            raise UsageError(
-                f"model.path={path} names {str(name)[:100]!r} as a file of weights: only "
-                "*.safetensors files beside config.json are read"
-            )
-
-
-def _read_json(path: str, name: str) -> dict[str, Any]:
-    """A file of a model; empty where the model has none of that name."""
-    from transformers.utils import cached_file
-
-    file = cached_file(
-        path,
-        name,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    value = {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
-    if not isinstance(value, dict):
-        raise UsageError(f"model.path={path}: {name} is not a JSON object")
-    return value
-
-
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-
-
 @torch.no_grad()
 def _require_plain_forward(model: LanguageModel, name: str) -> None:
     """Refuse a model whose logits are not hidden @ head.T, as the objective computes them, or whose
@@ -271,6 +267,10 @@ def _require_plain_forward(model: LanguageModel, name: str) -> None:
     with own_attention(network):
         expected = network(**batch, use_cache=False).logits
         apart = network.base_model(**batch, use_cache=False).last_hidden_state
+    if not torch.isfinite(expected).all():
+        broken = [key for key, p in network.named_parameters() if not torch.isfinite(p).all()]
+        reason = f"{broken[0]} holds NaN or infinity" if broken else "its logits are not finite"
+        raise UsageError(f"{name}: {reason}: give other weights")
     logits = apart @ model.head.T
     if model.softcap is not None:
         logits = model.softcap * torch.tanh(logits / model.softcap)

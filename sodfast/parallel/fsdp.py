@@ -65,6 +65,11 @@ class Weights:
         None with one process, where the norm over `parameters` is that norm."""
         return None
 
+    @torch.no_grad()
+    def finite(self) -> bool:
+        """Whether the norm of `parameters` is finite. Several ranks may get different answers."""
+        return bool(_norm(self.parameters).isfinite())
+
     def idle_pass(self) -> None:
         """A forward and a backward pass that add nothing, while other ranks make one that does."""
 

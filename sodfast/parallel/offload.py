@@ -18,8 +18,8 @@ Bytes on the device, Qwen3-8B in bf16 (a layer 386 MB, embedding and head 1.24 G
     scoring   SLOTS layers + embedding, norm and head = 3.6 GB instead of 16.4 GB
     training  the head, which the objective multiplies by the scores' hidden states
     update    SLOTS layers + the embedding or the head, when gradients are gone
-On the host 16.4 GB, in the student's dtype. torch rounds each pinned buffer up to a power of two,
-here to 23.6 GB; PYTORCH_ALLOC_CONF=pinned_max_round_threshold_mb:1 keeps it from that.
+On the host 16.4 GB, in the student's dtype; 23.6 GB where torch rounds pinned buffers up to powers
+of two (see `pinned_setting`).
 """
 
 import copy
@@ -33,11 +33,23 @@ from typing import Any
 import torch
 from sodfast_kernels import ParameterUpdate
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 from sodfast.model.load import decoder_layers, output_head
 
 SLOTS = 3  # the layer in use and two ahead of it
 ALIGNMENT = 512  # bytes, as CUDA's allocator: kernels find addresses as aligned as elsewhere
+
+
+def pinned_setting(version: str = torch.__version__) -> str:
+    """What in PYTORCH_ALLOC_CONF keeps torch from rounding pinned buffers above 1 MiB up to powers
+    of two; empty for a version that does not know it, which would refuse to start."""
+    return "pinned_max_round_threshold_mb:1" if TorchVersion(version) >= "2.13" else ""
+
+
+def pinned_bytes(size: int, version: str = torch.__version__) -> int:
+    """Bytes of host memory that torch takes for a pinned buffer of `size` bytes."""
+    return size if pinned_setting(version) and size > 2**20 else 1 << (size - 1).bit_length()
 
 
 def blocks(network: Any) -> list[tuple[nn.Module | None, list[nn.Parameter]]]:

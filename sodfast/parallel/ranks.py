@@ -99,7 +99,7 @@ ALONE = Ranks()
 @contextmanager
 def join() -> Iterator[Ranks]:
     """The ranks that torchrun has started, until the block ends; one rank where it has not."""
-    size = int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
+    size = int(os.environ.get("WORLD_SIZE", "1")) if dist.is_torchelastic_launched() else 1
     if size == 1:
         yield ALONE
         return

@@ -6,7 +6,6 @@ The same runs give the same bytes: nothing on the page depends on the clock. Onl
 (done or collapsed) enter a mean; the others are listed, and drawn as thin lines.
 """
 
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
@@ -24,6 +23,7 @@ from sodfast.report.early_warning import MAX_FALSE_ALARM_RATE, Forecast, forecas
 from sodfast.report.intervals import Curve, Series, bin_width, group_curve
 from sodfast.report.runs import Group, Line, Run, Source, load
 from sodfast.report.templates import template
+from sodfast.run.environment import describe
 from sodfast.summary import SPIKE_STEPS
 
 Tables = dict[str, tables.Table]
@@ -179,23 +179,9 @@ def _render(
         swatches={label: canvas.swatch(index) for index, label in enumerate(labels)},
         loose=uneven or not all(run.finished for run in source.runs),
         width=_width(source),
-        environments=_environments(source),
+        environments=Counter(filter(None, (describe(run.path) for run in source.runs))),
         plots=plots,
         SPIKE_STEPS=SPIKE_STEPS,
         ENDS=tables.ENDS,
         FALSE_ALARMS=f"{MAX_FALSE_ALARM_RATE:.0%}",
     )
-
-
-def _environments(source: Source) -> Counter[str]:
-    """Each different machine and set of versions, and how many runs were made with it."""
-    found = Counter[str]()
-    for run in source.runs:
-        try:
-            values = json.loads((run.path / "environment.json").read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
-            continue
-        versions = ", ".join(f"{name} {text}" for name, text in values["versions"].items())
-        machine = f"{values['processor']}, {values['device']}, {values['threads']} threads"
-        found[f"{machine}; {versions}; commit {values['commit']}"] += 1
-    return found

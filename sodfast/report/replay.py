@@ -13,8 +13,8 @@ from typing import Any
 
 from sodfast.config import Config, ScheduleConfig, read_overrides, validate
 from sodfast.errors import UsageError
-from sodfast.files import read_lines
 from sodfast.report.templates import template
+from sodfast.run.records import read_metrics
 from sodfast.schedule import Decision, build_schedule, replay, student_share
 
 
@@ -105,11 +105,11 @@ def _training_lines(run: Path, recorded: Config, other: Config) -> list[dict[str
     file = run / "metrics.jsonl"
     if not file.is_file():
         raise UsageError(f"{file} does not exist: the run has no metrics to replay")
-    lines = [line for line in read_lines(file) if line.get("step") != 0]
+    lines = [line for line in read_metrics(run) if line["step"] != 0]
     if not lines:
         raise UsageError(f"{file} holds no training step: there is nothing to replay")
     for number, line in enumerate(lines, start=1):
-        if line.get("step") != number:
+        if line["step"] != number:
             raise UsageError(f"{file}: step {number} is missing; a replay needs every step from 1")
     if other.length_shards not in (None, recorded.length_shards):
         raise UsageError(

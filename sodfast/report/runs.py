@@ -14,10 +14,9 @@ import numpy as np
 
 from sodfast.config import CGTRConfig, Config, ScheduleConfig, read_overrides, validate
 from sodfast.errors import UsageError
-from sodfast.files import read_lines
 from sodfast.report.intervals import Curve, Series, group_curve
 from sodfast.schedule import build_schedule
-from sodfast.study.directory import finished_status, read_runs
+from sodfast.study.directory import TrialRun, finished_status, read_records, read_runs
 from sodfast.summary import spike_ratios
 
 GATES = CGTRConfig().gates
@@ -36,6 +35,7 @@ class Run:
     point: Mapping[str, str]
     lines: Sequence[Line]
     events: Sequence[Line]
+    damage: str = ""  # why a trial of a study could not be read, and so has no lines
 
     @property
     def finished(self) -> bool:
@@ -71,25 +71,22 @@ class Run:
         return self.series(f"eval/mean@{self.config.eval.samples}")
 
     def series(self, key: str) -> Series:
-        """A metric at the steps that carry it. Raises `UsageError` where it is not finite."""
-        found = Series.of([(line["step"], line[key]) for line in self.lines if key in line])
-        if not np.isfinite(found.values).all():
-            step = int(found.steps[~np.isfinite(found.values)][0])
-            raise UsageError(f"{self.path}/metrics.jsonl: {key} of step {step} is not finite")
-        return found
+        """A metric at the steps that carry it."""
+        return Series.of([(line["step"], line[key]) for line in self.lines if key in line])
 
     def tail(self) -> Series:
         """max / mean response length pooled over the last `window` steps: what the gate sees."""
         schedule = self.config.schedule
         window = schedule.window if isinstance(schedule, CGTRConfig) else CGTRConfig().window
         _, mean_key, max_key = build_schedule(schedule).inputs
-        greatest, mean = self.series(max_key), self.series(mean_key)
-        if not mean.steps.size:
-            return mean
-        before = np.full((2, window - 1), np.nan)
-        known = np.concatenate([before, [greatest.values, mean.values]], axis=1)
+        lines = [line for line in self.lines if line.get(mean_key, 0) > 0 and max_key in line]
+        if not lines:
+            return Series.of([])
+        values = np.array([[line[max_key] for line in lines], [line[mean_key] for line in lines]])
+        known = np.concatenate([np.full((2, window - 1), np.nan), values], axis=1)
         longest, means = np.lib.stride_tricks.sliding_window_view(known, window, axis=1)
-        return Series(mean.steps, np.nanmax(longest, axis=1) / np.nanmean(means, axis=1))
+        steps = np.array([line["step"] for line in lines], dtype=np.float64)
+        return Series(steps, np.nanmax(longest, axis=1) / np.nanmean(means, axis=1))
 
 
 @dataclass(frozen=True)
@@ -154,21 +151,25 @@ class Source:
 
 
 def load(directory: Path, baseline: str | None = None) -> Source:
-    """Read a run or a study directory, each metrics file once. Raises `UsageError`."""
+    """Read a run or a study directory, each metrics file once.
+
+    Raises `UsageError`, also for a damaged run; a damaged trial of a study has no lines.
+    """
     definition = ""
     if (directory / "study.yaml").is_file():
+        runs = [_run_of(trial) for trial in read_runs(directory)]
         definition = (directory / "study.yaml").read_text()
-        found = [(item.trial, item.path, item.status) for item in read_runs(directory)]
-        runs = [_read_run(t.name, path, t.config, status, t.point) for t, path, status in found]
         if not any(run.lines for run in runs):
             raise UsageError(
-                f"no trial of {directory} has metrics yet: run sodfast sweep, or look into "
+                next((run.damage for run in runs if run.damage), "")
+                or f"no trial of {directory} has metrics yet: run sodfast sweep, or look into "
                 f"{directory / 'logs'}"
             )
     elif (directory / "config.yaml").is_file():
         config = validate(read_overrides(directory / "config.yaml", []))
         status = finished_status(directory, config) or "unfinished"
-        runs = [_read_run(directory.resolve().name, directory, config, status, {})]
+        records = read_records(directory, config)
+        runs = [Run(directory.resolve().name, directory, config, status, {}, *records)]
         if not runs[0].lines:
             raise UsageError(
                 f"{directory} has no metrics yet: continue it with sodfast train --resume "
@@ -188,17 +189,11 @@ def load(directory: Path, baseline: str | None = None) -> Source:
     return Source(directory, runs, groups, axis, value, definition)
 
 
-def _read_run(name: str, path: Path, config: Config, status: str, point: Mapping[str, str]) -> Run:
-    lines, events = read_lines(path / "metrics.jsonl"), read_lines(path / "events.jsonl")
-    point = {axis: label for axis, label in point.items() if axis != "seed"}
-    for file, items in (("metrics.jsonl", lines), ("events.jsonl", events)):
-        for number, item in enumerate(items, start=1):
-            if not isinstance(item, dict) or not isinstance(item.get("step"), int):
-                raise UsageError(f"{path / file}:{number}: no object with a step")
-    run = Run(name, path, config, status, point, lines, events)
-    if run.checks and not isinstance(config.schedule, CGTRConfig):
-        raise UsageError(f"{path}: events.jsonl has gates but the schedule has none")
-    return run
+def _run_of(found: TrialRun) -> Run:
+    trial = found.trial
+    point = {axis: label for axis, label in trial.point.items() if axis != "seed"}
+    records = found.lines, found.events, found.damage
+    return Run(trial.name, found.path, trial.config, found.status, point, *records)
 
 
 def _baseline(groups: Sequence[Group], text: str | None) -> tuple[str | None, str | None]:

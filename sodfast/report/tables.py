@@ -1,7 +1,5 @@
 """The report's tables as the CSVs hold them, in full precision. tables.html.j2 shows them."""
 
-import csv
-import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from sodfast.files import to_csv
 from sodfast.report.early_warning import Forecast
 from sodfast.report.intervals import Curve, mean_and_error, paired_difference, wilson_interval
 from sodfast.report.runs import GATES, Group, Line, Run
@@ -25,11 +24,8 @@ class Table:
     rows: Sequence[Line]
 
     def to_csv(self) -> str:
-        stream = io.StringIO()
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(self.keys)
-        writer.writerows([[_cell(row.get(key)) for key in self.keys] for row in self.rows])
-        return stream.getvalue()
+        rows = [[_cell(row.get(key)) for key in self.keys] for row in self.rows]
+        return to_csv([self.keys, *rows])
 
 
 def _cell(value: Any) -> Any:
@@ -61,9 +57,9 @@ def _start(run: Run) -> float | None:
 
 def _last_of(kind: str, run: Run) -> float | None:
     """eval/<kind>@k of the last evaluation at the greatest k."""
-    keys = [key for line in run.lines[-1:] for key in line if key.startswith(f"eval/{kind}@")]
-    key = max(keys, key=lambda key: int(key.rpartition("@")[2]), default=None)
-    return None if key is None else metric(key, run, part=_LAST)
+    kinds = [key.partition(f"eval/{kind}@") for line in run.lines[-1:] for key in line]
+    sizes = [int(k) for before, _, k in kinds if not before and k.isdecimal()]
+    return metric(f"eval/{kind}@{max(sizes)}", run, part=_LAST) if sizes else None
 
 
 def _mean(values: Iterable[float]) -> float | None:

@@ -6,35 +6,119 @@
         teacher.safetensors    the teacher's own weights; absent while it equals the student
         optimizer.safetensors  one tensor per parameter and moment: NAME.MOMENT
         state.json             step, schedule, collapse detector, reward memory, cursor,
-                               fingerprint, a hash of the base
+                               fingerprint, a hash of the base; the size and SHA-256 of every
+                               other file, and of these values themselves
 
 A directory named step-N is complete: it gets its name only after everything in it is on disk.
+What is read is compared with the sizes in state.json each time, and with the hashes where it is
+loaded; whatever has changed since is refused. Release 0.1.0 wrote neither.
 """
 
+import copy
+import hashlib
 import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import sodfast_kernels
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from sodfast_kernels.parameters import empty_state
 from torch import Tensor, nn
 
 from sodfast.errors import RunFailed, UsageError
+from sodfast.files import read_object
 from sodfast.model.load import LanguageModel, trained_parameters
 from sodfast.model.lora import peft_name, save_adapters
+from sodfast.schedule import Schedule
 
-_STEP = re.compile(r"step-(\d+)")
+_STEP = re.compile(r"step-(0|[1-9]\d{0,17})")
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
+
+
+Count = Annotated[int, Field(ge=0)]
+
+
+class _Statistics(_Part):
+    step: Count
+    reward_mean: float
+    length_mean: float
+    length_max: int
+
+
+class _Gated(_Part):
+    """The state of CGTR."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    window: list[_Statistics]
+    last_copy: Count
+    reward_reference: float | None
+
+
+class _Followed(_Part):
+    """The state of a schedule that took over from another one in a fork."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    start: Count
+    copied: Count
+
+
+class _Stateless(_Part):
+    model_config = ConfigDict(extra="forbid")
+
+
+class _Collapse(_Part):
+    long_steps: Count
+    best_eval: float
+    step: Count | None
+
+
+class _File(_Part):
+    size: Count
+    sha256: str
+
+
+class _State(_Part):
+    """What a resume reads of state.json."""
+
+    step: Count
+    fingerprint: str
+    base: str | None = None
+    schedule: _Gated | _Followed | _Stateless
+    collapse: _Collapse
+    reward_memory: dict[str, float]
+    teacher_is_student: bool = True
+
+
+class _Head(_Part):
+    """What every command reads of state.json."""
+
+    step: Count
+    fingerprint: str
+    files: dict[str, _File] | None = None
+    sha256: str | None = None
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What `load` found. `teacher` is None where the teacher equals the student."""
+    """What `load` found. `teacher` is None where the teacher equals the student; `hashed`: whether
+    the files had hashes to be compared with."""
 
+    path: Path
+    hashed: bool
     step: int
     student: dict[str, Tensor]
     teacher: dict[str, Tensor] | None
@@ -75,8 +159,7 @@ def save(
             save_file(named, aside / "teacher.safetensors")
         save_file(optimizer, aside / "optimizer.safetensors")
         write_state(aside, {"step": step, **state})
-        for path in [*aside.rglob("*"), aside]:
-            _sync(path)
+        sync(aside)
         os.rename(aside, final)
         _sync(directory)
     except (OSError, SafetensorError) as error:
@@ -87,8 +170,11 @@ def save(
 
 
 def write_state(path: Path, state: dict[str, Any]) -> None:
-    """Write the JSON half of a checkpoint that nobody reads yet."""
-    (path / "state.json").write_text(json.dumps(state))
+    """Write the JSON half of a checkpoint that nobody reads yet, with the sizes and hashes of its
+    other files, which are read for that unless `state` has them from another checkpoint."""
+    described = {**state, "files": state.get("files") or _describe(path)}
+    text = json.dumps({**described, "sha256": _digest(described)})
+    (path / "state.json").write_text(text, encoding="utf-8")
 
 
 def prune(directory: Path, keep: int) -> None:
@@ -110,9 +196,9 @@ def prune(directory: Path, keep: int) -> None:
 
 def steps(directory: Path) -> list[int]:
     """Steps of the complete checkpoints."""
-    if not directory.is_dir():
+    if not os.path.isdir(directory):
         return []
-    matches = [_STEP.fullmatch(path.name) for path in directory.iterdir()]
+    matches = [_STEP.fullmatch(name) for name in os.listdir(directory)]
     return [int(match[1]) for match in matches if match]
 
 
@@ -122,18 +208,59 @@ def latest(directory: Path) -> Path | None:
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """The JSON half of a checkpoint. Raises `UsageError` for a damaged one."""
+    """The JSON half of a checkpoint, whose other files are there and of their sizes.
+
+    Raises `UsageError` for a damaged one.
+    """
     try:
-        state = json.loads((path / "state.json").read_text())
-        return {**state, "step": int(state["step"]), "fingerprint": str(state["fingerprint"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        state = read_object(path / "state.json")
+        head = _Head.model_validate(state)
+        if path.name != f"step-{head.step}":
+            raise ValueError(f"state.json says step {head.step}")
+        if head.files is not None or head.sha256 is not None:
+            if state.pop("sha256", None) != _digest(state):
+                raise ValueError("state.json has been changed")
+            _require_sizes(path, head.files or {})
+    except (UsageError, OSError, ValueError) as error:
         raise _damaged(path, error) from error
+    return state
+
+
+def _require_sizes(path: Path, files: Mapping[str, _File]) -> None:
+    """Raise `ValueError` for a file of another size or weights that are not listed, `OSError` for
+    a file that is missing."""
+    for name, file in files.items():
+        size = (path / name).stat().st_size
+        if size != file.size:
+            raise ValueError(f"{name} has {size} bytes, not {file.size}")
+    weights = {file.relative_to(path).as_posix() for file in path.rglob("*.safetensors")}
+    for name in sorted(weights - files.keys()):
+        raise ValueError(f"{name} does not belong to it")
+
+
+def verify(path: Path, folder: str = "") -> dict[str, Any]:
+    """`load_state` of a checkpoint whose files, or those in `folder`, also have their hashes.
+
+    Raises `UsageError` for a damaged one. Reads the files, each in a thread: 15 s for 15 GB.
+    """
+    state = load_state(path)
+    files = state.get("files") or {}
+    names = [name for name in files if name.startswith(folder)]
+    try:
+        for name, found in zip(names, _hashes([path / name for name in names]), strict=True):
+            if found != files[name]["sha256"]:
+                raise ValueError(f"{name} has been changed")
+    except (OSError, ValueError) as error:
+        raise _damaged(path, error) from error
+    return state
 
 
 def load(path: Path) -> Checkpoint:
     """Read a checkpoint to the CPU. Raises `UsageError` for a damaged one."""
-    state = load_state(path)
+    state = verify(path)
+    hashed = state.pop("files", None) is not None
     try:
+        _State.model_validate(state)
         student: dict[str, Tensor] = {}
         for shard in sorted((path / "student").glob("*.safetensors")):
             student |= load_file(shard)
@@ -141,18 +268,96 @@ def load(path: Path) -> Checkpoint:
         teacher = path / "teacher.safetensors"
         has_teacher = teacher.is_file() or not state.get("teacher_is_student", True)
         return Checkpoint(
+            path=path,
+            hashed=hashed,
             step=state["step"],
             student=student,
             teacher=load_file(teacher) if has_teacher else None,
             optimizer=load_file(path / "optimizer.safetensors"),
             state=state,
         )
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         raise _damaged(path, error) from error
 
 
 def _damaged(path: Path, error: Exception) -> UsageError:
-    return UsageError(f"checkpoint {path} is damaged ({error}): delete it to use the one before")
+    reason = str(error)
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        reason = f"state.json: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return UsageError(f"checkpoint {path} is damaged ({reason}): delete it to use the one before")
+
+
+def _describe(path: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file below `path`, by its name from there."""
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return {
+        file.relative_to(path).as_posix(): {"size": file.stat().st_size, "sha256": sha256}
+        for file, sha256 in zip(files, _hashes(files), strict=True)
+    }
+
+
+def _hashes(files: list[Path]) -> list[str]:
+    def sha256(file: Path) -> str:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(sha256, files))
+
+
+def _digest(state: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+# ---------------------------------------------------------------- into the parts of a run
+
+
+def require_fitting(
+    stored: Checkpoint, model: LanguageModel, optimizer: torch.optim.Optimizer, schedule: Schedule
+) -> None:
+    """Raise `UsageError` unless a checkpoint's teacher, moments and schedule are those of such a
+    run: no tensor missing, none extra, and each of its shape. (`restore_student` looks at the
+    student's.) Before the first step there are no moments, and after it all."""
+    try:
+        copy.deepcopy(schedule).load_state_dict(stored.state["schedule"])
+    except (KeyError, ValueError) as error:
+        reason = ValueError(f"its schedule is not {type(schedule).__name__}")
+        raise _damaged(stored.path, reason) from error
+    trained = trained_parameters(model.network)
+    try:
+        if stored.teacher is not None:
+            _require_like("teacher", stored.teacher, {n: p.shape for n, p in trained.items()})
+        moments = {
+            f"{name}.{moment}": empty.shape
+            for name, parameter in (trained.items() if stored.step else ())
+            for moment, empty in _moments(optimizer, parameter).items()
+        }
+        _require_like("optimizer", stored.optimizer, moments)
+    except ValueError as error:
+        raise _damaged(stored.path, error) from error
+
+
+def _moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """The optimizer's state of a whole parameter after a step, without values."""
+    like = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+    if isinstance(optimizer, sodfast_kernels.AdamW):
+        return empty_state(like, optimizer.param_groups[0]["state"])
+    return {"step": torch.empty((), device="meta"), "exp_avg": like, "exp_avg_sq": like}
+
+
+def _require_like(
+    part: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]
+) -> None:
+    """Raise `ValueError` that names the first tensor that is missing, extra or misshapen."""
+    for name in sorted(tensors.keys() | shapes.keys()):
+        if name not in tensors:
+            raise ValueError(f"its {part} has no {name}")
+        if name not in shapes:
+            raise ValueError(f"its {part} has {name}, which the model has not")
+        if tensors[name].shape != shapes[name]:
+            found, wanted = tuple(tensors[name].shape), tuple(shapes[name])
+            raise ValueError(f"{name} of its {part} has the shape {found}, not {wanted}")
 
 
 def restore_student(
@@ -170,15 +375,19 @@ def restore_student(
         )
     trained = trained_parameters(model.network)
     own = {peft_name(name): name for name in trained}
-    missing, unexpected = model.network.load_state_dict(
-        {own.get(name, name): tensor for name, tensor in tensors.items()}, strict=False
-    )
+    named = {own.get(name, name): tensor for name, tensor in tensors.items()}
+    shapes = {name: tensor.shape for name, tensor in model.network.state_dict().items()}
+    extra = named.keys() - shapes.keys()
     tied = set(getattr(model.network, "all_tied_weights_keys", {}) or {})
     frozen = {name for name, _ in model.network.named_parameters()} - trained.keys()
-    if unexpected or set(missing) - tied - frozen:
+    missing = shapes.keys() - named.keys() - tied - frozen
+    misshapen = {n for n in named.keys() & shapes.keys() if named[n].shape != shapes[n]}
+    if extra or missing or misshapen:
         raise UsageError(
-            f"the checkpoint's student is another model: missing {missing}, extra {unexpected}"
+            f"the checkpoint's student is another model: missing {sorted(missing)}, "
+            f"extra {sorted(extra)}, of another shape {sorted(misshapen)}"
         )
+    model.network.load_state_dict(named, strict=False)
 
 
 def optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -202,6 +411,12 @@ def restore_optimizer(
     optimizer.load_state_dict(
         {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
     )
+
+
+def sync(directory: Path) -> None:
+    """Force a directory and everything in it to disk."""
+    for path in [*directory.rglob("*"), directory]:
+        _sync(path)
 
 
 def _sync(path: Path) -> None:

@@ -27,12 +27,13 @@ class Screen:
     """Standard output of a command that must not end because nobody reads it.
 
     Where it cannot be written (its reader has gone, its disk is full), one line on standard error
-    says so, and whatever is written from then on is discarded.
+    says so, and whatever is written from then on is discarded: `off` is then True.
     """
 
     def __init__(self) -> None:
         # As they are now: while bars are shown, rich puts streams of its own in their place.
         self._out, self._err = sys.stdout, sys.stderr
+        self.off = False
 
     def write(self, text: str) -> int:
         try:
@@ -52,6 +53,7 @@ class Screen:
 
     def _switch_off(self, error: OSError) -> None:
         _discard(self._out)
+        self.off = True
         text = f"sodfast: standard output cannot be written ({error.strerror}): going on without it"
         try:
             print(text, file=self._err, flush=True)

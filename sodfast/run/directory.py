@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,16 +13,22 @@ from typing import IO, Any
 
 from sodfast.config import RENAMED, Config, read_overrides, validate
 from sodfast.errors import RunFailed, UsageError
-from sodfast.files import read_lines, refuse_links, replace_text, try_lock
+from sodfast.files import refuse_links, replace_text, try_lock
 from sodfast.run import checkpoint
+from sodfast.run.records import read_events, read_metrics
 from sodfast.tasks.files import changed_file, file_hashes
 
 _log = logging.getLogger(__name__)
+
+# What a process that ends before config.yaml is written, or a full disk, leaves of a new run.
+_BEGUN = re.compile(r"\.lock|environment\.json|(environment\.json|config\.yaml)\.[0-9a-f]{16}\.tmp")
+_DEEPEST = 255  # folders that Python makes in one call without exhausting its stack
 
 # Keys that release 0.1.0 did not have, with their defaults.
 ADDED: dict[str, Any] = {
     "model.random": None,
     "lab.stubborn": 0.0,
+    "teacher.micro_batch_tokens": None,
     "optimizer.lr_burst": None,
     "task.split": None,
     "task.columns": {},
@@ -32,14 +39,14 @@ ADDED: dict[str, Any] = {
 
 
 def fingerprint(config: Config) -> str:
-    """A hash of all keys but `out`, `steps`, `log`, `checkpoint` and `model.attention`: no number
-    of a step depends on these.
+    """A hash of all keys but `out`, `steps`, `log`, `checkpoint`, `model.attention` and
+    `model.kept_layers`: no number of a step depends on these.
 
     The runs of earlier releases go on: a renamed key is hashed under its first name, and one that
     they did not have (`ADDED`) only where it is not at its default.
     """
     values = config.model_dump(mode="json", exclude={"out", "steps", "log", "checkpoint"})
-    del values["model"]["attention"]
+    del values["model"]["attention"], values["model"]["kept_layers"]
     for key, default in ADDED.items():
         group, _, name = key.partition(".")
         if name in values[group] and values[group][name] == default:
@@ -55,19 +62,30 @@ def default_out(config: Config) -> str:
     return f"runs/{stamp}-{config.schedule.kind}-seed{config.seed}"
 
 
-def check_out(path: Path) -> None:
-    """Raise `UsageError` unless `path` can become a new run directory. Writes nothing."""
+def require_usable(path: Path, called: str) -> None:
+    """Raise `UsageError`, in which the path is `called` so, for a name that no file can have: one
+    that is too long or too deep, or a loop of links."""
+    if len(path.parts) > _DEEPEST:
+        raise UsageError(f"{called} cannot be used: more than {_DEEPEST} folders deep")
     try:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
         pass
-    except OSError as error:  # a name that is too long, a loop of links
-        raise UsageError(f"out={path} cannot be used: {error.strerror}") from error
-    if os.path.isdir(path) and os.listdir(path):
-        raise UsageError(
-            f"out={path} exists and is not empty: choose another, or continue it with "
-            f"sodfast train --resume {path}"
-        )
+    except OSError as error:
+        raise UsageError(f"{called} cannot be used: {error.strerror}") from error
+
+
+def check_out(path: Path) -> None:
+    """Raise `UsageError` unless `path` can become a new run directory: one that does not exist, is
+    empty, or was begun and has no config.yaml yet. Writes nothing."""
+    require_usable(path, f"out={path}")
+    if os.path.isdir(path) and not all(map(_BEGUN.fullmatch, os.listdir(path))):
+        resume = f"sodfast train --resume {path}"
+        if os.path.isfile(path / "config.yaml"):
+            advice = f"choose another, or continue it with {resume}"
+        else:
+            advice = f"choose another, or empty it (it has no config.yaml for {resume})"
+        raise UsageError(f"out={path} exists and is not empty: {advice}")
     if os.path.lexists(path) and not os.path.isdir(path):
         raise UsageError(f"out={path} is a file: choose a directory")
     existing = path
@@ -99,19 +117,24 @@ class RunDirectory:
         check_out(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
+            refuse_links(path, (".lock",))
             run = cls(path, _lock(path))
-            (path / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
-            begin(run)
-            # Written last: a directory with a config.yaml is one that can be resumed.
-            run.write_config(config)
+            try:
+                run._replace(path / "environment.json", json.dumps(environment, indent=2) + "\n")
+                begin(run)
+                # Written last: a directory with a config.yaml is one that can be resumed, and one
+                # without is one that can be created.
+                run.write_config(config)
+            except BaseException:
+                run.close()
+                raise
         except (OSError, RunFailed) as error:
             raise UsageError(f"out={path} cannot be written: {error}") from error
         return run
 
     @classmethod
     def open(cls, path: Path) -> "RunDirectory":
-        if not (path / "config.yaml").is_file():
-            raise UsageError(f"{path} is not a run directory: it has no config.yaml")
+        _require_config(path)
         refuse_links(path, (".lock", "metrics.jsonl", "events.jsonl", "checkpoints", "tensorboard"))
         return cls(path, _lock(path))
 
@@ -160,22 +183,25 @@ class RunDirectory:
         evaluation would count as finished. Raises `UsageError`, with nothing written, where lines
         are missing.
         """
-        lines = [line for line in read_lines(self.metrics) if line["step"] <= step]
+        lines = [line for line in read_metrics(self.path) if line["step"] <= step]
         if len(lines) != step + 1 and step > 0:
             raise UsageError(
                 f"{self.metrics} has {len(lines)} lines up to the checkpoint's step {step}, "
                 f"not {step + 1}: restore the file, or delete the checkpoint"
             )
-        events = [event for event in read_lines(self.events) if event["step"] <= step]
+        events = [event for event in read_events(self.path) if event["step"] <= step]
         if without_evaluation:
             lines[-1] = {k: v for k, v in lines[-1].items() if not k.startswith("eval/")}
             events = [
                 event for event in events if (event["step"], event.get("reason")) != (step, "eval")
             ]
         self.write_config(config)
-        for file, kept in ((self.metrics, lines), (self.events, events)):
-            self._replace(file, "".join(json.dumps(line) + "\n" for line in kept))
+        self.write_metrics(lines)
+        self._replace(self.events, _text(events))
         return lines
+
+    def write_metrics(self, lines: list[dict[str, Any]]) -> None:
+        self._replace(self.metrics, _text(lines))
 
     def write_config(self, config: Config) -> None:
         self._replace(self.path / "config.yaml", config.to_yaml())
@@ -195,6 +221,7 @@ def stored_config(path: Path, overrides: list[str]) -> Config:
     for text in overrides:
         if not text.startswith("steps="):
             raise UsageError(f"--resume takes only steps=N; {text!r} would make it another run")
+    _require_config(path)
     layer = read_overrides(path / "config.yaml", overrides)
     layer["out"] = str(path)
     config = validate(layer)
@@ -224,6 +251,18 @@ def _require_same_files(path: Path, found: dict[str, str], stored: dict[str, str
         )
 
 
+def _require_config(path: Path) -> None:
+    if not os.path.isfile(path / "config.yaml"):
+        raise UsageError(
+            f"{path} is not a run directory: it has no config.yaml; a run starts with "
+            f"sodfast train out={path}"
+        )
+
+
+def _text(lines: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
 @contextmanager
 def _writing(file: Path) -> Iterator[None]:
     try:
@@ -234,7 +273,10 @@ def _writing(file: Path) -> Iterator[None]:
 
 def _lock(path: Path) -> IO[str]:
     """Hold `path`/.lock; the kernel releases it when this process ends, however it ends."""
-    lock = try_lock(path / ".lock")
+    try:
+        lock = try_lock(path / ".lock")
+    except OSError as error:
+        raise UsageError(f"{path / '.lock'} cannot be opened: {error.strerror}") from error
     if lock is None:
         raise UsageError(f"{path} is being written by another process: wait for it")
     return lock

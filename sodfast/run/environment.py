@@ -10,6 +10,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from sodfast.errors import UsageError
+from sodfast.files import read_object
+
 
 def environment(threads: int, device: str, ranks: int = 1) -> dict[str, Any]:
     """Versions, commit, hardware, processes and threads: to be quoted with any figure of a run."""
@@ -28,6 +31,24 @@ def environment(threads: int, device: str, ranks: int = 1) -> dict[str, Any]:
         "device": device,
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def describe(run: Path) -> str | None:
+    """What a report says of a run's environment.json; None where there is none."""
+    try:
+        found = read_object(run / "environment.json")
+    except FileNotFoundError:
+        return None
+    except UsageError:
+        return "environment.json is damaged"
+    versions = found.get("versions")
+    named = versions.items() if isinstance(versions, dict) else [("versions", "unknown")]
+    known = {key: found.get(key, "unknown") for key in ("processor", "device", "threads", "commit")}
+    return (
+        "{processor}, {device}, {threads} threads; ".format(**known)
+        + ", ".join(f"{name} {text}" for name, text in named)
+        + f"; commit {known['commit']}"
+    )
 
 
 def _versions(packages: list[str]) -> dict[str, str]:

@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 from sodfast.config import Config, parse_overrides, read_overrides, validate
 from sodfast.errors import UsageError
-from sodfast.files import read_lines
 from sodfast.run import checkpoint
 from sodfast.run.directory import RunDirectory, fingerprint
+from sodfast.run.records import read_events, read_metrics
 from sodfast.schedule import build_schedule
 from sodfast.tasks.files import file_hashes
 
@@ -96,10 +96,10 @@ def fork_run(
     state = checkpoint.load_state(path)
     if state["fingerprint"] != fingerprint(source_config(source)):
         raise UsageError(f"{source}/config.yaml is not what its checkpoints were made with")
-    lines = [line for line in read_lines(source / "metrics.jsonl") if line["step"] <= step]
+    lines = [line for line in read_metrics(source) if line["step"] <= step]
     if len(lines) != step + 1:
         raise UsageError(f"{source}/metrics.jsonl lacks lines up to the checkpoint's step {step}")
-    events = [event for event in read_lines(source / "events.jsonl") if event["step"] <= step]
+    events = [event for event in read_events(source) if event["step"] <= step]
     events.append({"step": step, "event": "fork", "source": str(source.absolute())})
     if refresh == "now":
         last = lines[-1]
@@ -122,6 +122,8 @@ def fork_run(
     state["fingerprint"] = fingerprint(config)
     state["files"] = file_hashes(config.task)  # a fork may also change the user's reward
     state["teacher_is_student"] = state.get("teacher_is_student", True) or refresh == "now"
+    if refresh == "now":
+        state.get("files", {}).pop("teacher.safetensors", None)
 
     def begin(run: RunDirectory) -> None:
         for file, kept in ((run.metrics, lines), (run.events, events)):

@@ -21,10 +21,14 @@ from sodfast.errors import RunFailed
 # What to lower in each phase, the first remedy first.
 REMEDIES = {
     "rollout": "lower rollout.cache_gib, or rollout.batch_size where rollout.engine=hf",
-    "teacher": "lower optimizer.micro_batch_tokens, or set teacher.storage=host",
+    "teacher": (
+        "lower teacher.micro_batch_tokens (optimizer.micro_batch_tokens where it is null), or set "
+        "teacher.storage=host"
+    ),
     "train": (
-        "lower optimizer.micro_batch_tokens, set model.gradient_checkpointing=true or "
-        "teacher.storage=host, or lower rollout.prompts_per_step"
+        "lower optimizer.micro_batch_tokens or model.kept_layers, set "
+        "model.gradient_checkpointing=true or teacher.storage=host, or lower "
+        "rollout.prompts_per_step"
     ),
     "refresh": "set teacher.storage=host, or optimizer.adamw=8bit",
     "evaluate": "lower rollout.cache_gib, or rollout.batch_size where rollout.engine=hf",

@@ -21,12 +21,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from sodfast.config import PRESETS, Config, load_config, parse_overrides
+from sodfast.config import PRESETS, Config, load_config, parse_overrides, read_mapping
 from sodfast.errors import UsageError
 
 STUDIES = PRESETS / "studies"
@@ -49,31 +48,32 @@ class Study(BaseModel):
     overrides: dict[str, Any] = {}  # dotted key → value, after `load_study`
     axes: Annotated[dict[str, Annotated[list[Any], Field(min_length=1)]], Field(min_length=1)]
 
+    @cached_property
     def trials(self) -> list[Trial]:
         """The product of the axes in file order, the last axis fastest.
 
         Raises `UsageError` for a configuration that `load_config` refuses, and for two trials of
         one name or one configuration.
         """
-        return list(self.expansion)
-
-    @cached_property
-    def expansion(self) -> tuple[Trial, ...]:
         fixed = [_assignment(key, value) for key, value in self.overrides.items()]
-        prefixes = _prefixes(list(self.axes))
+        words = [key.rpartition(".")[2] for key in self.axes]
+        # An axis is called by its last word, or by its whole key where two end in the same word.
+        called = [
+            word if words.count(word) == 1 else key
+            for key, word in zip(self.axes, words, strict=True)
+        ]
         trials = []
         for values in itertools.product(*self.axes.values()):
-            point = dict(zip(self.axes, values, strict=True))
-            name = ",".join(_name_part(prefixes[key], value) for key, value in point.items())
-            overrides = fixed + [_assignment(key, value) for key, value in point.items()]
+            name = ",".join(map(_name_part, called, values))
+            overrides = fixed + list(map(_assignment, self.axes, values))
             try:
                 config = load_config(self.base, overrides)
             except UsageError as error:
                 raise UsageError(f"trial {name}: {error}") from error
-            labels = {key: _label(value) for key, value in point.items()}
-            trials.append(Trial(name, labels, overrides, config))
+            point = dict(zip(self.axes, map(_label, values), strict=True))
+            trials.append(Trial(name, point, overrides, config))
         _check_distinct(trials)
-        return tuple(trials)
+        return trials
 
     def to_yaml(self) -> str:
         return OmegaConf.to_yaml(OmegaConf.create(self.model_dump()))
@@ -96,7 +96,7 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     Raises `UsageError` with one line for whatever is wrong with it or with any of its trials.
     """
     try:
-        values = OmegaConf.to_container(_read(path), resolve=True)
+        values = OmegaConf.to_container(read_mapping(path), resolve=True)
         json.dumps(values)
         study = Study.model_validate(values)
     except TypeError as error:  # YAML has dates and bytes
@@ -115,21 +115,10 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     study = study.model_copy(update={"overrides": joined})
     try:
         _check_keys(study)
-        study.trials()
+        _ = study.trials  # expanded once, here: what is wrong with a trial is wrong with the file
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from error
     return study
-
-
-def _read(path: Path) -> DictConfig:
-    try:
-        layer = OmegaConf.load(path)
-    except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UsageError(f"{path} cannot be read as YAML: {reason}") from error
-    if not isinstance(layer, DictConfig) or not layer:
-        raise UsageError(f"{path} must hold a mapping with the keys base, overrides and axes")
-    return layer
 
 
 def _explain(error: Any) -> str:
@@ -147,16 +136,13 @@ def _check_keys(study: Study) -> None:
     """Each key is decided in one place: not in two, and not undone by a later whole group."""
     if "out" in study.axes or "out" in study.overrides:
         raise UsageError("out is no key of a study: give out=DIRECTORY on the command line")
-    for key in study.axes:
-        if key in study.overrides:
+    for first, key in itertools.combinations([*study.overrides, *study.axes], 2):
+        if first == key:
             raise UsageError(f"{key} is an axis and an override: drop one of them")
-    keys = [*study.overrides, *study.axes]
-    for index, key in enumerate(keys):
-        undone = [other for other in keys[:index] if other.startswith(f"{key}.")]
-        if undone:
+        if first.startswith(f"{key}."):
             raise UsageError(
-                f"axis {key} sets a whole group and would undo {undone[0]}: write {undone[0]} as "
-                "a later axis or into the axis's values"
+                f"axis {key} sets a whole group and would undo {first}: write {first} as a later "
+                "axis or into the axis's values"
             )
 
 
@@ -198,14 +184,6 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _assignment(key: str, value: Any) -> str:
     """`key=value` for `load_config` and the command line; JSON is YAML of one line."""
     return f"{key}={json.dumps(value, ensure_ascii=False)}"
-
-
-def _prefixes(keys: Sequence[str]) -> dict[str, str]:
-    """Each axis's last word, or its whole key where another axis ends in the same word."""
-    last = [key.rpartition(".")[2] for key in keys]
-    return {
-        key: word if last.count(word) == 1 else key for key, word in zip(keys, last, strict=True)
-    }
 
 
 def _name_part(prefix: str, value: Any) -> str:

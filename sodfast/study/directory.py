@@ -9,26 +9,25 @@ table.csv                  a row per trial
 .lock                      held while a sweep runs
 """
 
-import csv
-import io
-import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import fsum
 from pathlib import Path
 from typing import Any, Literal
 
-from sodfast.config import PRESETS, Config
+from sodfast.config import PRESETS, CGTRConfig, Config
 from sodfast.errors import UsageError
-from sodfast.files import is_held, read_lines, replace_text, try_lock
+from sodfast.files import is_held, refuse_links, replace_text, to_csv, try_lock
+from sodfast.run.records import read_events, read_metrics, read_summary
 from sodfast.study.definition import Study, Trial, flatten, load_study
 from sodfast.summary import summarize
 
 LAST_STEPS = 5  # the steps whose mean length the table gives
 
-Status = Literal["done", "collapsed", "interrupted", "failed", "running", "missing"]
+Lines = list[dict[str, Any]]
+Status = Literal["done", "collapsed", "interrupted", "failed", "running", "missing", "damaged"]
 
 
 def run_path(directory: Path, name: str) -> Path:
@@ -62,40 +61,50 @@ def hold(directory: Path, study: Study) -> Iterator[None]:
     """Make `directory` the study's, or check that it is, and keep other sweeps out of it.
 
     Raises `UsageError`, with nothing written, for a directory that cannot be used, holds something
-    else, or is held.
+    else, is held, or would have the sweep write through a symbolic link.
     """
-    try:
-        if directory.exists() and not (directory / "study.yaml").exists():
-            # What a sweep that was killed while it began has left is no other's.
-            names = set(os.listdir(directory)) - {".lock", "base.yaml"}
-            others = sorted(name for name in names if not name.endswith(".tmp"))
-            if others:
+    with ExitStack() as held:
+        try:
+            _check_usable(directory)
+            directory.mkdir(parents=True, exist_ok=True)
+            lock = try_lock(directory / ".lock")
+            if lock is None:
                 raise UsageError(
-                    f"out={directory} holds {others[0]} and is no study directory: choose another"
+                    f"{directory} is being swept by another process: wait for it, or stop it"
                 )
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = try_lock(directory / ".lock")
-    except OSError as error:
-        raise UsageError(f"out={directory} cannot be used: {error.strerror}") from error
-    if lock is None:
-        raise UsageError(f"{directory} is being swept by another process: wait for it, or stop it")
-    with lock:
-        if (directory / "study.yaml").exists():
-            _check_kept(directory, study)
-        base = PRESETS / f"{study.base}.yaml"
-        text = (base if base.is_file() else Path(study.base)).read_text()
-        replace_text(directory / "base.yaml", text)
-        stored = study.model_copy(update={"base": "base.yaml"})
-        replace_text(directory / "study.yaml", stored.to_yaml())
-        for folder in ("runs", "logs"):
-            (directory / folder).mkdir(exist_ok=True)
+            held.enter_context(lock)
+            if (directory / "study.yaml").exists():
+                _check_kept(directory, study)
+            base = PRESETS / f"{study.base}.yaml"
+            text = (base if base.is_file() else Path(study.base)).read_text()
+            replace_text(directory / "base.yaml", text)
+            stored = study.model_copy(update={"base": "base.yaml"})
+            replace_text(directory / "study.yaml", stored.to_yaml())
+            for folder in ("runs", "logs"):
+                (directory / folder).mkdir(exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"out={directory} cannot be used: {error.strerror}") from error
         yield
+
+
+def _check_usable(directory: Path) -> None:
+    """Raise `UsageError` for a directory that holds something else, or links to somewhere else."""
+    names = set(os.listdir(directory)) if directory.exists() else set()
+    # A sweep that was killed while it began has left no study.yaml, but nothing of another's.
+    others = [name for name in names - {".lock", "base.yaml"} if not name.endswith(".tmp")]
+    if others and "study.yaml" not in names:
+        raise UsageError(
+            f"out={directory} holds {min(others)} and is no study directory: choose another"
+        )
+    refuse_links(directory, (".lock", "runs", "logs"))
+    for folder in names & {"runs", "logs"}:
+        refuse_links(directory / folder, os.listdir(directory / folder))
 
 
 def _check_kept(directory: Path, study: Study) -> None:
     """An existing directory may gain trials; those it has must stay what they are."""
-    new = {trial.name: trial.config for trial in study.trials()}
-    for trial in open_study(directory).trials():
+    new = {trial.name: trial.config for trial in study.trials}
+    for trial in open_study(directory).trials:
         if trial.name not in new:
             difference = f"it has no trial {trial.name}"
         elif new[trial.name] != trial.config:
@@ -119,34 +128,51 @@ def _difference(old: Config, new: Config) -> str:
 
 @dataclass(frozen=True)
 class TrialRun:
-    """A trial and what is on disk of it. Until its last step is written, `lines` may grow."""
+    """A trial and what is on disk of it: the lines of metrics.jsonl and of events.jsonl.
+
+    One whose files cannot be read is "damaged": it has no lines, and `damage` names file, line and
+    reason.
+    """
 
     trial: Trial
     path: Path
     status: Status
-
-    def lines(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl. Raises `UsageError` for a damaged one."""
-        return read_lines(self.path / "metrics.jsonl")
-
-    def events(self) -> list[dict[str, Any]]:
-        """Those of events.jsonl, likewise."""
-        return read_lines(self.path / "events.jsonl")
+    lines: Lines
+    events: Lines
+    damage: str = ""
 
 
 def read_runs(directory: Path) -> list[TrialRun]:
-    """Every trial of a study directory in the study's order. Raises `UsageError`."""
-    return _runs(directory, open_study(directory))
+    """Every trial of a study directory in the study's order. Raises `UsageError` for the directory,
+    never for a trial."""
+    runs = []
+    for trial in open_study(directory).trials:
+        path = run_path(directory, trial.name)
+        try:
+            status = _status(directory, trial)
+            runs.append(TrialRun(trial, path, status, *read_records(path, trial.config)))
+        except (UsageError, OSError) as error:
+            runs.append(TrialRun(trial, path, "damaged", [], [], str(error)))
+    return runs
 
 
-def _runs(directory: Path, study: Study) -> list[TrialRun]:
-    return [
-        TrialRun(trial, run_path(directory, trial.name), status_of(directory, trial))
-        for trial in study.trials()
-    ]
+def read_records(path: Path, config: Config) -> tuple[Lines, Lines]:
+    """The metrics and the events of a run; empty ones where it has none yet.
+
+    Raises `UsageError` where a line is damaged or a check is not one of this configuration.
+    """
+    lines, events = read_metrics(path), read_events(path)
+    gates = set(CGTRConfig().gates) if isinstance(config.schedule, CGTRConfig) else None
+    for number, event in enumerate(events, start=1):
+        if event["event"] == "gate" and event["gates"].keys() != gates:
+            wrong = "events.jsonl has gates but the schedule has none"
+            if gates is not None:
+                wrong = f"a check of {', '.join(event['gates'])}"
+            raise UsageError(f"{path}/events.jsonl:{number}: {wrong}")
+    return lines, events
 
 
-def status_of(directory: Path, trial: Trial) -> Status:
+def _status(directory: Path, trial: Trial) -> Status:
     path = run_path(directory, trial.name)
     if is_held(lock_path(directory, trial.name)):
         return "running"
@@ -158,10 +184,10 @@ def status_of(directory: Path, trial: Trial) -> Status:
 
 
 def finished_status(path: Path, config: Config) -> Literal["done", "collapsed"] | None:
-    """The status of a run that has nothing left to do; None for any other."""
-    try:
-        summary = json.loads((path / "summary.json").read_text())
-    except FileNotFoundError:
+    """The status of a run that has nothing left to do; None for any other. Raises `UsageError`
+    where summary.json is damaged."""
+    summary = read_summary(path)
+    if summary is None:
         return None
     complete = summary["steps"] >= config.steps
     if summary["status"] == "collapsed" and (complete or config.collapse.stop):
@@ -178,40 +204,30 @@ def write_table(directory: Path) -> Path:
     Undefined values are empty. The numbers follow from metrics.jsonl and events.jsonl alone, so a
     trial that was cut short has those of the steps it has finished.
     """
-    study, path, stream = open_study(directory), directory / "table.csv", io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["name", *study.axes, "status", *_MEASURES])
-    for run in _runs(directory, study):
-        measures = _measures(run)
+    runs = read_runs(directory)
+    rows: list[list[Any]] = [["name", *runs[0].trial.point, "status", *_MEASURES]]
+    for run in runs:
+        measures = _measures(run) if run.lines else {}
         cells = [measures.get(key) for key in _MEASURES]
-        writer.writerow([run.trial.name, *run.trial.point.values(), run.status, *cells])
-    replace_text(path, stream.getvalue())
+        rows.append([run.trial.name, *run.trial.point.values(), run.status, *cells])
+    path = directory / "table.csv"
+    replace_text(path, to_csv(rows))
     return path
 
 
 _MEASURES = (
-    "steps",
-    "final",
-    "peak",
-    "peak_step",
-    "refreshes",
-    "refresh_steps",
-    "collapse_step",
-    "entropy_mean",
-    "entropy_final",
-    f"length_last{LAST_STEPS}",
+    *("steps", "final", "peak", "peak_step", "refreshes", "refresh_steps", "collapse_step"),
+    *("entropy_mean", "entropy_final", f"length_last{LAST_STEPS}"),
 )
 
 
 def _measures(run: TrialRun) -> dict[str, Any]:
-    lines = run.lines()
-    if not lines:
-        return {}
-    measures = summarize(lines, run.trial.config.eval.samples)
-    collapses = [event["step"] for event in run.events() if event["event"] == "collapse"]
-    lengths = [line["length/mean"] for line in lines if "length/mean" in line][-LAST_STEPS:]
+    """What the table says of a run that has lines."""
+    measures = summarize(run.lines, run.trial.config.eval.samples)
+    collapses = [event["step"] for event in run.events if event["event"] == "collapse"]
+    lengths = [line["length/mean"] for line in run.lines if "length/mean" in line][-LAST_STEPS:]
     refreshes = measures.pop("refresh_steps")
-    if any("teacher/refreshed" in line for line in lines):  # a teacher that copies
+    if any("teacher/refreshed" in line for line in run.lines):  # a teacher that copies
         measures["refreshes"] = len(refreshes)
         measures["refresh_steps"] = " ".join(map(str, refreshes))
     if lengths:

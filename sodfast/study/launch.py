@@ -5,26 +5,74 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Event
-from typing import IO, Literal
+from typing import IO, Literal, Protocol
 
 from sodfast.config import Config
 from sodfast.errors import RunFailed, UsageError
 from sodfast.files import try_lock
 from sodfast.study.definition import Trial
-from sodfast.study.directory import failure_path, finished_status, lock_path, log_path, run_path
+from sodfast.study.directory import (
+    failure_path,
+    finished_status,
+    lock_path,
+    log_path,
+    read_records,
+    run_path,
+)
 
 RETRIES = 2
 POLL_SECONDS = 0.2
 
 Outcome = Literal["done", "collapsed", "failed", "interrupted"]
-# Starts trials; leaving the context stops those that still run, which then save.
-Launch = Callable[[Path, list[Trial]], AbstractContextManager[dict[str, Future[Outcome]]]]
+
+
+class Launcher(Protocol):
+    """Where trials run. `stop` returns when those that still ran have saved and ended."""
+
+    def start(self, directory: Path, trial: Trial) -> Future[Outcome]: ...
+
+    def stop(self) -> None: ...
+
+
+class LocalLauncher:
+    """Processes of this machine, one trial at a time for each of `environments`."""
+
+    def __init__(self, environments: Sequence[dict[str, str]]) -> None:
+        self._free: SimpleQueue[dict[str, str]] = SimpleQueue()
+        for environment in environments:
+            self._free.put(environment)
+        self._pool = ThreadPoolExecutor(len(environments))
+        self._stop = Event()
+
+    def start(self, directory: Path, trial: Trial) -> Future[Outcome]:
+        return self._pool.submit(self._run, directory, trial)
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._pool.shutdown(cancel_futures=True)
+
+    def _run(self, directory: Path, trial: Trial) -> Outcome:
+        environment = self._free.get()
+        try:
+            return run_trial(directory, trial, environment, os.getcwd(), self._stop)
+        finally:
+            self._free.put(environment)
+
+
+def outcome_of(directory: Path, trial: Trial) -> Literal["done", "collapsed"] | None:
+    """How a trial ended that has nothing left to do. One whose files are damaged has: resuming it
+    writes the summary anew, or says what is wrong."""
+    path = run_path(directory, trial.name)
+    try:
+        read_records(path, trial.config)
+        return finished_status(path, trial.config)
+    except UsageError:
+        return None
 
 
 def run_trial(
@@ -40,7 +88,6 @@ def run_trial(
 
     Raises `RunFailed` when the study directory cannot be written.
     """
-    run = run_path(directory, trial.name)
     try:
         while (lock := try_lock(lock_path(directory, trial.name))) is None:
             if stop.wait(POLL_SECONDS):
@@ -49,9 +96,9 @@ def run_trial(
             failure_path(directory, trial.name).unlink(missing_ok=True)
             for _ in range(1 + RETRIES):
                 code = _run_process(directory, trial, environment, cwd, lock, stop)
-                status = finished_status(run, trial.config)
-                if status is not None:
-                    return status
+                outcome = outcome_of(directory, trial)
+                if outcome is not None:
+                    return outcome
                 if stop.is_set():
                     return "interrupted"
                 if code == 2:
@@ -75,27 +122,23 @@ def _run_process(
         return 130
     arguments = _arguments(directory, trial)
     reading, writing = os.pipe()
-    with os.fdopen(writing, "wb") as leash:
+    with os.fdopen(reading), os.fdopen(writing, "w") as leash:
+        with log_path(directory, trial.name).open("a") as log:
+            print(f"$ sodfast {shlex.join(arguments)}", file=log, flush=True)
+            process = subprocess.Popen(
+                [sys.executable, "-m", "sodfast", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=cwd,
+                env={**os.environ, **environment, "SODFAST_LEASH": str(reading)},
+                pass_fds=(reading, lock.fileno()),
+                # Ctrl-C reaches the sweep alone: a second signal would cut the saving short.
+                start_new_session=True,
+            )
         try:
-            with log_path(directory, trial.name).open("a") as log:
-                log.write(f"$ sodfast {shlex.join(arguments)}\n")
-                log.flush()
-                process = subprocess.Popen(
-                    [sys.executable, "-m", "sodfast", *arguments],
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    cwd=cwd,
-                    env={**os.environ, **environment, "SODFAST_LEASH": str(reading)},
-                    pass_fds=(reading, lock.fileno()),
-                    # Ctrl-C reaches the sweep alone: a second signal would cut the saving short.
-                    start_new_session=True,
-                )
-        finally:
-            os.close(reading)
-        lock.truncate(0)
-        print(process.pid, file=lock, flush=True)  # for whoever wants to know which process it is
-        try:
+            lock.truncate(0)
+            print(process.pid, file=lock, flush=True)  # for whoever wants to know which it is
             while process.poll() is None and not stop.wait(POLL_SECONDS):
                 pass
         finally:
@@ -126,37 +169,6 @@ def _reason(log: Path, code: int) -> str:
         stream.seek(max(0, log.stat().st_size - 4096))
         lines = stream.read().decode(errors="replace").strip().splitlines()
     return f"exit code {code}: {lines[-1]}"
-
-
-def local_launcher(environments: Sequence[dict[str, str]]) -> Launch:
-    """One trial at a time for each of `environments`."""
-
-    @contextmanager
-    def launch(directory: Path, trials: list[Trial]) -> Iterator[dict[str, Future[Outcome]]]:
-        stop = Event()
-        free: SimpleQueue[dict[str, str]] = SimpleQueue()
-        for environment in environments:
-            free.put(environment)
-
-        def work(trial: Trial) -> Outcome:
-            environment = free.get()
-            try:
-                return run_trial(directory, trial, environment, os.getcwd(), stop)
-            finally:
-                free.put(environment)
-
-        with ThreadPoolExecutor(len(environments)) as pool:
-            futures: dict[str, Future[Outcome]] = {}
-            try:
-                for trial in trials:
-                    futures[trial.name] = pool.submit(work, trial)
-                yield futures
-            finally:
-                stop.set()
-                for future in futures.values():
-                    future.cancel()
-
-    return launch
 
 
 def slots(configs: Sequence[Config], jobs: int | None) -> list[dict[str, str]]:
@@ -198,8 +210,6 @@ def cores() -> int:
 def visible_gpus() -> list[str]:
     import torch
 
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
     count = torch.cuda.device_count()
-    return (
-        [name.strip() for name in named.split(",")][:count] if named else [*map(str, range(count))]
-    )
+    named = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+    return [name.strip() for name in named.split(",")][:count]

@@ -8,6 +8,7 @@ same path, with flock (NFS has it).
 
 import os
 import signal
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -24,7 +25,7 @@ from sodfast.study.definition import Trial
 from sodfast.study.directory import lock_path
 from sodfast.study.launch import (
     POLL_SECONDS,
-    Launch,
+    Launcher,
     Outcome,
     run_trial,
     thread_environment,
@@ -34,39 +35,45 @@ from sodfast.study.launch import (
 # Workers lost by one trial before it is given up. Nodes come and go through no fault of a trial;
 # the trial's own crashes are counted by `run_trial`.
 LOST_WORKERS = 10
+CONNECT_SECONDS = 5.0
 _OBJECT_STORE_BYTES = 80 * 2**20  # about Ray's least: trials pass nothing but their configuration
 
 
-def ray_launcher(configs: Sequence[Config], address: str | None) -> Launch:
-    """`address`: a cluster's, or "auto"; None starts a Ray on this machine.
+@contextmanager
+def ray_launcher(configs: Sequence[Config], address: str | None) -> Iterator[Launcher]:
+    """Connected until the context is left. `address`: a cluster's, or "auto"; None starts a Ray on
+    this machine.
 
-    Raises `UsageError` where Ray is not installed.
+    Raises `UsageError` where Ray is not installed, nobody answers, or no GPU is there to be used.
     """
     if find_spec("ray") is None:
         raise UsageError("--launcher ray needs a package: pip install 'sodfast[ray]'")
+    import ray
 
-    @contextmanager
-    def launch(directory: Path, trials: list[Trial]) -> Iterator[dict[str, Future[Outcome]]]:
+    _connect(address)
+    try:
+        yield RayLauncher(ray.remote(_run).options(**_resources(configs)))
+    finally:
+        ray.shutdown()
+
+
+class RayLauncher:
+    def __init__(self, task: Any) -> None:
+        self._task = task
+        self._started: dict[Path, Any] = {}  # by the lock that a trial's process holds
+
+    def start(self, directory: Path, trial: Trial) -> Future[Outcome]:
+        reference = self._task.remote(directory, trial, os.getcwd())
+        self._started[lock_path(directory, trial.name)] = reference
+        return _future(reference)
+
+    def stop(self) -> None:
         import ray
 
-        _connect(address)
-        try:
-            task = ray.remote(_run).options(**_resources(configs))
-            references = {
-                trial.name: task.remote(directory, trial, os.getcwd()) for trial in trials
-            }
-            try:
-                yield {name: _future(reference) for name, reference in references.items()}
-            finally:
-                for reference in references.values():
-                    ray.cancel(reference)  # KeyboardInterrupt in `run_trial`; ended tasks: nothing
-                locks = [lock_path(directory, trial.name) for trial in trials]
-                while any(map(is_held, locks)):
-                    time.sleep(POLL_SECONDS)
-        finally:
-            ray.shutdown()
-
-    return launch
+        for reference in self._started.values():
+            ray.cancel(reference)  # KeyboardInterrupt in `run_trial`; ended tasks: nothing
+        while any(map(is_held, self._started)):
+            time.sleep(POLL_SECONDS)
 
 
 def _run(directory: Path, trial: Trial, cwd: str) -> Outcome:
@@ -79,18 +86,25 @@ def _connect(address: str | None) -> None:
     import ray
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    local: dict[str, Any] = {
-        "address": "local",
-        "include_dashboard": False,
-        "object_store_memory": _OBJECT_STORE_BYTES,
-    }
+    options: dict[str, Any] = {"address": address}
+    if address is None:
+        store = _OBJECT_STORE_BYTES
+        options = {"address": "local", "include_dashboard": False, "object_store_memory": store}
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(**({"address": address} if address else local), log_to_driver=False)
-    except ConnectionError as error:
+        _knock(address or "")
+        ray.init(**options, log_to_driver=False)
+    except (OSError, ValueError, RuntimeError) as error:
         raise UsageError(f"--address {address}: {' '.join(str(error).split())}") from error
     # Ray ends the driver at SIGTERM; a sweep lets its trials save first.
     signal.signal(signal.SIGTERM, handler)
+
+
+def _knock(address: str) -> None:
+    """Raise `OSError` where nobody listens at HOST:PORT: Ray itself would try for a minute."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
 
 
 def _resources(configs: Sequence[Config]) -> dict[str, Any]:

@@ -9,14 +9,14 @@ before its first instruction until it has ended.
 import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Literal
 
-from sodfast.config import Config
 from sodfast.errors import RunFailed, UsageError
 from sodfast.study.definition import Trial, find_study, load_study
-from sodfast.study.directory import finished_status, hold, run_path, write_table
-from sodfast.study.launch import Launch, Outcome, local_launcher, mark_failed, slots
+from sodfast.study.directory import hold, write_table
+from sodfast.study.launch import Launcher, LocalLauncher, Outcome, mark_failed, outcome_of, slots
 from sodfast.study.view import build_view
 
 
@@ -34,20 +34,23 @@ def sweep(
     study directory. `conclude` is called with that directory when the table is written, while no
     other sweep can use it.
 
-    Raises `UsageError` before anything is written, `RunFailed` at the end when a trial failed,
-    `KeyboardInterrupt` after every trial has saved.
+    Raises `UsageError` before anything is written, `RunFailed` at the end when a trial failed and
+    at once when the study directory cannot be written, `KeyboardInterrupt` after every trial has
+    saved.
     """
     path = find_study(source)
     study = load_study(path, [text for text in arguments if not text.startswith("out=")])
-    trials = study.trials()
+    trials = study.trials
     outs = [text.removeprefix("out=") for text in arguments if text.startswith("out=")]
     directory = Path(outs[-1] if outs else f"runs/{path.stem}").absolute()
     if "=" in str(directory) or outs == [""]:
         raise UsageError(f"out={directory} cannot be used: choose a directory without '='")
-    launch = _choose(launcher, [trial.config for trial in trials], jobs, address)
-    with hold(directory, study):
-        outcomes = _run(directory, trials, launch)
-        table = write_table(directory)
+    with _choose(launcher, trials, jobs, address) as chosen, hold(directory, study):
+        try:
+            outcomes = _run(directory, trials, chosen)
+            table = write_table(directory)
+        except OSError as error:
+            raise RunFailed(f"{directory} cannot be written: {error}") from error
         conclude(directory)
     failed = [name for name, outcome in outcomes.items() if outcome == "failed"]
     if failed:
@@ -59,8 +62,9 @@ def sweep(
 
 
 def _choose(
-    launcher: str, configs: Sequence[Config], jobs: int | None, address: str | None
-) -> Launch:
+    launcher: str, trials: Sequence[Trial], jobs: int | None, address: str | None
+) -> AbstractContextManager[Launcher]:
+    configs = [trial.config for trial in trials]
     for config in configs:
         if config.device.startswith("cuda:"):
             raise UsageError(f"device={config.device}: a sweep picks the GPUs, write device=cuda")
@@ -72,25 +76,23 @@ def _choose(
         return ray_launcher(configs, address)
     if address is not None:
         raise UsageError("--address is for --launcher ray")
-    return local_launcher(slots(configs, jobs))
+    return nullcontext(LocalLauncher(slots(configs, jobs)))
 
 
-def _run(directory: Path, trials: Sequence[Trial], launch: Launch) -> dict[str, Outcome]:
+def _run(directory: Path, trials: Sequence[Trial], launcher: Launcher) -> dict[str, Outcome]:
     """Run the trials that are not finished; the outcome of each."""
-    outcomes: dict[str, Outcome] = {}
-    for trial in trials:
-        status = finished_status(run_path(directory, trial.name), trial.config)
-        if status is not None:
-            outcomes[trial.name] = status
-    waiting = [trial for trial in trials if trial.name not in outcomes]
-    with build_view(directory, trials, outcomes) as view, launch(directory, waiting) as futures:
+    ended = {trial.name: outcome_of(directory, trial) for trial in trials}
+    outcomes: dict[str, Outcome] = {name: found for name, found in ended.items() if found}
+    with build_view(directory, trials, outcomes) as view:
         try:
-            pending = dict(futures)
+            waiting = [trial for trial in trials if trial.name not in outcomes]
+            pending = {launcher.start(directory, trial): trial.name for trial in waiting}
             while pending:
-                wait(pending.values(), timeout=view.seconds, return_when=FIRST_COMPLETED)
-                for name in [name for name, future in pending.items() if future.done()]:
+                wait(pending, timeout=view.seconds, return_when=FIRST_COMPLETED)
+                for future in [future for future in pending if future.done()]:
+                    name = pending.pop(future)
                     try:
-                        outcomes[name] = pending.pop(name).result()
+                        outcomes[name] = future.result()
                     except RunFailed as error:
                         mark_failed(directory, name, str(error))
                         outcomes[name] = "failed"
@@ -102,4 +104,6 @@ def _run(directory: Path, trials: Sequence[Trial], launch: Launch) -> dict[str, 
                 signal.signal(number, signal.SIG_IGN)
             view.message("stopping: each trial saves its last finished step")
             raise
+        finally:
+            launcher.stop()
     return outcomes

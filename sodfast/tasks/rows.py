@@ -40,6 +40,19 @@ def _refuse_constant(name: str) -> None:
 strict_json = json.JSONDecoder(parse_float=_number, parse_constant=_refuse_constant)
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> Row:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise ValueError("an object gives one of its keys twice")
+    return row
+
+
+# Of a file, a key given twice is refused too. (In an answer the last one counts.)
+_row_json = json.JSONDecoder(
+    parse_float=_number, parse_constant=_refuse_constant, object_pairs_hook=_unique
+)
+
+
 def load_questions(
     config: RowsConfig,
     check: Callable[[Question], None],
@@ -76,7 +89,10 @@ def load_questions(
             rows = [(place, row) for place, row in converted if row is not None]
             if len(rows) < len(converted):
                 _logger.warning("%s: dropped %d flawed rows", source, len(converted) - len(rows))
-        return [_question(source, place, row, config, check, needs_answer) for place, row in rows]
+        found = [_question(source, place, row, config, check, needs_answer) for place, row in rows]
+        if _is_file(source):
+            _refuse_shared_ids(source, rows, found)
+        return found
 
     return questions(train, train_rows), questions(test or train, test_rows)
 
@@ -88,11 +104,23 @@ def _sources(config: RowsConfig) -> tuple[str, str | None, tuple[str, str]]:
     assert train is not None, "only a task that brings its own questions has none"
     if isinstance(split, SplitConfig):
         return train, test or train, (split.train, split.test)
-    if test == train:
+    if test is not None and os.path.realpath(test) == os.path.realpath(train):
         raise UsageError(f"task.test: {test} is also task.train, name other rows to test on")
     if test is None and _is_file(train):
         raise UsageError("task.test: name a file of test rows (only a hub id is split 9:1)")
     return train, test, (split or "train", "test")
+
+
+def _refuse_shared_ids(source: str, rows: Sequence[Placed], questions: list[Question]) -> None:
+    """Raise `UsageError` where two rows of a file would go by one name in every record of a run."""
+    first: dict[str, str] = {}
+    for question, (place, _) in zip(questions, rows, strict=True):
+        other = first.setdefault(question.id, place)
+        if other != place:
+            raise UsageError(
+                f"{source}, {place}: id {question.id[:100]} is also that of {other}: give each row "
+                "its own"
+            )
 
 
 def _is_file(source: str) -> bool:
@@ -120,7 +148,7 @@ def _read_file(source: str) -> list[Placed]:
             continue
         place = f"{source}, line {number}"
         try:
-            row = strict_json.decode(line)
+            row = _row_json.decode(line)
         except json.JSONDecodeError as error:
             raise UsageError(f"{place}: not JSON, column {error.colno}: {error.msg}") from error
         except (ValueError, RecursionError) as error:

@@ -51,7 +51,7 @@ def test_a_page_of_the_rivals_cache_is_as_large_as_the_bench_takes_it_to_be(benc
 
     config = ContinuousBatchingConfig()
     name = "page_size" if hasattr(config, "page_size") else "block_size"
-    assert getattr(config, name) == bench.PAGE
+    assert getattr(config, name) == bench.RIVAL_PAGE
 
 
 def test_the_bytes_of_a_decode_step(bench: Any, model: Any) -> None:
@@ -63,6 +63,12 @@ def test_the_bytes_of_a_decode_step(bench: Any, model: Any) -> None:
     share = row["bytes"] / 2e9 / (row["milliseconds"] / 1e3)
     assert row["share_of_roofline"] == pytest.approx(share)
     assert row["tokens_per_second"] == pytest.approx(4e3 / row["milliseconds"])
+
+
+def test_the_bytes_of_one_layers_attention(bench: Any) -> None:
+    row = bench.attention_step(CPU, slots=3, context=40, layers=2, shape=bench.TINY_SHAPE)
+    assert row["bytes"] == 3 * 40 * 2 * 2 * 32 * 4  # keys and values of two heads of 32, fp32
+    assert row["bytes_per_second"] == pytest.approx(row["bytes"] / (row["milliseconds"] / 1e3))
 
 
 @pytest.mark.slow

@@ -49,6 +49,16 @@ def test_the_innermost_loops_that_touch_memory_are_found(tmp_path):
     assert narrow.functions == {"helper"}
 
 
+def test_a_kernel_without_such_a_loop_counts_as_a_whole(tmp_path):
+    path = tmp_path / "source.py"
+    path.write_text(SOURCE)
+    straight = LISTING.format(path=path).replace("BRA `(.L_x_0)", "EXIT").replace("(.L_x_1)", "()")
+    straight = straight.replace("(.L_x_3)", "()")
+    (whole,) = sass.read_listing(straight)
+    assert (whole.instructions, whole.bytes) == (12, 16 + 8 + 16 + 4)
+    assert whole.functions == {"helper", "sweep"}
+
+
 def test_a_line_belongs_to_the_innermost_function(tmp_path):
     path = tmp_path / "nested.py"
     path.write_text("def outer():\n    def inner():\n        pass\n    return inner\n\n\nX = 1\n")

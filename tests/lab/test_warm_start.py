@@ -312,6 +312,34 @@ def test_a_failed_save_leaves_the_entry_and_no_litter(
     assert path.read_bytes() == b"before"
 
 
+@pytest.mark.parametrize("fault", ["a file", "below a file", "no home", "full", "unwritable"])
+def test_a_cache_that_cannot_be_used_costs_nothing_but_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fault: str
+) -> None:
+    """One line says so, and the model is the one that a sound cache would have kept."""
+    expected, _ = warm_start.build(TINY, tmp_path / "sound")
+    (tmp_path / "file").write_text("mine")
+    chosen = {"a file": "file", "below a file": "file/below"}.get(fault, "cache")
+    monkeypatch.setenv("SODFAST_CACHE", str(tmp_path / chosen))
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    if fault == "no home":
+        monkeypatch.delenv("SODFAST_CACHE")
+        monkeypatch.setattr("os.path.expanduser", lambda text: text)
+    if fault == "full":
+        monkeypatch.setattr(warm_start, "replace_bytes", refuse)
+    if fault == "unwritable":
+        monkeypatch.setattr(warm_start, "alone", refuse)
+    monkeypatch.chdir(tmp_path)
+    model, _ = warm_start.build(TINY)
+    assert same_bits(model, expected)
+    (record,) = caplog.records
+    assert "is not cached" in record.getMessage() and "SODFAST_CACHE" in record.getMessage()
+    assert (tmp_path / "file").read_text() == "mine" and not (tmp_path / "~").exists()
+
+
 # What the default lab's student can do.
 
 

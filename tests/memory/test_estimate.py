@@ -18,8 +18,9 @@ from sodfast.lab import model as lab_model
 from sodfast.lab.model import build_tokenizer
 from sodfast.memory import trace
 from sodfast.memory.estimate import GIB, Estimate, Lengths, architecture
-from sodfast.rollout.native import cache_slots
+from sodfast.rollout.native import cache_size
 from sodfast.run.console import Reporter
+from sodfast.teacher import DRIFT_EVERY
 from sodfast.trainer import Trainer
 
 # ---------------------------------------------------------------- measured over real training
@@ -121,7 +122,8 @@ def test_each_phases_peak_is_the_plans_within_five_percent(
         scores.head,
     )
     line |= {"step": 2, **trainer._statistics(rollouts)}
-    _, peaks["refresh"] = measured(trainer, lambda: trainer._move_teacher(2, line))
+    # In a step in which the drift of a teacher in host memory is measured.
+    _, peaks["refresh"] = measured(trainer, lambda: trainer._move_teacher(DRIFT_EVERY, line))
     _, peaks["evaluate"] = measured(trainer, lambda: trainer._evaluate(2))
 
     lengths = [
@@ -164,6 +166,7 @@ def test_weights_and_what_goes_with_them(by_hand: Callable[..., Estimate]) -> No
     train = estimate.phases["train"]
     assert train.pop("activations") > 0
     assert train == {
+        "workspaces": 2 * 32 * 2**20,  # of the stream that computes and of the one that captures
         "weights": 4 * NUMBERS,
         "gradients": 4 * NUMBERS,
         "teacher": 4 * NUMBERS,
@@ -212,14 +215,20 @@ def test_under_trust_region_there_are_two_models_states_side_by_side(
     assert two.phases["teacher"]["activations"] >= two.phases["teacher"]["teacher_hidden"]
 
 
-def test_the_cache_is_the_slots_that_its_budget_holds(by_hand: Callable[..., Estimate]) -> None:
-    slot = 128 * 2 * 2 * 2 * 16 * 4  # tokens · layers · keys and values · heads · size · fp32
-    assert by_hand().phases["rollout"]["kv_cache"] == 64 * slot
-    tight = by_hand(f"rollout.cache_gib={10.5 * slot / GIB}")
-    assert tight.phases["rollout"]["kv_cache"] == 10 * slot
-    taken = sum(tight.phases["rollout"].values()) - 10 * slot
+def test_the_cache_is_the_pages_that_its_budget_holds(by_hand: Callable[..., Estimate]) -> None:
+    page = 64 * 2 * 2 * 2 * 16 * 4  # tokens · layers · keys and values · heads · size · fp32
+    whole = by_hand()
+    # 32 + 96 tokens are two pages; one more is where idle rows write.
+    assert whole.phases["rollout"]["kv_cache"] == (64 * 2 + 1) * page
+    assert whole.phases["rollout"]["graphs"] == 64 * 500 * 4
+    tight = by_hand(f"rollout.cache_gib={21.5 * page / GIB}")
+    assert tight.phases["rollout"]["kv_cache"] == 21 * page
+    assert tight.phases["rollout"]["graphs"] == 20 * 500 * 4
+    taken = sum(tight.phases["rollout"].values()) - 21 * page
     assert tight.cache_bytes == tight.budget - taken
-    assert tight.token_bytes == slot // 128
+    assert tight.token_bytes == page // 64
+    # Prompts of 32 with answers that are expected to take 12 fit into one page each.
+    assert (whole.at_once(False), tight.at_once(False)) == (64, 20)
 
 
 def test_a_cpu_keeps_its_cache_and_takes_sequences_in_sixteens(
@@ -238,8 +247,37 @@ def test_the_estimate_and_the_engine_give_one_answer(
     """The engine's own words, without its advice, which the plan replaces by its own."""
     estimate = by_hand(f"device={device}", "rollout.cache_gib=0.00005")
     with pytest.raises(UsageError) as caught:
-        cache_slots(estimate.network, 128, 0.00005, 0, device == "cuda")
+        cache_size(estimate.network, 128, 64, 0.00005, 0, device == "cuda")
     assert estimate.refused == str(caught.value) and not estimate.fits
+
+
+@pytest.mark.slow
+def test_scoring_has_a_budget_of_its_own(by_hand: Callable[..., Estimate]) -> None:
+    long, short = by_hand("teacher.micro_batch_tokens=8000"), by_hand()
+    long_peaks, peaks = long.peaks, short.peaks
+    shared = by_hand("optimizer.micro_batch_tokens=1000")
+    own = by_hand("optimizer.micro_batch_tokens=1000", "teacher.micro_batch_tokens=4000")
+    assert own.peaks["teacher"] > shared.peaks["teacher"]
+    assert {**own.peaks, "teacher": 0} == {**shared.peaks, "teacher": 0}
+    assert long_peaks["teacher"] <= peaks["teacher"] and long_peaks["train"] == peaks["train"]
+
+
+def test_auto_keeps_the_layers_that_fit_and_each_takes_more(
+    by_hand: Callable[..., Estimate],
+) -> None:
+    checkpointed = "model.gradient_checkpointing=true"
+    by_count = [
+        by_hand(checkpointed, f"model.kept_layers={kept}").peaks["train"] for kept in range(3)
+    ]
+    assert by_count == sorted(set(by_count))
+    for kept, peak in enumerate(by_count):
+        budget = f"memory_gib={1.001 * peak / 0.95 / GIB}"
+        assert by_hand(checkpointed, "model.kept_layers=auto", budget).kept_layers == kept
+    assert by_hand("model.kept_layers=auto").kept_layers == 0
+    tight = by_hand(checkpointed, "model.kept_layers=auto", "memory_gib=0.001")
+    assert tight.kept_layers == 0 and not tight.fits
+    with pytest.raises(UsageError, match=r"model\.kept_layers=3: the model has 2 decoder layers"):
+        _ = by_hand(checkpointed, "model.kept_layers=3").peaks
 
 
 @pytest.mark.slow
@@ -310,6 +348,8 @@ def test_a_run_of_random_weights_is_planned_as_the_shape_itself() -> None:
     overrides = ["model.path=null", "model.random=Qwen/Qwen3-8B"]
     random = Estimate(load_config("qwen3_8b_80gb", overrides))
     assert random.phases == by_path.phases and random.parameters == by_path.parameters
+    assert random.host.keys() == {"teacher"}  # nothing is loaded
+    assert random.host["teacher"] == by_path.host["teacher"] and by_path.host["loading"] > 16e9
     with pytest.raises(UsageError, match=r"model\.random=Qwen/Qwen9 .*Qwen/Qwen3-0\.6B, "):
         architecture(load_config(None, ["model.random=Qwen/Qwen9"]))
 

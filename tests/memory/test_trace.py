@@ -1,5 +1,6 @@
 """What the phases allocate on tensors without memory, and how it is added up."""
 
+import json
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from sodfast_kernels.distillation.arguments import Call, Settings, Sides, Tokens
 
 from sodfast.config import load_config
 from sodfast.memory import trace
-from sodfast.memory.trace import LiveBytes, Trace, prefill, scoring, training
+from sodfast.memory.trace import LiveBytes, depths, empty_network, peak, prefill, scoring, training
 
 # ---------------------------------------------------------------- what is counted
 
@@ -140,51 +141,64 @@ def test_a_deep_network_is_what_two_depths_of_it_say(
 ) -> None:
     """Also where the embedding's gradient outweighs the activations of few layers."""
     objective = load_config(None, []).objective
-    network = Trace(contents, torch.float32, recompute, False)
+    network = empty_network(json.dumps(contents), torch.float32, recompute, False)
     period = 2 if contents["model_type"] == "gemma2" else 1
-    assert network.depths == (2 * period, 3 * period)
+    assert depths(network) == (2 * period, 3 * period)
     sequences = ((5, tokens), (4, 7))
     for phase in (
         (training, objective, sequences, 64, True, False),
         (scoring, sequences),
     ):
-        found = network.peak(*phase)
-        assert found == pytest.approx(network.peak(*phase, whole=True), rel=1e-4)
-    assert len(network.network.model.layers) == 8
+        found = peak(network, *phase)
+        assert found == pytest.approx(peak(network, *phase, whole=True), rel=1e-4)
+    assert len(network.model.layers) == 8
+
+
+def test_layers_that_are_set_up_otherwise_are_all_measured() -> None:
+    """Those that keep their activations are the last ones, the others continue linearly."""
+    objective = load_config(None, []).objective
+    phase = (training, objective, ((5, 60), (4, 7)), 64, True, False)
+    found = []
+    for kept in (0, 2, 3, 8):
+        network = empty_network(json.dumps(qwen(8)), torch.float32, True, False, None, kept)
+        assert depths(network, kept) == ((2, 3) if kept < 5 else None)
+        found.append(peak(network, *phase, last=kept))
+        assert found[-1] == pytest.approx(peak(network, *phase, whole=True), rel=1e-4)
+    assert found == sorted(found) and found[-1] > 1.5 * found[0]
 
 
 def test_layers_that_do_not_repeat_are_all_measured() -> None:
     odd = {**gemma(), "layer_types": ["full_attention"] + ["sliding_attention"] * 7}
-    assert Trace(odd, torch.float32, False, False).depths is None
-    assert Trace(qwen(3), torch.float32, False, False).depths is None
+    for contents in (odd, qwen(3)):
+        assert depths(empty_network(json.dumps(contents), torch.float32, False, False)) is None
 
 
 def test_ligers_kernels_keep_less_and_leave_other_networks_alone() -> None:
     pytest.importorskip("liger_kernel")
     objective = load_config(None, []).objective
 
-    def peak(liger: bool) -> int:
-        network = Trace(qwen(3), torch.bfloat16, False, liger)
-        return network.peak(training, objective, ((5, 400),), 64, True, True)
+    def taken(liger: bool) -> int:
+        network = empty_network.__wrapped__(json.dumps(qwen(3)), torch.bfloat16, False, liger)
+        return peak(network, training, objective, ((5, 400),), 64, True, True)
 
-    before = peak(False)
-    assert peak(True) < 0.9 * before
-    assert peak(False) == pytest.approx(before, rel=1e-4)
+    before = taken(False)
+    assert taken(True) < 0.9 * before
+    assert taken(False) == pytest.approx(before, rel=1e-4)
 
 
 @pytest.fixture(scope="module")
-def network() -> Trace:
-    return Trace(qwen(2), torch.float32, False, False)
+def network() -> Any:
+    return empty_network(json.dumps(qwen(2)), torch.float32, False, False)
 
 
-def test_a_phase_is_measured_once_for_the_same_arguments(network: Trace) -> None:
+def test_a_phase_is_measured_once_for_the_same_arguments(network: Any) -> None:
     seen = []
 
     def phase(network: Any, size: int) -> tuple[int, ...]:
         seen.append(size)
         return size, 3
 
-    assert [network.peak(phase, size) for size in (5, 1, 5)] == [5, 3, 5]
+    assert [peak(network, phase, size) for size in (5, 1, 5)] == [5, 3, 5]
     assert seen == [5, 1]
 
 
@@ -194,29 +208,29 @@ def test_a_peak_is_continued_part_by_part() -> None:
     def phase(network: Any) -> tuple[int, ...]:
         return 50, 10 * len(network.model.layers)
 
-    assert Trace(qwen(8), torch.float32, False, False).peak(phase) == 80
+    assert peak(empty_network(json.dumps(qwen(8)), torch.float32, False, False), phase) == 80
 
 
-def test_training_holds_gradients_only_where_they_come_into_being(network: Trace) -> None:
+def test_training_holds_gradients_only_where_they_come_into_being(network: Any) -> None:
     objective = load_config(None, []).objective
-    trained = sum(parameter.nbytes for parameter in network.network.parameters())
+    trained = sum(parameter.nbytes for parameter in network.parameters())
     new, kept = (
-        network.peak(training, objective, ((5, 30),), 64, accumulating, True)
+        peak(network, training, objective, ((5, 30),), 64, accumulating, True)
         for accumulating in (False, True)
     )
     assert trained < new <= kept + trained
-    assert all(parameter.grad is None for parameter in network.network.parameters())
+    assert all(parameter.grad is None for parameter in network.parameters())
 
 
-def test_scoring_leaves_its_hidden_states(network: Trace) -> None:
+def test_scoring_leaves_its_hidden_states(network: Any) -> None:
     """[N, 64] fp32 of N answered tokens, and more the longer the sequences are."""
-    few, many = (network.peak(scoring, ((5, tokens),)) for tokens in (20, 40))
+    few, many = (peak(network, scoring, ((5, tokens),)) for tokens in (20, 40))
     assert few > 20 * 64 * 4 and few + 20 * 64 * 4 < many
 
 
-def test_a_prefill_ends_in_fp32_logits_of_every_sample(network: Trace) -> None:
-    one, two = (network.peak(prefill, (9, 7), copies, 32, True) for copies in (20, 40))
+def test_a_prefill_ends_in_fp32_logits_of_every_sample(network: Any) -> None:
+    one, two = (peak(network, prefill, (9, 7), copies, 32, True) for copies in (20, 40))
     assert two - one >= 2 * 20 * 500 * 4
-    assert network.peak(prefill, (900,), 1, 1024, True) > network.peak(
-        prefill, (90,), 1, 1024, True
+    assert peak(network, prefill, (900,), 1, 1024, True) > peak(
+        network, prefill, (90,), 1, 1024, True
     )

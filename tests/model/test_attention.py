@@ -6,7 +6,6 @@ positions, A query heads, K key-value heads, D head size.
 
 import functools
 import inspect
-import itertools
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -78,18 +77,14 @@ def test_packed_attention_keeps_sequences_apart(
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 100])
-@pytest.mark.parametrize("kernel", ["_products", "_sdpa"])
-def test_slot_attention_sees_what_is_cached(kernel: str, window: int | None) -> None:
-    """Both on the memory order of a CPU's cache; `_sdpa` is what a GPU without FlashAttention
-    runs."""
+def test_slot_attention_sees_what_is_cached(window: int | None) -> None:
+    """On the memory order of a CPU's cache."""
     generator = torch.Generator().manual_seed(4)
     used = torch.tensor([1, 4, 11, 7], dtype=torch.int32)
     keys = torch.randn(6, 2, 8, 16, generator=generator).permute(0, 3, 1, 2)
     values = torch.randn(6, 2, 16, 8, generator=generator).transpose(1, 2)
     q = torch.randn(4, 4, 8, generator=generator)
-    attention = SlotAttention(used, 12, q.dtype)
-    attention.attend = getattr(attention, kernel)
-    attended = attention(q, keys, values, 0.4, window)
+    attended = SlotAttention(used, 12)(q, keys, values, 0.4, window)
     for row, count in enumerate(used.tolist()):
         seen = torch.arange(count)[None] >= count - (window or count)
         expected = attend_plainly(
@@ -158,20 +153,19 @@ def test_any_packed_sequences_are_attended_as_plain_arithmetic_says(
 def test_any_slots_are_attended_as_plain_arithmetic_says(
     used: list[int], spare: int, behind: int, heads: tuple[int, int], size: int, window: int | None
 ) -> None:
-    """More slots than queries, and slots longer than `width`; both kernels."""
+    """More slots than queries, and slots longer than `width`."""
     width, slots = max(used), len(used) + spare
     q = randn(0, len(used), heads[0], size)
     keys, values = (randn(seed, slots, width + behind, heads[1], size) for seed in (1, 2))
-    slot_attention = SlotAttention(torch.tensor(used, dtype=torch.int32), width, q.dtype)
-    for kernel in (slot_attention._products, slot_attention._sdpa):
-        attended = kernel(q, keys, values, 0.7, window)
-        for row, count in enumerate(used):
-            seen = band(count, window)[-1:]
-            expected = attend_plainly(
-                q[row : row + 1], keys[row, :count], values[row, :count], 0.7, seen
-            )
-            found = attended[row : row + 1].double()
-            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    slot_attention = SlotAttention(torch.tensor(used, dtype=torch.int32), width)
+    attended = slot_attention(q, keys, values, 0.7, window)
+    for row, count in enumerate(used):
+        seen = band(count, window)[-1:]
+        expected = attend_plainly(
+            q[row : row + 1], keys[row, :count], values[row, :count], 0.7, seen
+        )
+        found = attended[row : row + 1].double()
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
@@ -205,13 +199,12 @@ def test_what_a_token_may_not_see_moves_nothing(window: int | None, softcap: flo
     assert not torch.allclose(after[23], before[23], atol=1e-2)
 
 
-@pytest.mark.parametrize("kernel", ["_products", "_sdpa"])
 @pytest.mark.parametrize("window", [None, 3])
-def test_what_lies_behind_a_slots_tokens_moves_nothing(window: int | None, kernel: str) -> None:
+def test_what_lies_behind_a_slots_tokens_moves_nothing(window: int | None) -> None:
     """A slot keeps what an earlier, longer sequence left in it; and its neighbours differ."""
     used = torch.tensor([5, 9], dtype=torch.int32)
     q, keys, values = randn(0, 2, 4, 8), randn(1, 2, 12, 2, 8), randn(2, 2, 12, 2, 8)
-    attend = getattr(SlotAttention(used, 12, q.dtype), kernel)
+    attend = SlotAttention(used, 12)
     before = attend(q, keys, values, 0.7, window)
     for cached in (keys, values):
         cached[0, 5:] *= 1e3
@@ -224,8 +217,7 @@ def test_what_lies_behind_a_slots_tokens_moves_nothing(window: int | None, kerne
 def test_a_cpu_never_runs_flash_attention() -> None:
     packed = PackedAttention([2], torch.device("cpu"), torch.bfloat16)
     assert packed.attend == packed.attend_capped == packed._sdpa
-    slots = SlotAttention(torch.ones(1, dtype=torch.int32), 2, torch.bfloat16)
-    assert slots.attend == slots._products
+    assert paths(CPU, torch.bfloat16).slots == "products"
 
 
 # ---------------------------------------------------------------- which kernel runs
@@ -297,18 +289,6 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Calls]:
                 [attend_within_window(*row, softmax_scale, window_size) for row in rows]
             )
 
-        def flash_attn_with_kvcache(
-            q: Tensor, keys: Tensor, values: Tensor, *, cache_seqlens: Tensor,
-            softmax_scale: float, window_size: tuple[int, int],
-        ) -> Tensor:  # fmt: skip
-            calls.append({"package": "cache", "window_size": window_size})
-            rows = zip(q, keys, values, cache_seqlens.tolist(), strict=True)
-            parts = [
-                attend_within_window(one, k[:n], v[:n], softmax_scale, window_size)
-                for one, k, v, n in rows
-            ]
-            return torch.stack(parts)
-
         kinds = inspect.Parameter
         parameters = [kinds(name, kinds.KEYWORD_ONLY) for name in sorted(names or ())]
         varlen_attn.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -316,7 +296,6 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Calls]:
         module.varlen_attn = varlen_attn
         flash: Any = ModuleType("flash_attn")
         flash.flash_attn_varlen_func = flash_attn_varlen_func
-        flash.flash_attn_with_kvcache = flash_attn_with_kvcache
         monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
         monkeypatch.setitem(sys.modules, "flash_attn", flash)
         there = {"torch.nn.attention.varlen": names is not None, "flash_attn": package}
@@ -338,27 +317,25 @@ def test_the_path_follows_from_what_is_installed(
     install(version, package)
     other = "flash-attn" if package else "sdpa"
     packed = other if version in ("none", "2.10") else "varlen_attn"
-    slots = "varlen_attn" if version in ("only seqused_k", "2.13") else other
     for dtype in (torch.bfloat16, torch.float16):
-        assert paths(CUDA, dtype) == Paths(packed, other, slots)  # type: ignore[arg-type]
+        found = Paths(packed, other, "decode_attention")  # type: ignore[arg-type]
+        assert paths(CUDA, dtype) == found
         assert paths(CPU, dtype) == Paths("sdpa", "sdpa", "products")
-    assert paths(CUDA, torch.float32) == Paths("sdpa", "sdpa", "sdpa")
-    flash = {name: name in attention.FLASH for name in (packed, other, slots)}
-    for softcap, decodes in itertools.product([False, True], repeat=2):
-        met = flash[other if softcap else packed] and (flash[slots] or not decodes)
+    assert paths(CUDA, torch.float32) == Paths("sdpa", "sdpa", "decode_attention")
+    for softcap in (False, True):
+        met = (other if softcap else packed) in attention.FLASH
         with (
             nullcontext() if met else pytest.raises(UsageError, match=r"^model\.attention=flash: ")
         ):
-            require_flash(CUDA, torch.bfloat16, softcap, decodes)
+            require_flash(CUDA, torch.bfloat16, softcap)
 
 
 def test_the_path_of_the_installed_versions() -> None:
     """Run in both environments of CI: torch 2.11 and torch 2.13, neither with flash-attn."""
-    packed = {"2.11": Paths("varlen_attn", "sdpa", "sdpa")}
-    newer = Paths("varlen_attn", "sdpa", "varlen_attn")
     if find_spec("flash_attn") is None:
         version = ".".join(torch.__version__.split(".")[:2])
-        assert paths(CUDA, torch.bfloat16) == packed.get(version, newer)
+        found = Paths("varlen_attn", "sdpa", "decode_attention")
+        assert paths(CUDA, torch.bfloat16) == found
         grouped = isinstance(attention._varlen_attn(), functools.partial)
         assert grouped == (version != "2.11")
 
@@ -371,30 +348,18 @@ def test_flash_kernels_are_called_as_their_versions_can_be(
     install: Callable[..., Calls],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With grouped heads: the keywords of each call, and that they mean what ours mean."""
+    """With grouped heads: the keywords of a call, and that they mean what ours mean."""
     calls = install(version, package=True)
-    on_gpu = paths(CUDA, torch.bfloat16)
-    lengths, used = [5, 1, 9], torch.tensor([4, 1, 11], dtype=torch.int32)
+    on_gpu, lengths = paths(CUDA, torch.bfloat16), [5, 1, 9]
     q, k, v = randn(0, 15, 4, 8), randn(1, 15, 2, 8), randn(2, 15, 2, 8)
-    one, keys, values = randn(3, 3, 4, 8), randn(4, 4, 12, 2, 8), randn(5, 4, 12, 2, 8)
     expected = PackedAttention(lengths, CPU, q.dtype)(q, k, v, 0.3, window)
-    decoded = SlotAttention(used, 12, q.dtype)._sdpa(one, keys, values, 0.3, window)
     monkeypatch.setattr(attention, "paths", lambda device, dtype: on_gpu)
     attended = PackedAttention(lengths, CPU, q.dtype)(q, k, v, 0.3, window)
     torch.testing.assert_close(attended, expected, rtol=0, atol=1e-5)
-    found = SlotAttention(used, 12, q.dtype)(one, keys, values, 0.3, window)
-    torch.testing.assert_close(found, decoded, rtol=0, atol=1e-5)
-    packed, slots = calls
-    left = -1 if window is None else window - 1
-    assert packed["window_size"] == (left, 0)
-    # Neither side cut off, or FlashAttention 2 would walk a long sequence serially.
-    assert slots["window_size"] == ((-1, -1) if window is None else (left, 0))
-    arguments = VARLEN[version] or set()
+    (packed,) = calls
+    assert packed["window_size"] == (-1 if window is None else window - 1, 0)
     if version != "none":
-        assert packed.get("enable_gqa", False) == ("enable_gqa" in arguments)
-    if on_gpu.slots == "varlen_attn":
-        assert slots["seqused_k"] is used
-        assert slots.get("enable_gqa", False) == ("enable_gqa" in arguments)
+        assert packed.get("enable_gqa", False) == ("enable_gqa" in (VARLEN[version] or set()))
 
 
 def test_a_run_can_say_which_kernels_it_takes(install: Callable[..., Calls]) -> None:
@@ -403,17 +368,19 @@ def test_a_run_can_say_which_kernels_it_takes(install: Callable[..., Calls]) -> 
 
     assert said(CPU) == "sdpa over packed sequences, products in decoding"
     install("2.11", package=True)
-    assert said(CUDA) == "torch's varlen_attn over packed sequences, flash-attn in decoding"
+    ours = "sodfast's decode_attention in decoding"
+    assert said(CUDA) == f"torch's varlen_attn over packed sequences, {ours}"
+    assert said(CUDA, softcap=True) == f"flash-attn over packed sequences, {ours}"
     install("2.11", package=False)
-    assert said(CUDA) == "torch's varlen_attn over packed sequences, sdpa in decoding"
-    assert said(CUDA, softcap=True).startswith("sdpa over")
+    assert said(CUDA) == f"torch's varlen_attn over packed sequences, {ours}"
+    assert said(CUDA, softcap=True) == f"sdpa over packed sequences, {ours}"
     assert said(CUDA, slots=False).endswith("the engine's own in decoding")
 
 
 @pytest.mark.parametrize(("device", "dtype"), [(CPU, torch.bfloat16), (CUDA, torch.float32)])
 def test_flash_attention_needs_16_bits_on_a_gpu(device: torch.device, dtype: torch.dtype) -> None:
     with pytest.raises(UsageError, match="16 bits on a GPU"):
-        require_flash(device, dtype, False, False)
+        require_flash(device, dtype, False)
 
 
 def test_cudnn_is_taken_out_of_sdpa_for_gpus_alone() -> None:

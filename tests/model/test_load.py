@@ -64,13 +64,18 @@ def test_a_chat_template_is_used_with_thinking_off(model: LanguageModel) -> None
             assert options == {"add_special_tokens": False}  # the template has them already
             return model.tokenizer(text)
 
+        def __getattr__(self, name: str) -> Any:
+            return getattr(model.tokenizer, name)
+
     chat = LanguageModel(model.network, Tokenizer(), model.eos_ids, model.pad_id)
     question = Question(prompt="P", answer="", system="S", id="1")
     assert chat.encode_question(question) == model.encode("1+1=")
     chat.encode("P", "")
     system, user = {"role": "system", "content": "S"}, {"role": "user", "content": "P"}
     options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
-    assert rendered == [([system, user], options), ([user], options)]
+    # "x" stands for any text: which special tokens are the template's own is read off it.
+    asked = [(shown, given) for shown, given in rendered if shown[-1]["content"] != "x"]
+    assert asked == [([system, user], options), ([user], options)]
 
 
 def test_a_template_sees_that_thinking_is_off() -> None:
@@ -234,6 +239,113 @@ def test_code_in_a_model_directory_never_runs(directory: Path, tmp_path: Path) -
     assert not witness.exists()
 
 
+def change(file: Path, **keys: Any) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **keys}))
+
+
+@pytest.mark.parametrize("contents", ["[]", "null", "3", "{}", '{"model_type": []}', "[" * 100_000])
+def test_a_config_that_names_no_model_is_refused(directory: Path, contents: str) -> None:
+    (directory / "config.json").write_text(contents)
+    assert "config.json" in refusal(directory)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model_type", "t5"),  # an encoder, and a decoder that cannot be had alone
+        ("model_type", "clip"),
+        ("rope_parameters", {"rope_type": "nosuch", "rope_theta": 1e4}),
+        ("rope_parameters", {"rope_type": "yarn"}),
+        ("rope_parameters", 3),
+        ("hidden_act", "nosuch"),
+        ("hidden_act", None),
+        ("dtype", "nosuch"),
+        ("dtype", []),
+        ("num_attention_heads", 0),
+        ("num_key_value_heads", -1),
+        ("num_hidden_layers", 0),
+        ("num_hidden_layers", 500),
+        ("num_hidden_layers", 10**11),
+        ("num_hidden_layers", "x"),
+        ("num_labels", 10**9),
+        ("vocab_size", 10**13),
+        ("vocab_size", 10**9),
+        ("head_dim", 0),
+        ("rms_norm_eps", "x"),
+        ("layer_types", 3),
+        ("quantization_config", 3),
+        ("auto_map", 3),
+        ("pad_token_id", 9999),
+    ],
+)
+def test_a_config_that_makes_no_model_is_one_line(directory: Path, key: str, value: Any) -> None:
+    change(directory / "config.json", **{key: value})
+    assert "config.json" in refusal(directory)
+
+
+@pytest.mark.parametrize(
+    ("file", "contents"),
+    [
+        *(("tokenizer.json", text) for text in ("[]", "null", "{}", '{"version": "1.0"}')),
+        *(("tokenizer_config.json", text) for text in ("[]", "null", "3", "{", "\xff{")),
+        *(("generation_config.json", text) for text in ("[]", "null", "3", "{")),
+        ("special_tokens_map.json", "[]"),
+    ],
+)
+def test_a_file_of_the_wrong_shape_is_named(directory: Path, file: str, contents: str) -> None:
+    (directory / file).write_text(contents)
+    assert file in refusal(directory)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("added_tokens", 3),
+        ("model", {"type": "NoSuch"}),
+        ("model", {"type": "WordLevel", "vocab": {"a": 10**9}, "unk_token": "a"}),
+        ("model", {"type": "BPE", "vocab": {}, "merges": []}),
+        ("normalizer", {"type": "Replace", "pattern": {"Regex": "[\\s\\S]"}, "content": ""}),
+        ("pre_tokenizer", 3),
+    ],
+)
+def test_a_tokenizer_that_makes_no_tokens_of_the_model_is_one_line(
+    directory: Path, key: str, value: Any
+) -> None:
+    change(directory / "tokenizer.json", **{key: value})
+    assert "tokenizer" in refusal(directory)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "text", ["{{ 1 / 0 }}", "{{", "{% if messages | length > 9 %}x{% endif %}"]
+)
+def test_a_chat_template_that_fails_is_refused_with_its_file(directory: Path, text: str) -> None:
+    change(directory / "tokenizer_config.json", chat_template=text)
+    assert "the chat template in tokenizer_config.json: " in refusal(directory)
+    (directory / "chat_template.jinja").write_text(text)
+    assert "chat_template.jinja: " in refusal(directory)
+
+
+def test_kernels_that_a_config_names_are_not_fetched(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers runs the code of such a repository where the package `kernels` is installed."""
+    asked: list[str] = []
+    monkeypatch.setattr("transformers.modeling_utils.is_kernel", lambda name: asked.append(name))
+    for key in ("attn_implementation", "_attn_implementation", "experts_implementation"):
+        change(directory / "config.json", **{key: "kernels-community/flash-attn3"})
+    network = load_model(str(directory), CPU).network
+    assert "/" not in str(network.config._attn_implementation)
+    assert "/" not in str(network.config._experts_implementation)
+    assert not any("/" in str(name) for name in asked)
+
+
+def test_the_model_keeps_the_name_that_it_was_asked_by(directory: Path) -> None:
+    """An adapter's adapter_config.json names its base by it."""
+    network = load_model(f"{directory}/", CPU).network
+    assert network.name_or_path == network.config.name_or_path == f"{directory}/"
+
+
 def test_fewer_embedding_rows_than_tokens_are_refused() -> None:
     with pytest.raises(UsageError, match="18 tokens, the model 17"):
         wrap(tiny_llama(vocab_size=17))
@@ -246,6 +358,25 @@ def test_more_embedding_rows_than_tokens_are_fine() -> None:
 def test_a_model_without_an_eos_token_is_refused() -> None:
     with pytest.raises(UsageError, match="EOS"):
         wrap(tiny_llama(eos_token_id=None), eos_token=None)
+
+
+@pytest.mark.parametrize("eos", [-1, 18, [], [1, -1], "x", True, 1.5, {}, [None], [[1]]])
+def test_an_eos_token_that_no_answer_can_end_with_is_refused(eos: Any) -> None:
+    network = tiny_llama()
+    network.generation_config.eos_token_id = eos
+    with pytest.raises(UsageError, match=r"EOS token|eos_token_id .* none of the tokens 0 to 17"):
+        wrap(network)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_named(value: float) -> None:
+    network = tiny_llama()
+    with torch.no_grad():
+        network.model.layers[1].mlp.up_proj.weight[0, 0] = value
+    with pytest.raises(
+        UsageError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN or inf"
+    ):
+        wrap(network)
 
 
 def test_every_eos_token_of_the_generation_config_counts() -> None:

@@ -20,7 +20,7 @@ from transformers import (
 from sodfast.errors import UsageError
 from sodfast.model.load import decoder_layers, output_head
 from sodfast.model.packing import packed_hidden, use_packed_attention
-from sodfast.parallel.offload import ALIGNMENT, SLOTS, HostCopy
+from sodfast.parallel.offload import ALIGNMENT, SLOTS, HostCopy, pinned_bytes, pinned_setting
 
 SIZES: dict[str, Any] = {
     "vocab_size": 31,
@@ -69,6 +69,25 @@ def storage(tensor: Tensor) -> int:
 
 
 # ---------------------------------------------------------------- values
+
+
+# ---------------------------------------------------------------- pinned memory
+
+
+@pytest.mark.parametrize(
+    ("version", "setting", "taken"),
+    [
+        ("2.11.0+cu128", "", 2**22),
+        ("2.13.0", "pinned_max_round_threshold_mb:1", 3 * 2**20),
+        ("2.14.1+cu130", "pinned_max_round_threshold_mb:1", 3 * 2**20),
+    ],
+)
+def test_pinned_buffers_are_rounded_where_torch_has_no_setting_against_it(
+    version: str, setting: str, taken: int
+) -> None:
+    assert pinned_setting(version) == setting
+    assert pinned_bytes(3 * 2**20, version) == taken
+    assert pinned_bytes(3 * 2**18, version) == 2**20  # small ones are rounded by any version
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -320,6 +320,87 @@ def test_a_trained_run_is_reported_by_the_command(
     assert float(row["peak_mean"]) == found.summary["peak"]
 
 
+def test_a_damaged_trial_is_named_and_left_out(tmp_path: Path) -> None:
+    """The page is that of a study to which the trial has not come yet, but for its name."""
+    study = {"base": "lab", "overrides": {"steps": 9}, "axes": {"seed": [0, 1, 2]}}
+    for name, cut in (("damaged", {}), ("missing", {"seed1": None})):
+        write_study(tmp_path / name, study, cut)
+    (tmp_path / "damaged" / "runs" / "seed1" / "summary.json").write_text("[]")
+    pages = {name: Page(write_report(tmp_path / name)) for name in ("damaged", "missing")}
+    found, expected = pages["damaged"], pages["missing"]
+    assert "1 of 3 trials are damaged and in no mean: seed1" in found.text
+    assert "seed1 is damaged: runs/seed1/summary.json: no JSON object" in found.text
+    assert str(tmp_path) not in found.text
+    for name in expected.tables.keys() - {"runs"}:
+        assert found.tables[name] == expected.tables[name]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"threads": 1}'])
+def test_a_damaged_environment_is_no_obstacle(tmp_path: Path, text: str) -> None:
+    write_run(tmp_path / "run", lab_run("steps=4"))
+    (tmp_path / "run" / "environment.json").write_text(text)
+    page = Page(write_report(tmp_path / "run"))
+    assert ("environment.json is damaged" in page.text) == (text != '{"threads": 1}')
+    assert ("versions unknown" in page.text) == (text == '{"threads": 1}')
+
+
+def test_lines_may_lack_what_others_have(tmp_path: Path) -> None:
+    """A release may stop to record a metric, or record one that a name cannot be read from."""
+    write_run(tmp_path / "run", lab_run("steps=6"))
+    file = tmp_path / "run" / "metrics.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    for key in ("length/max", "reward/mean", "distill/divergence"):
+        del lines[3][key]
+    lines[-1] |= {"eval/best@many": 1.0, "eval/maj@": 1.0}
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "lengths" in Page(write_report(tmp_path / "run")).tables
+
+
+def scored(directory: Path, finals: dict[str, float]) -> Page:
+    """The page of fixed and CGTR in two seeds over 9 steps, with these final scores."""
+    axes = {"schedule": [{"kind": "fixed"}, {"kind": "cgtr"}], "seed": [0, 1]}
+    write_study(directory, {"base": "lab", "overrides": {"steps": 9}, "axes": axes})
+    for name, final in finals.items():
+        file = directory / "runs" / name / "metrics.jsonl"
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        lines[-1]["eval/mean@16"] = final
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return Page(write_report(directory))
+
+
+def test_a_gated_teacher_that_never_moved_is_called_a_fixed_one(tmp_path: Path) -> None:
+    fixed = {"fixed,seed0": 0.5, "fixed,seed1": 0.5}
+    page = scored(tmp_path / "s", {**fixed, "cgtr,seed0": 0.7, "cgtr,seed1": 0.8})
+    assert (
+        "Highest mean final score: CGTR (never refreshed: a fixed teacher in effect), 0.750"
+        in page.text
+    )
+    assert "Lowest: fixed, 0.500" in page.text
+    assert "lies above zero for CGTR and below zero for none" in page.text
+
+
+def test_a_teacher_that_moved_is_not(study: Path) -> None:
+    text = Page(study / "report.html").text
+    assert "Highest mean final score" in text and "hard, every 1 (never" not in text
+
+
+def test_intervals_around_zero_detect_no_difference(tmp_path: Path) -> None:
+    fixed = {"fixed,seed0": 0.5, "fixed,seed1": 0.6}
+    page = scored(tmp_path / "s", {**fixed, "cgtr,seed0": 0.6, "cgtr,seed1": 0.5})
+    assert "Against fixed, no difference of the final score is detectable" in page.text
+    assert "above zero for none" not in page.text
+
+
+def test_figures_and_tables_scroll_where_they_do_not_fit(study: Path) -> None:
+    text = (study / "report.html").read_text()
+    boxes = re.findall(
+        r'<div class="scroll" tabindex="0">\s*(.*?)</div>\s*<figcaption>', text, re.S
+    )
+    assert sum(box.count('<svg class="plot"') for box in boxes) == text.count('<svg class="plot"')
+    assert sum(box.count("<table") for box in boxes) == text.count("<table") > 0
+    assert "scroll sideways" in text
+
+
 # ---------------------------------------------------------------- refusals
 
 

@@ -90,3 +90,28 @@ def test_a_page_opens_from_disk(make: Any, browser: Any, tmp_path: Path) -> None
     assert empty == []
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     page.close()
+
+
+@pytest.mark.parametrize("make", [study, many_groups, run], ids=lambda make: make.__name__)
+def test_a_narrow_page_can_be_read(make: Any, browser: Any, tmp_path: Path) -> None:
+    """At 400 px: labels of at least 9 px, in figures and tables that scroll and say so, on a page
+    that does not."""
+    page = browser.new_page(viewport={"width": 400, "height": 800})
+    page.goto(write_report(make(tmp_path / make.__name__)).as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    small = page.evaluate(
+        """() => [...document.querySelectorAll('svg.plot')].flatMap(svg => {
+            const scale = svg.getBoundingClientRect().width / svg.viewBox.baseVal.width;
+            return [...svg.querySelectorAll('text')]
+                .map(text => scale * parseFloat(getComputedStyle(text).fontSize))
+                .filter(size => !(size >= 9)).map(size => svg.dataset.name + ': ' + size);
+        })"""
+    )
+    assert small == []
+    hints = page.evaluate(
+        """() => [...document.querySelectorAll('.scroll')].map(box => [
+            box.scrollWidth > box.clientWidth,
+            getComputedStyle(box, '::before').content.includes('scroll sideways')])"""
+    )
+    assert len(hints) >= 9 and all(wider and hint for wider, hint in hints)
+    page.close()

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from synthetic import SCHEDULES, lab_run, schedule_study, write_run, write_study
 
@@ -65,8 +64,13 @@ def run_of(lines: list[dict[str, Any]], *overrides: str) -> Run:
 def test_a_series_holds_the_steps_that_carry_it() -> None:
     found = run_of([{"step": 0}, {"step": 1, "x": 2}, {"step": 2}, {"step": 3, "x": 4}]).series("x")
     assert (found.steps.tolist(), found.values.tolist()) == ([1, 3], [2, 4])
+
+
+def test_a_metric_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", lab_run("steps=9"), 0)
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "x": Infinity}\n')
     with pytest.raises(UsageError, match="x of step 1 is not finite"):
-        run_of([{"step": 1, "x": np.inf}]).series("x")
+        load(tmp_path / "run")
 
 
 @pytest.mark.parametrize("unit", ["sequence", "shard"])
@@ -100,3 +104,37 @@ def test_the_tail_is_the_one_that_the_gate_sees(unit: str) -> None:
 )
 def test_schedules_have_short_names(schedule: Any, name: str) -> None:
     assert describe_schedule(schedule) == name
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("summary.json", b"{"),
+        ("summary.json", b"null"),
+        ("metrics.jsonl", b'{"step": 0, "x": "y"}\n{"step": 1}\n'),
+        ("metrics.jsonl", b"\xff\n{}\n"),
+        ("events.jsonl", b'{"step": 1, "event": "refresh"}\n'),
+        ("events.jsonl", b'{"step": 1, "event": "gate", "gates": {}, "refresh": false}\n'),
+    ],
+)
+def test_a_damaged_trial_has_no_lines_and_a_damaged_run_is_refused(
+    tmp_path: Path, file: str, text: bytes
+) -> None:
+    write_study(tmp_path / "s", schedule_study(seeds=2, steps=3))
+    path = tmp_path / "s" / "runs" / "cgtr,seed1"
+    (path / file).write_bytes(text)
+    damaged = [run for run in load(tmp_path / "s").runs if run.status == "damaged"]
+    assert [(run.name, run.lines, run.finished) for run in damaged] == [("cgtr,seed1", [], False)]
+    with pytest.raises(UsageError) as caught:
+        load(path)
+    assert str(caught.value) == damaged[0].damage
+    assert str(caught.value).startswith(f"{path / file}:")
+
+
+def test_a_study_of_damaged_trials_says_what_is_wrong_with_the_first(tmp_path: Path) -> None:
+    axes = {"seed": [0, 1]}
+    write_study(tmp_path / "s", {"base": "lab", "overrides": {"steps": 1}, "axes": axes})
+    for seed in axes["seed"]:
+        (tmp_path / "s" / "runs" / f"seed{seed}" / "metrics.jsonl").write_text("[]\n")
+    with pytest.raises(UsageError, match=r"seed0/metrics.jsonl:1: no object with a step"):
+        load(tmp_path / "s")

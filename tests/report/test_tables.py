@@ -127,3 +127,10 @@ def test_a_forecast_without_both_kinds_is_a_table_without_rows() -> None:
     tables = build_tables([Group("CGTR", RUNS, RUNS)], found)
     assert tables["forecast"].to_csv() == "diagnostic\n"
     assert "forecast" not in tables_of(Group("CGTR", RUNS, RUNS))
+
+
+def test_no_cell_is_a_formula() -> None:
+    row = {"run": "=cmd|' /C calc'!A1", "group": "a,b", "step": -3}
+    assert Table(["run", "group", "step"], [row]).to_csv() == (
+        "run,group,step\n'=cmd|' /C calc'!A1,\"a,b\",-3\n"
+    )

@@ -7,16 +7,19 @@ import torch
 from marks import slow
 from rollouts import EOS, NETWORKS, answer, equal_bits, ragged, tiny
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from sodfast.config import LoRAConfig
 from sodfast.errors import UsageError
 from sodfast.model.load import LanguageModel, trained_parameters
 from sodfast.model.lora import add_adapters
-from sodfast.rollout import native
-from sodfast.rollout.decoder import Cache, Decoder, unsupported
+from sodfast.model.random_weights import shape
+from sodfast.rollout import batch, native
+from sodfast.rollout.cache import Cache
+from sodfast.rollout.decoder import Decoder, unsupported
 from sodfast.rollout.engine import SampleKey, Sampling
 from sodfast.rollout.hf import HFEngine
-from sodfast.rollout.native import NativeEngine
+from sodfast.rollout.native import CacheSize, NativeEngine, cache_size
 
 
 @pytest.fixture(params=["qwen3", *slow(*(name for name in NETWORKS if name != "qwen3"))])
@@ -113,13 +116,13 @@ def test_a_prompt_is_prefilled_once_for_the_samples_that_start_together(
     prompts = [prompt for prompt in ragged(4) for _ in range(8)]
     answer(NativeEngine(model, 64), prompts, 2)
     tokens = sum(len(prompt) for prompt in prompts[::8])
-    assert seen[0] == tokens + -tokens % native.CPU_ROWS
+    assert seen[0] == tokens + -tokens % batch.CPU_ROWS
 
 
 def test_long_prompts_are_prefilled_in_several_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
     model, prompts = tiny("llama"), ragged(9, longest=30)
     whole = answer(NativeEngine(model, 64), prompts, 12)
-    monkeypatch.setattr(native, "PREFILL_TOKENS", 20)
+    monkeypatch.setattr(batch, "PREFILL_TOKENS", 20)
     assert equal_bits(answer(NativeEngine(model, 64), prompts, 12), whole)
 
 
@@ -195,7 +198,7 @@ def test_a_short_budget_means_fewer_slots_and_the_same_answers() -> None:
     slot_gib = (width + -width % 16) * Cache.bytes_per_token(model.network) / 2**30
     free = answer(NativeEngine(model, 64), prompts, 30)
     engine = NativeEngine(model, 64, cache_gib=31.9 * slot_gib)
-    assert engine.slots(width) == 16
+    assert engine.size(width, 64).rows == 16
     assert equal_bits(answer(engine, prompts, 30), free)
     assert engine.memory.nbytes <= 31.9 * slot_gib * 2**30
     small = NativeEngine(model, 64, cache_gib=15.9 * slot_gib)
@@ -225,8 +228,8 @@ def test_a_gpu_in_fp32_draws_what_generate_draws_there(name: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_gpu_repeats_itself_within_a_bucket(dtype: torch.dtype) -> None:
-    """8 slots throughout: the same graph, whichever the company. In bf16 FlashAttention runs,
-    and a teacher-forced forward agrees to its rounding."""
+    """8 rows throughout: the same graph, whichever the company. A teacher-forced forward agrees to
+    its rounding."""
     model = tiny("qwen3")
     model.network.to("cuda", dtype)
     prompts = [prompt for prompt in ragged(16, longest=40) for _ in range(2)]
@@ -247,26 +250,62 @@ def test_a_gpu_repeats_itself_within_a_bucket(dtype: torch.dtype) -> None:
         torch.testing.assert_close(sample.logprob, expected, rtol=0, atol=atol)
 
 
-# ---------------------------------------------------------------- how many slots
+# ---------------------------------------------------------------- what a budget holds
 
 
-def test_slots_are_what_the_budget_holds() -> None:
+def test_whole_slots_are_what_the_budget_holds() -> None:
+    """On a CPU, where a multiple of 16 rows run: 100 tokens in steps of 16 positions."""
     network = tiny("qwen3").network
-    slot = 112 * Cache.bytes_per_token(network)  # 100 tokens, in steps of 16
+    slot = 112 * Cache.bytes_per_token(network)
 
-    def slots(budget: float, on_gpu: bool) -> int:
-        return native.cache_slots(network, 100, budget * slot / 2**30, 0, on_gpu)
+    def size(budget: float, rows: int = 1000) -> CacheSize:
+        return cache_size(network, 100, rows, budget * slot / 2**30, 0, on_gpu=False)
 
-    assert [slots(budget, True) for budget in (1.01, 1.99, 40.5)] == [1, 1, 40]
-    assert [slots(budget, False) for budget in (16.1, 31.9, 40.5)] == [16, 16, 32]
-    assert [native.idle_rows(rows, False) for rows in (1, 16, 17)] == [15, 0, 15]
-    assert native.idle_rows(17, True) == 0
+    assert [size(budget).rows for budget in (16.1, 31.9, 40.5)] == [16, 16, 32]
+    assert size(40.5, rows=17) == CacheSize(17, None, 32, 32 * slot)
+    assert size(40.5).at_once(50, 4, 50) == 32
+    assert [batch.idle_rows(rows, False) for rows in (1, 16, 17)] == [15, 0, 15]
+    assert batch.idle_rows(17, True) == 0
+    assert cache_size(network, 100, 99, None, 33 * slot / 0.5, on_gpu=False).rows == 32
+    with pytest.raises(UsageError, match=r"keys and values of 16 sequences of 100 tokens"):
+        cache_size(network, 100, 99, None, 20 * slot, on_gpu=False)
+
+
+def test_pages_are_what_the_budget_holds() -> None:
+    """On a GPU: 64 positions each, two for 100 tokens, and one that belongs to nobody."""
+    network = tiny("qwen3").network
+    page = 64 * Cache.bytes_per_token(network)
+
+    def size(budget: float, rows: int = 1000) -> CacheSize:
+        return cache_size(network, 100, rows, budget * page / 2**30, 0, on_gpu=True)
+
+    assert size(3.01) == CacheSize(2, 64, 3, 3 * page)
+    assert size(40.9) == CacheSize(39, 64, 40, 40 * page)
+    assert size(40.9, rows=7) == CacheSize(7, 64, 15, 15 * page)  # no more than they can need
     # A share of what is free, where no budget is given; nothing where more is taken than there is.
-    assert native.cache_slots(network, 100, None, 20 * slot / 0.85, True) in (19, 20)
-    assert native.cache_slots(network, 100, None, 33 * slot / 0.5, False) == 32
-    for free, on_gpu, count in ((-5.0, True, "1 sequence"), (20 * slot, False, "16 sequences")):
-        with pytest.raises(UsageError, match=rf"keys and values of {count} of 100 tokens"):
-            native.cache_slots(network, 100, None, free, on_gpu)
+    assert cache_size(network, 100, 99, None, 20.1 * page / 0.85, on_gpu=True).pages == 20
+    for budget in (-5.0, 2.9 * page / 0.85):
+        with pytest.raises(UsageError, match=r"keys and values of 1 sequence of 100 tokens"):
+            cache_size(network, 100, 99, None, budget, on_gpu=True)
+
+
+def test_an_evaluation_at_8b_holds_200_rows_at_once() -> None:
+    """100 questions × 16 at the preset's caps, in the cache that its plan finds room for. Whole
+    slots would be 28."""
+    with torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(**shape("Qwen/Qwen3-8B")), dtype=torch.bfloat16
+        )
+    assert Cache.bytes_per_token(network) == 144 * 2**10
+    free = (78 - 2 * 15.26) * 2**30  # weights and 8-bit moments are there
+    size = cache_size(network, 2048 + 8192, 256, None, free, on_gpu=True)
+    assert size.bytes <= 0.85 * free
+    assert size.bytes // (10_240 * 144 * 2**10) == 28
+    assert size.at_once(2048, 16, 8192) >= 200
+    assert size.at_once(2048, 4, 8192) >= 64 * 2
+    assert size.at_once(2048, 1, 8192) < size.at_once(2048, 4, 8192)  # shared prompts take less
+    short = cache_size(network, 2048 + 8192, 256, 15.0, free, on_gpu=True)
+    assert 1 < short.at_once(2048, 16, 8192) < 100
 
 
 def test_the_caches_budget_knows_limit_and_reuse(monkeypatch: pytest.MonkeyPatch) -> None:

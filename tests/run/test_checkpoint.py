@@ -1,12 +1,14 @@
 """Checkpoints survive whatever the disk does, and hold everything bit for bit."""
 
 import ast
+import json
 import os
 import pickle
 import resource
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +19,25 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 import sodfast
-from sodfast.config import OptimizerConfig
+from sodfast.config import CGTRConfig, FixedConfig, OptimizerConfig
 from sodfast.errors import RunFailed, UsageError
 from sodfast.model.load import LanguageModel, load_model
 from sodfast.optimizer import build_optimizer
 from sodfast.parallel.fsdp import Weights
 from sodfast.run import checkpoint
+from sodfast.schedule import build_schedule
 from sodfast.trainer import Trainer
 
-STATE = {"fingerprint": "f", "schedule": {"x": 0.1}}
+STATE: dict[str, Any] = {
+    "fingerprint": "f",
+    "schedule": {
+        "window": [{"step": 1, "reward_mean": 0.1, "length_mean": 7.5, "length_max": 9}],
+        "last_copy": 0,
+        "reward_reference": None,
+    },
+    "collapse": {"long_steps": 0, "best_eval": 0.1, "step": None},
+    "reward_memory": {"a": 0.5},
+}
 
 
 def update(model: LanguageModel, optimizer: torch.optim.Optimizer, seed: int) -> None:
@@ -302,11 +314,190 @@ def test_a_state_that_is_none_is_named(
         checkpoint.load_state(path)
 
 
+def edit(path: Path, sealed: bool = False, **values: Any) -> None:
+    """Change values of state.json; `sealed`: as if it had been written so, else as 0.1.0 did,
+    without hashes."""
+    state = json.loads((path / "state.json").read_text())
+    files = {"files": checkpoint._describe(path)} if sealed else {}
+    files.get("files", {}).pop("state.json", None)
+    kept = {k: v for k, v in state.items() if k not in ("files", "sha256")} | values | files
+    seal = {"sha256": checkpoint._digest(kept)} if sealed else {}
+    (path / "state.json").write_text(json.dumps({**kept, **seal}))
+
+
+def damage(path: Path) -> str:
+    with pytest.raises(UsageError) as error:
+        checkpoint.load(path)
+    message = str(error.value)
+    assert f"checkpoint {path} is damaged" in message and "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"schedule": None},
+        {"schedule": {"window": [], "last_copy": 0}},
+        {"schedule": {"window": [{"step": 1}], "last_copy": 0, "reward_reference": None}},
+        {"schedule": {"window": 3, "last_copy": 0, "reward_reference": None}},
+        {"collapse": {}},
+        {"collapse": {"long_steps": "x", "best_eval": 0.1, "step": None}},
+        {"collapse": {"long_steps": 0, "best_eval": float("nan"), "step": None}},
+        {"reward_memory": []},
+        {"reward_memory": {"a": "b"}},
+        {"teacher_is_student": 3},
+        {"base": 3},
+        {"fingerprint": None},
+        {"step": -1},
+        {"step": 2},  # it is in step-1
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("sealed", [False, True])
+def test_parts_of_the_state_are_checked(
+    model: LanguageModel,
+    optimizer: torch.optim.Optimizer,
+    tmp_path: Path,
+    values: dict[str, Any],
+    sealed: bool,
+) -> None:
+    """Also where nothing but the value itself tells that it is wrong."""
+    path = save(tmp_path, 1, model, optimizer)
+    edit(path, sealed, **values)
+    assert next(iter(values)) in damage(path) or values["step"]
+
+
+@pytest.mark.parametrize("key", ["schedule", "collapse", "reward_memory", "fingerprint", "step"])
+def test_a_part_that_is_missing_is_named(
+    model: LanguageModel, optimizer: torch.optim.Optimizer, tmp_path: Path, key: str
+) -> None:
+    path = save(tmp_path, 1, model, optimizer)
+    state = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(
+        json.dumps({k: v for k, v in state.items() if k not in (key, "files", "sha256")})
+    )
+    assert key in damage(path)
+
+
+def test_what_has_changed_since_is_refused(
+    model: LanguageModel, optimizer: torch.optim.Optimizer, tmp_path: Path
+) -> None:
+    """A bit, a file of another step, weights that do not belong there, a value, a seal."""
+    whole = save(tmp_path / "whole", 1, model, optimizer, teacher=tensors(model.network))
+    update(model, optimizer, 1)
+    other = save(tmp_path / "other", 2, model, optimizer, teacher=tensors(model.network))
+    number = iter(range(99))
+
+    def copy() -> Path:
+        return Path(shutil.copytree(whole, tmp_path / str(next(number)) / "step-1"))
+
+    names = [file.relative_to(whole) for file in whole.rglob("*") if file.is_file()]
+    assert len(names) > 5
+    for name in names:
+        path = copy()
+        data = bytearray((path / name).read_bytes())
+        data[len(data) // 2] ^= 1
+        (path / name).write_bytes(data)
+        damage(path)
+    for part in ("student/model.safetensors", "teacher.safetensors", "optimizer.safetensors"):
+        path = copy()
+        shutil.copy(other / part, path / part)
+        assert f"{part} has been changed" in damage(path)
+    path = copy()
+    shutil.copy(other / "teacher.safetensors", path / "student" / "more.safetensors")
+    assert "student/more.safetensors does not belong to it" in damage(path)
+    path = copy()
+    state = json.loads((path / "state.json").read_text())
+    for changed in (
+        {**state, "reward_memory": {"a": 0.25}},
+        {k: v for k, v in state.items() if k != "sha256"},
+        {k: v for k, v in state.items() if k != "files"},
+    ):
+        (path / "state.json").write_text(json.dumps(changed))
+        assert "state.json has been changed" in damage(path)
+
+
+def test_a_changed_file_of_the_student_alone_is_found(
+    model: LanguageModel, optimizer: torch.optim.Optimizer, tmp_path: Path
+) -> None:
+    path = save(tmp_path, 1, model, optimizer)
+    for name, folder, found in (
+        ("optimizer.safetensors", "student/", False),
+        ("student/model.safetensors", "student/", True),
+    ):
+        data = bytearray((path / name).read_bytes())
+        data[-1] ^= 1
+        (path / name).write_bytes(data)
+        if found:
+            with pytest.raises(UsageError, match=r"student/model\.safetensors has been changed"):
+                checkpoint.verify(path, folder)
+        else:
+            assert checkpoint.verify(path, folder)["step"] == 1
+
+
+def test_a_checkpoint_without_hashes_is_read(
+    model: LanguageModel, optimizer: torch.optim.Optimizer, tmp_path: Path
+) -> None:
+    path = save(tmp_path, 1, model, optimizer)
+    assert checkpoint.load(path).hashed
+    edit(path)
+    stored = checkpoint.load(path)
+    assert not stored.hashed and equal(stored.student, checkpoint.load(path).student)
+
+
+def change(tensors: dict[str, Tensor], how: str) -> dict[str, Tensor]:
+    first = min(tensors)
+    rest = {name: tensor for name, tensor in tensors.items() if name != first}
+    return {
+        "empty": {},
+        "missing": rest,
+        "extra": {**tensors, "more.exp_avg": torch.zeros(2)},
+        "misshapen": {**rest, first: torch.zeros(3, 5)},
+    }[how]
+
+
+@pytest.mark.parametrize("how", ["empty", "missing", "extra", "misshapen"])
+@pytest.mark.parametrize("part", ["teacher", "optimizer"])
+@pytest.mark.parametrize("adamw", ["torch", "fp32"])
+def test_tensors_that_do_not_fit_are_named(
+    model: LanguageModel, tmp_path: Path, adamw: Any, part: str, how: str
+) -> None:
+    """The hashes are right, as in a file that somebody has made."""
+    optimizer = build_optimizer(OptimizerConfig(lr=1e-2, adamw=adamw), Weights(model.network))
+    schedule = build_schedule(CGTRConfig())
+    assert checkpoint.load(save(tmp_path, 0, model, optimizer)).optimizer == {}
+    update(model, optimizer, 0)
+    stored = checkpoint.load(save(tmp_path, 1, model, optimizer, teacher=tensors(model.network)))
+    checkpoint.require_fitting(stored, model, optimizer, schedule)
+    changed: Any = {part: change(getattr(stored, part), how)}
+    stored = replace(stored, **changed)
+    with pytest.raises(UsageError, match=rf"step-1 is damaged \(.*its {part}"):
+        checkpoint.require_fitting(stored, model, optimizer, schedule)
+
+
+def test_moments_before_the_first_step_and_another_schedule_do_not_fit(
+    model: LanguageModel, optimizer: torch.optim.Optimizer, tmp_path: Path
+) -> None:
+    schedule = build_schedule(CGTRConfig())
+    stored = checkpoint.load(save(tmp_path, 0, model, optimizer))
+    with pytest.raises(UsageError, match="its optimizer has"):
+        checkpoint.require_fitting(stored, model, optimizer, schedule)
+    stored = checkpoint.load(save(tmp_path, 1, model, optimizer))
+    with pytest.raises(UsageError, match="its schedule is not Fixed"):
+        checkpoint.require_fitting(stored, model, optimizer, build_schedule(FixedConfig()))
+
+
+@pytest.mark.parametrize("name", ["step-01", "step-" + "9" * 5000, "step-x", "step--1"])
+def test_a_name_that_no_checkpoint_gets_is_passed_over(tmp_path: Path, name: str) -> None:
+    (tmp_path / name[:200]).mkdir()
+    assert checkpoint.latest(tmp_path) is None
+
+
 def test_a_student_of_another_shape_is_refused(
     model: LanguageModel, optimizer: torch.optim.Optimizer, tmp_path: Path
 ) -> None:
     stored = checkpoint.load(save(tmp_path, 1, model, optimizer)).student
-    for changed in ({**stored, "extra": torch.zeros(1)}, {}):
+    for changed in ({**stored, "extra": torch.zeros(1)}, {}, change(stored, "misshapen")):
         with pytest.raises(UsageError, match="another model"):
             checkpoint.restore_student(model, changed)
 

@@ -150,7 +150,7 @@ def test_where_standard_error_is_broken_too_training_goes_on(
 def test_a_result_that_cannot_be_written_is_an_error(
     monkeypatch: pytest.MonkeyPatch, broken: Callable[[], TextIO]
 ) -> None:
-    """Without a `Screen`, as `sodfast eval` reports, whose output is what was asked for."""
+    """Without a `Screen`, for whoever has nothing but that result to give."""
     with broken() as stream, monkeypatch.context() as patch:
         patch.setattr("sys.stdout", stream)
         with pytest.raises(OSError):

@@ -12,12 +12,12 @@ import pytest
 
 from sodfast.config import Config, load_config
 from sodfast.errors import UsageError
+from sodfast.files import read_lines, replace_text
 from sodfast.run.directory import (
     RunDirectory,
     check_out,
     default_out,
     fingerprint,
-    read_lines,
     stored_config,
 )
 from sodfast.tasks.files import file_hashes
@@ -83,6 +83,32 @@ def test_check_out_refuses_what_exists(tmp_path: Path) -> None:
         refusal(RunDirectory.create, path, lab(), {})
     assert files(tmp_path) == before
     assert f"--resume {used}" in refusal(check_out, used)
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+@pytest.mark.parametrize("written", [0, 1])
+def test_a_run_that_ended_before_its_configuration_is_begun_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: int, end: BaseException
+) -> None:
+    """Its directory holds a lock, perhaps the environment, and what a kill has left aside: `out=`
+    takes it, and --resume, which cannot, names `out=`."""
+    path, left = tmp_path / "run", iter(range(written))
+
+    def refusing(file: Path, text: str) -> None:
+        if next(left, None) is None:
+            file.with_name(f"{file.name}.{'0' * 16}.tmp").write_text(text[:9])
+            raise end
+        replace_text(file, text)
+
+    with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, UsageError)):
+        patch.setattr("sodfast.run.directory.replace_text", refusing)
+        RunDirectory.create(path, lab(), {})
+    assert len(files(path)) == written + 2
+    for resume in (RunDirectory.open, lambda path: stored_config(path, [])):
+        assert f"sodfast train out={path}" in refusal(resume, path)
+    RunDirectory.create(path, lab(), {}).close()
+    assert load_config(str(path / "config.yaml"), []) == lab()
+    assert "--resume" in refusal(check_out, path)
 
 
 @pytest.mark.parametrize("path", ["/proc/self/run", "/proc/sodfast/run", "runs/" + "a" * 300])
@@ -156,7 +182,7 @@ def fill(run: RunDirectory, steps: int, evaluated: tuple[int, ...] = (0,)) -> No
             line |= {"eval/mean@4": 0.5, "eval/best@1": 0.5}
         run.append(run.metrics, line)
         if step:
-            run.append(run.events, {"step": step, "event": "gate", "refresh": False})
+            run.append(run.events, {"step": step, "event": "gate", "gates": {}, "refresh": False})
         if step % 5 == 0:
             run.append(run.events, {"step": step, "event": "checkpoint"})
 
@@ -233,6 +259,33 @@ def test_lines_before_the_checkpoint_must_all_be_there(run: RunDirectory) -> Non
     run.metrics.unlink()
     assert "has 0 lines" in refusal(run.rewind, 5, lab("steps=7"), False)
     assert load_config(str(run.path / "config.yaml"), []) == lab()  # nothing was written
+
+
+@pytest.mark.parametrize("swapped", [(1, 2), (0, 5)])
+def test_lines_in_another_order_are_refused(run: RunDirectory, swapped: tuple[int, int]) -> None:
+    fill(run, 5)
+    texts = run.metrics.read_text().splitlines()
+    first, second = swapped
+    texts[first], texts[second] = texts[second], texts[first]
+    run.metrics.write_text("\n".join(texts) + "\n")
+    assert "follows step" in refusal(run.rewind, 5, lab("steps=7"), False)
+    assert load_config(str(run.path / "config.yaml"), []) == lab()  # nothing was written
+
+
+@pytest.mark.parametrize("text", ["[1]", "null", "3", '{"step": "x"}', '{"step": 2, "x": "y"}'])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl"])
+def test_lines_that_are_none_are_refused(run: RunDirectory, name: str, text: str) -> None:
+    fill(run, 5)
+    texts = (run.path / name).read_text().splitlines()
+    (run.path / name).write_text("\n".join([*texts[:2], text, *texts[3:]]) + "\n")
+    assert refusal(run.rewind, 5, lab("steps=7"), False).startswith(f"{run.path / name}:3: ")
+
+
+def test_a_lock_that_is_a_directory_is_named(run: RunDirectory) -> None:
+    run.close()
+    (run.path / ".lock").unlink()
+    (run.path / ".lock").mkdir()
+    assert refusal(RunDirectory.open, run.path).startswith(f"{run.path / '.lock'} cannot be opened")
 
 
 @pytest.mark.parametrize(
@@ -372,6 +425,7 @@ def test_a_directory_that_is_no_run(tmp_path: Path) -> None:
         ("checkpoint.every=0", True),
         ("model.attention=flash", True),
         ("model.random=sodfast/tiny", False),
+        ("teacher.micro_batch_tokens=9", False),
         ("eval.every=3", False),
         ("collapse.stop=true", False),
         ("task.train=100", False),
@@ -394,3 +448,8 @@ def test_keys_that_came_later_stay_outside_the_fingerprint_at_their_old_meaning(
     for override in ("task.split=dev", "task.columns.prompt=q", "task.system=s", "task.request=r"):
         assert fingerprint(lab(*task, override)) != fingerprint(lab(*task)), override
     assert fingerprint(lab(*task, "task.scorer=reference")) != fingerprint(lab(*task))
+
+
+def test_layers_may_keep_their_activations_in_a_resumed_run() -> None:
+    thrifty = "model.gradient_checkpointing=true"
+    assert fingerprint(lab(thrifty)) == fingerprint(lab(thrifty, "model.kept_layers=1"))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sodfast.run import environment as module
-from sodfast.run.environment import environment
+from sodfast.run.environment import describe, environment
 
 
 def test_environment_names_versions_and_hardware() -> None:
@@ -75,3 +75,23 @@ def test_the_processor_is_the_kernels_name_for_it(
         module, "Path", lambda name: cpuinfo if name == "/proc/cpuinfo" else Path(name)
     )
     assert environment(1, "cpu")["processor"] == (expected or platform.processor())
+
+
+def test_an_environment_in_a_line(tmp_path: Path) -> None:
+    assert describe(tmp_path) is None
+    found = {"processor": "P", "device": "cpu", "threads": 2, "commit": "abc"}
+    file = tmp_path / "environment.json"
+    file.write_text(json.dumps({**found, "versions": {"python": "3.12", "torch": "2.13"}}))
+    assert describe(tmp_path) == "P, cpu, 2 threads; python 3.12, torch 2.13; commit abc"
+
+
+@pytest.mark.parametrize("text", [b"{", b"[]", b"null", b"\xff", b"", b"[" * 100_000])
+def test_a_damaged_environment_says_so(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / "environment.json").write_bytes(text)
+    assert describe(tmp_path) == "environment.json is damaged"
+
+
+@pytest.mark.parametrize("versions", [None, 3, [], "x"])
+def test_what_an_environment_lacks_is_unknown(tmp_path: Path, versions: object) -> None:
+    (tmp_path / "environment.json").write_text(json.dumps({"versions": versions, "threads": 1}))
+    assert describe(tmp_path) == "unknown, unknown, 1 threads; versions unknown; commit unknown"

@@ -25,7 +25,7 @@ def write(folder: Path, **study: Any) -> Path:
 
 
 def names(study: Study) -> list[str]:
-    return [trial.name for trial in study.trials()]
+    return [trial.name for trial in study.trials]
 
 
 # ---------------------------------------------------------------- expansion
@@ -42,7 +42,7 @@ def test_trials_are_the_product_in_file_order(tmp_path: Path) -> None:
         "ema-rate0.04,seed3",
         "ema-rate0.04,seed1",
     ]
-    third = study.trials()[2]
+    third = study.trials[2]
     assert third.point == {"schedule": "hard-every50", "seed": "3"}
     assert load_config("lab", third.overrides) == third.config
     assert third.config == load_config(
@@ -53,8 +53,8 @@ def test_trials_are_the_product_in_file_order(tmp_path: Path) -> None:
 def test_overrides_may_be_nested_or_dotted_and_change_only_what_they_name(tmp_path: Path) -> None:
     nested = {"optimizer": {"lr": 1e-3}, "schedule": {"kind": "hard", "every": 3}}
     dotted = {"optimizer.lr": 1e-3, "schedule.kind": "hard", "schedule.every": 3}
-    (first,) = load_study(write(tmp_path, overrides=nested, axes={"seed": [0]})).trials()
-    (second,) = load_study(write(tmp_path, overrides=dotted, axes={"seed": [0]})).trials()
+    (first,) = load_study(write(tmp_path, overrides=nested, axes={"seed": [0]})).trials
+    (second,) = load_study(write(tmp_path, overrides=dotted, axes={"seed": [0]})).trials
     assert first == second and first.config == second.config
     plain = load_config("lab", [])
     assert first.config.optimizer == plain.optimizer.model_copy(update={"lr": 1e-3})
@@ -62,7 +62,7 @@ def test_overrides_may_be_nested_or_dotted_and_change_only_what_they_name(tmp_pa
 
 def test_texts_of_the_command_line_join_the_overrides(tmp_path: Path) -> None:
     path = write(tmp_path, overrides={"steps": 7, "eval.every": 3}, axes={"seed": [0]})
-    (trial,) = load_study(path, ["steps=9", "optimizer.lr=1e-5", "log.sinks=[]"]).trials()
+    (trial,) = load_study(path, ["steps=9", "optimizer.lr=1e-5", "log.sinks=[]"]).trials
     assert (trial.config.steps, trial.config.eval.every) == (9, 3)
     assert trial.config.optimizer.lr == 1e-5
 
@@ -73,7 +73,7 @@ def test_a_base_file_lies_beside_the_study(tmp_path: Path, monkeypatch: pytest.M
     (folder / "mine.yaml").write_text("steps: 11\ntask: {name: arithmetic}\n")
     write(folder, base="mine.yaml", axes={"seed": [0]})
     monkeypatch.chdir(tmp_path)
-    (trial,) = load_study(Path("studies/study.yaml")).trials()
+    (trial,) = load_study(Path("studies/study.yaml")).trials
     assert trial.config.steps == 11
 
 
@@ -81,7 +81,7 @@ def test_a_later_axis_may_refine_the_group_of_an_earlier_one(tmp_path: Path) -> 
     axes = {"schedule": [{"kind": "ema"}, {"kind": "trust_region"}], "schedule.rate": [0.1, 0.2]}
     study = load_study(write(tmp_path, axes=axes))
     assert names(study)[:2] == ["ema,rate0.1", "ema,rate0.2"]
-    assert [trial.config.schedule.rate for trial in study.trials()] == [0.1, 0.2] * 2  # type: ignore[union-attr]
+    assert [trial.config.schedule.rate for trial in study.trials] == [0.1, 0.2] * 2  # type: ignore[union-attr]
 
 
 values = {
@@ -108,7 +108,7 @@ def test_every_value_arrives_unchanged_and_every_name_is_a_distinct_folder(
 ) -> None:
     study = Study(base="lab", axes=axes)
     try:
-        trials = study.trials()
+        trials = study.trials
     except UsageError as error:  # labels that differ only in characters no folder should have
         assert "two trials are named" in str(error) or "too long" in str(error)
         return
@@ -128,8 +128,8 @@ def test_every_value_arrives_unchanged_and_every_name_is_a_distinct_folder(
 def test_more_values_leave_the_names_of_the_others(seeds: list[int], more: int) -> None:
     fewer = Study(base="lab", axes={"seed": seeds, "schedule": SCHEDULES[:1]})
     longer = Study(base="lab", axes={"seed": [*seeds, more], "schedule": SCHEDULES})
-    assert {trial.name: trial.config for trial in fewer.trials()}.items() <= {
-        trial.name: trial.config for trial in longer.trials()
+    assert {trial.name: trial.config for trial in fewer.trials}.items() <= {
+        trial.name: trial.config for trial in longer.trials
     }.items()
 
 
@@ -299,4 +299,4 @@ def test_a_resolved_study_reads_back(tmp_path: Path) -> None:
     study = load_study(path, ["eval.every=2", "optimizer.lr=1e-5", "log.project='1e5'"])
     path.write_text(study.to_yaml())
     again = load_study(path)
-    assert again == study and again.trials() == study.trials()
+    assert again == study and again.trials == study.trials

@@ -1,8 +1,11 @@
 """Study directories: what holds them, the statuses of their trials, and the table."""
 
 import csv
+import errno
 import fcntl
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,7 +82,7 @@ def test_the_table_holds_hand_computed_numbers(directory: Path, fill: Fill) -> N
     fill("hard-every50,seed0", 8, True, status="done")
     fill("ema-rate0.04,seed1", 8, False, status="collapsed")
     collapse = {"step": 7, "event": "collapse", "reason": "length"}
-    events = [{"step": 3, "event": "gate"}, collapse]
+    events = [{"step": 3, "event": "refresh", "shock": 1, "age": 3}, collapse]
     (run_path(directory, "ema-rate0.04,seed1") / "events.jsonl").write_text(
         "".join(json.dumps(event) + "\n" for event in events)
     )
@@ -159,12 +162,68 @@ def test_a_cut_last_line_is_left_out_and_a_damaged_one_is_named(
     metrics = run.path / "metrics.jsonl"
     with metrics.open("a") as stream:
         stream.write('{"step": 6, "len')
-    assert [line["step"] for line in run.lines()] == [0, 1, 2, 3, 4, 5]
+    (run, *_) = read_runs(directory)
+    assert [line["step"] for line in run.lines] == [0, 1, 2, 3, 4, 5]
     assert table(directory)[0]["steps"] == "5"
     with metrics.open("a") as stream:
         stream.write('\n{"step": 7}\n')
-    with pytest.raises(UsageError, match=r"metrics.jsonl:7"):
-        write_table(directory)
+    damaged = read_runs(directory)[0]
+    assert (damaged.status, damaged.lines) == ("damaged", [])
+    assert damaged.damage.startswith(f"{metrics}:7: not JSON")
+    row = table(directory)[0]
+    assert row["status"] == "damaged" and row["steps"] == row["final"] == ""
+
+
+DAMAGE = {
+    "summary.json": [b"{", b"[]", b"null", b"\xff", b"", b"{}", b"[" * 100_000],
+    "metrics.jsonl": [
+        b'{"step": 0}\n{"step": 1, "length/mean": "long"}\n',
+        b'{"step": 0}\n{"step": 1, "length/mean": ' + b"9" * 400 + b"}\n",
+        b'{"step": 0, "\xc3\n{"step": 1}\n',
+        b"[" * 100_000 + b'\n{"step": 1}\n',
+        b"null\n",
+    ],
+    "events.jsonl": [
+        b'{"step": 3}\n',
+        b'{"step": 3, "event": "refresh"}\n',
+        b'{"step": 3, "event": "gate", "gates": {}, "refresh": false}\n',
+        b'{"event": "collapse"}\n',
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"), [(file, damage) for file, all_ in DAMAGE.items() for damage in all_]
+)
+def test_a_damaged_trial_is_named_and_takes_no_other(
+    directory: Path, fill: Fill, file: str, damage: bytes
+) -> None:
+    fill("hard-every50,seed0", 8, True, status="done")
+    fill("hard-every50,seed1", 8, True, status="done")
+    sound = table(directory)
+    path = run_path(directory, "hard-every50,seed0")
+    (path / file).write_bytes(damage)
+    run = read_runs(directory)[0]
+    assert run.status == "damaged" and run.lines == run.events == []
+    assert run.damage.startswith(f"{path / file}:") and "\n" not in run.damage
+    rows = table(directory)
+    assert rows[0]["status"] == "damaged" and not any(list(rows[0].values())[4:])
+    assert rows[1:] == sound[1:]
+
+
+def test_a_lock_that_is_a_directory_holds_nothing(directory: Path, fill: Fill) -> None:
+    fill("hard-every50,seed0", 8, True, status="done")
+    lock_path(directory, "hard-every50,seed0").mkdir()
+    assert read_runs(directory)[0].status == "done"
+
+
+def test_no_label_of_the_table_is_a_formula(directory: Path) -> None:
+    values = ["=cmd|' /C calc'!A1", "@SUM(1)", "a,b"]
+    write(directory, axes={"log.project": values, "optimizer.lr": [0.1]})
+    rows = table(directory)
+    assert [row["log.project"] for row in rows] == [f"'{values[0]}", f"'{values[1]}", "a,b"]
+    assert [row["name"] for row in rows] == [trial.name for trial in open_study(directory).trials]
+    assert {row["optimizer.lr"] for row in rows} == {"0.1"}
 
 
 def test_a_directory_without_a_study(tmp_path: Path) -> None:
@@ -183,7 +242,7 @@ def test_a_held_directory_is_the_studys_and_nobody_elses(tmp_path: Path) -> None
         assert sorted(path.name for path in out.iterdir()) == [
             *(".lock", "base.yaml", "logs", "runs", "study.yaml")
         ]
-        assert [t.config for t in open_study(out).trials()] == [t.config for t in study.trials()]
+        assert [t.config for t in open_study(out).trials] == [t.config for t in study.trials]
         assert is_held(out / ".lock")
         with pytest.raises(UsageError, match="another process"), hold(out, study):
             pass
@@ -194,7 +253,7 @@ def test_a_held_directory_gains_trials_and_loses_none(tmp_path: Path) -> None:
     few, many = (load_study(write(tmp_path, axes={"seed": list(range(count))})) for count in (2, 3))
     for study in (few, many):
         with hold(tmp_path / "out", study):
-            assert len(open_study(tmp_path / "out").trials()) == len(study.trials())
+            assert len(open_study(tmp_path / "out").trials) == len(study.trials)
     before = (tmp_path / "out" / "study.yaml").read_bytes()
     with pytest.raises(UsageError, match="it has no trial seed2"), hold(tmp_path / "out", few):
         pass
@@ -208,3 +267,39 @@ def test_what_a_killed_beginning_left_is_no_obstacle(tmp_path: Path) -> None:
         (out / name).write_text("half")
     with hold(out, load_study(write(tmp_path, axes={"seed": [0]}))):
         assert len(read_runs(out)) == 1
+
+
+@pytest.mark.parametrize(
+    "name", [".lock", "runs", "logs", "runs/seed0", "logs/seed0.log", "logs/seed0.lock"]
+)
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_link_is_not_followed(tmp_path: Path, name: str, begun: bool) -> None:
+    """Neither one to a file, a folder, nor one that names nothing yet."""
+    study = load_study(write(tmp_path, axes={"seed": [0]}))
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    if begun:
+        with hold(out, study):
+            pass
+        shutil.rmtree(out / name, ignore_errors=True)
+        (out / name).unlink(missing_ok=True)
+    else:
+        (out / name).parent.mkdir(parents=True)
+        (out / "study.yaml").write_text(study.to_yaml())
+    (out / name).symlink_to(elsewhere)
+    with pytest.raises(UsageError, match=f"{name} is a symbolic link"), hold(out, study):
+        pass
+    assert not elsewhere.exists() and not elsewhere.is_symlink()
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = load_study(write(tmp_path, axes={"seed": [0]}))
+
+    def full(file: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+
+    monkeypatch.setattr("sodfast.study.directory.replace_text", full)
+    with (
+        pytest.raises(UsageError, match="cannot be used: No space left"),
+        hold(tmp_path / "o", study),
+    ):
+        pass

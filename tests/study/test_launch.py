@@ -28,7 +28,7 @@ def trial(stand_in: Callable[..., Path], tmp_path: Path) -> Callable[[str], tupl
         for folder in ("runs", "logs"):
             (out / folder).mkdir(parents=True, exist_ok=True)
         (out / "base.yaml").write_text("base: lab\n")
-        (only,) = load_study(stand_in(project=[project])).trials()
+        (only,) = load_study(stand_in(project=[project])).trials
         return out, only
 
     return build

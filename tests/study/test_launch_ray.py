@@ -38,6 +38,23 @@ def test_without_ray_the_launcher_says_what_to_install(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed")
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1:1", "ray://127.0.0.1:1", "nowhere.invalid:6379", "auto", "nobody"]
+)
+def test_an_address_of_nobody_is_refused_at_once(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    began = time.monotonic()
+    with pytest.raises(UsageError) as caught:
+        sweep(str(study), [f"out={tmp_path / 'out'}"], launcher="ray", address=address)
+    assert time.monotonic() - began < 10
+    assert str(caught.value).startswith(f"--address {address}: ")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
 def parent(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
@@ -81,7 +98,7 @@ def test_a_killed_worker_is_retried_and_the_table_is_a_local_sweeps(
     (expected / "logs").mkdir(parents=True)
     for name in ("study.yaml", "base.yaml"):
         (expected / name).write_text((out / name).read_text())
-    for undisturbed in open_study(expected).trials():
+    for undisturbed in open_study(expected).trials:
         overrides = [text for text in undisturbed.overrides if not text.startswith("out=")]
         train(run_path(expected, undisturbed.name), *overrides)
     assert (out / "table.csv").read_text() == write_table(expected).read_text()

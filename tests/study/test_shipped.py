@@ -38,7 +38,7 @@ LARGE = [path for path in FILES if path not in LAB]
 @pytest.mark.parametrize("path", [*LAB, *slow(*LARGE)], ids=lambda path: path.stem)
 def test_a_study_expands_to_what_it_says(path: Path) -> None:
     study = shipped(path.stem)
-    trials = study.trials()
+    trials = study.trials
     (steps,) = {trial.config.steps for trial in trials}
     cost = f"{len(trials)} runs × {steps} steps"
     assert LISTED[path.stem] == cost
@@ -61,14 +61,14 @@ def test_the_main_study_has_six_schedules_and_five_seeds() -> None:
 
 def test_the_ablation_drops_each_gate_once() -> None:
     for name in ("gate_ablation_lab", "gate_ablation_qwen3_8b"):
-        trials = shipped(name).trials()
+        trials = shipped(name).trials
         gates = {"isolation", "reward", "length"}
         dropped = {tuple(gates - set(trial.config.schedule.gates)) for trial in trials}
         assert dropped == {(), ("isolation",), ("reward",), ("length",)}
 
 
 def test_the_sensitivity_study_moves_one_threshold_at_a_time() -> None:
-    trials = shipped("sensitivity_qwen3_8b").trials()
+    trials = shipped("sensitivity_qwen3_8b").trials
     points = {
         (s.min_isolation, s.reward_margin, s.max_tail_ratio)
         for s in (trial.config.schedule for trial in trials)

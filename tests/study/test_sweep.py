@@ -6,9 +6,11 @@ test at the end trains for real.
 """
 
 import csv
+import errno
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -89,11 +91,11 @@ def test_the_stored_study_is_the_sweep(stand_in: Write, tmp_path: Path) -> None:
     text = study.read_text().replace("base: lab", "base: base.yaml")
     study.write_text(text)
     run(study, out, "eval.every=3")
-    expected = load_study(study, ["eval.every=3"]).trials()
+    expected = load_study(study, ["eval.every=3"]).trials
     base.unlink()
     study.unlink()
-    assert open_study(out).trials() == expected
-    assert [trial.config for trial in open_study(out).trials()] == [
+    assert open_study(out).trials == expected
+    assert [trial.config for trial in open_study(out).trials] == [
         trial.config for trial in expected
     ]
     run(out / "study.yaml", out)
@@ -162,6 +164,70 @@ def test_a_file_that_is_not_a_runs_is_kept(stand_in: Write, tmp_path: Path) -> N
         run(study, out)
     assert notes.read_text() == "mine"
     assert "not empty" in failure_path(out, "seed0").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", [b"{", b"[]", b"\xff"])
+def test_a_damaged_summary_is_written_anew(stand_in: Write, tmp_path: Path, text: bytes) -> None:
+    study, out = stand_in(seed=[0, 1]), tmp_path / "out"
+    run(study, out)
+    before = (out / "table.csv").read_bytes()
+    (run_path(out, "seed0") / "summary.json").write_bytes(text)
+    run(study, out)
+    assert (out / "table.csv").read_bytes() == before
+    assert (starts(out, "seed0"), starts(out, "seed1")) == (2, 1)
+
+
+def test_a_damaged_trial_is_in_the_table_and_takes_no_other(
+    stand_in: Write, tmp_path: Path
+) -> None:
+    study, out = stand_in(seed=[0, 1]), tmp_path / "out"
+    run(study, out)
+    (run_path(out, "seed0") / "metrics.jsonl").write_bytes(b'{"step": "x"}\n{}\n')
+    with pytest.raises(RunFailed, match="1 of 2 trials failed: seed0 "):
+        run(study, out)
+    rows = list(csv.DictReader((out / "table.csv").open()))
+    assert [(row["status"], row["final"]) for row in rows] == [("damaged", ""), ("done", "0.625")]
+    assert starts(out, "seed1") == 1
+
+
+@pytest.mark.parametrize("place", ["directory.replace_text", "sweep.mark_failed"])
+def test_a_disk_that_is_full_later_is_one_line(
+    stand_in: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """While the table is written, and while it is noted why a trial failed."""
+    study, out = stand_in(seed=[0]), tmp_path / "out"
+    run(study, out)
+    (run_path(out, "seed0") / "summary.json").unlink()
+    monkeypatch.setattr(launch, "log_path", lambda directory, name: directory / "no" / name)
+    original = sys.modules["sodfast.study.directory"].replace_text
+
+    def full(*arguments: Any) -> None:
+        if place == "sweep.mark_failed" or arguments[0].name == "table.csv":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(*arguments)
+
+    monkeypatch.setattr(f"sodfast.study.{place}", full)
+    with pytest.raises(RunFailed, match=r"out cannot be written: .*No space left") as caught:
+        run(study, out)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("bytes_", [0, 20])
+def test_a_full_disk_ends_the_command_in_one_line(
+    stand_in: Write, tmp_path: Path, bytes_: int
+) -> None:
+    """No file may grow beyond a few bytes."""
+    study = stand_in(seed=[0])
+    done = subprocess.run(
+        [sys.executable, "-m", "sodfast", "sweep", str(study), f"out={tmp_path / 'out'}"],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_, bytes_)),
+        timeout=100,
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("sodfast: out=") and done.stderr.count("\n") == 1
 
 
 # ---------------------------------------------------------------- refusals
@@ -419,7 +485,7 @@ def test_a_sweep_killed_three_times_leaves_the_table_of_an_undisturbed_one(
     seed = time.time_ns()
     print("seed of the moments:", seed)  # pytest shows it when the test fails
     generator = random.Random(seed)
-    names = [trial.name for trial in load_study(real).trials()]
+    names = [trial.name for trial in load_study(real).trials]
     for _ in range(3):
         process = driver(real, out, "--jobs", "2")
         time.sleep(generator.uniform(0.2, 0.9) * lasted)
@@ -440,3 +506,21 @@ def test_a_sweep_killed_three_times_leaves_the_table_of_an_undisturbed_one(
     output, _ = last.communicate(timeout=300)
     assert last.returncode == 0, output
     assert (out / "table.csv").read_text() == expected
+
+
+@pytest.mark.slow
+def test_a_damaged_trial_of_real_training_is_mended_or_named(real: Path, tmp_path: Path) -> None:
+    """Its summary follows from its lines and is written anew; its lines follow from nothing."""
+    out = tmp_path / "out"
+    expected = run(real, out)
+    table = (out / "table.csv").read_bytes()
+    (run_path(out, "hard-every2") / "summary.json").write_text("{")
+    assert run(real, out) == expected and (out / "table.csv").read_bytes() == table
+    metrics = run_path(out, "hard-every2") / "metrics.jsonl"
+    metrics.write_bytes(metrics.read_bytes().replace(b'"step": 2', b'"step": "two"'))
+    with pytest.raises(RunFailed, match="1 of 2 trials failed: hard-every2 "):
+        run(real, out)
+    reason = failure_path(out, "hard-every2").read_text()
+    assert reason.startswith("exit code 2: sodfast: ") and f"{metrics}:3: " in reason
+    statuses_ = [row["status"] for row in csv.DictReader((out / "table.csv").open())]
+    assert statuses_ == [expected[0]["status"], "damaged"]

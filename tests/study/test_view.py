@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.live import Live
 
 from sodfast.files import try_lock
+from sodfast.run.records import read_metrics
 from sodfast.study.definition import load_study
 from sodfast.study.directory import failure_path, lock_path, run_path
-from sodfast.study.view import LiveView, Progress, View
+from sodfast.study.view import Progress, View
 
 
 def append(file: Path, *lines: dict[str, Any]) -> None:
@@ -23,7 +24,7 @@ def append(file: Path, *lines: dict[str, Any]) -> None:
 
 def test_progress_follows_a_file_that_grows_is_cut_and_vanishes(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
-    progress = Progress(file, eval_samples=2)
+    progress = Progress(tmp_path, eval_samples=2)
 
     def seen() -> tuple[Any, ...]:
         progress.update()
@@ -44,32 +45,53 @@ def test_progress_follows_a_file_that_grows_is_cut_and_vanishes(tmp_path: Path) 
     append(aside, {"step": 0, "eval/mean@2": 0.25}, {"step": 1, "teacher/refreshed": 0})
     os.replace(aside, file)
     assert seen() == (1, None, 0.25, 0)
-    file.write_text('{"step": 0, "eval/mean@2": 0.5, "note": "' + "x" * 200 + '"}\n')
-    seen()  # the same inode, longer, and the offset inside a line: noticed, and then read anew
+    file.write_text('{"step": 0, "eval/mean@2": 0.5, "note": 0.' + "5" * 200 + "}\n")
+    # the same inode, longer, and no line where one was
     assert seen() == (0, None, 0.5, None)
     file.unlink()
     assert seen() == (0, None, None, None)
 
 
-def test_progress_reads_what_is_new_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_reads_a_file_again_when_it_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "metrics.jsonl"
     append(file, *({"step": step} for step in range(1000)))
-    progress = Progress(file, eval_samples=2)
+    progress = Progress(tmp_path, eval_samples=2)
     progress.update()
-    parsed: list[bytes] = []
-    loads = json.loads
-    monkeypatch.setattr("json.loads", lambda text: parsed.append(text) or loads(text))
+    read: list[Path] = []
+    monkeypatch.setattr(
+        "sodfast.study.view.read_metrics", lambda run: read.append(run) or read_metrics(run)
+    )
     progress.update()
+    assert read == []
     append(file, {"step": 1000})
     progress.update()
-    assert parsed == [b'{"step": 1000}'] and progress.step == 1000
+    progress.update()
+    assert read == [tmp_path] and progress.step == 1000
+
+
+@pytest.mark.parametrize("text", [b"[]\n{}\n", b'{"step": "x"}\n', b"\xff\n{}\n", b"[" * 10**5])
+def test_progress_keeps_what_it_saw_of_a_damaged_file(tmp_path: Path, text: bytes) -> None:
+    file = tmp_path / "metrics.jsonl"
+    append(file, {"step": 3})
+    progress = Progress(tmp_path, eval_samples=2)
+    progress.update()
+    with file.open("ab") as stream:
+        stream.write(text)
+    progress.update()
+    assert progress.step == 3
+    append(tmp_path / "aside", {"step": 2})
+    os.replace(tmp_path / "aside", file)
+    progress.update()
+    assert progress.step == 2
 
 
 def many(tmp_path: Path) -> tuple[Path, Any]:
     (tmp_path / "logs").mkdir()
     study = tmp_path / "study.yaml"
     study.write_text(yaml.safe_dump({"base": "lab", "axes": {"seed": list(range(200))}}))
-    return tmp_path, load_study(study).trials()
+    return tmp_path, load_study(study).trials
 
 
 def test_the_live_table_shows_what_matters_of_200_trials(
@@ -81,7 +103,7 @@ def test_the_live_table_shows_what_matters_of_200_trials(
     console = Console(width=100, height=20, record=True, force_terminal=True)
     finished = {f"seed{seed}": "done" for seed in range(50)}
     with Live(console=console, auto_refresh=False) as live:
-        view = LiveView(directory, trials, finished, live)
+        view = View(directory, trials, finished, live)
         failure_path(directory, "seed60").write_text("why\n")
         view.ended("seed60", "failed")
         lock = try_lock(lock_path(directory, "seed150"))

@@ -65,6 +65,8 @@ def test_bom_crlf_blank_lines_and_line_separators_inside_strings(tmp_path: Path,
         ('{"prompt": "2?"', "not JSON"),
         ("{'prompt': '2?'}", "not JSON"),
         ('{"elo": NaN}', "NaN is not JSON"),
+        ('{"prompt": "2?", "answer": "B", "prompt": "3?"}', "one of its keys twice"),
+        ('{"meta": {"a": 1, "a": 1}}', "one of its keys twice"),
         ('{"elo": 1e999}', "out of range"),
         pytest.param('{"elo": ' + "9" * 5000 + "}", "not JSON", id="huge integer"),
         pytest.param("[" * 100_000 + "]" * 100_000, "not JSON", id="deep nesting"),
@@ -96,6 +98,17 @@ def test_bad_row_is_named_by_file_and_line(
         assert message in str(error.value)
         assert "\n" not in str(error.value)
         assert len(str(error.value)) < len(path) + 250
+
+
+def test_two_rows_of_a_file_have_two_ids(tmp_path: Path, good: str) -> None:
+    path = write(tmp_path / "rows.jsonl", CHOICE | {"id": 7}, CHOICE, CHOICE | {"idx": "7"})
+    for train, test in ((path, good), (good, path)):
+        with pytest.raises(UsageError, match=r"rows\.jsonl, line 3: id 7 is also that of line 1"):
+            multiple_choice(train, test)
+    # The same id may stand in both files, since they are never asked for together.
+    both = write(tmp_path / "both.jsonl", CHOICE | {"id": 7})
+    again = write(tmp_path / "again.jsonl", CHOICE | {"id": 7})
+    assert multiple_choice(both, again).train[0].id == "7"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,257 @@
+"""Keys and values of the sequences that are being decoded, in pages.
+
+A page holds so many positions of one sequence, in every layer; the table says which pages the
+sequence of each row has, in order (Kwon et al. 2023, arXiv:2309.06180). `PAGE` says how large one
+is:
+
+* On a GPU it has 64 positions. A sequence takes pages as it grows, and `decode_attention` follows
+  the table. The full pages of a prompt are shared by its samples, which only read them; its last,
+  partial page is each sample's own. Page 0 belongs to nobody: idle rows write there.
+* On a CPU it is as wide as a sequence can get, and row r has page r, with nothing to allocate:
+  attention is then a batched product over the pages, without a table.
+
+Shapes: T tokens of any sequences in a row, B rows with one new token each, R rows, P pages, M pages
+of a sequence at most, W positions of a sequence at most, K key-value heads, D head size.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from sodfast_kernels import decode_attention
+from torch import Tensor
+
+from sodfast.model.attention import PackedAttention, SlotAttention
+from sodfast.rollout.decoder import Attend, Decoder, Place
+
+# Positions of a page by kind of device; None: as many as a sequence can have.
+PAGE: dict[str, int | None] = {"cuda": 64, "cpu": None}
+# Where idle rows write, so that every entry of a table names a page that exists.
+SCRATCH = 0
+
+
+class Cache:
+    """P pages for the sequences of R rows, each of W positions at most, for every layer.
+
+    `page`: positions of a page; None: W, one page for each row, and `pages` is not asked. `memory`
+    of an earlier cache is used again where it is large enough. `start`, `grow` and `move` change
+    the host's table, and `upload` brings it to the device.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        rows: int,
+        width: int,
+        memory: Tensor | None = None,
+        page: int | None = None,
+        pages: int = 0,
+    ) -> None:
+        self.decoder = decoder
+        self.device = decoder.embedding.device
+        self.whole = page is None
+        self.page, pages = (width, rows) if page is None else (page, pages)
+        self.memory, self.layers = self._lay_out(pages, memory)
+        # The pages of each row: as lists, and as tables of which some rows end in entries that mean
+        # nothing.
+        self.held: list[list[int]] = [[row] if self.whole else [] for row in range(rows)]
+        self.table = np.full((rows, -(-width // self.page)), SCRATCH, np.int32)
+        self.table_RM = torch.full(self.table.shape, SCRATCH, dtype=torch.int32, device=self.device)
+        self.free = list(range(SCRATCH + 1, pages))[::-1]
+        self.holders = [0] * pages  # rows that hold a page
+
+    def _lay_out(
+        self, pages: int, memory: Tensor | None
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Keys and values [P, page, K, D] of each layer. In memory that is the order of small
+        pages, as `decode_attention` reads them; whole ones have keys as [P, K, D, page] and values
+        as [P, K, page, D], which makes both products of attention plain batched ones."""
+        weight, page = self.decoder.embedding, self.page
+        kv, size = self.decoder.kv_heads, self.decoder.head_dim
+        shape = (len(self.decoder.layers), 2, pages * page * kv * size)
+        # Zeros, or what an earlier cache has left: the products need what is masked to be finite.
+        if memory is None or memory.numel() < prod(shape) or memory.dtype != weight.dtype:
+            memory = weight.new_zeros(prod(shape))
+        layers = []
+        for keys, values in memory[: prod(shape)].view(shape):
+            if self.whole:
+                keys_PLKD = keys.view(pages, kv, size, page).permute(0, 3, 1, 2)
+                values_PLKD = values.view(pages, kv, page, size).transpose(1, 2)
+            else:
+                keys_PLKD, values_PLKD = (x.view(pages, page, kv, size) for x in (keys, values))
+            layers.append((keys_PLKD, values_PLKD))
+        return memory, layers
+
+    @staticmethod
+    def bytes_per_token(network: Any) -> int:
+        """Bytes of one position over all layers, for any of transformers' networks."""
+        config = network.config.get_text_config()
+        query_heads = config.num_attention_heads
+        heads = getattr(config, "num_key_value_heads", None) or query_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // query_heads
+        layers, head = config.num_hidden_layers, network.get_output_embeddings().weight
+        return layers * 2 * heads * size * head.element_size()
+
+    # ---------------------------------------------------------------- pages
+
+    def missing(self, row: int, positions: int) -> int:
+        """How many more pages a row needs to hold so many positions."""
+        return max(0, -(-positions // self.page) - len(self.held[row]))
+
+    def start(self, rows: Sequence[int], tokens: int) -> None:
+        """Give rows that hold nothing the pages of one prompt, the full ones shared by all."""
+        if self.whole:
+            return
+        shared = [self.free.pop() for _ in range(tokens // self.page)]
+        for row in rows:
+            self._append(row, shared)
+            self._append(row, [self.free.pop() for _ in range(self.missing(row, tokens))])
+
+    def grow(self, positions: Mapping[int, int]) -> bool:
+        """Let each of these rows hold so many positions; False, with nothing changed, where there
+        are too few free pages."""
+        missing = {row: self.missing(row, count) for row, count in positions.items()}
+        if sum(missing.values()) > len(self.free):
+            return False
+        for row, count in missing.items():
+            if count:
+                self._append(row, [self.free.pop() for _ in range(count)])
+        return True
+
+    def release(self, row: int) -> None:
+        """Free the pages of a row that no other row holds."""
+        if self.whole:
+            return
+        for page in self.held[row]:
+            self.holders[page] -= 1
+            if self.holders[page] == 0:
+                self.free.append(page)
+        self.held[row] = []
+
+    def move(self, sources: Sequence[int], targets: Sequence[int], width: int) -> None:
+        """Give the pages of some rows to rows that hold nothing. A whole page stays where it is,
+        and its first `width` positions are copied."""
+        if self.whole:
+            source_N, target_N = torch.tensor(sources), torch.tensor(targets)
+            for cached_PLKD in (tensor for pair in self.layers for tensor in pair):
+                cached_PLKD[target_N, :width] = cached_PLKD[source_N, :width]
+            return
+        for source, target in zip(sources, targets, strict=True):
+            self._append(target, self.held[source])
+            self.release(source)
+
+    def _append(self, row: int, pages: Sequence[int]) -> None:
+        held = self.held[row]
+        self.table[row, len(held) : len(held) + len(pages)] = pages
+        held += pages
+        for page in pages:
+            self.holders[page] += 1
+
+    def upload(self) -> None:
+        """Bring the table to the device, after what is queued there and without waiting."""
+        if not self.whole:
+            table_RM = staged(torch.from_numpy(self.table), self.device)
+            self.table_RM.copy_(table_RM, non_blocking=True)
+
+    # ---------------------------------------------------------------- attention
+
+    def prefilling(self, lengths: Sequence[int], copies: Sequence[Sequence[int]]) -> Attend:
+        """Causal attention within each of the prompts of these `lengths`, packed one after the
+        other; each prompt's keys and values go to the pages of its rows, an entry of `copies`.
+        Tokens after the last prompt attend to nothing."""
+        return _Prefilling(self, lengths, copies)
+
+    def decoding(self, cached_B: Tensor, done_B: Tensor, width: int) -> Attend:
+        """Attention of one new token of each of the first B rows, of whose positions `cached_B`
+        (int32) are in the cache already. Rows that are `done_B` (bool) idle. `width` bounds the
+        lengths after it; small pages, whose kernel reads the lengths themselves, take any."""
+        return _Decoding(self, cached_B, done_B, width)
+
+
+class _Prefilling:
+    """Implements `Attend`."""
+
+    def __init__(
+        self, cache: Cache, lengths: Sequence[int], copies: Sequence[Sequence[int]]
+    ) -> None:
+        self.cache = cache
+        starts = [end - length for end, length in zip(accumulate(lengths), lengths, strict=True)]
+        # Of each page to be written: the first token that it gets, how many, and which page it is.
+        # A page that several rows share is written once.
+        spans: dict[int, tuple[int, int]] = {}
+        for first, length, rows in zip(starts, lengths, copies, strict=True):
+            behind = range(0, length, cache.page)
+            for row in rows:
+                for page, before in zip(cache.held[row], behind, strict=True):
+                    spans[page] = (first + before, min(cache.page, length - before))
+        tokens = [torch.arange(first, first + count) for first, count in spans.values()]
+        offsets = [torch.arange(count) for _, count in spans.values()]
+        pages = [torch.full((count,), page) for page, (_, count) in spans.items()]
+        self.token_N, self.offset_N, self.page_N = (
+            staged(torch.cat(parts), cache.device).to(cache.device, non_blocking=True)
+            for parts in (tokens, offsets, pages)
+        )
+        self.packed = PackedAttention(lengths, cache.device, cache.decoder.embedding.dtype)
+
+    def place(self, layer: int) -> None:
+        """A token may belong in the pages of several samples, so this writes it itself."""
+
+    def __call__(
+        self, layer: int, q_TAD: Tensor, k_TKD: Tensor | None, v_TKD: Tensor | None
+    ) -> Tensor:
+        assert k_TKD is not None and v_TKD is not None
+        for cached_PLKD, new_TKD in zip(self.cache.layers[layer], (k_TKD, v_TKD), strict=True):
+            cached_PLKD[self.page_N, self.offset_N] = new_TKD[self.token_N]
+        decoder = self.cache.decoder
+        return self.packed(q_TAD, k_TKD, v_TKD, decoder.scale, decoder.layers[layer].window)
+
+
+class _Decoding:
+    """Implements `Attend`. Rows that are done see no position and write to the scratch page, so
+    that their own pages may have gone to others; whole pages stay theirs."""
+
+    def __init__(self, cache: Cache, cached_B: Tensor, done_B: Tensor, width: int) -> None:
+        self.cache = cache
+        position_B = cached_B.long()
+        if cache.whole:
+            self.page_B = torch.arange(len(cached_B), device=cached_B.device)
+            self.offset_B = position_B
+            # One position for idle rows, whose own may all lie behind `width`: attention over none
+            # would leave NaN in the cache.
+            self.products = SlotAttention((cached_B + 1).masked_fill(done_B, 1), width)
+            return
+        self.table_BM = cache.table_RM[: len(cached_B)]
+        column_B1 = (position_B // cache.page)[:, None]
+        self.page_B = self.table_BM.gather(1, column_B1)[:, 0].long().masked_fill(done_B, SCRATCH)
+        self.offset_B = position_B % cache.page
+        self.used_B = (cached_B + 1).masked_fill(done_B, 0)
+
+    def place(self, layer: int) -> Place:
+        """Each row's next position."""
+        return Place(*self.cache.layers[layer], self.page_B, self.offset_B)
+
+    def __call__(
+        self, layer: int, q_TAD: Tensor, k_TKD: Tensor | None, v_TKD: Tensor | None
+    ) -> Tensor:
+        keys_PLKD, values_PLKD = self.cache.layers[layer]
+        scale, window = self.cache.decoder.scale, self.cache.decoder.layers[layer].window
+        if self.cache.whole:
+            return self.products(q_TAD, keys_PLKD, values_PLKD, scale, window)
+        return decode_attention(
+            q_TAD[:, None],
+            keys_PLKD,
+            values_PLKD,
+            self.table_BM,
+            self.used_B,
+            scale=scale,
+            window=window,
+        )[:, 0]
+
+
+def staged(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy from which a transfer to a GPU, with non_blocking=True, does not wait for what is
+    queued there; for other devices the tensor itself."""
+    return tensor.pin_memory() if device.type == "cuda" else tensor
