@@ -109,6 +109,7 @@ class _Head(_Part):
     step: Count
     fingerprint: str
     files: dict[str, _File] | None = None
+    task_files: dict[str, str] | None = None
     sha256: str | None = None
 
 
