@@ -173,6 +173,9 @@ class LabConfig(Section):
         return self
 
 
+# How responses are read: strict as the tasks' pages say, reference as lasgroup/SDPO does, so that
+# scores compare.
+Scorer = Literal["strict", "reference"]
 Subject = Literal["biology", "chemistry", "material", "physics"]
 
 
@@ -189,28 +192,111 @@ class ArithmeticConfig(_TaskConfig):
     test: Positive = 64
 
 
-class MultipleChoiceConfig(_TaskConfig):
-    """`train` and `test` are JSONL files or hub ids; a hub id without `test` is split 9:1.
+class SplitConfig(Section):
+    """Names of the splits of a data set that are trained and tested on."""
 
-    A hub id must have the columns of SciKnowEval; `subject` selects its domain.
-    """
+    train: str = "train"
+    test: str = "test"
+
+
+class RowsConfig(_TaskConfig):
+    """Questions from rows. `train` and `test` are JSONL files, folders or hub ids (`org/name` or
+    `org/name:subset`); the last two need the package `datasets`, and without `test` they are split
+    9:1."""
+
+    train: PathText | None
+    test: PathText | None = None
+    # The split that `train` is read from (`test` then reads "test"), or one for each.
+    split: str | SplitConfig | None = None
+    columns: dict[str, str] = {}  # our names → the columns that hold them, {prompt: question}
+    system: str | None = None  # the system message of every row; null: its own, "": none
+    request: str | None = None  # stands below every prompt; null: the task's own, "": none
+
+
+def _absolute(source: str | None) -> str | None:
+    """A path on disk in full, so that a run can be resumed from any folder; a hub id as it is."""
+    on_disk = source is not None and (source.endswith(".jsonl") or os.path.exists(source))
+    return os.path.abspath(source) if source and on_disk else source
+
+
+class _PlacedRowsConfig(RowsConfig):
+    """Rows whose paths are kept in full. Those of 0.1.0's tasks are kept as they were given."""
+
+    _in_full = field_validator("train", "test")(_absolute)
+
+
+class MultipleChoiceConfig(RowsConfig):
+    """A hub id must have the columns of SciKnowEval, unless `columns` says which it has; `subject`
+    selects its domain. Folders and files have the fields `prompt` and `answer`."""
 
     name: Literal["multiple_choice"] = "multiple_choice"
     train: PathText
-    test: PathText | None = None
+    scorer: Scorer = "strict"
     subject: Subject = "chemistry"
 
 
-class ToolUseConfig(_TaskConfig):
-    """`train` and `test` are JSONL files or hub ids; a hub id without `test` is split 9:1."""
-
+class ToolUseConfig(RowsConfig):
     name: Literal["tool_use"] = "tool_use"
     train: PathText
-    test: PathText | None = None
+    scorer: Scorer = "strict"
+
+
+class PythonConfig(_PlacedRowsConfig):
+    """The user's own task: `source` is FILE.py:NAME or module:NAME. A class is built from `options`
+    and brings its questions; a function scores the rows of `train` and `test`."""
+
+    name: Literal["python"] = "python"
+    source: str
+    train: PathText | None = None
+    options: dict[str, Any] = {}
+    timeout: Annotated[float, Field(gt=0)] = 60.0  # seconds for a call
+
+    @field_validator("source")
+    @classmethod
+    def _names_an_object(cls, source: str) -> str:
+        place, _, name = source.rpartition(":")
+        if not place or not name.isidentifier():
+            raise ValueError("must be FILE.py:NAME or module.submodule:NAME")
+        return f"{os.path.abspath(place)}:{name}" if place.endswith(".py") else source
+
+
+class MathConfig(_PlacedRowsConfig):
+    """Rows whose `answer` is a number or LaTeX, compared by the package math-verify."""
+
+    name: Literal["math"] = "math"
+    train: PathText
+    timeout: Annotated[float, Field(gt=0)] = 10.0  # seconds for an answer
+
+
+class SandboxConfig(Section):
+    """What a model's programs are kept to (SECURITY.md)."""
+
+    # namespaces: they see and reach nothing; rlimits: where the kernel allows no namespaces, they
+    # are bounded in time, memory and output alone.
+    isolation: Literal["namespaces", "rlimits"] = "namespaces"
+    memory_mib: Positive = 512  # of each process, and of all together
+    processes: Positive = 16  # at once, threads included
+
+
+class CodeConfig(_PlacedRowsConfig):
+    """Rows whose `tests` the model's program must pass, run in a sandbox."""
+
+    name: Literal["code"] = "code"
+    train: PathText
+    timeout: Annotated[float, Field(gt=0)] = 10.0  # seconds for all tests of an answer
+    options: SandboxConfig = SandboxConfig()
 
 
 TaskConfig = Annotated[
-    ArithmeticConfig | MultipleChoiceConfig | ToolUseConfig, Field(discriminator="name")
+    Union[  # noqa: UP007
+        ArithmeticConfig,
+        MultipleChoiceConfig,
+        ToolUseConfig,
+        MathConfig,
+        CodeConfig,
+        PythonConfig,
+    ],
+    Field(discriminator="name"),
 ]
 
 
@@ -378,7 +464,7 @@ class CollapseConfig(Section):
     stop: bool = False
     length_fraction: Fraction = 0.9  # mean length / cap that counts as runaway ...
     length_steps: Positive = 5  # ... when it lasts this many steps in a row
-    eval_floor: Fraction = 0.01  # test mean@k below this, or below ...
+    eval_floor: float = 0.01  # test mean@k below this, or below ...
     eval_fraction: Fraction = 0.1  # ... this share of the best so far
 
 
@@ -469,10 +555,15 @@ class Config(Section):
                 "planned: set model.kept_layers to a number"
             )
         own = self.model.path is None and self.model.random is None
-        if own and not isinstance(self.task, ArithmeticConfig):
+        if own and not isinstance(self.task, ArithmeticConfig | PythonConfig):
             raise ValueError(
                 f"task.name={self.task.name} needs a model: set model.path (the lab's own model "
                 "only knows task.name=arithmetic)"
+            )
+        if not (0 <= self.collapse.eval_floor <= 1 or isinstance(self.task, PythonConfig)):
+            raise ValueError(
+                f"collapse.eval_floor: {self.collapse.eval_floor} must lie in [0, 1], as the "
+                f"rewards of task.name={self.task.name} do"
             )
         return self
 
@@ -683,13 +774,13 @@ def _explain(error: Any) -> str:
 
 
 def _known_keys(parents: list[str], location: tuple[Any, ...]) -> list[str]:
-    group = parents[0] if parents else None
-    if group in _DISCRIMINATORS:
+    section: Any = Config
+    if parents and parents[0] in _DISCRIMINATORS:
+        group, *parents = parents
         key, _ = _DISCRIMINATORS[group]
         members = _union_members(Config.model_fields[group].annotation)
         models = {member.model_fields[key].default: member for member in members}
-        return list(models[location[1]].model_fields)
-    section: Any = Config
+        section = models[location[1]]
     for parent in parents:
         annotation = section.model_fields[parent].annotation
         section = next(iter(get_args(annotation)), annotation)  # the first of `section | None`

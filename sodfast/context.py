@@ -15,7 +15,7 @@ from sodfast.errors import UsageError
 from sodfast.model.load import LanguageModel, to_ids
 from sodfast.rng import Stream, generator
 from sodfast.run.console import Reporter
-from sodfast.tasks.base import Question, Task
+from sodfast.tasks.base import Grade, Question, Task
 
 _THINKING = re.compile(r"<think>.*?</think>", re.DOTALL)
 # More characters than a token of any vocabulary has on average: a longer text need not be encoded
@@ -90,38 +90,37 @@ class TeacherContext:
             else "",
             feedback=config.feedback_template.format(feedback=feedback) if feedback else "",
         )
-        return self.model.encode(prompt, question.system)
+        return self.model.encode(prompt, question.system, question.history)
 
 
 def teacher_prompts(
     config: Config,
     context: TeacherContext,
-    task: Task,
     step: int,
     questions: Sequence[Question],
     prompts: Sequence[Tensor],
     texts: Sequence[str],
-    rewards: Sequence[float],
+    grades: Sequence[Grade],
 ) -> list[Tensor | None]:
     """The teacher's prompt for each rollout of a step, token ids [P] int64 on the CPU; None where
     there is nothing privileged to show (m_i = 0).
 
-    `questions`, the student's `prompts`, the decoded `texts` and the `rewards` have one entry per
+    `questions`, the student's `prompts`, the decoded `texts` and their `grades` have one entry per
     rollout, groups of `rollout.samples_per_prompt` one after the other.
     """
     if config.teacher.context == "none":
         return list(prompts)
     chosen = choose_demonstrations(
-        rewards,
+        [grade.reward for grade in grades],
         config.rollout.samples_per_prompt,
         config.teacher.success_reward,
         config.seed,
         step,
     )
     contexts: list[Tensor | None] = []
-    for question, text, source in zip(questions, texts, chosen, strict=True):
+    for question, grade, source in zip(questions, grades, chosen, strict=True):
         demonstration = None if source is None else texts[source]
-        feedback = task.feedback(question, text) if config.teacher.feedback else None
+        feedback = grade.feedback if config.teacher.feedback else None
         if demonstration is None and feedback is None:
             contexts.append(None)
         else:

@@ -6,6 +6,8 @@ from math import comb, fsum
 
 from sodfast.config import Config
 from sodfast.model.load import LanguageModel, to_ids
+from sodfast.parallel.ranks import ALONE, Ranks
+from sodfast.rewards import grade_answers
 from sodfast.rng import Stream, draw_key
 from sodfast.rollout.engine import Engine, SampleKey, Sampling
 from sodfast.tasks.base import Question, Task
@@ -19,6 +21,7 @@ def evaluate(
     config: Config,
     step: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, float]:
     """`eval.samples` answers per question at the evaluation's temperature and top-p.
 
@@ -35,27 +38,30 @@ def evaluate(
         progress,
     )
     texts = [model.decode(sample.response) for sample in samples]
-    rewards, answers = [], []
-    for index, question in enumerate(questions):
-        group = texts[index * count : (index + 1) * count]
-        rewards.append([task.score(question, text) for text in group])
-        answers.append([task.extract(text) for text in group])
-    return evaluation_metrics(rewards, answers)
+    asked = [question for question in questions for _ in range(count)]
+    grades = grade_answers(config, task, asked, texts, ranks)
+    groups = [grades[start : start + count] for start in range(0, len(grades), count)]
+    return evaluation_metrics(
+        [[grade.reward for grade in group] for group in groups],
+        None if task.extract is None else [[grade.answer for grade in group] for group in groups],
+    )
 
 
 def evaluation_metrics(
-    rewards: Sequence[Sequence[float]], answers: Sequence[Sequence[str | None]]
+    rewards: Sequence[Sequence[float]], answers: Sequence[Sequence[str | None]] | None
 ) -> dict[str, float]:
-    """Metrics of n samples per question; best@k and maj@k for every power of two k ≤ n."""
+    """Metrics of n samples per question; best@k and maj@k for every power of two k ≤ n. Without
+    `answers`, of which a majority can be counted, there is no maj@k."""
     count = len(rewards[0])
     metrics = {f"eval/mean@{count}": _mean([_mean(group) for group in rewards])}
     powers = [2**i for i in range(count.bit_length()) if 2**i <= count]
     for k in powers:
         metrics[f"eval/best@{k}"] = _mean([best_at_k(group, k) for group in rewards])
-    for k in powers:
-        metrics[f"eval/maj@{k}"] = _mean(
-            [majority_at_k(r, a, k) for r, a in zip(rewards, answers, strict=True)]
-        )
+    if answers is not None:
+        for k in powers:
+            metrics[f"eval/maj@{k}"] = _mean(
+                [majority_at_k(r, a, k) for r, a in zip(rewards, answers, strict=True)]
+            )
     return metrics
 
 

@@ -31,6 +31,7 @@ from sodfast.model.packing import micro_batches, response_hidden
 from sodfast.objective import group_advantages, micro_batch_loss, sequence_weights
 from sodfast.parallel.fsdp import ShardedWeights, Weights
 from sodfast.parallel.ranks import ALONE, Ranks
+from sodfast.rewards import grade_answers
 from sodfast.rng import PromptOrder, Stream, draw_key, generator
 from sodfast.rollout.engine import Engine, Sample, SampleKey, Sampling
 from sodfast.rollout.shared import SharedEngine
@@ -43,6 +44,7 @@ from sodfast.run.phases import PhaseClock, oom_hint
 from sodfast.schedule import build_schedule
 from sodfast.summary import summarize
 from sodfast.tasks.base import Question, Task
+from sodfast.tasks.files import file_hashes
 from sodfast.teacher import Teacher, TeacherScores
 
 Status = Literal["done", "collapsed", "interrupted", "failed"]
@@ -97,6 +99,7 @@ class Trainer:
             self.weights = ShardedWeights(model.network, ranks, alignment)
             self.engine = SharedEngine(engine, ranks, self.weights.whole)
         self.task = task
+        self.files = file_hashes(config.task)
         self.run = run
         self.reporter = reporter
         self.context = TeacherContext(config.teacher, model)
@@ -267,11 +270,10 @@ class Trainer:
         )
         texts = [self.model.decode(sample.response) for sample in samples]
         asked = [question for question in questions for _ in range(count)]
-        rewards = [self.task.score(q, text) for q, text in zip(asked, texts, strict=True)]
+        grades = grade_answers(self.config, self.task, asked, texts, self.ranks)
         shown = [sample.prompt for sample in samples]
-        contexts = teacher_prompts(
-            self.config, self.context, self.task, step, asked, shown, texts, rewards
-        )
+        contexts = teacher_prompts(self.config, self.context, step, asked, shown, texts, grades)
+        rewards = [grade.reward for grade in grades]
         return Rollouts(questions, samples, texts, rewards, contexts)
 
     def _updates(self, step: int, rollouts: Rollouts) -> list[Update]:
@@ -472,6 +474,7 @@ class Trainer:
                 self.config,
                 step,
                 lambda done, total: self.reporter.phase("evaluate", done, total),
+                self.ranks,
             )
 
     @property
@@ -510,6 +513,7 @@ class Trainer:
         """
         return {
             "fingerprint": fingerprint(self.config),
+            "files": self.files,
             "base": self.model.base,
             "schedule": self.schedule.state_dict(),
             "collapse": self.collapse.state_dict(),

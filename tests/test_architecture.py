@@ -21,7 +21,7 @@ FLOORS = [
     {"tasks", "schedule", "calibrate", "collapse", "summary"},
     {"model", "lab"},
     {"parallel", "run", "context"},
-    {"rollout", "teacher", "optimizer"},
+    {"rollout", "teacher", "optimizer", "rewards"},
     {"objective", "evaluate", "metrics"},
     {"trainer", "memory", "study"},
     {"commands", "report"},

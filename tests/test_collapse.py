@@ -86,6 +86,9 @@ def test_every_threshold_is_a_key() -> None:
         {"step": 1, "length/mean": 50}
     ) == {"reason": "length", "value": 50, "threshold": 50.0}
     assert observe(detector(eval_floor=0.3), evals(0.31, 0.29))[1]["threshold"] == 0.3
+    # A user's rewards may be negative: no share of the best so far is a threshold then.
+    assert observe(detector(eval_floor=-2.0), evals(-1.0, -0.5, -1.5)) == [None] * 3
+    assert observe(detector(eval_floor=-2.0), evals(-1.0, -2.5))[1]["threshold"] == -2.0
     assert observe(detector(eval_fraction=0.5), evals(0.8, 0.39))[1]["threshold"] == 0.4
 
 

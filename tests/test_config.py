@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -623,6 +623,27 @@ def test_its_siblings_differ_in_one_key(preset: str, path: str, top_k: int | Non
     assert config == load_config("qwen3_8b_80gb", same)
 
 
+def test_paths_of_a_users_task_are_kept_in_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = ["task.train=a.jsonl", "task.test=org/name"]
+    task = load_config("lab", ["task.name=python", "task.source=own.py:reward", *rows]).task
+    assert task.source == f"{tmp_path}/own.py:reward"
+    assert (task.train, task.test) == (f"{tmp_path}/a.jsonl", "org/name")
+    task = load_config("lab", ["task.name=python", "task.source=package.own:reward"]).task
+    assert task.source == "package.own:reward"
+    for source in ("own.py", ":reward", "own.py:a.b"):
+        message = refusal("task.name=python", f"task.source={source}")
+        assert message.startswith("task.source: must be FILE.py:NAME or module.submodule:NAME")
+    assert "did you mean memory_mib?" in refusal(
+        "task.name=code", "task.train=a.jsonl", "model.path=m", "task.options.memory=3"
+    )
+    # What a task's rewards are compared with may be on their own scale, where they are the user's.
+    keys = ["task.name=python", "task.source=package.own:reward", "collapse.eval_floor=-1"]
+    assert load_config("lab", keys).collapse.eval_floor == -1
+
+
 # ---------------------------------------------------------------- bounds and hostile texts
 
 
@@ -719,6 +740,7 @@ def test_the_environment_is_never_read(text: str, tmp_path: Path) -> None:
         assert "reads the environment" in refusal(source=str(file))
 
 
+@settings(deadline=None)
 @given(st.text(alphabet="\\${}a:.'\" ,[]é", max_size=9), st.sampled_from(["", "${oc.env:HOME}"]))
 def test_a_literal_text_stays_what_it_is(
     tmp_path_factory: pytest.TempPathFactory, text: str, environment: str

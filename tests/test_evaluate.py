@@ -110,6 +110,14 @@ def test_keys_and_their_ks(samples: int, powers: list[int]) -> None:
     assert set(metrics.values()) == {1.0}
 
 
+def test_without_answers_to_count_there_is_no_majority() -> None:
+    assert set(evaluation_metrics([[1.0, 0.0]], None)) == {
+        "eval/mean@2",
+        "eval/best@1",
+        "eval/best@2",
+    }
+
+
 def test_metrics_are_means_over_questions() -> None:
     metrics = evaluation_metrics(
         [[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0]],
@@ -145,6 +153,7 @@ def test_evaluate_scores_every_sample_on_a_stream_of_its_own() -> None:
     )
     task: Any = SimpleNamespace(
         score=lambda question, text: float(text == question.answer),
+        feedback=lambda question, text: None,
         extract=lambda text: None if text == "x" else text,
     )
     calls: list[SampleKey] = []

@@ -17,7 +17,9 @@ PACKAGE = ROOT / "sodfast"
 PAGES = (
     "README.md",
     "CONTRIBUTING.md",
+    "SECURITY.md",
     "docs/schedules_lab.md",
+    "docs/tasks.md",
     "sodfast/configs/studies/README.md",
 )
 FOLDERS = ("sodfast", "kernels", "tests", "bench", "docs", ".ci", ".github")

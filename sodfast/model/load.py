@@ -1,7 +1,7 @@
 """Language models: loading, checks that this project can train them, prompts, decoder layers."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,14 +43,20 @@ class LanguageModel:
     def softcap(self) -> float | None:
         return getattr(self.network.config, "final_logit_softcapping", None)
 
-    def encode(self, prompt: str, system: str | None = None) -> list[int]:
+    def encode(
+        self,
+        prompt: str,
+        system: str | None = None,
+        history: Sequence[Mapping[str, str]] = (),
+    ) -> list[int]:
         """Token ids of a prompt: the chat template with thinking off where there is one,
-        otherwise system and user text as they are. No text becomes a special token.
+        otherwise the text of the messages as it is. `history` stands between `system` and `prompt`.
+        No text becomes a special token.
 
         Raises `UsageError` where the template refuses the messages, such as a system message, and
         for whatever else `encode_messages` refuses.
         """
-        messages = [{"role": "user", "content": prompt}]
+        messages = [*history, {"role": "user", "content": prompt}]
         if system:
             messages.insert(0, {"role": "system", "content": system})
         return encode_messages(self.tokenizer, messages)
@@ -60,7 +66,7 @@ class LanguageModel:
         return encode_text(self.tokenizer, text)
 
     def encode_question(self, question: Question) -> list[int]:
-        return self.encode(question.prompt, question.system)
+        return self.encode(question.prompt, question.system, question.history)
 
     def decode(self, ids: Sequence[int] | Tensor) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)

@@ -3,6 +3,7 @@
 import datetime
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -15,17 +16,25 @@ from sodfast.errors import RunFailed, UsageError
 from sodfast.files import refuse_links, replace_text, try_lock
 from sodfast.run import checkpoint
 from sodfast.run.records import read_events, read_metrics
+from sodfast.tasks.files import changed_file, file_hashes
+
+_log = logging.getLogger(__name__)
 
 # What a process that ends before config.yaml is written, or a full disk, leaves of a new run.
 _BEGUN = re.compile(r"\.lock|environment\.json|(environment\.json|config\.yaml)\.[0-9a-f]{16}\.tmp")
 _DEEPEST = 255  # folders that Python makes in one call without exhausting its stack
 
 # Keys that release 0.1.0 did not have, with their defaults.
-ADDED = {
+ADDED: dict[str, Any] = {
     "model.random": None,
     "lab.stubborn": 0.0,
     "teacher.micro_batch_tokens": None,
     "optimizer.lr_burst": None,
+    "task.split": None,
+    "task.columns": {},
+    "task.system": None,
+    "task.request": None,
+    "task.scorer": "strict",
 }
 
 
@@ -40,7 +49,7 @@ def fingerprint(config: Config) -> str:
     del values["model"]["attention"], values["model"]["kept_layers"]
     for key, default in ADDED.items():
         group, _, name = key.partition(".")
-        if values[group][name] == default:
+        if name in values[group] and values[group][name] == default:
             del values[group][name]
     for old, new in RENAMED.items():
         group, _, name = old.partition(".")
@@ -224,6 +233,7 @@ def stored_config(path: Path, overrides: list[str]) -> Config:
                 f"{path}/config.yaml is not the configuration its checkpoints were made with: "
                 "restore it, or start a new run"
             )
+        _require_same_files(path, file_hashes(config.task), state.get("files"))
         if config.steps < state["step"]:
             raise UsageError(f"steps={config.steps} lies before the checkpoint's {state['step']}")
     return config
@@ -239,6 +249,18 @@ def _require_config(path: Path) -> None:
 
 def _text(lines: list[dict[str, Any]]) -> str:
     return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+def _require_same_files(path: Path, found: dict[str, str], stored: dict[str, str] | None) -> None:
+    if stored is None:  # the checkpoint is of a release that kept no hashes
+        if found:
+            _log.warning("%s has no hashes of the task's files: taken to be the same", path)
+        return
+    changed = changed_file(found, stored)
+    if changed is not None:
+        raise UsageError(
+            f"{changed} is not as it was when the run began: restore it, or start a new run"
+        )
 
 
 @contextmanager

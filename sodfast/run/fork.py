@@ -15,6 +15,7 @@ from sodfast.run import checkpoint
 from sodfast.run.directory import RunDirectory, fingerprint
 from sodfast.run.records import read_events, read_metrics
 from sodfast.schedule import build_schedule
+from sodfast.tasks.files import file_hashes
 
 Refresh = Literal["now", "never"]
 _OWN = ("step=", "teacher.refresh=")
@@ -119,6 +120,7 @@ def fork_run(
             ) from error
         state["schedule"] = schedule.state_dict()
     state["fingerprint"] = fingerprint(config)
+    state["files"] = file_hashes(config.task)  # a fork may also change the user's reward
     state["teacher_is_student"] = state.get("teacher_is_student", True) or refresh == "now"
     if refresh == "now":
         state.get("files", {}).pop("teacher.safetensors", None)

@@ -1,9 +1,20 @@
 """From a task's configuration to the task: the only place that knows all tasks."""
 
-from sodfast.config import ArithmeticConfig, MultipleChoiceConfig, TaskConfig, ToolUseConfig
+from sodfast.config import (
+    ArithmeticConfig,
+    CodeConfig,
+    MathConfig,
+    MultipleChoiceConfig,
+    PythonConfig,
+    TaskConfig,
+    ToolUseConfig,
+)
 from sodfast.tasks.arithmetic import ArithmeticTask
 from sodfast.tasks.base import Task
+from sodfast.tasks.code import CodeTask
+from sodfast.tasks.math import MathTask
 from sodfast.tasks.multiple_choice import MultipleChoiceTask
+from sodfast.tasks.python import python_task
 from sodfast.tasks.tool_use import ToolUseTask
 
 
@@ -20,3 +31,9 @@ def build_task(config: TaskConfig) -> Task:
             return MultipleChoiceTask(config)
         case ToolUseConfig():
             return ToolUseTask(config)
+        case MathConfig():
+            return MathTask(config)
+        case CodeConfig():
+            return CodeTask(config)
+        case PythonConfig():
+            return python_task(config)

@@ -27,7 +27,9 @@ class MultipleChoiceTask:
 
     The response's answer is the text after the last `<answer>` up to the next `</answer>`, or the
     whole response where the tag never opens, stripped. It must be the letter itself, so "a",
-    "(B)" and "B: 18" score 0 (reward of arXiv 2601.20802).
+    "(B)" and "B: 18" score 0 (reward of arXiv 2601.20802). Under `task.scorer=reference`, which is
+    the paper's public implementation, a response without the opening tag is also cut at its first
+    `</answer>`: "B</answer>" is right there and wrong under `strict`.
 
     Raises:
         UsageError: as `load_questions`, and for an answer that is not among the prompt's options.
@@ -44,11 +46,13 @@ class MultipleChoiceTask:
             )
 
         self.train, self.test = load_questions(
-            config.train, config.test, _check, keep=keep, convert=_from_sciknoweval
+            config, _check, keep=keep, convert=lambda row: _from_sciknoweval(row, config.request)
         )
 
+        self._strict = config.scorer == "strict"
+
     def score(self, question: Question, response: str) -> float:
-        return float(_final_text(response) == question.answer)
+        return float(self._final_text(response) == question.answer)
 
     def feedback(self, question: Question, response: str) -> str | None:
         """Return a hint on the format; a well-formed answer gets none, right or wrong."""
@@ -59,13 +63,14 @@ class MultipleChoiceTask:
         return "The last <answer> tag holds something else than the letter of an option."
 
     def extract(self, response: str) -> str | None:
-        text = _final_text(response)
+        text = self._final_text(response)
         return text if _LETTER.fullmatch(text) else None
 
-
-def _final_text(response: str) -> str:
-    _, tag, rest = response.rpartition("<answer>")
-    return (rest.partition("</answer>")[0] if tag else response).strip()
+    def _final_text(self, response: str) -> str:
+        _, tag, rest = response.rpartition("<answer>")
+        if not tag and self._strict:
+            return response.strip()
+        return rest.partition("</answer>")[0].strip()
 
 
 def _check(question: Question) -> None:
@@ -79,11 +84,14 @@ def _check(question: Question) -> None:
         )
 
 
-def _from_sciknoweval(row: Row) -> Row | None:
-    """Bring a row of hicai-zju/SciKnowEval into our layout, None if its options are incomplete."""
+def _from_sciknoweval(row: Row, request: str | None) -> Row | None:
+    """Bring a row of hicai-zju/SciKnowEval into our layout, None if its options are incomplete.
+
+    The task's own request stands below the options unless `task.request` brings another.
+    """
     labels, texts = row["choices"]["label"], row["choices"]["text"]
     if len(labels) != len(texts):
         return None
     options = "\n".join(f"{label}: {text}" for label, text in zip(labels, texts, strict=True))
-    prompt = f"{row['question']}\n\n{options}\n\n{REQUEST}"
+    prompt = f"{row['question']}\n\n{options}" + (f"\n\n{REQUEST}" if request is None else "")
     return {"prompt": prompt, "answer": row["answerKey"], "system": SYSTEM}

@@ -1,8 +1,11 @@
 """Tool-use questions in the manner of ToolAlpaca (arXiv 2306.05301)."""
 
 import json
+import operator
 import re
 from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from sodfast.config import ToolUseConfig
@@ -11,10 +14,17 @@ from sodfast.tasks.base import Question
 from sodfast.tasks.rows import load_questions, strict_json
 
 _MARKER = re.compile(r"Action Input:|Action:([^\r\n]*)")
+# As the public implementation of arXiv 2601.20802 reads names and inputs.
+_NAME = re.compile(r"Action:\s*(\w+)")
+_FLAT_OBJECT = re.compile(r"Action Input:\s*(\{.*?\})", re.DOTALL)
 
 
 def _canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
+
+
+def _same_json(left: Any, right: Any) -> bool:
+    return _canonical(left) == _canonical(right)
 
 
 class Calls(NamedTuple):
@@ -38,10 +48,18 @@ class ToolUseTask:
     """Rows whose `answer` lists the calls to make as {"Action", "Action_Input"}.
 
     A response makes its calls in lines "Action: name" and "Action Input: {…}". It scores 1 when
-    its names, as a multiset, and its merged arguments equal the reference's. This is the reward of
-    arXiv 2601.20802 with one difference: JSON is decoded as a whole from the first "{" after
-    "Action Input:", while the paper's implementation stops at the first "}" and so cannot read a
-    nested object.
+    its names, as a multiset, and its merged arguments equal the reference's (the reward of
+    arXiv 2601.20802). `task.scorer` says how a response is read: strict, or reference as the
+    paper's public implementation does.
+
+    * A name is strictly the rest of the line after "Action:"; the reference takes the word
+      characters after it, also those of the next line: "find(x)" calls find, "get-cat" calls get.
+    * An input is strictly JSON as a whole, from the first "{" after "Action Input:"; the reference
+      stops at the first "}", and the "{" must follow at once, so that it reads no nested object and
+      none inside a code fence.
+    * Invalid JSON scores 0 strictly; the reference leaves it out.
+    * "Action:" inside the strings of an input is text strictly, and a call for the reference.
+    * True and 1 differ strictly and are equal for the reference; 1 and 1.0 are equal for both.
 
     Raises:
         UsageError: as `load_questions`, and for an answer that is not such a list.
@@ -50,15 +68,24 @@ class ToolUseTask:
     name = "tool_use"
 
     def __init__(self, config: ToolUseConfig) -> None:
-        self.train, self.test = load_questions(config.train, config.test, _check)
+        self.train, self.test = load_questions(config, _check)
+        strict = config.scorer == "strict"
+        self._calls = _response_calls if strict else _flat_calls
+        self._same: Callable[[Any, Any], bool] = _same_json if strict else operator.eq
 
     def score(self, question: Question, response: str) -> float:
-        return float(self.extract(response) == _reference_calls(question.answer).canonical())
+        try:
+            calls = self._calls(response)
+        except (ValueError, RecursionError):
+            return 0.0
+        reference = _reference_calls(question.answer)
+        right = Counter(calls.names) == Counter(reference.names)
+        return float(right and self._same(calls.arguments, reference.arguments))
 
     def feedback(self, question: Question, response: str) -> str | None:
         """Say which tools and arguments differ, without the reference's values; None if none do."""
         try:
-            calls = _response_calls(response)
+            calls = self._calls(response)
         except (ValueError, RecursionError):
             return "An Action Input is not a valid JSON object."
         reference = _reference_calls(question.answer)
@@ -72,7 +99,7 @@ class ToolUseTask:
             "Arguments with a wrong value": {
                 key
                 for key in required.keys() & given.keys()
-                if _canonical(required[key]) != _canonical(given[key])
+                if not self._same(required[key], given[key])
             },
         }
         lines = [(title, ", ".join(sorted(names))) for title, names in differences.items()]
@@ -80,7 +107,7 @@ class ToolUseTask:
 
     def extract(self, response: str) -> str | None:
         try:
-            calls = _response_calls(response)
+            calls = self._calls(response)
             return calls.canonical() if calls.names else None
         except (ValueError, RecursionError):
             return None
@@ -105,6 +132,15 @@ def _response_calls(response: str) -> Calls:
             arguments |= values
         marker = _MARKER.search(response, position)
     return Calls(names, arguments)
+
+
+def _flat_calls(response: str) -> Calls:
+    """Read a response as the paper's public implementation does."""
+    arguments: dict[str, Any] = {}
+    for text in _FLAT_OBJECT.findall(response):
+        with suppress(ValueError, RecursionError):
+            arguments |= json.loads(text)
+    return Calls(_NAME.findall(response), arguments)
 
 
 def _reference_calls(answer: Any) -> Calls:

@@ -20,6 +20,7 @@ from sodfast.run.directory import (
     fingerprint,
     stored_config,
 )
+from sodfast.tasks.files import file_hashes
 
 
 def lab(*overrides: str) -> Config:
@@ -342,6 +343,50 @@ def test_another_configuration_is_refused(run: RunDirectory) -> None:
     assert "not the configuration" in refusal(stored_config, run.path, [])
 
 
+def rows_run(tmp_path: Path) -> tuple[RunDirectory, Config, Path]:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("{}\n")
+    (tmp_path / "test.jsonl").write_text("{}\n")
+    (tmp_path / "own.py").write_text("def reward(): ...\n")
+    config = lab(
+        "task.name=python",
+        f"task.source={tmp_path / 'own.py'}:reward",
+        f"task.train={rows}",
+        f"task.test={tmp_path / 'test.jsonl'}",
+    )
+    return RunDirectory.create(tmp_path / "rows-run", config, {}), config, rows
+
+
+def test_files_of_the_task_must_be_as_they_were(tmp_path: Path) -> None:
+    run, config, rows = rows_run(tmp_path)
+    state = store(run, 20, config) / "state.json"
+    files = {"files": file_hashes(config.task)}
+    state.write_text(json.dumps(json.loads(state.read_text()) | files))
+    assert stored_config(run.path, []).task == config.task
+    for file in (rows, tmp_path / "own.py"):
+        text = file.read_text()
+        file.write_text(text + "\n")
+        assert refusal(stored_config, run.path, []) == (
+            f"{file} is not as it was when the run began: restore it, or start a new run"
+        )
+        file.write_text(text)
+    rows.unlink()
+    assert str(rows) in refusal(stored_config, run.path, [])
+    run.close()
+
+
+def test_a_checkpoint_without_hashes_is_accepted_with_one_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, config, _ = rows_run(tmp_path)
+    store(run, 20, config)
+    assert stored_config(run.path, []).task == config.task
+    assert [record.message for record in caplog.records] == [
+        f"{run.path} has no hashes of the task's files: taken to be the same"
+    ]
+    run.close()
+
+
 def test_a_moved_directory_is_its_own_out(run: RunDirectory, tmp_path: Path) -> None:
     store(run, 20, lab())
     moved = run.path.rename(tmp_path / "moved")
@@ -397,3 +442,14 @@ def test_fingerprint(override: str, same: bool) -> None:
 def test_layers_may_keep_their_activations_in_a_resumed_run() -> None:
     thrifty = "model.gradient_checkpointing=true"
     assert fingerprint(lab(thrifty)) == fingerprint(lab(thrifty, "model.kept_layers=1"))
+
+
+def test_keys_that_came_later_stay_outside_the_fingerprint_at_their_old_meaning() -> None:
+    task = ("task.name=tool_use", "task.train=a/b", "model.path=m")
+    values = json.loads(lab(*task).model_dump_json())["task"]
+    assert {"split", "columns", "system", "request", "scorer"} <= values.keys()
+    # The hash that 0.1.0 gives this configuration.
+    assert fingerprint(lab(*task)) == "919ffccc6b9d543c"
+    for override in ("task.split=dev", "task.columns.prompt=q", "task.system=s", "task.request=r"):
+        assert fingerprint(lab(*task, override)) != fingerprint(lab(*task)), override
+    assert fingerprint(lab(*task, "task.scorer=reference")) != fingerprint(lab(*task))

@@ -8,7 +8,10 @@ import pytest
 
 from sodfast.config import (
     ArithmeticConfig,
+    CodeConfig,
+    MathConfig,
     MultipleChoiceConfig,
+    PythonConfig,
     TaskConfig,
     ToolUseConfig,
     load_config,
@@ -16,7 +19,10 @@ from sodfast.config import (
 from sodfast.errors import UsageError
 from sodfast.tasks.arithmetic import ArithmeticTask
 from sodfast.tasks.build import build_task
+from sodfast.tasks.code import CodeTask
+from sodfast.tasks.math import MathTask
 from sodfast.tasks.multiple_choice import MultipleChoiceTask
+from sodfast.tasks.python import FunctionTask
 from sodfast.tasks.tool_use import ToolUseTask
 
 CHOICE = {"prompt": "2 + 2?\nA: 3\nB: 4", "answer": "B"}
@@ -25,7 +31,15 @@ KINDS: dict[type, tuple[type, dict[str, Any] | None]] = {
     ArithmeticConfig: (ArithmeticTask, None),
     MultipleChoiceConfig: (MultipleChoiceTask, CHOICE),
     ToolUseConfig: (ToolUseTask, CALL),
+    PythonConfig: (FunctionTask, CHOICE),
+    CodeConfig: (CodeTask, {"prompt": "Add.", "tests": ["assert f() == 3"]}),
+    MathConfig: (MathTask, {"prompt": "1 + 1?", "answer": "2"}),
 }
+NEEDS = {MathConfig: "math_verify"}
+REWARD = """
+def reward(prompts, completions, answer):
+    return [float(c == a) for c, a in zip(completions, answer)]
+"""
 
 
 def test_every_configuration_of_a_task_is_known() -> None:
@@ -33,13 +47,22 @@ def test_every_configuration_of_a_task_is_known() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
-def test_a_configuration_is_built_as_its_task(kind: type, tmp_path: Path) -> None:
+def test_a_configuration_is_built_as_its_task(
+    kind: type, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     expected, row = KINDS[kind]
+    if kind in NEEDS:
+        pytest.importorskip(NEEDS[kind], reason=f"{NEEDS[kind]} is not installed")
+    if kind is CodeConfig:
+        request.getfixturevalue("namespaces")
     keys: dict[str, Any] = {"train": 3, "test": 2}
     if row is not None:
         keys = {name: str(tmp_path / f"{name}.jsonl") for name in ("train", "test")}
         for file in keys.values():
             Path(file).write_text(json.dumps(row) + "\n")
+    if kind is PythonConfig:
+        (tmp_path / "own.py").write_text(REWARD)
+        keys["source"] = f"{tmp_path / 'own.py'}:reward"
     config = kind(**keys)
     task = build_task(config)
     assert type(task) is expected and task.name == config.name

@@ -1,6 +1,7 @@
 """The multiple-choice scorer on golden cases (reward of arXiv 2601.20802)."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,13 +12,47 @@ from sodfast.tasks.base import Question, Task
 QUESTION = Question("2 + 2?\nA: 3\nB: 4", "B", None, "0")
 
 
-@pytest.fixture(scope="module")
-def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
+def built(tmp_path_factory: pytest.TempPathFactory, scorer: Any) -> Task:
     folder = tmp_path_factory.mktemp("rows")
     paths = [Path(folder, name) for name in ("train.jsonl", "test.jsonl")]
     for path in paths:
         path.write_text('{"prompt": "2 + 2?\\nA: 3\\nB: 4", "answer": "B"}\n')
-    return build_task(MultipleChoiceConfig(train=str(paths[0]), test=str(paths[1])))
+    files = {"train": str(paths[0]), "test": str(paths[1])}
+    return build_task(MultipleChoiceConfig(**files, scorer=scorer))
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
+    return built(tmp_path_factory, "strict")
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Task:
+    return built(tmp_path_factory, "reference")
+
+
+@pytest.mark.parametrize(
+    ("response", "strict", "as_published"),
+    [
+        ("<answer>B</answer>", 1.0, 1.0),
+        ("<answer>A</answer> No. <answer>B</answer>", 1.0, 1.0),
+        ("<answer>B", 1.0, 1.0),
+        ("B", 1.0, 1.0),
+        ("B</answer>", 0.0, 1.0),  # the opening tag is missing
+        (" B </answer> A</answer>", 0.0, 1.0),
+        ("It is B</answer>", 0.0, 0.0),
+        ("<answer>(B)</answer>", 0.0, 0.0),
+        ("<answer>b</answer>", 0.0, 0.0),
+        ("", 0.0, 0.0),
+    ],
+)
+def test_what_differs_between_the_scorers(
+    task: Task, reference: Task, response: str, strict: float, as_published: float
+) -> None:
+    for scorer, score in ((task, strict), (reference, as_published)):
+        assert scorer.score(QUESTION, response) == score
+        assert (scorer.extract(response) == "B") == bool(score)  # type: ignore[misc]
+        assert (scorer.feedback(QUESTION, response) is None) == bool(score)
 
 
 @pytest.mark.parametrize(

@@ -176,6 +176,54 @@ def test_an_existing_path_is_a_file_whatever_its_name(
     assert len(multiple_choice("org/name", good).train) == 1
 
 
+def test_columns_rename_what_rows_hold(tmp_path: Path, good: str) -> None:
+    row = {"question": CHOICE["prompt"], "answer": "worked out", "letter": "B", "n": 1}
+    path = write(tmp_path / "train.jsonl", row)
+    columns = {"prompt": "question", "answer": "letter"}
+    test = write(tmp_path / "test.jsonl", row)
+    (question,) = multiple_choice(path, test, columns=columns).train
+    assert (question.prompt, question.answer) == (CHOICE["prompt"], "B")
+    assert question.columns == {"prompt": CHOICE["prompt"], "answer": "B", "n": 1}
+    with pytest.raises(UsageError, match=r"line 1: no column 'q' \(there are question, answer, "):
+        multiple_choice(path, test, columns={"prompt": "q"})
+
+
+def test_system_and_request_are_worded_by_keys(tmp_path: Path, good: str) -> None:
+    path = write(tmp_path / "train.jsonl", CHOICE, CHOICE | {"system": "Own."})
+    train = multiple_choice(path, good, request="Only the letter.").train
+    assert {q.prompt for q in train} == {CHOICE["prompt"] + "\n\nOnly the letter."}
+    assert [q.system for q in train] == [None, "Own."]
+    assert [q.system for q in multiple_choice(path, good, system="Ours.").train] == ["Ours."] * 2
+    train = multiple_choice(path, good, system="", request="").train
+    assert {(q.prompt, q.system) for q in train} == {(CHOICE["prompt"], "")}
+
+
+def test_a_prompt_may_be_a_conversation(tmp_path: Path, good: str) -> None:
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Hello!"},
+        {"role": "user", "content": CHOICE["prompt"]},
+    ]
+    path = write(
+        tmp_path / "train.jsonl", CHOICE | {"prompt": messages}, CHOICE | {"prompt": messages[3:]}
+    )
+    first, second = multiple_choice(path, good, request="Go.").train
+    assert (first.prompt, first.system) == (CHOICE["prompt"] + "\n\nGo.", "Be brief.")
+    assert list(first.history) == messages[1:3]
+    assert (second.prompt, second.system, second.history) == (first.prompt, None, ())
+    for row, message in (
+        ({"prompt": messages[:3]}, "the last one the user's"),
+        ({"prompt": []}, "the last one the user's"),
+        ({"prompt": [{"role": "user"}]}, "'role' and 'content'"),
+        ({"prompt": [{"role": "user", "content": " "}]}, "not empty text"),
+        ({"prompt": messages, "system": "Two."}, "leave one out"),
+    ):
+        path = write(tmp_path / "bad.jsonl", CHOICE | row)
+        with pytest.raises(UsageError, match=message):
+            multiple_choice(path, good)
+
+
 def test_configuration_is_discriminated_frozen_and_closed() -> None:
     adapter: TypeAdapter[TaskConfig] = TypeAdapter(TaskConfig)
     config = adapter.validate_python({"name": "tool_use", "train": "a/b"})
@@ -211,7 +259,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, list[Any]]]:
     """Stand in for the module `datasets`: a dictionary from hub id to splits."""
     contents: dict[str, dict[str, list[Any]]] = {}
 
-    def load_dataset(name: str) -> dict[str, list[Any]]:
+    def load_dataset(name: str, *subset: str) -> dict[str, list[Any]]:
+        name = ":".join((name, *subset))
         if name not in contents:
             raise FileNotFoundError(f"no data set\n{name}")
         return contents[name]
@@ -266,6 +315,55 @@ def test_tool_use_from_the_hub(hub: dict[str, Any], tmp_path: Path) -> None:
     assert (len(task.train), len(task.test)) == (10, 1)
     task = build_task(ToolUseConfig(train=write(tmp_path / "a.jsonl", CALL), test="org/tools"))
     assert [question.id for question in task.test] == ["row 0"]
+
+
+def test_splits_and_columns_of_any_data_set(hub: dict[str, Any]) -> None:
+    def rows(*numbers: int) -> list[dict[str, Any]]:
+        return [{"q": CHOICE["prompt"], "a": "B", "id": number} for number in numbers]
+
+    hub["org/any:main"] = {"dev": rows(*range(10)), "test": rows(10), "held_out": rows(11, 12)}
+    columns = {"prompt": "q", "answer": "a"}
+
+    def ids(test: str | None = None, **keys: Any) -> tuple[list[str], list[str]]:
+        task = multiple_choice("org/any:main", test, columns=columns, **keys)
+        return [q.id for q in task.train], [q.id for q in task.test]
+
+    assert ids(split={"train": "test", "test": "held_out"}) == (["10"], ["11", "12"])
+    train, test = ids(split="dev")
+    assert len(train) == 9 and sorted(train + test) == sorted(map(str, range(10)))
+    hub["org/other"] = {"test": rows(7)}
+    assert ids("org/other", split="held_out") == (["11", "12"], ["7"])
+    hub["org/single"] = {"dev": rows(1, 2)}
+    with pytest.raises(UsageError, match="has no split 'validation', only dev"):
+        multiple_choice("org/single", split="validation", columns=columns)
+
+
+def test_a_request_of_the_user_replaces_the_shipped_one(hub: dict[str, Any]) -> None:
+    hub["org/sci"] = {"test": [hub_row(i) for i in range(10)]}
+    prompts = {q.prompt for q in multiple_choice("org/sci", request="Only the letter.").train}
+    assert all(prompt.endswith("\n\nOnly the letter.") for prompt in prompts)
+    assert not any("Work it out" in prompt for prompt in prompts)
+
+
+def test_a_folder_is_read_by_datasets(tmp_path: Path) -> None:
+    """As `datasets` itself writes and reads it, where it is installed."""
+    datasets = pytest.importorskip("datasets", reason="the package datasets is not installed")
+    rows = [CHOICE | {"id": str(number)} for number in range(10)]
+    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "one"))
+    task = multiple_choice(str(tmp_path / "one"))
+    assert (len(task.train), len(task.test)) == (9, 1)
+    saved = datasets.DatasetDict(
+        {"train": datasets.Dataset.from_list(rows), "test": datasets.Dataset.from_list(rows[:2])}
+    )
+    saved.save_to_disk(str(tmp_path / "two"))
+    splits = {"train": "train", "test": "test"}
+    task = multiple_choice(str(tmp_path / "two"), split=splits)
+    assert ([q.id for q in task.test], len(task.train)) == (["0", "1"], 10)
+    (tmp_path / "files").mkdir()
+    for name, count in (("train", 10), ("test", 2)):
+        write(tmp_path / "files" / f"{name}.jsonl", *rows[:count])
+    task = multiple_choice(str(tmp_path / "files"), split=splits)
+    assert ([q.id for q in task.test], len(task.train)) == (["0", "1"], 10)
 
 
 def test_unusable_hub_ids(hub: dict[str, Any], good: str) -> None:

@@ -27,14 +27,23 @@ def respond(*calls: tuple[str, Any]) -> str:
     )
 
 
-@pytest.fixture(scope="module")
-def task(tmp_path_factory: pytest.TempPathFactory) -> ToolUseTask:
+def built(tmp_path_factory: pytest.TempPathFactory, scorer: Any) -> ToolUseTask:
     folder = tmp_path_factory.mktemp("rows")
     row = json.dumps({"prompt": "x", "answer": [{"Action": "find", "Action_Input": "{}"}]})
     paths = [Path(folder, name) for name in ("train.jsonl", "test.jsonl")]
     for path in paths:
         path.write_text(row + "\n")
-    return ToolUseTask(ToolUseConfig(train=str(paths[0]), test=str(paths[1])))
+    return ToolUseTask(ToolUseConfig(train=str(paths[0]), test=str(paths[1]), scorer=scorer))
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> ToolUseTask:
+    return built(tmp_path_factory, "strict")
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> ToolUseTask:
+    return built(tmp_path_factory, "reference")
 
 
 CAT = ask(("find", {"kind": "cat", "limit": 1}))
@@ -215,6 +224,45 @@ def test_equality_is_reflexive_and_blind_to_key_order(
     question = ask(("find", values))
     assert task.score(question, respond(("find", values))) == 1.0
     assert task.score(question, respond(("find", reordered(values)))) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("values", "response", "strict", "as_published"),
+    [
+        ({"a": 1}, 'Action: find\nAction Input: {"a": 1}', 1.0, 1.0),
+        ({"a": 1}, 'Action: find(\nAction Input: {"a": 1}', 0.0, 1.0),
+        ({"a": 1}, 'Action: find, please\nAction Input: {"a": 1}', 0.0, 1.0),
+        ({"a": 1}, 'Action:\nfind\nAction Input: {"a": 1}', 0.0, 1.0),  # on the next line
+        ({"a": 1}, 'Action: find\nAction Input:\n{"a": 1}', 1.0, 1.0),
+        ({"a": 1}, 'Action: find\nAction Input: ```json\n{"a": 1}\n```', 1.0, 0.0),  # fenced
+        ({}, "Action: find\nAction Input: ```json\n{}\n```", 1.0, 1.0),
+        ({"a": {"b": 1}}, 'Action: find\nAction Input: {"a": {"b": 1}}', 1.0, 0.0),  # nested
+        ({}, 'Action: find\nAction Input: {"a": {"b": 1}}', 0.0, 1.0),
+        ({"a": "}"}, 'Action: find\nAction Input: {"a": "}"}', 1.0, 0.0),
+        ({"a": 1}, 'Action: find\nAction Input: {"a": 1}\nAction Input: {oh}', 0.0, 1.0),
+        ({}, "Action: find", 1.0, 1.0),
+        ({}, "Action: find\nAction Input: none", 0.0, 1.0),
+        ({"a": 1}, 'Action: find\nAction Input: {"a": true}', 0.0, 1.0),
+        ({"a": 1}, 'Action: find\nAction Input: {"a": 1.0}', 1.0, 1.0),
+        ({"a": "1"}, 'Action: find\nAction Input: {"a": 1}', 0.0, 0.0),
+        ({"a": "Action: x"}, 'Action: find\nAction Input: {"a": "Action: x"}', 1.0, 0.0),
+        ({"a": 1}, 'Action: find\nAction: find\nAction Input: {"a": 1}', 0.0, 0.0),
+        ({"a": 1}, 'Action Input: {"a": 1}', 0.0, 0.0),
+        ({"a": [1]}, 'Action: find\nAction Input: {"a": ' + "[" * 100_000 + "}", 0.0, 0.0),
+    ],
+)
+def test_what_differs_between_the_scorers(
+    task: ToolUseTask,
+    reference: ToolUseTask,
+    values: dict[str, Any],
+    response: str,
+    strict: float,
+    as_published: float,
+) -> None:
+    question = ask(("find", values))
+    for scorer, score in ((task, strict), (reference, as_published)):
+        assert scorer.score(question, response) == score
+        assert (scorer.feedback(question, response) is None) == bool(score)
 
 
 NEAR = st.sampled_from([None, True, False, 0, 1, -0.0, 1.0, 1.5, "", "1", "true", [], [1], {}])

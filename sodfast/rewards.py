@@ -1,0 +1,51 @@
+"""From answers to rewards: graded once, by one rank, for all."""
+
+from collections.abc import Sequence
+
+from sodfast.config import CGTRConfig, Config
+from sodfast.errors import RunFailed
+from sodfast.parallel.ranks import ALONE, Ranks
+from sodfast.tasks.base import Grade, Question, Task, grade
+
+
+def grade_answers(
+    config: Config,
+    task: Task,
+    questions: Sequence[Question],
+    texts: Sequence[str],
+    ranks: Ranks = ALONE,
+) -> list[Grade]:
+    """The grade of each of `texts`, the answer to the question of the same index.
+
+    One rank grades for all: a program that runs out of time, or a user's reward that draws random
+    numbers, would be graded differently by each.
+
+    Raises:
+        RunFailed: the user's code failed, or gave a reward outside [0, 1] while a key that is
+            compared with rewards still has its default.
+    """
+    grades: list[Grade] = []
+    with ranks.together():
+        if ranks.main:
+            grades = grade(task, questions, texts)
+            _require_scale(config, questions, grades)
+    return ranks.gather(grades)[0]
+
+
+def _require_scale(config: Config, questions: Sequence[Question], grades: Sequence[Grade]) -> None:
+    outside = [i for i, given in enumerate(grades) if not 0 <= given.reward <= 1]
+    keys = [("collapse", "eval_floor")]
+    if isinstance(config.schedule, CGTRConfig):
+        keys.append(("schedule", "reward_margin"))
+    missing = [
+        f"{group}.{key}"
+        for group, key in keys
+        if key not in getattr(config, group).model_fields_set
+    ]
+    if outside and missing:
+        first = outside[0]
+        raise RunFailed(
+            f"the reward {grades[first].reward:g} (row {questions[first].id!r}) lies outside "
+            f"[0, 1], for which the defaults are made: set {' and '.join(missing)} on the scale of "
+            "your rewards"
+        )

@@ -1,0 +1,272 @@
+"""A task of the user's own in Python: a class with the members of a `Task`, or a function that
+scores the rows of a file by TRL's convention, `reward(prompts, completions, **columns)`."""
+
+import inspect
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from numbers import Real
+from types import FrameType
+from typing import Any, TypeVar
+
+from sodfast.config import PythonConfig
+from sodfast.errors import RunFailed, UsageError
+from sodfast.tasks.base import Grade, Question, Task
+from sodfast.tasks.rows import load_questions
+from sodfast.tasks.source import Source, describe_error, find_source
+
+T = TypeVar("T")
+
+
+def python_task(config: PythonConfig) -> Task:
+    """The task that `task.source` names.
+
+    Raises:
+        UsageError: the source cannot be loaded, is neither a class nor a function, or its rows
+            cannot be used.
+    """
+    source = find_source(config.source)
+    found = source.load()
+    if isinstance(found, type):
+        return ClassTask(found, config, source)
+    if callable(found):
+        return FunctionTask(found, config, source)
+    raise UsageError(f"task.source: {source.name} of {source.file} is neither class nor function")
+
+
+class ClassTask:
+    """The user's class, built from `task.options`. Only `train`, `test` and `score` must be there:
+    without `feedback` the environment says nothing, without `extract` there is no maj@k.
+
+    Raises:
+        UsageError: the class cannot be built, or lacks a member.
+    """
+
+    name = "python"
+
+    def __init__(self, kind: type, config: PythonConfig, source: Source) -> None:
+        if config.train is not None:
+            raise UsageError(
+                f"task.train: the class {source.name} brings its own questions; name files in "
+                "task.options instead"
+            )
+        self._call = _Call(source, config.timeout)
+        try:
+            task = kind(**config.options)
+            questions = {key: list(getattr(task, key)) for key in ("train", "test")}
+        except UsageError:
+            raise
+        except (Exception, SystemExit) as error:  # whatever the user's own code raises
+            raise UsageError(f"task.source: {describe_error(error, source.files())}") from error
+        if not callable(getattr(task, "score", None)):
+            raise UsageError(f"task.source: the class {source.name} has no method score")
+        self.train: Sequence[Question] = _named(questions["train"], "train")
+        self.test: Sequence[Question] = _named(questions["test"], "test")
+        if not self.train or not self.test:
+            raise UsageError(f"task.source: {source.name}().train or .test holds no questions")
+        self._score: Callable[..., Any] = task.score
+        self._feedback: Callable[..., Any] = getattr(task, "feedback", lambda question, text: None)
+        extract = getattr(task, "extract", None)
+        self.extract: Callable[[str], str | None] | None = extract and (
+            lambda response: self._call(None, lambda: _text(extract(response), "extract"))
+        )
+
+    def score(self, question: Question, response: str) -> float:
+        return self._call(question, lambda: _reward(self._score(question, response)))
+
+    def feedback(self, question: Question, response: str) -> str | None:
+        return self._call(question, lambda: _text(self._feedback(question, response), "feedback"))
+
+
+class FunctionTask:
+    """Rows of `task.train` and `task.test`, scored a batch at a time by the user's function.
+
+    A prompt that is text arrives as text, and so does its completion; a list of chat messages
+    arrives as that list, its completion as a list of one message. Every other column arrives as a
+    list under its name, None where a row lacks it. A function without `**columns` is given what it
+    names. It returns a number for each completion, or a pair (number, feedback).
+
+    Raises:
+        UsageError: as `load_questions`, and where a row lacks a column that the function needs.
+    """
+
+    name = "python"
+    extract = None
+
+    def __init__(self, function: Callable[..., Any], config: PythonConfig, source: Source) -> None:
+        self._function = function
+        self._call = _Call(source, config.timeout)
+        if config.train is None:
+            raise UsageError("task.train: name the file whose rows the function scores")
+        if config.options:
+            raise UsageError("task.options is for classes: a function takes the rows' columns")
+        needed, self._columns = _parameters(function, source)
+
+        def check(question: Question) -> None:
+            for name in sorted(needed - question.columns.keys()):
+                raise UsageError(
+                    f"no column {name!r}, which {source.name} needs: add it, or name the column "
+                    f"that holds it in task.columns.{name}"
+                )
+
+        self.train, self.test = load_questions(config, check, needs_answer=False)
+        if self._columns is None:
+            rows = [question.columns for question in (*self.train, *self.test)]
+            self._columns = list(dict.fromkeys(name for row in rows for name in row))
+            self._columns.remove("prompt")
+
+    def score(self, question: Question, response: str) -> float:
+        return self.grade([question], [response])[0].reward
+
+    def feedback(self, question: Question, response: str) -> str | None:
+        return self.grade([question], [response])[0].feedback
+
+    def grade(self, questions: Sequence[Question], responses: Sequence[str]) -> list[Grade]:
+        try:
+            return self._grade(questions, responses)
+        except RunFailed as error:
+            # An exception does not say which row it is about: the function is asked row by row.
+            if len(questions) > 1 and not isinstance(error.__cause__, _Refused | _TimeUp):
+                for question, response in zip(questions, responses, strict=True):
+                    self._grade([question], [response])
+            raise
+
+    def _grade(self, questions: Sequence[Question], responses: Sequence[str]) -> list[Grade]:
+        prompts, completions = [], []
+        for question, response in zip(questions, responses, strict=True):
+            chat = not isinstance(question.columns["prompt"], str)
+            prompts.append(_conversation(question) if chat else question.prompt)
+            completions.append([{"role": "assistant", "content": response}] if chat else response)
+        columns = {
+            name: [question.columns.get(name) for question in questions]
+            for name in self._columns or ()
+        }
+
+        def ask() -> list[Grade]:
+            results = list(self._function(prompts=prompts, completions=completions, **columns))
+            if len(results) != len(questions):
+                raise _Refused(f"{len(results)} rewards for {len(questions)} completions")
+            return [_grade(*pair) for pair in zip(results, questions, strict=True)]
+
+        return self._call(questions[0] if len(questions) == 1 else None, ask)
+
+
+class _Refused(ValueError):
+    """What the user's code returned cannot be used."""
+
+
+class _TimeUp(BaseException):
+    """A call has taken too long. Not an `Exception`, so that the user's code does not handle it."""
+
+
+class _Call:
+    """Calls into the user's code, each within `seconds`; a failure becomes `RunFailed`."""
+
+    def __init__(self, source: Source, seconds: float) -> None:
+        self._source = source
+        self._seconds = seconds
+
+    def __call__(self, question: Question | None, ask: Callable[[], T]) -> T:
+        """What `ask` returns. `question`: what the call is about, None for several."""
+        row = "" if question is None else f" (row {question.id!r})"
+        try:
+            with time_limit(self._seconds):
+                return ask()
+        except _Refused as error:
+            raise RunFailed(f"{self._source.file}, {self._source.name}: {error}{row}") from error
+        except _TimeUp as error:
+            where = describe_error(error, self._source.files()).rpartition(":")[0]
+            raise RunFailed(
+                f"{where}: took longer than task.timeout={self._seconds:g} seconds{row}"
+            ) from error
+        except (Exception, SystemExit) as error:  # whatever the user's own code raises
+            raise RunFailed(f"{describe_error(error, self._source.files())}{row}") from error
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """End the block with an exception when it takes longer, also one that sleeps or waits.
+
+    Python's signals reach the main thread alone: in another one there is no limit. SIGVTALRM is
+    taken because libraries that users call, math-verify among them, take SIGALRM themselves.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    armed = True
+
+    def up(number: int, frame: FrameType | None) -> None:
+        if armed:
+            raise _TimeUp
+
+    previous = signal.signal(signal.SIGVTALRM, up)
+    arguments = (threading.get_ident(), signal.SIGVTALRM)
+    timer = threading.Timer(seconds, signal.pthread_kill, arguments)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        armed = False
+        timer.cancel()
+        timer.join()  # a signal that it has sent is handled before the handler goes
+        signal.signal(signal.SIGVTALRM, previous)
+
+
+def _named(questions: Sequence[Any], key: str) -> Sequence[Question]:
+    """The questions, with a name where the user gave none."""
+    for number, question in enumerate(questions):
+        if not isinstance(question, Question):
+            kind = type(question).__name__
+            raise UsageError(f"task.source: {key}[{number}] must be a Question, not a {kind}")
+    return [q if q.id else replace(q, id=f"{key} {number}") for number, q in enumerate(questions)]
+
+
+def _parameters(
+    function: Callable[..., Any], source: Source
+) -> tuple[set[str], Sequence[str] | None]:
+    """The columns that the function cannot do without, and those that it is given; None: all."""
+    parameters = dict(inspect.signature(function).parameters)
+    everything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    if not everything and not {"prompts", "completions"} <= parameters.keys():
+        raise UsageError(
+            f"task.source: {source.name} must take (prompts, completions, **columns), TRL's "
+            "convention"
+        )
+    named = {
+        name: p
+        for name, p in parameters.items()
+        if name not in ("prompts", "completions")
+        and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+    }
+    needed = {name for name, p in named.items() if p.default is p.empty}
+    return needed, None if everything else list(named)
+
+
+def _conversation(question: Question) -> list[Mapping[str, str]]:
+    system = [{"role": "system", "content": question.system}] if question.system else []
+    return [*system, *question.history, {"role": "user", "content": question.prompt}]
+
+
+def _grade(result: Any, question: Question) -> Grade:
+    try:
+        if isinstance(result, tuple) and len(result) == 2:
+            return Grade(_reward(result[0]), _text(result[1], "feedback"))
+        return Grade(_reward(result))
+    except _Refused as error:
+        raise _Refused(f"{error} (row {question.id!r})") from error
+
+
+def _reward(value: Any) -> float:
+    if not isinstance(value, Real) or not math.isfinite(value):
+        raise _Refused(f"a reward must be a finite number, not {str(value)[:40]!r}")
+    return float(value)
+
+
+def _text(value: Any, what: str) -> str | None:
+    if not isinstance(value, str | None):
+        raise _Refused(f"{what} must be text or None, not {str(value)[:40]!r}")
+    return value

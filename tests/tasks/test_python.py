@@ -1,0 +1,334 @@
+"""A task of the user's own: a class or a function, its failures, and the proof that the lab's task
+written by a user trains as the built-in one does."""
+
+import json
+import math
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sodfast.commands import build_trainer
+from sodfast.config import ArithmeticConfig, load_config
+from sodfast.errors import RunFailed, UsageError
+from sodfast.run.console import Reporter
+from sodfast.run.directory import stored_config
+from sodfast.tasks import Task, build_task
+from sodfast.tasks.arithmetic import ArithmeticTask
+from sodfast.tasks.base import Grade, grade
+from sodfast.tasks.python import time_limit
+from sodfast.trainer import Trainer
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "arithmetic_task.py"
+CLASS = r"""
+import json, re
+from sodfast.tasks import Question
+
+class Arithmetic:
+    def __init__(self, folder):
+        for name in ("train", "test"):
+            rows = [json.loads(line) for line in open(f"{folder}/{name}.jsonl")]
+            setattr(self, name, [Question(row["prompt"], row["answer"]) for row in rows])
+
+    def extract(self, response):
+        match = re.search(r"=([0-9]+)\Z", response)
+        return match and (match[1].lstrip("0") or "0")
+
+    def score(self, question, response):
+        return float(self.extract(response) == question.answer)
+"""
+FUNCTION = r"""
+import re
+
+def reward(prompts, completions, answer):
+    found = [re.search(r"=([0-9]+)\Z", text) for text in completions]
+    return [float(bool(m) and (m[1].lstrip("0") or "0") == a) for m, a in zip(found, answer)]
+"""
+
+
+@pytest.fixture(autouse=True)
+def _imports_are_undone() -> Iterator[None]:
+    path, modules = list(sys.path), set(sys.modules)
+    yield
+    sys.path[:] = path
+    for name in set(sys.modules) - modules:
+        if name.startswith("own"):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    """A folder with the rows of the tiny run's task."""
+    task = ArithmeticTask(ArithmeticConfig(train=48, test=8))
+    for name, questions in (("train", task.train), ("test", task.test)):
+        lines = [json.dumps({"prompt": q.prompt, "answer": q.answer, "n": 1}) for q in questions]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    return tmp_path
+
+
+def overrides(rows: Path, text: str, *more: str) -> list[str]:
+    """`task.*` of a task whose source has this text."""
+    (rows / "own.py").write_text(text)
+    if "class " in text:
+        name = text.split("class ")[1].split(":")[0].split("(")[0]
+        keys = [f"task.source={rows / 'own.py'}:{name}"]
+    else:
+        keys = [f"task.{name}={rows / name}.jsonl" for name in ("train", "test")]
+        keys.append(f"task.source={rows / 'own.py'}:reward")
+    return ["task.name=python", *keys, *more]
+
+
+def own(rows: Path, text: str, *more: str) -> Task:
+    return build_task(load_config("lab", overrides(rows, text, *more)).task)
+
+
+def refusal(rows: Path, text: str, *more: str) -> str:
+    with pytest.raises(UsageError) as error:
+        own(rows, text, *more)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def failure(task: Task, *responses: str) -> str:
+    with pytest.raises(RunFailed) as error:
+        grade(task, task.train[: len(responses)], responses)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# ---------------------------------------------------------------- functions
+
+
+def test_a_function_gets_a_batch_and_its_columns(rows: Path) -> None:
+    text = """
+def reward(prompts, completions, **columns):
+    assert sorted(columns) == ["answer", "n"]
+    return [(i, f"{p} {c} {a}") for i, (p, c, a) in
+            enumerate(zip(prompts, completions, columns["answer"]))]
+"""
+    task = own(rows, text)
+    first, second = task.train[:2]
+    assert grade(task, [first, second], ["x", "y"]) == [
+        Grade(0.0, f"{first.prompt} x {first.answer}"),
+        Grade(1.0, f"{second.prompt} y {second.answer}"),
+    ]
+    assert (task.score(second, "x"), task.extract) == (0.0, None)
+    assert task.feedback(first, "x") == f"{first.prompt} x {first.answer}"
+
+
+def test_chat_messages_arrive_as_in_trl(rows: Path) -> None:
+    prompt = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "1+1="},
+        {"role": "assistant", "content": "2"},
+        {"role": "user", "content": "And 1 more?"},
+    ]
+    (rows / "train.jsonl").write_text(json.dumps({"prompt": prompt}) + "\n")
+    text = """
+def reward(prompts, completions):
+    return [(float(len(prompts[0])), repr((prompts, completions)))]
+"""
+    task = own(rows, text)
+    (question,) = task.train
+    assert (question.prompt, question.system) == ("And 1 more?", "Be brief.")
+    assert list(question.history) == prompt[1:3]
+    assert task.feedback(question, "3") == repr(
+        ([prompt], [[{"role": "assistant", "content": "3"}]])
+    )
+
+
+def test_columns_that_rows_lack(rows: Path) -> None:
+    message = refusal(rows, "def reward(prompts, completions, solution): ...")
+    assert message.startswith(f"{rows / 'train.jsonl'}, line 1: no column 'solution', which reward")
+    assert "task.columns.solution" in message
+    message = refusal(rows, FUNCTION, "task.columns.answer=solution")
+    assert "no column 'solution' (there are prompt, answer, n)" in message
+    task = own(
+        rows,
+        "def reward(prompts, completions, total=(0,), **rest): return total",
+    )
+    assert task.score(task.train[0], "x") == 0.0
+    task = own(
+        rows,
+        "def reward(prompts, completions, solution): return [float(solution[0])]",
+        "task.columns.solution=answer",
+    )
+    assert task.score(task.train[0], "x") == float(task.train[0].columns["solution"])
+
+
+def test_what_is_no_reward_function(rows: Path) -> None:
+    assert "must take (prompts, completions, **columns)" in refusal(rows, "def reward(x): ...")
+    assert "is neither class nor function" in refusal(rows, "reward = 3")
+    assert "task.options is for classes" in refusal(rows, FUNCTION, "task.options.x=1")
+    assert "has no 'reward'" in refusal(rows, "def other(): ...")
+    (rows / "own.py").write_text(FUNCTION)
+    config = load_config("lab", ["task.name=python", f"task.source={rows / 'own.py'}:reward"])
+    with pytest.raises(UsageError, match=r"task\.train: name the file"):
+        build_task(config.task)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return [1.0]", "own.py, reward: 1 rewards for 2 completions"),
+        ("return [1.0, 2.0, 3.0]", "own.py, reward: 3 rewards for 2 completions"),
+        ("return [1.0, float('nan')]", "must be a finite number, not 'nan' (row 'line 2')"),
+        ("return [float('inf'), 1]", "must be a finite number, not 'inf' (row 'line 1')"),
+        ("return ['right', 1]", "must be a finite number, not 'right' (row 'line 1')"),
+        ("return [None, 1]", "must be a finite number, not 'None' (row 'line 1')"),
+        ("return [(1, 2), 1]", "feedback must be text or None, not '2' (row 'line 1')"),
+        ("return None", "own.py:3: TypeError"),
+        ("return [1 / (c != 'bad') for c in completions]", "division by zero (row 'line 2')"),
+        ("raise SystemExit", "own.py:3: SystemExit"),
+    ],
+)  # fmt: skip
+def test_a_function_that_fails_is_named_by_file_line_and_row(
+    rows: Path, body: str, message: str
+) -> None:
+    task = own(rows, f"\ndef reward(prompts, completions):\n    {body}\n")
+    if "TypeError" in message:
+        message = "TypeError"  # raised where its result is read
+    assert message in failure(task, "good", "bad")
+
+
+def test_numbers_of_numpy_and_truth_values_are_rewards(rows: Path) -> None:
+    text = """
+import numpy as np
+
+def reward(prompts, completions):
+    return np.array([0.5, 1], dtype=np.float32) if len(prompts) == 2 else [True]
+"""
+    task = own(rows, text)
+    assert [given.reward for given in grade(task, task.train[:2], ["x", "y"])] == [0.5, 1.0]
+    assert task.score(task.train[0], "x") == 1.0
+
+
+@pytest.mark.parametrize("body", ["while True: pass", "import time; time.sleep(60)"])
+def test_a_call_that_hangs_is_ended(rows: Path, body: str) -> None:
+    text = f"\ndef reward(prompts, completions):\n    {body}\n"
+    task = own(rows, text, "task.timeout=0.2")
+    start = time.monotonic()
+    assert failure(task, "x", "y") == (
+        f"{rows / 'own.py'}:3: took longer than task.timeout=0.2 seconds"
+    )
+    assert time.monotonic() - start < 5
+
+
+def test_a_limit_leaves_nothing_behind() -> None:
+    threads = threading.active_count()
+    for _ in range(3):
+        with time_limit(60):
+            pass
+    assert threading.active_count() == threads
+    with time_limit(0.01):
+        pass
+    time.sleep(0.05)  # no signal comes late
+
+
+# ---------------------------------------------------------------- classes
+
+
+def test_a_class_is_built_from_its_options(rows: Path) -> None:
+    task = own(rows, CLASS, f"task.options.folder={rows}")
+    built_in = ArithmeticTask(ArithmeticConfig(train=48, test=8))
+    assert [q.prompt for q in task.train] == [q.prompt for q in built_in.train]
+    assert [q.id for q in task.test] == [f"test {i}" for i in range(8)]
+    question = task.train[0]
+    for text in ("1", f"={question.answer}", "=0"):
+        (given,) = grade(task, [question], [text])
+        assert given == grade(built_in, [built_in.train[0]], [text])[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("class T:\n    def __init__(self, x): ...", "TypeError"),
+        ("class T:\n    def __init__(self):\n        open('/nowhere')", "own.py:3: FileNotFound"),
+        ("class T: ...", "AttributeError"),
+        ("class T:\n    train = test = []", "has no method score"),
+        ("class T:\n    train = test = []\n    def score(self, q, r): ...", "holds no questions"),
+        (
+            "class T:\n    train = test = ['1']\n    def score(self, q, r): ...",
+            "must be a Question",
+        ),
+    ],
+)
+def test_a_class_that_cannot_be_built(rows: Path, text: str, message: str) -> None:
+    assert message in refusal(rows, text)
+
+
+def test_a_class_that_fails(rows: Path) -> None:
+    for name, body in (("score", "1 / 0"), ("feedback", "[]"), ("extract", "3")):
+        text = CLASS.replace(f"def {name}(", "def unused(")
+        text += f"\n    def {name}(self, *arguments):\n        return {body}\n"
+        message = failure(own(rows, text, f"task.options.folder={rows}"), "x")
+        assert {"score": "ZeroDivisionError", "feedback": "must be text or None, not '[]'"}.get(
+            name, "extract must be text or None, not '3'"
+        ) in message
+        assert "row 'train 0'" in message or name == "extract"
+    assert "brings its own questions" in refusal(rows, CLASS, f"task.train={rows}/train.jsonl")
+
+
+# ---------------------------------------------------------------- runs
+
+
+def trainer(tiny_run: list[str], out: Path, *keys: str) -> Trainer:
+    if (out / "config.yaml").exists():
+        return build_trainer(stored_config(out, list(keys)), out, Reporter())
+    shared = [text for text in tiny_run if not text.startswith("task.")]
+    return build_trainer(load_config("lab", [*shared, f"out={out}", *keys]), None, Reporter())
+
+
+def run(trainer: Trainer) -> None:
+    try:
+        trainer.train()
+    finally:
+        trainer.run.close()
+
+
+def test_arithmetic_written_by_a_user_is_the_built_in_run_bit_for_bit(
+    tiny_run: list[str], train: Callable[..., Any], read_run: Any, rows: Path
+) -> None:
+    """And resumes exactly, and refuses to after an edit."""
+    built_in = train(rows / "built-in")
+    options = [f"task.options.{key}={value}" for key, value in (("train", 48), ("test", 8))]
+    keys = ["task.name=python", f"task.source={EXAMPLE}:Arithmetic", *options]
+    run(trainer(tiny_run, rows / "class", *keys))
+    assert read_run(rows / "class") == built_in
+
+    keys = overrides(rows, FUNCTION)
+    run(trainer(tiny_run, rows / "function", *keys, "steps=3"))
+    run(trainer(tiny_run, rows / "function", "steps=6"))
+    found = read_run(rows / "function")
+    for line, other in zip(found.lines, built_in.lines, strict=True):
+        assert line == {key: v for key, v in other.items() if not key.startswith("eval/maj")}
+    assert not any(key.startswith("eval/maj") for line in found.lines for key in line)
+    assert found.events == built_in.events
+
+    (rows / "own.py").write_text(FUNCTION + "\n")
+    with pytest.raises(UsageError, match=r"own\.py is not as it was when the run began"):
+        trainer(tiny_run, rows / "function", "steps=7")
+
+
+def test_a_reward_that_fails_saves_the_last_step(tiny_run: list[str], rows: Path) -> None:
+    count = "    if len(prompts) == 16: calls.append(1 / (3 - len(calls)))\n    found"
+    keys = overrides(rows, "calls = []\n" + FUNCTION.replace("    found", count))
+    built = trainer(tiny_run, rows / "run", *keys, "checkpoint.every=5")
+    with pytest.raises(RunFailed, match=r"step \d: .*own\.py:\d+: ZeroDivisionError"):
+        run(built)
+    assert (rows / "run" / "checkpoints" / f"step-{built.step}").is_dir() and built.step > 0
+
+
+def test_rewards_on_another_scale_need_their_thresholds(tiny_run: list[str], rows: Path) -> None:
+    text = FUNCTION.replace("float(", "2 * float(")
+    keys = [k for k in tiny_run if not k.startswith("collapse.")]
+    with pytest.raises(RunFailed, match=r"set collapse\.eval_floor and schedule\.reward_margin on"):
+        run(trainer(keys, rows / "run", *overrides(rows, text), "steps=1"))
+    scale = ["collapse.eval_floor=-0.5", "schedule.reward_margin=0.05"]
+    run(trainer(keys, rows / "other", *overrides(rows, text), "steps=1", *scale))
+    last = json.loads((rows / "other" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert math.isfinite(last["eval/mean@2"]) and last["reward/mean"] > 0
