@@ -75,7 +75,7 @@ TRL_TOKENS = 2048  # its answers run to the cap, one token of the whole batch at
 # ---------------------------------------------------------------- a run whose lengths are given
 
 
-class ForcedBatch(native._Batch):
+class ForcedBatch(native.Batch):
     """Ends each answer at the length of its sample, whatever its tokens are."""
 
     lengths: Tensor
@@ -168,7 +168,7 @@ def start(case: Case, device: torch.device, folder: Path) -> tuple[Trainer, list
     answers = rollout.prompts_per_step * rollout.samples_per_prompt
     lengths = forced_lengths(answers, case.mean_length, rollout.max_new_tokens, case.at_cap)
     ForcedBatch.lengths = torch.tensor(lengths, device=device)
-    native._Batch = ForcedBatch  # type: ignore[misc]
+    native.Batch = ForcedBatch  # type: ignore[misc]
     engine = NativeEngine(model, rollout.batch_size, rollout.cache_gib)
     data = Questions(task.train, task.test, 0, case.prompt_words)
     run = RunDirectory.create(

@@ -30,7 +30,7 @@ def bench() -> ModuleType:
 @pytest.fixture(autouse=True)
 def own_batch(monkeypatch: pytest.MonkeyPatch, bench: Any) -> None:
     """The bench gives the engine another batch for good; not so for the other tests."""
-    monkeypatch.setattr(bench.native, "_Batch", bench.native._Batch)
+    monkeypatch.setattr(bench.native, "Batch", bench.native.Batch)
 
 
 @pytest.mark.slow
