@@ -99,7 +99,7 @@ class Trainer:
             self.weights = ShardedWeights(model.network, ranks, alignment)
             self.engine = SharedEngine(engine, ranks, self.weights.whole)
         self.task = task
-        self.files = file_hashes(config.task)
+        self.task_files = file_hashes(config.task)
         self.run = run
         self.reporter = reporter
         self.context = TeacherContext(config.teacher, model)
@@ -513,7 +513,7 @@ class Trainer:
         """
         return {
             "fingerprint": fingerprint(self.config),
-            "files": self.files,
+            "task_files": self.task_files,
             "base": self.model.base,
             "schedule": self.schedule.state_dict(),
             "collapse": self.collapse.state_dict(),

@@ -231,9 +231,9 @@ def test_a_prompt_beyond_all_limits_is_not_even_encoded(
     encoded: list[int] = []
     encode = LanguageModel.encode
 
-    def counted(self: LanguageModel, prompt: str, system: str | None = None) -> list[int]:
+    def counted(self: LanguageModel, prompt: str, *others: Any) -> list[int]:
         encoded.append(len(prompt))
-        return encode(self, prompt, system)
+        return encode(self, prompt, *others)
 
     monkeypatch.setattr(LanguageModel, "encode", counted)
     config = load_config("lab", [])

@@ -233,7 +233,7 @@ def stored_config(path: Path, overrides: list[str]) -> Config:
                 f"{path}/config.yaml is not the configuration its checkpoints were made with: "
                 "restore it, or start a new run"
             )
-        _require_same_files(path, file_hashes(config.task), state.get("files"))
+        _require_same_files(path, file_hashes(config.task), state.get("task_files"))
         if config.steps < state["step"]:
             raise UsageError(f"steps={config.steps} lies before the checkpoint's {state['step']}")
     return config

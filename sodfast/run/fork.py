@@ -120,7 +120,7 @@ def fork_run(
             ) from error
         state["schedule"] = schedule.state_dict()
     state["fingerprint"] = fingerprint(config)
-    state["files"] = file_hashes(config.task)  # a fork may also change the user's reward
+    state["task_files"] = file_hashes(config.task)  # a fork may also change the user's reward
     state["teacher_is_student"] = state.get("teacher_is_student", True) or refresh == "now"
     if refresh == "now":
         state.get("files", {}).pop("teacher.safetensors", None)

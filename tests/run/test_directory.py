@@ -360,7 +360,7 @@ def rows_run(tmp_path: Path) -> tuple[RunDirectory, Config, Path]:
 def test_files_of_the_task_must_be_as_they_were(tmp_path: Path) -> None:
     run, config, rows = rows_run(tmp_path)
     state = store(run, 20, config) / "state.json"
-    files = {"files": file_hashes(config.task)}
+    files = {"task_files": file_hashes(config.task)}
     state.write_text(json.dumps(json.loads(state.read_text()) | files))
     assert stored_config(run.path, []).task == config.task
     for file in (rows, tmp_path / "own.py"):
