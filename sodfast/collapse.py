@@ -46,13 +46,11 @@ class CollapseDetector:
         if self.eval_key in line:
             value = line[self.eval_key]
             best = self.best_eval
-            threshold = max(config.eval_floor, config.eval_fraction * best)
-            # Rewards of the user's own may be negative: a negative floor is their whole threshold.
-            own = config.eval_floor < 0
-            if own and best <= 0:
-                threshold = config.eval_floor
+            # Rewards of the user's own may be negative, and 0 is no share of anything.
+            share = config.eval_fraction * best
+            threshold = max(config.eval_floor, share) if share > 0 else config.eval_floor
             self.best_eval = max(best, value)
-            if value < threshold and (best >= SCORED or (own and line["step"] > 0)):
+            if value < threshold and (best >= SCORED or config.eval_floor < 0 < line["step"]):
                 return {"reason": "eval", "value": value, "threshold": threshold}
         return None
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -740,6 +740,7 @@ def test_the_environment_is_never_read(text: str, tmp_path: Path) -> None:
         assert "reads the environment" in refusal(source=str(file))
 
 
+@settings(deadline=None)
 @given(st.text(alphabet="\\${}a:.'\" ,[]é", max_size=9), st.sampled_from(["", "${oc.env:HOME}"]))
 def test_a_literal_text_stays_what_it_is(
     tmp_path_factory: pytest.TempPathFactory, text: str, environment: str

@@ -151,20 +151,6 @@ def cache_size(
     return CacheSize(rows, page, pages, pages * each)
 
 
-def cache_slots(
-    network: Any, tokens: int, cache_gib: float | None, free: float, on_gpu: bool
-) -> int:
-    """How many sequences fit that all have so many tokens; the other arguments, and what is raised,
-    are those of `cache_size`."""
-    size = cache_size(network, tokens, 1 << 40, cache_gib, free, on_gpu)
-    return size.rows if size.page is None else (size.pages - 1) // -(-tokens // size.page)
-
-
-def slot_bytes(network: Any, tokens: int) -> int:
-    """Bytes of the keys and values of a sequence of so many tokens."""
-    return _width(tokens) * Cache.bytes_per_token(network)
-
-
 def _width(tokens: int) -> int:
     return tokens + -tokens % WIDTH_STEP
 

@@ -239,18 +239,6 @@ def stored_config(path: Path, overrides: list[str]) -> Config:
     return config
 
 
-def _require_same_files(path: Path, found: dict[str, str], stored: dict[str, str] | None) -> None:
-    if stored is None:  # the checkpoint is of a release that kept no hashes
-        if found:
-            _log.warning("%s has no hashes of the task's files: taken to be the same", path)
-        return
-    changed = changed_file(found, stored)
-    if changed is not None:
-        raise UsageError(
-            f"{changed} is not as it was when the run began: restore it, or start a new run"
-        )
-
-
 def _require_config(path: Path) -> None:
     if not os.path.isfile(path / "config.yaml"):
         raise UsageError(
@@ -261,6 +249,18 @@ def _require_config(path: Path) -> None:
 
 def _text(lines: list[dict[str, Any]]) -> str:
     return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+def _require_same_files(path: Path, found: dict[str, str], stored: dict[str, str] | None) -> None:
+    if stored is None:  # the checkpoint is of a release that kept no hashes
+        if found:
+            _log.warning("%s has no hashes of the task's files: taken to be the same", path)
+        return
+    changed = changed_file(found, stored)
+    if changed is not None:
+        raise UsageError(
+            f"{changed} is not as it was when the run began: restore it, or start a new run"
+        )
 
 
 @contextmanager

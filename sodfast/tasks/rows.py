@@ -97,6 +97,18 @@ def load_questions(
     return questions(train, train_rows), questions(test or train, test_rows)
 
 
+def _refuse_shared_ids(source: str, rows: Sequence[Placed], questions: list[Question]) -> None:
+    """Raise `UsageError` where two rows of a file would go by one name in every record of a run."""
+    first: dict[str, str] = {}
+    for question, (place, _) in zip(questions, rows, strict=True):
+        other = first.setdefault(question.id, place)
+        if other != place:
+            raise UsageError(
+                f"{source}, {place}: id {question.id[:100]} is also that of {other}: give each row "
+                "its own"
+            )
+
+
 def _sources(config: RowsConfig) -> tuple[str, str | None, tuple[str, str]]:
     """Where the training and the test rows are (None: a part of the training rows), and the splits
     to read of them."""
@@ -109,18 +121,6 @@ def _sources(config: RowsConfig) -> tuple[str, str | None, tuple[str, str]]:
     if test is None and _is_file(train):
         raise UsageError("task.test: name a file of test rows (only a hub id is split 9:1)")
     return train, test, (split or "train", "test")
-
-
-def _refuse_shared_ids(source: str, rows: Sequence[Placed], questions: list[Question]) -> None:
-    """Raise `UsageError` where two rows of a file would go by one name in every record of a run."""
-    first: dict[str, str] = {}
-    for question, (place, _) in zip(questions, rows, strict=True):
-        other = first.setdefault(question.id, place)
-        if other != place:
-            raise UsageError(
-                f"{source}, {place}: id {question.id[:100]} is also that of {other}: give each row "
-                "its own"
-            )
 
 
 def _is_file(source: str) -> bool:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from marks import slow
-from rollouts import EOS, NETWORKS, answer, equal_bits, ragged, tiny
+from rollouts import EOS, NETWORKS, answer, equal_bits, ragged, same_tokens, tiny
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -248,6 +248,19 @@ def test_a_gpu_repeats_itself_within_a_bucket(dtype: torch.dtype) -> None:
         expected = logits.log_softmax(-1).gather(1, sample.response.cuda()[:, None])[:, 0].cpu()
         atol = 1e-4 if dtype == torch.float32 else 0.1
         torch.testing.assert_close(sample.logprob, expected, rtol=0, atol=atol)
+
+
+@pytest.mark.gpu
+def test_a_gpu_that_runs_out_of_pages_draws_what_it_draws_with_enough() -> None:
+    """In fp32 the same tokens, however many rows the batch had at each step."""
+    model = tiny("qwen3")
+    model.network.to("cuda")
+    prompts = [prompt for prompt in ragged(5, longest=100) for _ in range(4)]
+    enough = answer(NativeEngine(model, 32), prompts, 150)
+    for pages in (5, 20):  # of which one sequence may need four, and one is nobody's
+        gib = (pages + 0.5) * 64 * Cache.bytes_per_token(model.network) / 2**30
+        short = answer(NativeEngine(model, 32, cache_gib=gib), prompts, 150)
+        assert same_tokens(short, enough)
 
 
 # ---------------------------------------------------------------- what a budget holds

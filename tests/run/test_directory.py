@@ -439,6 +439,11 @@ def test_fingerprint(override: str, same: bool) -> None:
     assert (fingerprint(lab(override)) == fingerprint(lab())) == same
 
 
+def test_layers_may_keep_their_activations_in_a_resumed_run() -> None:
+    thrifty = "model.gradient_checkpointing=true"
+    assert fingerprint(lab(thrifty)) == fingerprint(lab(thrifty, "model.kept_layers=1"))
+
+
 def test_keys_that_came_later_stay_outside_the_fingerprint_at_their_old_meaning() -> None:
     task = ("task.name=tool_use", "task.train=a/b", "model.path=m")
     values = json.loads(lab(*task).model_dump_json())["task"]
@@ -448,8 +453,3 @@ def test_keys_that_came_later_stay_outside_the_fingerprint_at_their_old_meaning(
     for override in ("task.split=dev", "task.columns.prompt=q", "task.system=s", "task.request=r"):
         assert fingerprint(lab(*task, override)) != fingerprint(lab(*task)), override
     assert fingerprint(lab(*task, "task.scorer=reference")) != fingerprint(lab(*task))
-
-
-def test_layers_may_keep_their_activations_in_a_resumed_run() -> None:
-    thrifty = "model.gradient_checkpointing=true"
-    assert fingerprint(lab(thrifty)) == fingerprint(lab(thrifty, "model.kept_layers=1"))
