@@ -14,16 +14,18 @@ from typing import Any
 from sodfast.config import Config, ScheduleConfig, read_overrides, validate
 from sodfast.errors import UsageError
 from sodfast.report.templates import template
-from sodfast.run.records import read_metrics
-from sodfast.schedule import Decision, build_schedule, replay, student_share
+from sodfast.run.records import read_events, read_metrics
+from sodfast.schedule import Decision, Schedule, build_schedule, replay, student_share
 
 
 @dataclass(frozen=True)
 class Replay:
-    """`decisions[i]` and `recorded[i]` belong to step i + 1. `recorded` are those of the run's own
-    schedule, and its copies are the refreshes of metrics.jsonl."""
+    """`decisions[i]` and `recorded[i]` belong to step `first` + i; a fork is replayed from its fork
+    on. `recorded` are those of the run's own schedule, and its copies are the refreshes of
+    metrics.jsonl."""
 
     run: Path
+    first: int
     schedule: ScheduleConfig
     recorded_schedule: ScheduleConfig
     decisions: list[Decision]
@@ -31,11 +33,11 @@ class Replay:
 
     @property
     def refreshes(self) -> list[int]:
-        return _copies(self.decisions)
+        return _copies(self.decisions, self.first)
 
     @property
     def recorded_refreshes(self) -> list[int]:
-        return _copies(self.recorded)
+        return _copies(self.recorded, self.first)
 
     @property
     def blocked(self) -> dict[str, int]:
@@ -52,7 +54,7 @@ class Replay:
         """The first step after which the teachers differ; None: they never do."""
         ours = [_move(self.schedule, decision) for decision in self.decisions]
         theirs = [_move(self.recorded_schedule, decision) for decision in self.recorded]
-        steps = enumerate(zip(ours, theirs, strict=True), start=1)
+        steps = enumerate(zip(ours, theirs, strict=True), start=self.first)
         return next((step for step, (our, their) in steps if our != their), None)
 
     def to_json(self) -> dict[str, Any]:
@@ -69,7 +71,7 @@ class Replay:
 
     def text(self) -> list[str]:
         """The lines for people: the caveat, each check and each refresh, and the sums."""
-        pairs = enumerate(zip(self.decisions, self.recorded, strict=True), start=1)
+        pairs = enumerate(zip(self.decisions, self.recorded, strict=True), start=self.first)
         rows = [(step, ours, theirs) for step, (ours, theirs) in pairs]
         shown = [row for row in rows if row[1].gates or "copy" in (row[1].action, row[2].action)]
         return template("replay.txt.j2").render(replay=self, shown=shown).splitlines()
@@ -89,15 +91,30 @@ def replay_run(run: Path, overrides: Sequence[str]) -> Replay:
     config = validate(read_overrides(run / "config.yaml", []))
     other = validate(read_overrides(run / "config.yaml", list(overrides)))
     lines = _training_lines(run, config, other)
-    decisions = replay(build_schedule(other.schedule), lines)
-    recorded = replay(build_schedule(config.schedule), lines)
-    logged = [line["step"] for line in lines if line.get("teacher/refreshed")]
-    if logged != _copies(recorded):
+    events = read_events(run)
+    forked = max((event["step"] for event in events if event["event"] == "fork"), default=0)
+    copies = {e["step"] for e in events if e["event"] == "refresh" and e["step"] <= forked}
+
+    def decisions(schedule: Schedule) -> list[Decision]:
+        if forked:
+            schedule.follow(lines[:forked], copies)
+        return replay(schedule, lines[forked:])
+
+    result = Replay(
+        run,
+        forked + 1,
+        other.schedule,
+        config.schedule,
+        decisions(build_schedule(other.schedule)),
+        decisions(build_schedule(config.schedule)),
+    )
+    logged = [line["step"] for line in lines[forked:] if line.get("teacher/refreshed")]
+    if logged != result.recorded_refreshes:
         raise UsageError(
-            f"{run}: the schedule of config.yaml refreshes at {_copies(recorded)} on these "
+            f"{run}: the schedule of config.yaml refreshes at {result.recorded_refreshes} on these "
             f"metrics, but metrics.jsonl recorded {logged}: restore the file that was changed"
         )
-    return Replay(run, other.schedule, config.schedule, decisions, recorded)
+    return result
 
 
 def _training_lines(run: Path, recorded: Config, other: Config) -> list[dict[str, Any]]:
@@ -129,5 +146,5 @@ def _move(schedule: ScheduleConfig, decision: Decision) -> tuple[Any, ...]:
     return decision.action, decision.rate, student_share(schedule) or 0.0
 
 
-def _copies(decisions: Sequence[Decision]) -> list[int]:
-    return [step for step, decision in enumerate(decisions, start=1) if decision.action == "copy"]
+def _copies(decisions: Sequence[Decision], first: int) -> list[int]:
+    return [step for step, d in enumerate(decisions, start=first) if d.action == "copy"]

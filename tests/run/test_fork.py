@@ -14,6 +14,8 @@ from marks import slow
 from sodfast.commands import train_fork
 from sodfast.errors import UsageError
 from sodfast.files import read_lines
+from sodfast.report.page import write_report
+from sodfast.report.replay import replay_run
 from sodfast.run import checkpoint
 from sodfast.run.fork import fork_config, fork_run, read_fork
 
@@ -178,6 +180,17 @@ def test_an_own_schedule_may_follow_a_refresh_now(
         *["step=4", "teacher.refresh=now", "schedule.kind=hard", "schedule.every=7"],
     )
     assert [line["teacher/age"] for line in numbers(out)[5:]] == [1, 2, 3, 1]
+
+
+def test_a_fork_is_reported_and_replayed_from_its_fork_on(
+    source_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    out = fork(source_of("hard"), tmp_path / "out", "step=4", *GATED)
+    result = replay_run(out, [])
+    assert result.first == 5 and len(result.decisions) == 4
+    assert result.first_difference is None and result.refreshes == [6, 8]
+    assert replay_run(out, ["schedule.kind=trust_region"]).first_difference == 5
+    assert write_report(out).is_file()
 
 
 @pytest.mark.parametrize(
