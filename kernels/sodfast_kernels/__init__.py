@@ -1,9 +1,11 @@
 """Fused distillation objective, teacher updates, optimizer, sampling, attention for decoding and
 what lies between a layer's products; triton for CUDA only.
 
-`reference` is the definition of the objective in plain PyTorch.
+`reference` is the definition of the objective in plain PyTorch; `modules` has the loss in the shape
+that trainers expect.
 """
 
+from . import modules
 from .attention import decode_attention
 from .distillation import (
     DistillationOutput,
@@ -28,6 +30,7 @@ __all__ = [
     "gumbel_noise",
     "linear_distillation_loss",
     "linear_scratch_bytes",
+    "modules",
     "parameter_distance",
     "reference",
     "rope_and_cache",

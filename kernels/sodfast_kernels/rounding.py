@@ -75,3 +75,9 @@ def round_stochastic(value, bits, DTYPE: tl.constexpr):
         signed = tl.where(raw < 0, -magnitude, magnitude)
         result = tl.where((raw & 0x7FFFFFFF) < 0x7F800000, signed, value).to(DTYPE)
     return result
+
+
+@triton.jit
+def widen_bf16(bits):
+    """fp32 of bf16 given as 16-bit integers."""
+    return (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)

@@ -14,7 +14,7 @@ KERNELS = Path(__file__).parents[2] / "kernels"
 
 def test_the_examples_run():
     blocks = re.findall(r"```python\n(.*?)```", (KERNELS / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 5
     shared: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, "kernels/README.md", "exec"), shared)

@@ -78,6 +78,42 @@ def test_the_objectives_buffers_on_a_cpu_are_bounded(
 
 
 @pytest.mark.parametrize("top_k", [None, 20])
+@pytest.mark.parametrize(
+    ("triton", "dtype"),
+    # Off a GPU, products of 16-bit matrices copy them into fp32.
+    [(False, torch.float32), (False, torch.bfloat16), (True, torch.float32)],
+)
+def test_a_bound_holds_with_labels_biases_and_padding(
+    dtype: torch.dtype, top_k: int | None, triton: bool
+) -> None:
+    """And with labels that take a softmax of their own."""
+    path = torch_path
+    if triton:
+        pytest.importorskip("triton")
+        from sodfast_kernels.distillation import triton_path as path  # type: ignore[no-redef]
+
+    rows, bound = 700, 2**21
+    shapes = ((rows, 32), (4100, 32), (rows, 32), (4000, 32), (4100,), (4000,))
+    sides = [torch.zeros(shape, dtype=dtype) for shape in shapes]
+    weight, ids = torch.ones(rows), torch.zeros(rows, dtype=torch.int64)
+    settings = Settings(0.5, 2.0, None, top_k, True, 0.2, 0.28, None, triton, bound)
+    call = Call(
+        Sides(*sides[:4], None, None, *sides[4:]),
+        Tokens(weight, ids, None, weight, None),
+        settings,
+        None,
+        True,
+        True,
+        True,
+    )
+    known = [*sides, weight, ids]
+    with trace._no_kernels(), LiveBytes(known) as live, torch.no_grad():
+        results = path.evaluate(call)
+        taken = live.take_peak() - sum(result.nbytes for result in results)
+    assert 0.4 * bound < taken <= bound + 32 * rows  # vectors of the rows are not counted
+
+
+@pytest.mark.parametrize("top_k", [None, 20])
 @pytest.mark.parametrize("rows", [40, 700])
 def test_the_objectives_buffers_on_a_gpu_are_what_is_allocated(
     top_k: int | None, rows: int

@@ -4,6 +4,7 @@ Suffixes: N response tokens, V vocabulary, H hidden size, K stored teacher token
 """
 
 import math
+from itertools import islice
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
@@ -36,9 +37,10 @@ class Objective(NamedTuple):
 
 
 class Sides(NamedTuple):
-    """Student and teacher: logits [N, V] without heads, or hidden [N, H] with heads [V, H]; the
-    teacher may be `stored_ids`, `stored_logprobs` [N, K] instead.
+    """Student and teacher: logits [N, V] without heads, or hidden [N, H] with heads [V, H] and
+    perhaps biases [V]; the teacher may be `stored_ids`, `stored_logprobs` [N, K] instead.
 
+    Heads of different padding have different numbers of rows; the smaller one is the vocabulary.
     The teacher's are detached. They must be views: torch.compile takes no tensor twice, and teacher
     and student may share a head.
     """
@@ -49,10 +51,24 @@ class Sides(NamedTuple):
     teacher_head: Tensor | None
     stored_ids: Tensor | None
     stored_logprobs: Tensor | None
+    student_bias: Tensor | None = None
+    teacher_bias: Tensor | None = None
 
     @property
     def vocabulary(self) -> int:
-        return self.student.shape[1] if self.student_head is None else self.student_head.shape[0]
+        if self.student_head is None:
+            return self.student.shape[1]
+        heads = (self.student_head, self.teacher_head)
+        return min(head.shape[0] for head in heads if head is not None)
+
+    @property
+    def student_layer(self) -> tuple[Tensor | None, Tensor | None]:
+        """Head and bias of the vocabulary, without padding."""
+        return _first_rows(self.vocabulary, self.student_head, self.student_bias)
+
+    @property
+    def teacher_layer(self) -> tuple[Tensor | None, Tensor | None]:
+        return _first_rows(self.vocabulary, self.teacher_head, self.teacher_bias)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -66,7 +82,8 @@ class Sides(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """What belongs to each token, [N]; `policy_weight` is None exactly if `advantage` is."""
+    """What belongs to each token, [N]. `policy_weight` without `advantage` is the coefficient of
+    the cross-entropy −log softmax(z)[target_ids] at temperature 1, in place of a policy loss."""
 
     distill_weight: Tensor
     target_ids: Tensor | None
@@ -79,6 +96,11 @@ class Tokens(NamedTuple):
         """[N] bool: the rows with any weight, the only ones that are read."""
         active = self.distill_weight != 0
         return active if self.policy_weight is None else active | (self.policy_weight != 0)
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether there is a cross-entropy."""
+        return self.policy_weight is not None and self.advantage is None
 
     def rows(self, part: slice) -> "Tokens":
         rest = [None if entry is None else entry[part] for entry in self[1:]]
@@ -104,7 +126,7 @@ class Call(NamedTuple):
     """What one evaluation of the objective gets, checked.
 
     upstream: [N], multiplies each row's gradient; None for 1.
-    want_student, want_head: which gradients to compute.
+    want_student, want_head, want_bias: which gradients to compute.
     """
 
     sides: Sides
@@ -113,10 +135,16 @@ class Call(NamedTuple):
     upstream: Tensor | None
     want_student: bool
     want_head: bool
+    want_bias: bool = False
 
     @property
     def wants(self) -> bool:
-        return self.want_student or self.want_head
+        return self.want_student or self.want_head or self.want_bias
+
+    @property
+    def labels_apart(self) -> bool:
+        """Whether the cross-entropy, which is at temperature 1, takes a softmax of its own."""
+        return self.tokens.has_labels and self.settings.temperature != 1
 
     def pack(self) -> tuple[Any, ...]:
         """The same as a flat list, which is all that a custom op takes."""
@@ -124,8 +152,10 @@ class Call(NamedTuple):
 
     @staticmethod
     def unpack(arguments: tuple[Any, ...]) -> "Call":
-        sides, tokens, settings = arguments[:6], arguments[6:11], arguments[11:21]
-        return Call(Sides(*sides), Tokens(*tokens), Settings(*settings), *arguments[21:])
+        rest = iter(arguments)
+        sides = Sides(*islice(rest, len(Sides._fields)))
+        tokens = Tokens(*islice(rest, len(Tokens._fields)))
+        return Call(sides, tokens, Settings(*islice(rest, len(Settings._fields))), *rest)
 
 
 def packed_schema() -> str:
@@ -138,14 +168,9 @@ def packed_schema() -> str:
     return ", ".join(f"{kinds[kind]} {name}" for name, kind in hints if kind in kinds)
 
 
-def check_settings(objective: Objective, sides: Sides) -> Settings:
-    """The scalars, checked, and the backend chosen.
-
-    Raises:
-        ValueError: naming the argument that is out of its range.
-    """
+def check_scalars(objective: Objective) -> None:
+    """Raises ValueError naming the scalar that is out of its range, whatever the tensors are."""
     alpha, temperature, softcap, top_k, add_tail = objective[:5]
-    low, high = _clip_range(objective.clip_range)
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
     if not (temperature > 0 and math.isfinite(temperature)):
@@ -161,6 +186,20 @@ def check_settings(objective: Objective, sides: Sides) -> Settings:
         raise ValueError(f'reduction must be "sum" or "none", got {objective.reduction!r}')
     if scratch is not None and scratch < 1:
         raise ValueError(f"max_scratch_bytes must be positive or None, got {scratch}")
+    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
+        raise ValueError(f"top_k must be a positive integer or None, got {top_k!r}")
+
+
+def check_settings(objective: Objective, sides: Sides) -> Settings:
+    """The scalars, checked, and the backend chosen.
+
+    Raises:
+        ValueError: naming the argument that is out of its range.
+    """
+    check_scalars(objective)
+    alpha, temperature, softcap, top_k, add_tail = objective[:5]
+    low, high = _clip_range(objective.clip_range)
+    ratio_cap = objective.ratio_cap
     top_k = _top_k(top_k, sides, objective.teacher_topk)
     networks = [side for side in (sides.student, sides.teacher) if side is not None]
     return Settings(
@@ -173,7 +212,7 @@ def check_settings(objective: Objective, sides: Sides) -> Settings:
         clip_high=high,
         ratio_cap=None if ratio_cap is None else float(ratio_cap),
         triton=uses_triton(objective.backend, networks, top_k),
-        max_scratch_bytes=scratch,
+        max_scratch_bytes=objective.max_scratch_bytes,
     )
 
 
@@ -189,8 +228,6 @@ def _top_k(
     top_k: int | None, sides: Sides, teacher_topk: tuple[Tensor, Tensor] | None
 ) -> int | None:
     """None where the student's top k do not choose the support."""
-    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
-        raise ValueError(f"top_k must be a positive integer or None, got {top_k!r}")
     if teacher_topk is not None and top_k is not None and top_k != teacher_topk[0].shape[-1]:
         raise ValueError(
             f"top_k={top_k} contradicts teacher_topk, whose {teacher_topk[0].shape[-1]} ids a row "
@@ -207,8 +244,15 @@ def check_linear_sides(
     teacher_hidden: Tensor | None,
     teacher_head: Tensor | None,
     teacher_topk: tuple[Tensor, Tensor] | None,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    *,
+    may_be_padded: bool = False,
 ) -> Sides:
-    """Hidden states and heads, checked; raises ValueError naming the argument."""
+    """Hidden states, heads and biases, checked; raises ValueError naming the argument.
+
+    may_be_padded: whether the heads may differ in their numbers of rows.
+    """
     _matrix("student_hidden", student_hidden, student_hidden)
     _matrix("student_head", student_head, student_hidden)
     _same("student_head", "dtype", student_head.dtype, student_hidden.dtype)
@@ -216,6 +260,7 @@ def check_linear_sides(
     rows, vocabulary = student_hidden.shape[0], student_head.shape[0]
     if vocabulary < 1:
         raise ValueError("student_head must have at least one row, one for each token")
+    _bias("student_bias", student_bias, "student_head", student_head)
     if teacher_topk is not None:
         for name, tensor in (("teacher_hidden", teacher_hidden), ("teacher_head", teacher_head)):
             if tensor is not None:
@@ -231,9 +276,18 @@ def check_linear_sides(
     _same("teacher_hidden", "number of rows", teacher_hidden.shape[0], rows)
     _same("teacher_head", "dtype", teacher_head.dtype, teacher_hidden.dtype)
     _same("teacher_head", "width", teacher_head.shape[1], teacher_hidden.shape[1])
-    _same("teacher_head", "vocabulary (number of rows)", teacher_head.shape[0], vocabulary)
+    if not may_be_padded:
+        _same("teacher_head", "vocabulary (number of rows)", teacher_head.shape[0], vocabulary)
+    _bias("teacher_bias", teacher_bias, "teacher_head", teacher_head)
     return Sides(
-        student_hidden, student_head, teacher_hidden.detach(), teacher_head.detach(), None, None
+        student_hidden,
+        student_head,
+        teacher_hidden.detach(),
+        teacher_head.detach(),
+        None,
+        None,
+        student_bias,
+        None if teacher_bias is None else teacher_bias.detach(),
     )
 
 
@@ -335,6 +389,26 @@ def _matrix(name: str, tensor: Tensor, like: Tensor) -> None:
     if tensor.dtype not in FLOAT_DTYPES:
         raise ValueError(f"{name} must be fp16, bf16, fp32 or fp64, got {tensor.dtype}")
     _same(name, "device", tensor.device, like.device)
+
+
+def _bias(name: str, bias: Tensor | None, head_name: str, head: Tensor) -> None:
+    """One entry for each row of its head, of the head's dtype."""
+    if bias is None:
+        return
+    if not isinstance(bias, Tensor) or tuple(bias.shape) != (head.shape[0],):
+        got = tuple(bias.shape) if isinstance(bias, Tensor) else type(bias).__name__
+        raise ValueError(
+            f"{name} must be a tensor of shape ({head.shape[0]},), one entry for each row of "
+            f"{head_name}, got {got}"
+        )
+    _same(name, f"the dtype of {head_name},", bias.dtype, head.dtype)
+    _same(name, "device", bias.device, head.device)
+
+
+def _first_rows(
+    count: int, head: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    return None if head is None else head[:count], None if bias is None else bias[:count]
 
 
 def _vector(name: str, tensor: Tensor, rows: int, device: torch.device) -> None:

@@ -84,7 +84,7 @@ def _bucket_gradient(
 
 @triton.jit
 def finish_buckets(
-    row, student_ptr, d_logits_ptr, stats_ptr, advantage_ptr, ids, kept, written, z_s, z_q,
+    row, student_ptr, d_logits_ptr, stats_ptr, policy_ptr, ids, kept, written, z_s, z_q,
     log_kept_s2, log_kept_q2, delta2, s, q, tail_s, tail_q, target, weight, scale, policy_loss,
     d_target, log_s2, scale2, alpha, softcap, stats_row_stride, width, vocabulary,
     KIND: tl.constexpr, HALF: tl.constexpr, ADD_TAIL: tl.constexpr, BF16: tl.constexpr,
@@ -116,7 +116,7 @@ def finish_buckets(
             student_ptr, d_logits_ptr, vocabulary, width, softcap, scale2, log_s2, outside, BF16,
             BLOCK_SIZE, COLUMNS,
         )  # fmt: skip
-        if advantage_ptr is not None:
+        if policy_ptr is not None:
             z = load_target(student_ptr, target, vocabulary)
             value = tl.exp2(masked_logit(z, softcap) * scale2 - log_s2) * outside + d_target
             store_target(d_logits_ptr, target, value, z, softcap, vocabulary, BF16)
@@ -187,7 +187,7 @@ def stored_kernel(
             logprob = tl.where(tl.max(tl.where(hit, 1, 0), 0) > 0, among, log_tail)
             save(stats_ptr, stats_row_stride, row, TEACHER_LOGPROB, logprob)
         finish_buckets(
-            row, student_ptr, d_logits_ptr, stats_ptr, advantage_ptr, ids, kept,
+            row, student_ptr, d_logits_ptr, stats_ptr, policy_ptr, ids, kept,
             kept & inside_vocabulary, z_s, log_q2, log_kept_s2, log_q2, log_q2 - log_kept_s2, s, q,
             tail_s, tail_q, target, weight, scale, policy_loss, d_target, log_s2, scale2, alpha,
             softcap, stats_row_stride, width, vocabulary, KIND, HALF, ADD_TAIL, BF16, BLOCK_SIZE,

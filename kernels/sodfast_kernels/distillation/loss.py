@@ -86,15 +86,57 @@ def linear_distillation_loss(
         backend=backend,
         max_scratch_bytes=max_scratch_bytes,
     )
+    return linear_loss(objective, student_hidden, student_head, teacher_hidden, teacher_head)
+
+
+def linear_loss(
+    objective: Objective,
+    student_hidden: Tensor,
+    student_head: Tensor,
+    teacher_hidden: Tensor | None,
+    teacher_head: Tensor | None,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    *,
+    may_be_padded: bool = False,
+    label_weight: Tensor | None = None,
+) -> DistillationOutput:
+    """`linear_distillation_loss` of an `Objective`, with what only the modules have.
+
+    Args:
+        student_bias, teacher_bias: [V] of each head, added to the logits.
+        may_be_padded: the heads may differ in their numbers of rows; the smaller number is the
+            vocabulary, and the other head's last rows have no part in anything.
+        label_weight: [N], of the dtype of the statistics. Adds Σ_t label_weight_t·(−log
+            softmax(z_t)[target_ids_t]), at temperature 1. Excludes `advantage` and `softcap`.
+
+    Raises:
+        ValueError: as `linear_distillation_loss`.
+    """
     if isinstance(student_hidden, Tensor):
-        matrices = (student_hidden, student_head, teacher_hidden, teacher_head)
-        student_hidden, student_head, teacher_hidden, teacher_head = (
-            _autocast(matrix, student_hidden.device.type) for matrix in matrices
+        device = student_hidden.device.type
+        student_hidden, student_head, teacher_hidden, teacher_head, student_bias, teacher_bias = (
+            _autocast(tensor, device)
+            for tensor in (
+                student_hidden,
+                student_head,
+                teacher_hidden,
+                teacher_head,
+                student_bias,
+                teacher_bias,
+            )
         )
     sides = check_linear_sides(
-        student_hidden, student_head, teacher_hidden, teacher_head, teacher_topk
+        student_hidden,
+        student_head,
+        teacher_hidden,
+        teacher_head,
+        objective.teacher_topk,
+        student_bias,
+        teacher_bias,
+        may_be_padded=may_be_padded,
     )
-    return _loss(sides, objective)
+    return _loss(sides, objective, label_weight)
 
 
 def linear_scratch_bytes(
@@ -209,8 +251,14 @@ def _path(triton: bool) -> Any:
     return triton_path
 
 
-def _loss(sides: Sides, objective: Objective) -> DistillationOutput:
+def _loss(
+    sides: Sides, objective: Objective, label_weight: Tensor | None = None
+) -> DistillationOutput:
     settings, tokens = check_settings(objective, sides), check_tokens(objective, sides)
+    if label_weight is not None:
+        assert tokens.target_ids is not None and tokens.advantage is None
+        assert settings.softcap is None
+        tokens = tokens._replace(policy_weight=label_weight)
     scalar = objective.reduction == "sum"
     outputs = _Loss.apply(settings, scalar, *sides, *tokens)  # type: ignore[no-untyped-call]
     if torch.compiler.is_compiling():
@@ -221,13 +269,19 @@ def _loss(sides: Sides, objective: Objective) -> DistillationOutput:
     return DistillationOutput(*outputs)
 
 
-def _autocast(matrix: Any, device_type: str) -> Any:
+def _autocast(tensor: Any, device_type: str) -> Any:
     """What autocast does to a linear layer's arguments."""
-    if not isinstance(matrix, Tensor) or not torch.is_autocast_enabled(device_type):
-        return matrix
-    if not matrix.is_floating_point() or matrix.dtype == torch.float64:
-        return matrix
-    return matrix.to(torch.get_autocast_dtype(device_type))
+    if not isinstance(tensor, Tensor) or not torch.is_autocast_enabled(device_type):
+        return tensor
+    if not tensor.is_floating_point() or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device_type))
+
+
+# Positions of the student's tensors among the arguments of `_Loss.forward`, and of their gradients.
+DIFFERENTIABLE = tuple(
+    2 + Sides._fields.index(name) for name in ("student", "student_head", "student_bias")
+)
 
 
 class _Loss(torch.autograd.Function):
@@ -236,9 +290,9 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, settings: Settings, scalar: bool, *tensors: Any) -> tuple[Tensor, ...]:
         ctx.settings = settings
-        ctx.wants = ctx.needs_input_grad[2:4]  # the student's two tensors
+        ctx.wants = tuple(ctx.needs_input_grad[position] for position in DIFFERENTIABLE)
         ctx.save_for_backward(*tensors)
-        wants = ctx.wants if scalar else (False, False)
+        wants = ctx.wants if scalar else (False, False, False)
         stats, *gradients = _evaluate(*_call(tensors, settings, None, wants).pack())
         ctx.gradients = gradients if scalar else None
         loss, *statistics = stats.unbind()
@@ -262,8 +316,8 @@ class _Loss(torch.autograd.Function):
             rows = upstream.expand(student.shape[0]).contiguous()
             call = _call(ctx.saved_tensors, ctx.settings, rows, ctx.wants)
             gradients = _evaluate(*call.pack())[1:]
-        for position, (gradient, wanted) in enumerate(zip(gradients, ctx.wants, strict=True), 2):
-            if wanted:
+        for position, gradient in zip(DIFFERENTIABLE, gradients, strict=True):
+            if ctx.needs_input_grad[position]:
                 found[position] = gradient.to(student.dtype)
         return tuple(found)
 
@@ -272,7 +326,7 @@ def _call(
     tensors: tuple[Any, ...],
     settings: Settings,
     upstream: Tensor | None,
-    wants: tuple[bool, bool],
+    wants: tuple[bool, bool, bool],
 ) -> Call:
     count = len(Sides._fields)
     return Call(Sides(*tensors[:count]), Tokens(*tensors[count:]), settings, upstream, *wants)
@@ -289,7 +343,7 @@ def _scale_(gradient: Tensor, factor: Tensor, triton: bool) -> Tensor:
     "sodfast_kernels::evaluate", mutates_args=(), schema=f"({packed_schema()}) -> Tensor[]"
 )
 def _evaluate(*arguments: Any) -> list[Tensor]:
-    """Statistics [6, N], d_student and d_head (empty if not wanted) of a packed `Call`."""
+    """Statistics [6, N], d_student, d_head and d_bias (empty if not wanted) of a packed `Call`."""
     call = Call.unpack(arguments)
     with torch.no_grad(), torch.autocast(call.sides.student.device.type, enabled=False):
         return list(_path(call.settings.triton).evaluate(call))
@@ -302,8 +356,10 @@ def _(*arguments: Any) -> list[Tensor]:
     head_shape = (
         sides.student_head.shape if sides.student_head is not None and call.want_head else (0,)
     )
+    bias_shape = sides.student_bias.shape if sides.student_bias is not None else (0,)
     return [
         student.new_empty(6, student.shape[0], dtype=sides.compute_dtype),
         student.new_empty(student.shape if call.want_student else (0,), dtype=sides.gradient_dtype),
         student.new_empty(head_shape, dtype=sides.gradient_dtype),
+        student.new_empty(bias_shape if call.want_bias else (0,), dtype=sides.compute_dtype),
     ]

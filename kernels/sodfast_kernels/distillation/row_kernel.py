@@ -25,7 +25,7 @@ bits twice.
 import triton
 import triton.language as tl
 
-from ..rounding import round_bf16
+from ..rounding import round_bf16, widen_bf16
 from ..softmax import (
     LN2,
     LOG2E,
@@ -349,7 +349,7 @@ def full_kernel(
         total = tl.where(total < 0, 0.0, total)
         total = tl.where((diverged > 0) & (total == total), float("inf"), total)
         save_loss(stats_ptr, stats_row_stride, row, total, weight, policy_loss)
-        if (d_logits_ptr is not None) and (advantage_ptr is not None):
+        if (d_logits_ptr is not None) and (policy_ptr is not None):
             z_s = load_target(student_ptr, target, vocabulary)
             z_q = load_target(teacher_ptr, target, vocabulary)
             _, value = _gradient(
@@ -377,7 +377,8 @@ def scale_kernel(values_ptr, factor_ptr, count, BF16: tl.constexpr, BLOCK_SIZE: 
             ids = start + tl.arange(0, BLOCK_SIZE)
             values = tl.load(values_ptr + ids, mask=ids < count)
             if BF16:
-                wide = (values.to(tl.int32) << 16).to(tl.float32, bitcast=True)
-                tl.store(values_ptr + ids, round_bf16(wide * factor), mask=ids < count)
+                tl.store(
+                    values_ptr + ids, round_bf16(widen_bf16(values) * factor), mask=ids < count
+                )
             else:
                 tl.store(values_ptr + ids, values * factor, mask=ids < count)

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..launch import Configuration, Sweep, power_of_two
 from .arguments import Call
 from .bucket_kernels import stored_kernel
+from .cross_entropy_kernel import cross_entropy_kernel
 from .row_kernel import full_kernel, scale_kernel
 from .row_terms import FORWARD, JSD, REVERSE
 from .top_k_kernel import GATHERED, top_k_kernel
@@ -41,6 +42,8 @@ def launch_rows(
     distill, target, advantage, policy, old, upstream = (
         None if entry is None else entry[part].contiguous() for entry in per_row
     )
+    if call.labels_apart:
+        policy = None
     columns = tile_columns(student_nV, teacher_nV, d_logits_nV)
     bf16 = d_logits_nV is not None and d_logits_nV.dtype == torch.bfloat16
     if d_logits_nV is not None and bf16:
@@ -119,6 +122,39 @@ def _launch_top_k(
             SEARCH=search,
             maxnreg=registers(columns, top_k_registers(top_k, search)),
         )
+
+
+def launch_cross_entropy(
+    call: Call, part: slice, student_nV: Tensor, d_logits_nV: Tensor | None, stats: Tensor
+) -> None:
+    """Adds the cross-entropy at temperature 1 to what `launch_rows` has written; arguments as
+    there."""
+    per_row = (call.tokens.target_ids, call.tokens.policy_weight, call.upstream)
+    target, weight, upstream = (
+        None if entry is None else entry[part].contiguous() for entry in per_row
+    )
+    columns = tile_columns(student_nV, d_logits_nV)
+    bf16 = d_logits_nV is not None and d_logits_nV.dtype == torch.bfloat16
+    if d_logits_nV is not None and bf16:
+        d_logits_nV = d_logits_nV.view(torch.int16)
+    cross_entropy_kernel[(part.stop - part.start,)](
+        student_ptr=student_nV,
+        d_logits_ptr=d_logits_nV,
+        stats_ptr=stats[:, part],
+        target_ptr=target,
+        label_weight_ptr=weight,
+        upstream_ptr=upstream,
+        student_row_stride=student_nV.stride(0),
+        d_logits_row_stride=0 if d_logits_nV is None else d_logits_nV.stride(0),
+        stats_row_stride=stats.stride(0),
+        vocabulary=call.sides.vocabulary,
+        width=student_nV.shape[1],
+        BF16=bf16,
+        BLOCK_SIZE=BLOCK_SIZE,
+        COLUMNS=columns,
+        num_warps=NUM_WARPS,
+        maxnreg=registers(columns, FULL_REGISTERS),
+    )
 
 
 def launch_scale(gradient: Tensor, factor: Tensor) -> None:
@@ -222,6 +258,11 @@ def production_configurations() -> list[Configuration]:
             for variant in VARIANTS:
                 if form == "fp32" or kind == "jsd" or (form == "bf16" and variant == "full"):
                     found.append(_configuration(variant, kind, form))
+    found += [
+        _labelled(_configuration(variant, "jsd", "fp32"))
+        for variant in ("full", "top_100", "search_100")
+    ]
+    found += [_cross_entropy(form) for form in ("fp32", "fp32_to_fp32")]
     for name, values, bf16 in (("bf16", "*i16", True), ("fp32", "*fp32", False)):
         found.append(
             Configuration(
@@ -244,6 +285,42 @@ def _softcapped(configuration: Configuration) -> Configuration:
         signature={**configuration.signature, "softcap": "fp32"},
         constexprs=constexprs,
         sweeps={},
+    )
+
+
+def _labelled(configuration: Configuration) -> Configuration:
+    """With a cross-entropy in place of the policy term."""
+    absent = {"advantage_ptr": None, "old_ptr": None, "ratio_cap": None}
+    signature = {k: v for k, v in configuration.signature.items() if k not in absent}
+    return configuration._replace(
+        name=configuration.name + "_labels",
+        signature=signature,
+        constexprs={**configuration.constexprs, **absent},
+    )
+
+
+def _cross_entropy(form: str) -> Configuration:
+    """The kernel of a cross-entropy that has a softmax of its own."""
+    logits, d_logits, bf16 = FORMS[form]
+    signature = {
+        **{"student_ptr": logits, "d_logits_ptr": d_logits, "stats_ptr": "*fp32"},
+        **{"target_ptr": "*i64", "label_weight_ptr": "*fp32", "stats_row_stride": "i32"},
+        **dict.fromkeys(["student_row_stride", "d_logits_row_stride"], "i32:16"),
+        **dict.fromkeys(["vocabulary", "width"], "i32:16"),
+    }
+    return Configuration(
+        name=f"cross_entropy_{form}",
+        kernel=cross_entropy_kernel,
+        signature=signature,
+        constexprs={
+            "upstream_ptr": None,
+            "BF16": bf16,
+            "BLOCK_SIZE": BLOCK_SIZE,
+            "COLUMNS": ALIGNED_COLUMNS,
+        },
+        options={"num_warps": NUM_WARPS, "maxnreg": FULL_REGISTERS},
+        streamed=["student_ptr", "d_logits_ptr"],
+        sweeps={"student_sums": Sweep(4.0), "_add_tile": Sweep(8.0 if bf16 else 12.0)},
     )
 
 

@@ -10,7 +10,7 @@ and the summands of D in bits.
 import triton
 import triton.language as tl
 
-from ..rounding import round_bf16
+from ..rounding import round_bf16, widen_bf16
 from ..softmax import (
     LN2,
     LOG2E,
@@ -130,6 +130,15 @@ def store_gradient(pointer, value, mask, BF16: tl.constexpr):
 
 
 @triton.jit
+def load_gradient(row_ptr, ids, width, BF16: tl.constexpr, LAST: tl.constexpr):
+    """What `store_tile` has written, in fp32."""
+    value = tl.load(row_ptr + ids, mask=ids < width) if LAST else tl.load(row_ptr + ids)
+    if BF16:
+        value = widen_bf16(value)
+    return value
+
+
+@triton.jit
 def store_tile(row_ptr, ids, value, width, BF16: tl.constexpr, LAST: tl.constexpr):
     """d-logits of a tile; of the LAST one what is below `width`."""
     if LAST:
@@ -172,7 +181,8 @@ def save(stats_ptr, stats_row_stride, row, entry: tl.constexpr, value):
 def _policy(
     row, logprob, weight, scale, advantage_ptr, policy_ptr, old_ptr, clip_low, clip_high, ratio_cap
 ):
-    """The capped distillation weight, the policy loss and its derivative by the target's logit."""
+    """The capped distillation weight, the policy loss, or the cross-entropy where there are no
+    advantages, and its derivative by the target's logit."""
     old = logprob
     if old_ptr is not None:
         old = tl.load(old_ptr + row)
@@ -195,6 +205,10 @@ def _policy(
         loss = tl.where(rewarded, policy_weight * tl.where(held > free, held, free), 0.0)
         stays = (held > free) | (tl.abs(log_ratio) > LOG_RATIO_BOUND) | ~rewarded
         d_target = tl.where(stays, 0.0, policy_weight * free * scale)
+    elif policy_ptr is not None:
+        policy_weight = tl.load(policy_ptr + row)
+        loss = tl.where(policy_weight != 0, -policy_weight * logprob, 0.0)
+        d_target = tl.where(logprob == logprob, -policy_weight * scale, logprob)
     return weight, loss, d_target
 
 

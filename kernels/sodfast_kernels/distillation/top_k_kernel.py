@@ -333,7 +333,7 @@ def top_k_kernel(
             tail_s += tl.sum(tl.where(filled & ~kept, s, 0.0), 0)
             tail_q += tl.sum(tl.where(filled & ~kept, q, 0.0), 0)
             finish_buckets(
-                row, student_ptr, d_logits_ptr, stats_ptr, advantage_ptr, ids, kept, kept, z_s, z_q,
+                row, student_ptr, d_logits_ptr, stats_ptr, policy_ptr, ids, kept, kept, z_s, z_q,
                 log_kept_s2, log_kept_q2, delta2, s, q, tail_s, tail_q, target, weight, scale,
                 policy_loss, d_target, log_s2, scale2, alpha, softcap, stats_row_stride, width,
                 vocabulary, KIND, HALF, ADD_TAIL, BF16, BLOCK_SIZE, COLUMNS,

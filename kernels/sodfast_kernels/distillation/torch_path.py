@@ -15,13 +15,21 @@ import torch
 from torch import Tensor
 
 from .arguments import Call, Settings, Sides, Tokens
-from .reference import LOG_RATIO_BOUND, TAIL_FLOOR, top_ids
+from .reference import LOG_RATIO_BOUND, TAIL_FLOOR
+from .torch_terms import (
+    MASKED,
+    MASKED_BELOW,
+    buckets_,
+    divergence_and_slope_,
+    entropy_of,
+    greatest_ids,
+    log_softmax_,
+    softcap_,
+)
 
 DEFAULT_SCRATCH_BYTES = 64 * 2**20
 # Tiles of [n, V] alive at once at the worst moment; a test measures that the bound holds.
 FULL_TILES, TOP_K_TILES = 9, 10
-# −inf logits become this, so that no difference or product of theirs is NaN.
-MASKED, MASKED_BELOW = -1e30, -1e28
 
 
 class Statistics(NamedTuple):
@@ -49,7 +57,8 @@ class Target(NamedTuple):
     """What depends on the sampled token alone, [n].
 
     ids: [n, 1], None without sampled tokens. weight: the distillation weight times the capped
-    ratio. loss: the policy term. d_target: its derivative by the target's logit.
+    ratio. loss: the policy term, or the cross-entropy. d_target: its derivative by the target's
+    logit.
     """
 
     ids: Tensor | None
@@ -67,23 +76,28 @@ class Teacher(NamedTuple):
     logprob: Tensor | None
 
 
-def evaluate(call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """Statistics [6, N], d_student and d_head (empty if not wanted).
+def evaluate(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Statistics [6, N], d_student, d_head and d_bias (empty if not wanted).
 
     Raises:
         ValueError: if `max_scratch_bytes` does not hold a single row.
     """
     sides = call.sides
-    student, head = sides.student, sides.student_head
+    student, head = sides.student, sides.student_layer[0]
     dtype, saved = sides.compute_dtype, sides.gradient_dtype
     stats = student.new_zeros(6, student.shape[0], dtype=dtype)
     d_student = student.new_zeros(student.shape if call.want_student else 0, dtype=saved)
     # A 16-bit head's gradient is summed over the tiles in fp32.
-    d_head = student.new_zeros(
-        head.shape if head is not None and call.want_head else 0, dtype=dtype
+    d_head, d_bias = (
+        student.new_zeros(tensor.shape if tensor is not None and wanted else 0, dtype=dtype)
+        for tensor, wanted in (
+            (sides.student_head, call.want_head),
+            (sides.student_bias, call.want_bias),
+        )
     )
+    d_head_VH, d_bias_V = d_head[: sides.vocabulary], d_bias[: sides.vocabulary]
     results = Statistics(*stats)
-    tiling = _tiling(sides, call.settings, call.want_head)
+    tiling = _tiling(sides, call.settings, call.want_head, call.labels_apart)
     for start in range(0, student.shape[0], tiling.rows):
         part = slice(start, min(start + tiling.rows, student.shape[0]))
         tokens = call.tokens.rows(part)
@@ -93,6 +107,8 @@ def evaluate(call: Call) -> tuple[Tensor, Tensor, Tensor]:
         if head is None:
             d_student[part] = d_logits_nV
             continue
+        if call.want_bias:
+            d_bias_V += d_logits_nV.sum(0)
         hidden_nH = student[part].to(dtype)
         active = tokens.active
         if not bool(active.all()):
@@ -103,10 +119,10 @@ def evaluate(call: Call) -> tuple[Tensor, Tensor, Tensor]:
             if d_hidden_nH is not None:
                 d_hidden_nH.addmm_(d_logits_nV[:, columns], head[columns].to(dtype))
             if call.want_head:
-                d_head[columns].addmm_(d_logits_nV[:, columns].T, hidden_nH)
+                d_head_VH[columns].addmm_(d_logits_nV[:, columns].T, hidden_nH)
         if d_hidden_nH is not None:
             d_student[part] = d_hidden_nH
-    return stats, d_student, d_head.to(saved)
+    return stats, d_student, d_head.to(saved), d_bias
 
 
 def scale_(gradient: Tensor, factor: Tensor) -> Tensor:
@@ -116,18 +132,18 @@ def scale_(gradient: Tensor, factor: Tensor) -> Tensor:
 
 def scratch_bytes(sides: Sides, settings: Settings) -> int:
     """What a call without `max_scratch_bytes` that wants both gradients takes beside them."""
-    tiling = _tiling(sides, settings, want_head=True)
+    tiling = _tiling(sides, settings, want_head=True, labels_apart=False)
     return tiling.fixed_bytes + min(tiling.rows, sides.student.shape[0]) * tiling.row_bytes
 
 
-def _tiling(sides: Sides, settings: Settings, want_head: bool) -> Tiling:
+def _tiling(sides: Sides, settings: Settings, want_head: bool, labels_apart: bool) -> Tiling:
     dtype, limit = sides.compute_dtype, settings.max_scratch_bytes
     size, vocabulary = dtype.itemsize, sides.vocabulary
     tiles = FULL_TILES if settings.top_k is None and sides.stored_ids is None else TOP_K_TILES
-    tiles += settings.softcap is not None
+    tiles += (settings.softcap is not None) + labels_apart
     widest = max(side.shape[1] for side in (sides.student, sides.teacher) if side is not None)
     row_bytes = size * (tiles * vocabulary + 4 * widest)
-    fixed_bytes, columns = 0, vocabulary
+    fixed_bytes, columns = 0 if sides.student_bias is None else size * vocabulary, vocabulary
     budget = DEFAULT_SCRATCH_BYTES if limit is None else limit
     heads = [head for head in (sides.student_head, sides.teacher_head) if head is not None]
     if any(head.dtype != dtype for head in heads):
@@ -150,16 +166,50 @@ def _tile(
     call: Call, tokens: Tokens, part: slice, columns: int, results: Statistics
 ) -> Tensor | None:
     """Writes one tile's results; returns its d-logits [n, V] if a gradient is wanted."""
-    sides, settings = call.sides, call.settings
-    distilled, active = tokens.distill_weight != 0, tokens.active
-    anyone = bool(distilled.any())
-    logits_nV = _logits(sides.student, sides.student_head, part, columns, results.loss.dtype)
+    sides, active = call.sides, tokens.active
+    logits_nV = _logits(sides.student, *sides.student_layer, part, columns, results.loss.dtype)
     if not bool(active.all()):
         logits_nV.masked_fill_(~active[:, None], 0)
+    if not call.labels_apart:
+        return _objective_(call, tokens, part, columns, logits_nV, results)
+    label_loss, d_labels_nV = _cross_entropy(call, tokens, part, logits_nV)
+    tokens = tokens._replace(policy_weight=None)
+    d_logits_nV = _objective_(call, tokens, part, columns, logits_nV, results)
+    results.loss[part] += label_loss
+    return None if d_logits_nV is None else d_logits_nV.add_(d_labels_nV)
+
+
+def _cross_entropy(
+    call: Call, tokens: Tokens, part: slice, logits_nV: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The weighted −log softmax(z)[target] [n] at temperature 1 and its d-logits [n, V]."""
+    assert tokens.target_ids is not None and tokens.policy_weight is not None
+    log_s_nV, s_nV = log_softmax_(logits_nV.clone(), 1.0)
+    target = _target(
+        log_s_nV, tokens, call.settings, tokens.active, torch.empty_like(log_s_nV[:, 0])
+    )
+    d_target = target.d_target if call.upstream is None else target.d_target * call.upstream[part]
+    d_logits_nV = s_nV.mul_(-d_target[:, None])
+    assert target.ids is not None
+    return target.loss, d_logits_nV.scatter_add_(-1, target.ids, d_target[:, None])
+
+
+def _objective_(
+    call: Call,
+    tokens: Tokens,
+    part: slice,
+    columns: int,
+    logits_nV: Tensor,
+    results: Statistics,
+) -> Tensor | None:
+    """`_tile` but for a cross-entropy that takes a softmax of its own; overwrites `logits_nV`."""
+    settings = call.settings
+    distilled, active = tokens.distill_weight != 0, tokens.active
+    anyone = bool(distilled.any())
     ids_nK = _support(call, part, logits_nV, distilled) if anyone else None
-    slope_nV = _softcap_(logits_nV, settings.softcap)
-    log_s_nV, s_nV = _log_softmax_(logits_nV, settings.temperature)
-    results.student_entropy[part] = _entropy(log_s_nV, s_nV).masked_fill_(~active, 0)
+    slope_nV = softcap_(logits_nV, settings.softcap)
+    log_s_nV, s_nV = log_softmax_(logits_nV, settings.temperature)
+    results.student_entropy[part] = entropy_of(log_s_nV, s_nV).masked_fill_(~active, 0)
 
     target = _target(log_s_nV, tokens, settings, active, results.student_logprob[part])
     scale = torch.full_like(target.weight, 1 / settings.temperature)
@@ -171,7 +221,7 @@ def _tile(
         d_logits_nV = s_nV.mul_(-d_target) if call.wants else None
         return _finish_(d_logits_nV, d_target, target.ids, slope_nV)
 
-    read = _network_teacher if sides.stored_ids is None else _stored_teacher
+    read = _network_teacher if call.sides.stored_ids is None else _stored_teacher
     teacher = read(call, part, columns, ids_nK, target.ids, distilled)
     row = (target.weight * scale).masked_fill_(~distilled, 0)[:, None] if call.wants else None
     if ids_nK is None:
@@ -195,31 +245,38 @@ def _tile(
 
 
 def _logits(
-    side: Tensor, head: Tensor | None, part: slice, columns: int, dtype: torch.dtype
+    side: Tensor,
+    head: Tensor | None,
+    bias: Tensor | None,
+    part: slice,
+    columns: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     if head is None:
         return side[part].to(dtype, copy=True)
     hidden_nH = side[part].to(dtype)
     if head.dtype == dtype:
-        return hidden_nH @ head.T
-    logits_nV = hidden_nH.new_empty(hidden_nH.shape[0], head.shape[0])
-    for first in range(0, head.shape[0], columns):
-        block = slice(first, first + columns)
-        logits_nV[:, block] = hidden_nH @ head[block].to(dtype).T
-    return logits_nV
+        logits_nV = hidden_nH @ head.T
+    else:
+        logits_nV = hidden_nH.new_empty(hidden_nH.shape[0], head.shape[0])
+        for first in range(0, head.shape[0], columns):
+            block = slice(first, first + columns)
+            logits_nV[:, block] = hidden_nH @ head[block].to(dtype).T
+    return logits_nV if bias is None else logits_nV.add_(bias)
 
 
 def _support(call: Call, part: slice, logits_nV: Tensor, distilled: Tensor) -> Tensor | None:
     """Ids [n, K] of the tokens that the divergence keeps; None for all."""
     if call.sides.stored_ids is not None:
         return call.sides.stored_ids[part].masked_fill(~distilled[:, None], 0)
-    return None if call.settings.top_k is None else _top_ids(logits_nV, call.settings.top_k)
+    return None if call.settings.top_k is None else greatest_ids(logits_nV, call.settings.top_k)
 
 
 def _target(
     log_s_nV: Tensor, tokens: Tokens, settings: Settings, active: Tensor, logprob_n: Tensor
 ) -> Target:
-    """The policy term and the capped ratio; writes the student's log-prob to `logprob_n`."""
+    """The policy term, or the cross-entropy, and the capped ratio; writes the student's log-prob to
+    `logprob_n`."""
     weight = tokens.distill_weight
     loss, d_target = torch.zeros_like(weight), torch.zeros_like(weight)
     if tokens.target_ids is None:
@@ -228,6 +285,10 @@ def _target(
     logprob = log_s_nV.gather(-1, ids)[:, 0]
     logprob.masked_fill_(logprob < MASKED_BELOW, -math.inf)
     logprob_n.copy_(logprob.masked_fill(~active, 0))
+    if tokens.has_labels and tokens.policy_weight is not None:
+        unlabelled = tokens.policy_weight == 0
+        loss = (-tokens.policy_weight * logprob).masked_fill_(unlabelled, 0)
+        return Target(ids, weight, loss, -tokens.policy_weight)
     log_ratio = logprob - (logprob if tokens.old_logprob is None else tokens.old_logprob)
     ratio = log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
     if settings.ratio_cap is not None:
@@ -255,16 +316,16 @@ def _network_teacher(
 ) -> Teacher:
     sides, settings = call.sides, call.settings
     assert sides.teacher is not None
-    logits_nV = _logits(sides.teacher, sides.teacher_head, part, columns, sides.compute_dtype)
+    logits_nV = _logits(sides.teacher, *sides.teacher_layer, part, columns, sides.compute_dtype)
     if not bool(distilled.all()):
         logits_nV.masked_fill_(~distilled[:, None], 0)
-    _softcap_(logits_nV, settings.softcap)
-    log_q_nV, q_nV = _log_softmax_(logits_nV, settings.temperature)
-    entropy = _entropy(log_q_nV, q_nV)
+    softcap_(logits_nV, settings.softcap)
+    log_q_nV, q_nV = log_softmax_(logits_nV, settings.temperature)
+    entropy = entropy_of(log_q_nV, q_nV)
     logprob = None if target is None else log_q_nV.gather(-1, target)[:, 0]
     if ids_nK is None:
         return Teacher(log_q_nV, q_nV, entropy, logprob)
-    log_q_nB, q_nB, _ = _buckets_(log_q_nV, q_nV, ids_nK, settings.add_tail)
+    log_q_nB, q_nB, _ = buckets_(log_q_nV, q_nV, ids_nK, settings.add_tail)
     return Teacher(log_q_nB, q_nB, entropy, logprob)
 
 
@@ -283,7 +344,7 @@ def _stored_teacher(
     log_kept = stored_nK.logsumexp(-1, keepdim=True)
     log_tail = torch.log(-torch.expm1(log_kept.clamp(max=-1e-7)))
     log_q_nB = torch.cat([stored_nK, log_tail], -1)
-    entropy = _entropy(log_q_nB, log_q_nB.exp())
+    entropy = entropy_of(log_q_nB, log_q_nB.exp())
     logprob = None
     if target is not None:
         hit_nK = ids_nK == target
@@ -303,7 +364,9 @@ def _distill_full(
     d_target: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
     """D [n], and d-logits unless `row` is None, which multiplies D's gradient, [n, 1]."""
-    divergence, slope_s_nV = _divergence(log_s_nV, s_nV, teacher.log_q_nB, teacher.q_nB, alpha)
+    divergence, slope_s_nV = divergence_and_slope_(
+        log_s_nV, s_nV, teacher.log_q_nB, teacher.q_nB, alpha
+    )
     if row is None:
         return divergence, None
     mean = slope_s_nV.sum(-1)[:, None]
@@ -321,8 +384,8 @@ def _distill_buckets(
     d_target: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
     """The same over the tokens `ids_nK` and a bucket for the rest; overwrites `s_nV`."""
-    log_s_nB, s_nB, s_nK = _buckets_(log_s_nV, s_nV, ids_nK, settings.add_tail)
-    divergence, slope_s_nB = _divergence(
+    log_s_nB, s_nB, s_nK = buckets_(log_s_nV, s_nV, ids_nK, settings.add_tail)
+    divergence, slope_s_nB = divergence_and_slope_(
         log_s_nB, s_nB, teacher.log_q_nB, teacher.q_nB, settings.alpha
     )
     if settings.add_tail:
@@ -348,98 +411,3 @@ def _finish_(
     if target is not None:
         d_logits_nV.scatter_add_(-1, target, d_target)
     return d_logits_nV if slope_nV is None else d_logits_nV.mul_(slope_nV)
-
-
-def _softcap_(logits_nV: Tensor, softcap: float | None) -> Tensor | None:
-    """Caps in place; returns the derivative 1 − tanh²."""
-    if softcap is None:
-        return None
-    overflowed = logits_nV == math.inf
-    logits_nV.div_(softcap).tanh_()
-    slope_nV = 1 - logits_nV.square()
-    # tanh would turn an overflowed logit into an ordinary number.
-    logits_nV.mul_(softcap).masked_fill_(overflowed, math.nan)
-    return slope_nV
-
-
-def _log_softmax_(logits_nV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probs, in place, and probs."""
-    if temperature != 1:
-        logits_nV.div_(temperature)
-    logits_nV.clamp_(min=MASKED)
-    top = logits_nV.amax(-1, keepdim=True)
-    logits_nV.sub_(top.masked_fill_(top < MASKED_BELOW, math.nan))
-    p_nV = logits_nV.exp()
-    total = p_nV.sum(-1, keepdim=True)
-    return logits_nV.sub_(total.log()), p_nV.div_(total)
-
-
-def _entropy(log_p_nB: Tensor, p_nB: Tensor) -> Tensor:
-    return torch.einsum("nb,nb->n", log_p_nB, p_nB).neg_()
-
-
-def _top_ids(logits_nV: Tensor, k: int) -> Tensor:
-    """Ids [n, k] of the greatest logits, the lower index among equal ones."""
-    if logits_nV.dtype != torch.float32:
-        return top_ids(logits_nV, k)
-    # One integer orders both: the value's bits, made monotone, above the complement of the index.
-    # Adding zero first turns −0 into +0.
-    bits = (logits_nV + 0.0).view(torch.int32)
-    bits ^= (bits >> 31) & 0x7FFFFFFF
-    key = bits.to(torch.int64) << 32
-    key -= torch.arange(key.shape[1], device=key.device)
-    return key.topk(k, dim=-1).indices
-
-
-def _buckets_(
-    log_p_nV: Tensor, p_nV: Tensor, ids_nK: Tensor, add_tail: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Log mass and mass of each bucket, and the kept probs, which are zeroed in `p_nV`."""
-    log_kept_nK, kept_nK = log_p_nV.gather(-1, ids_nK), p_nV.gather(-1, ids_nK)
-    p_nV.scatter_(-1, ids_nK, 0)
-    if not add_tail:
-        log_kept_nK -= log_kept_nK.logsumexp(-1, keepdim=True)
-        return log_kept_nK, log_kept_nK.exp(), kept_nK
-    tail = p_nV.sum(-1, keepdim=True).clamp_(min=TAIL_FLOOR)
-    return torch.cat([log_kept_nK, tail.log()], -1), torch.cat([kept_nK, tail], -1), kept_nK
-
-
-def _divergence(
-    log_s_nB: Tensor, s_nB: Tensor, log_q_nB: Tensor, q_nB: Tensor, alpha: float
-) -> tuple[Tensor, Tensor]:
-    """D [n] and s·g [n, B], g = ∂D/∂s; overwrites `log_q_nB`.
-
-    Everything is built from δ = log q − log s and expm1(−|δ|), so nothing overflows, an error in a
-    log-sum-exp enters only to second order, and s = q gives exactly 0.
-    """
-    infinite = None
-    if alpha in (0, 1):
-        absent, present = (log_s_nB, log_q_nB) if alpha == 0 else (log_q_nB, log_s_nB)
-        masked = absent < MASKED_BELOW
-        if bool(masked.any()):
-            infinite = (masked & (present > MASKED_BELOW)).any(-1)
-    delta_nB = log_q_nB.sub_(log_s_nB)
-    shrink_nB = delta_nB.abs().neg_().expm1_()
-    if 0 < alpha < 1:
-        # log m − max(log s, log q)
-        if alpha == 0.5:
-            shrink_nB *= alpha
-        else:
-            shrink_nB.mul_((delta_nB > 0).to(shrink_nB.dtype).mul_(1 - 2 * alpha).add_(alpha))
-        log_mix_nB = shrink_nB.log1p_()
-        from_q_nB = delta_nB.clamp(max=0).sub_(log_mix_nB).mul_(q_nB).mul_(alpha)
-        slope_s_nB = delta_nB.clamp_(min=0).add_(log_mix_nB).mul_(s_nB).mul_(alpha - 1)
-        divergence = from_q_nB.add_(slope_s_nB).sum(-1)
-    else:
-        # q − s, exact also where they nearly agree
-        excess_nB = shrink_nB.mul_(torch.maximum(s_nB, q_nB)).copysign_(delta_nB)
-        if alpha == 0:
-            divergence = delta_nB.mul_(q_nB).sub_(excess_nB).sum(-1)
-            slope_s_nB = excess_nB.neg_()
-        else:
-            slope_s_nB = delta_nB.mul_(s_nB).neg_()
-            divergence = excess_nB.add_(slope_s_nB).sum(-1)
-    divergence.clamp_(min=0)
-    if infinite is not None:
-        divergence.masked_fill_(infinite & ~divergence.isnan(), math.inf)
-    return divergence, slope_s_nB

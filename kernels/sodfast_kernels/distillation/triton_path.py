@@ -17,7 +17,7 @@ from torch import Tensor
 from ..launch import on_device
 from .arguments import Call, Settings, Sides
 from .products import multiply, multiply_gradients, split_bytes, summed_in_fp32
-from .row_launch import launch_rows, launch_scale, top_k_scratch
+from .row_launch import launch_cross_entropy, launch_rows, launch_scale, top_k_scratch
 
 TILE_ROWS = 512
 # Of the logits form with top-k: 75 MB of scratch for a large vocabulary.
@@ -29,8 +29,8 @@ FROZEN_SLAB_ROWS = 2048
 PAD = 16
 
 
-def evaluate(call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """Statistics [6, N], d_student and d_head (empty if not wanted).
+def evaluate(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Statistics [6, N], d_student, d_head and d_bias (empty if not wanted).
 
     Raises:
         ValueError: if `max_scratch_bytes` does not hold a single row.
@@ -47,7 +47,7 @@ def scale_(gradient: Tensor, factor: Tensor) -> Tensor:
     return gradient
 
 
-def _logit_form(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+def _logit_form(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sides = call.sides
     student_NV = _rows(sides.student)
     count, vocabulary = student_NV.shape
@@ -62,22 +62,29 @@ def _logit_form(call: Call) -> tuple[Tensor, Tensor, Tensor]:
         d_logits_nV = d_student_NV[part] if call.want_student else None
         teacher_nV = None if teacher_NV is None else teacher_NV[part]
         launch_rows(call, part, student_NV[part], teacher_nV, d_logits_nV, stats)
-    return stats, d_student_NV, student_NV.new_empty(0, dtype=sides.gradient_dtype)
+    nothing = student_NV.new_empty(0, dtype=sides.gradient_dtype)
+    return stats, d_student_NV, nothing, nothing.new_empty(0, dtype=torch.float32)
 
 
-def _linear_form(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+def _linear_form(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sides = call.sides
-    hidden_NH, head_VH = sides.student, sides.student_head
-    assert head_VH is not None
+    hidden_NH, head_VH = sides.student, sides.student_layer[0]
+    assert sides.student_head is not None and head_VH is not None
     count, saved = hidden_NH.shape[0], sides.gradient_dtype
     tile, slab = _tile_and_slab(sides, call.settings, call.wants, call.want_head)
     stats = hidden_NH.new_zeros(6, count, dtype=torch.float32)
     # The first product that writes to a gradient does not read it.
     empty = hidden_NH.new_zeros if count == 0 else hidden_NH.new_empty
     d_hidden_NH = empty(hidden_NH.shape if call.want_student else (0,), dtype=saved)
-    d_head_VH = empty(head_VH.shape if call.want_head else (0,), dtype=saved)
+    d_head = empty(sides.student_head.shape if call.want_head else (0,), dtype=saved)
+    d_bias = hidden_NH.new_zeros(
+        sides.student_head.shape[0] if call.want_bias else 0, dtype=torch.float32
+    )
     if count == 0:
-        return stats, d_hidden_NH, d_head_VH
+        return stats, d_hidden_NH, d_head, d_bias
+    # The rows of padding have no gradient.
+    d_head[sides.vocabulary :].zero_()
+    d_head_VH, d_bias_V = d_head[: sides.vocabulary], d_bias[: sides.vocabulary]
     # Several slabs are summed in fp32; a single one is written as it is.
     sum_VH = d_head_VH
     if call.want_head and slab < count and saved != torch.float32:
@@ -97,6 +104,8 @@ def _linear_form(call: Call) -> tuple[Tensor, Tensor, Tensor]:
             _tile(call, part, student_nV, teacher_nV, d_logits_nV, stats)
         if d_logits_SV is None:
             continue
+        if call.want_bias:
+            d_bias_V += d_logits_SV[: last - first, : sides.vocabulary].sum(0, dtype=torch.float32)
         hidden_SH = hidden_NH[first:last]
         if call.want_head:
             # A row without weight has no gradient, whatever stands in its hidden state.
@@ -111,7 +120,7 @@ def _linear_form(call: Call) -> tuple[Tensor, Tensor, Tensor]:
         )
     if sum_VH is not d_head_VH:
         d_head_VH.copy_(sum_VH)
-    return stats, d_hidden_NH, d_head_VH
+    return stats, d_hidden_NH, d_head, d_bias
 
 
 def _tile(
@@ -124,16 +133,30 @@ def _tile(
 ) -> None:
     """Logits of the rows `part` into the first rows of the buffers, then the row kernel."""
     sides, count, vocabulary = call.sides, part.stop - part.start, call.sides.vocabulary
-    assert sides.student_head is not None
     student_nV = student_nV[:count]
-    multiply(sides.student[part], sides.student_head.T, student_nV[:, :vocabulary])
+    _project(sides.student[part], *sides.student_layer, student_nV[:, :vocabulary])
     if teacher_nV is not None and sides.teacher is not None:
-        assert sides.teacher_head is not None
         teacher_nV = teacher_nV[:count]
-        multiply(sides.teacher[part], sides.teacher_head.T, teacher_nV[:, :vocabulary])
+        _project(sides.teacher[part], *sides.teacher_layer, teacher_nV[:, :vocabulary])
     if d_logits_nV is not None:
         d_logits_nV = d_logits_nV[:count]
     launch_rows(call, part, student_nV, teacher_nV, d_logits_nV, stats)
+    if call.labels_apart:
+        launch_cross_entropy(call, part, student_nV, d_logits_nV, stats)
+
+
+def _project(
+    hidden_nH: Tensor, head_VH: Tensor | None, bias_V: Tensor | None, logits_nV: Tensor
+) -> None:
+    """logits ← hidden · headᵀ + bias.
+
+    The product is added to the bias: 8 bytes an element beside it. A column of ones in the hidden
+    states would cost a copy of the head, whose rows would then no longer start on 16 bytes.
+    """
+    assert head_VH is not None
+    if bias_V is not None:
+        logits_nV.copy_(bias_V)
+    multiply(hidden_nH, head_VH.T, logits_nV, beta=0.0 if bias_V is None else 1.0)
 
 
 def scratch_bytes(sides: Sides, settings: Settings) -> int:
@@ -192,9 +215,9 @@ def _scratch(
         tile_row += top_k_scratch(settings.top_k, sides.vocabulary)
     slab_row = width * d_size if wants else 0
     slab_row += hidden * sides.student.dtype.itemsize if want_head else 0
-    fixed = 0
+    fixed = 4 * width if wants and sides.student_bias is not None else 0
     if wants and sides.student.dtype == torch.float16:
-        fixed = split_bytes(slab, sides.vocabulary, hidden, want_head)
+        fixed += split_bytes(slab, sides.vocabulary, hidden, want_head)
     if want_head and slab < rows and sides.gradient_dtype != torch.float32:
         fixed += 4 * hidden * width
     return fixed + tile * tile_row + slab * slab_row

@@ -120,3 +120,26 @@ def test_rows_with_any_weight_are_active():
     tokens = call(**weights, target_ids=IDS, advantage=ONES).tokens
     assert tokens.active.tolist() == [True, True, False, True, False]
     assert tokens.rows(slice(1, 3)).active.tolist() == [True, False]
+
+
+def test_of_heads_with_different_padding_the_smaller_one_is_the_vocabulary():
+    student, teacher = torch.zeros(V + 3, H), torch.zeros(V, H)
+    hidden, bias = torch.zeros(N, H), torch.arange(V + 3.0)
+    sides = Sides(hidden, student, hidden, teacher, None, None, student_bias=bias)
+    assert sides.vocabulary == V
+    head, cut = sides.student_layer
+    assert head.shape == (V, H) and head.data_ptr() == student.data_ptr()
+    assert torch.equal(cut, bias[:V])
+    assert sides.teacher_layer[0].shape == (V, H) and sides.teacher_layer[1] is None
+    swapped = Sides(hidden, teacher, hidden, student, None, None, teacher_bias=bias)
+    assert swapped.vocabulary == V and torch.equal(swapped.teacher_layer[1], bias[:V])
+
+
+def test_a_policy_weight_without_advantages_is_that_of_labels():
+    assert not call().tokens.has_labels and not call(target_ids=IDS).labels_apart
+    policy = call(target_ids=IDS, advantage=ONES, temperature=2.0)
+    assert not policy.tokens.has_labels and not policy.labels_apart
+    for temperature in (1.0, 2.0):
+        given = call(target_ids=IDS, temperature=temperature)
+        labelled = given._replace(tokens=given.tokens._replace(policy_weight=ONES))
+        assert labelled.tokens.has_labels and labelled.labels_apart == (temperature != 1)
