@@ -1,28 +1,19 @@
 """The whole configuration, typed: a preset or file, then dotted overrides, then validation.
 
-A file may be built on another: its key `base` names the preset or file (from its own folder) whose
-values hold where it gives none. Layers are merged by OmegaConf and checked by pydantic, so an
-unknown key, a wrong type and an impossible combination are all found before any work. Two groups
-are unions told apart by a key: `schedule` by `kind` and `task` by `name`. A layer that changes that
-key starts the group afresh, because the keys of one kind mean nothing to another.
+Layers are read and merged by layers.py, whose names this module offers too, and checked here by
+pydantic, so an unknown key, a wrong type and an impossible combination are all found before any
+work.
 
 Defaults follow Table 9 and Appendix A of the CGTR paper (arXiv 2606.03532) where it gives them.
 """
 
-import difflib
-import io
 import json
-import logging
 import os
-import re
-from functools import cache
-from pathlib import Path
 from string import Formatter
-from typing import Annotated, Any, Literal, Union, get_args
+from typing import Annotated, Any, Literal, Union
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -35,14 +26,12 @@ from pydantic import (
 )
 
 from sodfast.errors import UsageError
-
-_log = logging.getLogger(__name__)
-
-PRESETS = Path(__file__).parent / "configs"
-# Keys of earlier releases, each accepted for one release after it was renamed.
-RENAMED = {"optimizer.state": "optimizer.adamw"}
-# Groups that are unions, the key that tells their members apart, and its value where it is absent.
-_DISCRIMINATORS = {"schedule": ("kind", "cgtr"), "task": ("name", "arithmetic")}
+from sodfast.layers import PRESETS as PRESETS
+from sodfast.layers import RENAMED as RENAMED
+from sodfast.layers import apply, explain, first_line, literal, read_layer, resolve
+from sodfast.layers import parse_overrides as parse_overrides
+from sodfast.layers import read_mapping as read_mapping
+from sodfast.layers import read_overrides as read_overrides
 
 
 def _warm_or_greedy(temperature: float) -> float:
@@ -66,9 +55,6 @@ def _fits_a_file_system(text: str) -> str:
 
 # Bounds beyond which a number is no use and its conversion to 32 bits fails in the middle of a run.
 _MOST, _LARGEST, _COLDEST = 2**31 - 1, 1e9, 1e-6
-# What a YAML text may hold. libyaml ends the process where nesting exhausts its stack.
-_DEEPEST, _MOST_INTERPOLATIONS = 100, 1000
-_KEY = re.compile(r"[^.\[\]]+(\.[^.\[\]]+){0,7}")  # of an override
 
 Positive = Annotated[int, Field(ge=1, le=_MOST)]
 Interval = Annotated[int, Field(ge=0, le=_MOST)]  # in steps; 0: never
@@ -574,7 +560,7 @@ class Config(Section):
 
     def to_layer(self) -> dict[str, Any]:
         """All values, as a layer that means the same wherever and whenever it is read."""
-        layer: dict[str, Any] = _literal(self.model_dump(mode="json"))
+        layer: dict[str, Any] = literal(self.model_dump(mode="json"))
         return layer
 
     @property
@@ -592,253 +578,23 @@ def load_config(source: str | None, overrides: list[str]) -> Config:
     Raises `UsageError` with one line for a missing, empty or malformed source, an override
     without `=`, an unknown key or a value that its key does not take.
     """
-    layer = _read(source or "lab")
-    for key, value in parse_overrides(overrides):
-        _set(layer, key, value)
-    return validate(layer)
+    return validate(apply(overrides, read_layer(source or "lab")))
 
 
 def validate(layer: DictConfig | dict[str, Any]) -> Config:
     """Check a merged layer; raises `UsageError` naming each key that is wrong."""
+    values = resolve(layer)
     try:
-        created = OmegaConf.create(layer)
-        _refuse_environment(OmegaConf.to_container(created))
-        values: Any = OmegaConf.to_container(created, resolve=True)
-        for group, (key, default) in _DISCRIMINATORS.items():
-            if isinstance(values.get(group), dict):
-                values[group] = {key: default, **values[group]}
         # Validation goes through JSON, since pydantic's strict mode then takes a list for a tuple
         # and still refuses "5" for 5. No field may have a "before" validator: pydantic checks what
         # one returns as Python values, and strict mode refuses a list for a tuple there.
         return Config.model_validate_json(json.dumps(values), strict=True)
-    except (OmegaConfBaseException, TypeError, RecursionError) as error:
-        raise UsageError(f"configuration: {_first_line(error)}") from error
+    except (TypeError, RecursionError) as error:
+        raise UsageError(f"configuration: {first_line(error)}") from error
     except ValidationError as error:
-        raise UsageError("; ".join(_explain(item) for item in error.errors())) from error
-
-
-def read_overrides(path: Path, overrides: list[str]) -> DictConfig:
-    """A stored configuration with overrides applied, not yet validated."""
-    layer = _read(str(path))
-    for key, value in parse_overrides(overrides):
-        _set(layer, key, value)
-    return layer
+        raise UsageError("; ".join(explain(Config, item) for item in error.errors())) from error
 
 
 def override(config: Config, overrides: list[str]) -> Config:
     """`config` with `key=value` texts applied; raises `UsageError` as `load_config` does."""
-    layer = OmegaConf.create(config.to_layer())
-    for key, value in parse_overrides(overrides):
-        _set(layer, key, value)
-    return validate(layer)
-
-
-def _read(source: str, above: tuple[Path, ...] = ()) -> DictConfig:
-    """The values of a preset or file, merged over those of its base.
-
-    `above`: the files, outermost first, whose `base` keys led to this one.
-    """
-    path = _preset(source)
-    if not os.path.isfile(path):
-        path = Path(source)
-    if not os.path.isfile(path):
-        names = ", ".join(sorted(preset.stem for preset in PRESETS.glob("*.yaml")))
-        raise UsageError(f"no configuration file {source!r} and no such preset (presets: {names})")
-    if path.resolve() in above:
-        raise UsageError(f"{path} is built on itself: change its base or that of {above[-1]}")
-    return _on_base(read_mapping(path), path, above)
-
-
-def read_mapping(path: Path) -> DictConfig:
-    """The mapping in a YAML file, its references unresolved. Raises `UsageError` for any other."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        _require_shallow(text)
-        layer = OmegaConf.load(io.StringIO(text))
-        _refuse_environment(OmegaConf.to_container(layer))
-    except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path} cannot be read as YAML: {_first_line(error)}") from error
-    if not isinstance(layer, DictConfig) or not layer:
-        raise UsageError(f"{path} must hold a mapping with at least one key")
-    return layer
-
-
-def _on_base(layer: DictConfig, path: Path, above: tuple[Path, ...]) -> DictConfig:
-    """The layer, merged over the preset or file that its key `base` names.
-
-    A file's name is relative to the folder of `path`, the layer's own file.
-    """
-    try:
-        _rename(layer)
-        base = layer.pop("base", None)
-        if base is None:
-            return layer
-        if not isinstance(base, str):
-            raise TypeError(f"base must be a preset's name or a file, not {_short(base)}")
-        if not os.path.isfile(_preset(base)) and not base.endswith((".yaml", ".yml")):
-            # Of any other file, an error would print the text.
-            raise TypeError(f"base: {_short(base)} is neither a preset nor a file named *.yaml")
-        if not os.path.isfile(_preset(base)):
-            base = str(path.parent / base)
-        below = _read(base, (*above, path.resolve()))
-        for group, (key, default) in _DISCRIMINATORS.items():
-            ours, theirs = layer.get(group), below.get(group)
-            if isinstance(ours, DictConfig) and isinstance(theirs, DictConfig):
-                kind = theirs.get(key, default)
-                if ours.get(key, kind) != kind:
-                    del below[group]
-        merged = OmegaConf.merge(below, layer)
-    except (OmegaConfBaseException, AttributeError, TypeError, ValueError) as error:
-        raise UsageError(f"{path}: {_first_line(error)}") from error
-    assert isinstance(merged, DictConfig)
-    return merged
-
-
-def _rename(layer: DictConfig) -> None:
-    """Give the keys of earlier releases their names of today."""
-    for old, new in RENAMED.items():
-        group, _, name = old.partition(".")
-        section = layer.get(group)
-        if isinstance(section, DictConfig) and name in section:
-            _say_once(f"{old} is now {new}; the next release will not know its old name")
-            section[new.removeprefix(f"{group}.")] = section.pop(name)
-
-
-@cache
-def _say_once(message: str) -> None:
-    _log.warning(message)
-
-
-def _preset(name: str) -> Path:
-    return PRESETS / f"{name}.yaml"
-
-
-def parse_overrides(overrides: list[str]) -> list[tuple[str, Any]]:
-    """Split `key=value` texts and read each value as YAML, in an order that is safe to apply.
-
-    Raises `UsageError` for a text without a key or `=` and for a value that is not YAML.
-    """
-    pairs = []
-    for text in overrides:
-        key, equals, _ = text.partition("=")
-        if not equals or not _KEY.fullmatch(key):
-            raise UsageError(
-                f"{_short(text)} is not an override: write key=value, for example steps=10"
-            )
-        try:
-            _require_shallow(text.partition("=")[2])
-            layer = OmegaConf.from_dotlist([text])
-            _refuse_environment(OmegaConf.to_container(layer))
-            _rename(layer)
-            key = RENAMED.get(key, key)
-            value = OmegaConf.select(layer, key)
-            if isinstance(value, str):
-                value = _literal(value)  # `select` has resolved it
-        except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
-            raise UsageError(f"override {_short(text)}: {_first_line(error)}") from error
-        pairs.append((key, value))
-    # A change of kind empties its group, so it must come before the keys set within the group.
-    kinds = {f"{group}.{key}" for group, (key, _) in _DISCRIMINATORS.items()}
-    return sorted(pairs, key=lambda pair: pair[0] not in kinds)
-
-
-def _set(layer: DictConfig, key: str, value: Any) -> None:
-    group, _, name = key.partition(".")
-    discriminator, default = _DISCRIMINATORS.get(group, (None, None))
-    try:
-        if discriminator and name == discriminator:
-            current = layer.get(group) or {}
-            if current.get(discriminator, default) != value:
-                layer[group] = {}
-        # A mapping as a value sets its whole group.
-        OmegaConf.update(layer, key, value, merge=False)
-    except (OmegaConfBaseException, AttributeError, TypeError) as error:
-        raise UsageError(f"cannot set {key}: {_first_line(error)}") from error
-
-
-def _explain(error: Any) -> str:
-    """One pydantic error as `key: what is wrong`, without the union's tags in the path."""
-    location = [str(part) for part in error["loc"]]
-    if len(location) > 1 and location[0] in _DISCRIMINATORS:
-        del location[1]
-    key = ".".join(location)
-    message = str(error["msg"]).removeprefix("Value error, ")
-    if error["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1], error["loc"])
-        close = difflib.get_close_matches(location[-1], known, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
-        return f"unknown key {key if len(key) <= 200 else _short(key)} ({hint})"
-    if not key:
-        return message
-    return f"{key}: {message} (got {_short(error['input'])})"
-
-
-def _known_keys(parents: list[str], location: tuple[Any, ...]) -> list[str]:
-    section: Any = Config
-    if parents and parents[0] in _DISCRIMINATORS:
-        group, *parents = parents
-        key, _ = _DISCRIMINATORS[group]
-        members = _union_members(Config.model_fields[group].annotation)
-        models = {member.model_fields[key].default: member for member in members}
-        section = models[location[1]]
-    for parent in parents:
-        annotation = section.model_fields[parent].annotation
-        section = next(iter(get_args(annotation)), annotation)  # the first of `section | None`
-    return list(getattr(section, "model_fields", []))
-
-
-def _union_members(annotation: Any) -> tuple[Any, ...]:
-    while hasattr(annotation, "__metadata__"):
-        annotation = annotation.__origin__
-    return get_args(annotation)
-
-
-def _require_shallow(text: str) -> None:
-    """Raise `ValueError` where YAML is nested more deeply, or refers to more keys, than any
-    configuration does."""
-    if text.count("${") > _MOST_INTERPOLATIONS:
-        raise ValueError(f"more than {_MOST_INTERPOLATIONS} interpolations")
-    depth = 0
-    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-        if isinstance(event, yaml.CollectionStartEvent):
-            depth += 1
-        elif isinstance(event, yaml.CollectionEndEvent):
-            depth -= 1
-        if depth > _DEEPEST:
-            raise ValueError(f"nested more than {_DEEPEST} levels deep")
-
-
-def _refuse_environment(value: Any) -> None:
-    """Raise `UsageError` for a value that reads the environment: it would end up in config.yaml,
-    and a run is a function of its configuration alone."""
-    if isinstance(value, dict):
-        value = [*value.keys(), *value.values()]
-    if isinstance(value, list):
-        for item in value:
-            _refuse_environment(item)
-    elif isinstance(value, str) and re.search(r"(?<!\\)(\\\\)*\$\{.*oc\.env", value):
-        raise UsageError(f"{_short(value)} reads the environment: write the value itself")
-
-
-def _literal(value: Any) -> Any:
-    """`value` with `${` escaped, so that OmegaConf gives it back instead of looking up a key."""
-    if isinstance(value, dict):
-        return {key: _literal(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_literal(item) for item in value]
-    if isinstance(value, str):
-        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
-    return value
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}…"
-
-
-def _first_line(error: BaseException) -> str:
-    """What is wrong, and where in a YAML text, without a copy of that text."""
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-        mark = error.problem_mark
-        return f"{error.problem}, line {mark.line + 1}, column {mark.column + 1}"
-    return " ".join(str(error).split())[:300]
+    return validate(apply(overrides, OmegaConf.create(config.to_layer())))
