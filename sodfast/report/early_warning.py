@@ -57,7 +57,8 @@ class Diagnostic(NamedTuple):
 def _tail(key: str, window: Window, step: int) -> float | None:
     """max / mean length pooled over the window, as CGTR's gate; `key` is the mean's."""
     longest, means = window("length/max", step), window(key, step)
-    return max(longest) / fmean(means) if longest and any(means) else None
+    mean = fmean(means) if means else 0.0  # 0 of damaged lines, too
+    return max(longest) / mean if longest and mean else None
 
 
 def _change(

@@ -87,7 +87,7 @@ def test_rollout_is_rehearsed_on_a_cpu(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     cases = json.loads((tmp_path / "rollout.json").read_text())["cases"]
-    assert len(cases) == 4 and all(case.get("checks") or case["rows"] for case in cases.values())
+    assert len(cases) == 5 and all(case.get("checks") or case["rows"] for case in cases.values())
 
 
 @pytest.fixture

@@ -8,7 +8,11 @@ from pathlib import Path
 
 import pytest
 
-REASONS = {"needs a CUDA device", "needs a CUDA device, or TRITON_INTERPRET=1"}
+REASONS = {
+    "needs a CUDA device",
+    "needs a CUDA device, or TRITON_INTERPRET=1",
+    "liger-kernel is absent",
+}
 
 
 @pytest.mark.slow

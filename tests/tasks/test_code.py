@@ -138,6 +138,7 @@ def test_other_rows_that_cannot_be_used(tmp_path: Path) -> None:
 def test_without_namespaces_it_works_and_says_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    others = set(descendants())  # such as the workers of another test
     options = SandboxConfig(isolation="rlimits")
     task = CodeTask(CodeConfig(**rows(tmp_path, ADD), options=options))
     assert [r.message.startswith("task.options.isolation=rlimits") for r in caplog.records] == [
@@ -152,7 +153,7 @@ if os.fork() == 0:
     os._exit(0)
 """
     assert task.score(task.train[0], session + RIGHT) == 1.0
-    assert descendants() == []
+    assert set(descendants()) <= others
 
 
 @pytest.mark.slow  # a minute or two
