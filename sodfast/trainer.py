@@ -271,8 +271,7 @@ class Trainer:
         texts = [self.model.decode(sample.response) for sample in samples]
         asked = [question for question in questions for _ in range(count)]
         grades = grade_answers(self.config, self.task, asked, texts, self.ranks)
-        shown = [sample.prompt for sample in samples]
-        contexts = teacher_prompts(self.config, self.context, step, asked, shown, texts, grades)
+        contexts = teacher_prompts(self.config, self.context, step, asked, texts, grades)
         rewards = [grade.reward for grade in grades]
         return Rollouts(questions, samples, texts, rewards, contexts)
 
