@@ -1,5 +1,6 @@
 """What the teacher is shown: which questions fit, who gets which hint, and the prompt's cut."""
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -590,3 +591,28 @@ def test_a_model_without_a_chat_template_takes_no_switches(
     with pytest.raises(UsageError, match=rf"^{key}: .* leave it out$"):
         build(tmp_path / "run", f"{key}={{enable_thinking: true}}")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_the_switches_of_both_roles_reach_their_prompts(
+    build: Callable[..., Any], tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.content }}{% endfor %}{% if enable_thinking %}?{% endif %}"
+    )
+    switched = [f"model.path={folder}", "model.chat_template_kwargs={enable_thinking: true}"]
+    own = "teacher.chat_template_kwargs={enable_thinking: false}"
+    trainer = build(tmp_path / "run", *switched, own, "teacher.context=none")
+    rollouts = trainer._rollout(1)
+    trainer.run.close()
+    decode = trainer.model.decode
+    questions = [question.prompt for question in rollouts.questions for _ in range(4)]
+    assert [decode(sample.prompt) for sample in rollouts.samples] == [q + "?" for q in questions]
+    assert [decode(hint.prompt) for hint in rollouts.contexts] == questions
+    for role in ("model", "teacher"):
+        key = f"{role}.chat_template_kwargs"
+        with pytest.raises(UsageError, match=f"^{key}: .* switch 'thinking'"):
+            build(tmp_path / "other", *switched, f"{key}={{thinking: true}}")
+    assert not (tmp_path / "other").exists()
