@@ -22,7 +22,7 @@ from torch import OutOfMemoryError, Tensor
 from sodfast import optimizer
 from sodfast.collapse import CollapseDetector, SignalWatch
 from sodfast.config import Config
-from sodfast.context import Questions, TeacherContext, teacher_prompts
+from sodfast.context import Hint, Questions, TeacherContext, teacher_prompts
 from sodfast.errors import RunFailed
 from sodfast.evaluate import evaluate
 from sodfast.metrics import RewardGain, TokenTotals, length_metrics, mean_entropy, reward_metrics
@@ -58,7 +58,7 @@ class Rollouts:
     samples: list[Sample]
     texts: list[str]
     rewards: list[float]
-    contexts: list[Tensor | None]  # the teacher's prompt; None: nothing to distil (m_i = 0)
+    contexts: list[Hint | None]  # what the teacher is shown; None: nothing to distil (m_i = 0)
 
 
 @dataclass(frozen=True)
@@ -271,8 +271,7 @@ class Trainer:
         texts = [self.model.decode(sample.response) for sample in samples]
         asked = [question for question in questions for _ in range(count)]
         grades = grade_answers(self.config, self.task, asked, texts, self.ranks)
-        shown = [sample.prompt for sample in samples]
-        contexts = teacher_prompts(self.config, self.context, step, asked, shown, texts, grades)
+        contexts = teacher_prompts(self.config, self.context, step, asked, texts, grades)
         rewards = [grade.reward for grade in grades]
         return Rollouts(questions, samples, texts, rewards, contexts)
 
@@ -317,7 +316,10 @@ class Trainer:
         if self.config.objective.distill_coef == 0:
             read.clear()
         return self.teacher.score(
-            [context if row in read else None for row, context in enumerate(rollouts.contexts)],
+            [
+                hint.prompt if hint is not None and row in read else None
+                for row, hint in enumerate(rollouts.contexts)
+            ],
             [sample.response for sample in rollouts.samples],
             self.config.scoring_tokens,
         )
