@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import re
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from string import Formatter
@@ -586,16 +587,32 @@ class Config(Section):
         return yaml.safe_dump(self.to_layer(), sort_keys=False, allow_unicode=True)
 
 
-def load_config(source: str | None, overrides: list[str]) -> Config:
+def load_config(
+    source: str | os.PathLike[str] | None = None, overrides: Sequence[str] = (), **values: Any
+) -> Config:
     """Read a preset's name or a YAML file (None: the preset `lab`), apply `key=value` overrides.
+
+    `values` are overrides that are Python values already; of a group given as a mapping, such as
+    `eval={"every": 5}`, only the keys that it names are set.
 
     Raises `UsageError` with one line for a missing, empty or malformed source, an override
     without `=`, an unknown key or a value that its key does not take.
     """
-    layer = _read(source or "lab")
-    for key, value in parse_overrides(overrides):
+    layer = _read(os.fspath(source or "lab"))
+    pairs = [*parse_overrides(overrides), *_flattened(values)]
+    for key, value in sorted(pairs, key=_sets_no_kind):
         _set(layer, key, value)
     return validate(layer)
+
+
+def _flattened(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Groups as their dotted keys, and every value as YAML would give it."""
+    for name, value in values.items():
+        inner = value if isinstance(value, Mapping) and "." not in name else {"": value}
+        for key, item in inner.items():
+            item = os.fspath(item) if isinstance(item, os.PathLike) else item
+            item = list(item) if isinstance(item, tuple) else item
+            yield f"{name}.{key}".rstrip("."), _literal(item)
 
 
 def validate(layer: DictConfig | dict[str, Any]) -> Config:
@@ -713,7 +730,7 @@ def _preset(name: str) -> Path:
     return PRESETS / f"{name}.yaml"
 
 
-def parse_overrides(overrides: list[str]) -> list[tuple[str, Any]]:
+def parse_overrides(overrides: Sequence[str]) -> list[tuple[str, Any]]:
     """Split `key=value` texts and read each value as YAML, in an order that is safe to apply.
 
     Raises `UsageError` for a text without a key or `=` and for a value that is not YAML.
@@ -737,9 +754,14 @@ def parse_overrides(overrides: list[str]) -> list[tuple[str, Any]]:
         except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
             raise UsageError(f"override {_short(text)}: {_first_line(error)}") from error
         pairs.append((key, value))
-    # A change of kind empties its group, so it must come before the keys set within the group.
-    kinds = {f"{group}.{key}" for group, (key, _) in _DISCRIMINATORS.items()}
-    return sorted(pairs, key=lambda pair: pair[0] not in kinds)
+    return sorted(pairs, key=_sets_no_kind)
+
+
+def _sets_no_kind(pair: tuple[str, Any]) -> bool:
+    """False for the kind of a group. A change of kind empties its group, so it must come before
+    the keys set within the group."""
+    group, _, name = pair[0].partition(".")
+    return group not in _DISCRIMINATORS or name != _DISCRIMINATORS[group][0]
 
 
 def _set(layer: DictConfig, key: str, value: Any) -> None:

@@ -47,7 +47,7 @@ from sodfast.tasks.base import Question, Task
 from sodfast.tasks.files import file_hashes
 from sodfast.teacher import Teacher, TeacherScores
 
-Status = Literal["done", "collapsed", "interrupted", "failed"]
+Status = Literal["done", "collapsed", "interrupted", "failed", "paused"]
 
 
 @dataclass(frozen=True)
@@ -121,11 +121,15 @@ class Trainer:
         self.moved = False  # whether the weights may differ from those after `step`
         self.state = self._state()
         self.clock = PhaseClock(model.device)
+        self._logger: Logger | None = None  # open from the first step to the run's end
 
     # ---------------------------------------------------------------- the run
 
-    def train(self) -> Status:
+    def train(self, until: int | None = None) -> Status:
         """Run to `steps`, or to the collapse detector's stop, or to an interruption.
+
+        `until`: stop after that step, if the run goes on beyond it, with the status "paused";
+        nothing but the lines of the steps is written then, and another call goes on.
 
         Raises `RunFailed` when a loss or gradient is not finite, memory runs out or the disk
         refuses, and summary.json says "failed". The state before the step is checkpointed first.
@@ -133,18 +137,24 @@ class Trainer:
         already moved the weights, and where one of several ranks has run out of memory, since the
         others then wait for it at another point.
         """
-        logger = Logger(self.config, self.run.path)
+        if self._logger is None:
+            self._logger = Logger(self.config, self.run.path)
+            self.reporter.start(self.step, self.config.steps)
+        logger = self._logger
         interruption = Interruption(self.ranks.any if self.ranks.size > 1 else None)
         step = self.step
+        status: Status = "failed"
         try:
             with interruption:
-                self.reporter.start(self.step, self.config.steps)
                 if not self.lines:
                     self._evaluate_start(interruption, logger)
-                while not self._ended():
+                while not self.ended and self.step != until:
                     step = self.step + 1
                     self._train_step(step, interruption, logger)
-            status: Status = "done" if self.collapse.step is None else "collapsed"
+            if not self.ended:
+                status = "paused"
+                return status
+            status = "done" if self.collapse.step is None else "collapsed"
         except Interrupted:
             kept = "saving the last finished step" if self.config.checkpoint.every else "not saved"
             self.reporter.message(f"interrupted: {kept}")
@@ -161,11 +171,27 @@ class Trainer:
                     self._save()
             raise failed from error
         finally:
-            logger.close()
+            if status != "paused":
+                self._close_logger()
+        self._write_end(status)
+        return status
+
+    def leave(self) -> None:
+        """Save the last finished step of a paused run and close it as an interrupted one."""
+        if self.lines:
+            self._save()
+        self._close_logger()
+        self._write_end("interrupted")
+
+    def _write_end(self, status: Status) -> None:
         self.run.write_summary(self.summary(status))
         if self.ranks.main:  # a run that was killed while it deleted the old ones may be finished
             checkpoint.prune(self.run.checkpoints, self.config.checkpoint.keep)
-        return status
+
+    def _close_logger(self) -> None:
+        if self._logger is not None:
+            self._logger.close()
+            self._logger = None
 
     def resume(self) -> None:
         """Continue from the newest checkpoint, or from the start where there is none yet, and
@@ -193,10 +219,10 @@ class Trainer:
         self.gain.last = stored.state["reward_memory"]
         closing = self._due_at_the_end(self.step)
         self.lines = self.run.rewind(
-            self.step, self.config, without_evaluation=closing and not self._ended()
+            self.step, self.config, without_evaluation=closing and not self.ended
         )
         self.state = self._state()
-        if closing and self._ended():
+        if closing and self.ended:
             kept = {k: v for k, v in self.lines[-1].items() if k.startswith("eval/")}
             if kept:
                 self.collapse.observe({"step": self.step, **kept})
@@ -439,13 +465,13 @@ class Trainer:
         self._observe_collapse(line)
         self.step = step
         self.state = self._state()  # before a closing evaluation: see `_due_at_the_end`
-        if self._ended() and self._due_at_the_end(step):
+        if self.ended and self._due_at_the_end(step):
             evaluation = self._evaluate(step)
             line |= evaluation
             self._observe_collapse({"step": step, **evaluation})
         self._commit(line, logger)
         every = self.config.checkpoint.every
-        if self._ended() or (every and step % every == 0):
+        if self.ended or (every and step % every == 0):
             self._save()
 
     def _observe_collapse(self, line: dict[str, Any]) -> None:
@@ -495,7 +521,9 @@ class Trainer:
         """
         return self.config.eval.every > 0 and not self._due(step)
 
-    def _ended(self) -> bool:
+    @property
+    def ended(self) -> bool:
+        """Whether no step is left."""
         collapsed = self.config.collapse.stop and self.collapse.step is not None
         return self.step >= self.config.steps or collapsed
 

@@ -25,7 +25,7 @@ FLOORS = [
     {"objective", "evaluate", "metrics"},
     {"trainer", "memory", "study"},
     {"commands", "report"},
-    {"cli"},
+    {"cli", "api"},
     {"__main__"},
 ]
 MACHINES = {"tasks", "lab", "model", "rollout", "parallel", "run", "memory", "study", "report"}

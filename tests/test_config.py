@@ -776,3 +776,31 @@ def test_a_yaml_error_names_the_place_and_not_the_text(tmp_path: Path) -> None:
     file.write_text("seed: 3\nout: [token\nsteps: }")
     message = refusal(source=str(file))
     assert "line 3, column" in message and "token" not in message
+
+
+# ---------------------------------------------------------------- values from Python
+
+
+def test_python_values_are_overrides(tmp_path: Path) -> None:
+    lora = {"rank": 4, "alpha": 8}
+    config = load_config(
+        "lab",
+        ["seed=3"],
+        steps=7,
+        out=tmp_path / "${run}",
+        schedule={"every": 5, "kind": "hard"},
+        model={"lora": lora},
+        teacher={"template": "{prompt} ${{x}} {demonstration}{feedback}"},
+        objective={"clip_range": (0.1, 0.3)},
+        **{"eval.every": 2},
+    )
+    assert config.seed == 3 and config.steps == 7 and config.out == str(tmp_path / "${run}")
+    assert config.schedule.model_dump() == {"kind": "hard", "every": 5}
+    assert config.model.lora is not None and config.model.lora.rank == 4
+    assert config.teacher.template == "{prompt} ${{x}} {demonstration}{feedback}"
+    assert config.teacher.max_prompt_tokens == load_config("lab", []).teacher.max_prompt_tokens
+    assert config.objective.clip_range == (0.1, 0.3) and config.eval.every == 2
+    with pytest.raises(UsageError, match="steps: "):
+        load_config("lab", steps="many")
+    with pytest.raises(UsageError):
+        load_config("lab", steps=object())

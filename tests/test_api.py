@@ -1,0 +1,108 @@
+"""A run from Python: whole, step by step, continued, and looked into."""
+
+import threading
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import sodfast
+from sodfast.errors import UsageError
+from sodfast.files import read_lines
+
+
+def overrides(tiny_run: list[str], out: Path) -> list[str]:
+    return [*tiny_run, f"out={out}"]
+
+
+def untimed(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {k: v for k, v in line.items() if not k.startswith(("time/", "memory/"))} for line in lines
+    ]
+
+
+def test_a_notebook(tiny_run: list[str], tmp_path: Path) -> None:
+    """Train five steps, look at metrics and events, go on: the run of the command line."""
+    hard = {"kind": "hard", "every": 2}
+    values: dict[str, Any] = {"steps": 5, "schedule": hard}
+    run = sodfast.train("lab", overrides(tiny_run, tmp_path / "run"), **values)
+    assert run.path == tmp_path / "run" and run.config.schedule.model_dump() == hard
+    assert [line["step"] for line in run.metrics] == [0, 1, 2, 3, 4, 5]
+    assert [e["step"] for e in run.events if e["event"] == "refresh"] == [2, 4]
+    assert run.summary is not None and run.summary["status"] == "done"
+    longer = sodfast.train(resume=run.path, steps=6)
+    assert untimed(sodfast.load_run(tmp_path / "run").metrics)[:4] == untimed(run.metrics)[:4]
+    assert longer.metrics[-1]["step"] == 6
+
+
+@pytest.mark.skipif(find_spec("sodfast.run.samples") is None, reason="no reader of samples yet")
+def test_the_samples_of_a_step(tiny_run: list[str], tmp_path: Path) -> None:
+    run = sodfast.train("lab", overrides(tiny_run, tmp_path / "run"), steps=2, eval={"every": 2})
+    rewards = [sample["reward"] for sample in run.samples(2)]
+    assert len(rewards) == 16
+    assert sum(rewards) / 16 == pytest.approx(run.metrics[2]["reward/mean"])
+
+
+def test_step_by_step_is_the_same_run(tiny_run: list[str], tmp_path: Path) -> None:
+    whole = sodfast.train("lab", overrides(tiny_run, tmp_path / "whole"))
+    config = sodfast.load_config("lab", overrides(tiny_run, tmp_path / "steps"))
+    with sodfast.Trainer.build(config) as trainer:
+        first = trainer.step()
+        assert first["step"] == 1 and trainer.run.summary is None
+        assert trainer.run.metrics == read_lines(trainer.run.path / "metrics.jsonl")
+        with pytest.raises(UsageError, match="being written by another process"):
+            sodfast.Trainer.resume(trainer.run.path)
+        trainer.step()
+    assert trainer.run.summary is not None and trainer.run.summary["status"] == "interrupted"
+    with pytest.raises(UsageError, match="is closed"):
+        trainer.step()
+
+    trainer = sodfast.Trainer.resume(trainer.run.path)
+    assert trainer.algorithm.step == 2  # saved when it was left, though no checkpoint was due
+    lines = []
+    while not trainer.finished:
+        lines.append(trainer.step())
+    with pytest.raises(UsageError, match="is finished at step 6"):
+        trainer.step()
+    trainer.close()
+    assert [line["step"] for line in lines] == [3, 4, 5, 6]
+    assert untimed(trainer.run.metrics) == untimed(whole.metrics)
+    assert trainer.run.summary == whole.summary
+
+
+def test_ctrl_c_saves_the_last_finished_step(
+    tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sodfast.run.interrupt import Interrupted
+
+    config = sodfast.load_config("lab", overrides(tiny_run, tmp_path / "run"))
+    trainer = sodfast.Trainer.build(config)
+    trainer.step()
+
+    def interrupted(*arguments: Any, **keywords: Any) -> None:
+        raise Interrupted
+
+    monkeypatch.setattr(trainer.algorithm.engine, "generate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.step()
+    with sodfast.Trainer.resume(tmp_path / "run") as trainer:
+        assert trainer.algorithm.step == 1
+
+
+def test_a_run_in_a_thread_takes_no_signals(tiny_run: list[str], tmp_path: Path) -> None:
+    arguments = ("lab", [*overrides(tiny_run, tmp_path / "run"), "steps=1"])
+    thread = threading.Thread(target=sodfast.train, args=arguments)
+    thread.start()
+    thread.join()
+    assert sodfast.load_run(tmp_path / "run").summary is not None
+
+
+def test_what_cannot_be_opened_or_resumed(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="not a run directory"):
+        sodfast.load_run(tmp_path)
+    for arguments in ({"source": "lab"}, {"seed": 3}):
+        with pytest.raises(UsageError, match="resume takes only steps"):
+            sodfast.train(resume=tmp_path, **arguments)
+    with pytest.raises(UsageError, match="did you mean steps"):
+        sodfast.train("lab", stepps=3)
