@@ -38,6 +38,7 @@ from sodfast.run.environment import environment
 from sodfast.run.fork import fork_config, fork_run, read_fork
 from sodfast.run.interrupt import Interrupted
 from sodfast.run.loggers import require_sinks
+from sodfast.schedule import build_schedule
 from sodfast.tasks.base import Task
 from sodfast.tasks.build import build_task
 from sodfast.trainer import Trainer
@@ -112,6 +113,7 @@ def build_trainer(
         data, engine = _questions_and_engine(config, model, task, reporter)
         if config.teacher.storage == "host" or ranks.size > 1:
             decoder_layers(model.network)  # refused here rather than after the run has begun
+        build_schedule(config.schedule)  # likewise
     with ranks.together():
         if not ranks.main:
             run = RunDirectory(out, None)

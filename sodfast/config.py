@@ -65,6 +65,14 @@ def _fits_a_file_system(text: str) -> str:
     return text
 
 
+def _names_an_object(source: str) -> str:
+    """The file of `FILE.py:NAME` in full, so that a run can be resumed from any folder."""
+    place, _, name = source.rpartition(":")
+    if not place or not name.isidentifier():
+        raise ValueError("must be FILE.py:NAME or module.submodule:NAME")
+    return f"{os.path.abspath(place)}:{name}" if place.endswith(".py") else source
+
+
 # Bounds beyond which a number is no use and its conversion to 32 bits fails in the middle of a run.
 _MOST, _LARGEST, _COLDEST = 2**31 - 1, 1e9, 1e-6
 # What a YAML text may hold. libyaml ends the process where nesting exhausts its stack.
@@ -82,6 +90,7 @@ AboveZero = Annotated[float, Field(gt=0, le=_LARGEST)]
 Gibibytes = Annotated[float, Field(gt=0, le=1e6)]
 NewPath = Annotated[str, AfterValidator(_names_a_file)]  # its length is the directory's business
 PathText = Annotated[NewPath, AfterValidator(_fits_a_file_system)]
+SourceText = Annotated[str, AfterValidator(_names_an_object)]  # of the user's own Python
 
 # Pairs of model.dtype and optimizer.adamw that make no sense, and why.
 _REFUSED_ADAMW = {
@@ -247,18 +256,10 @@ class PythonConfig(_PlacedRowsConfig):
     and brings its questions; a function scores the rows of `train` and `test`."""
 
     name: Literal["python"] = "python"
-    source: str
+    source: SourceText
     train: PathText | None = None
     options: dict[str, Any] = {}
     timeout: Annotated[float, Field(gt=0)] = 60.0  # seconds for a call
-
-    @field_validator("source")
-    @classmethod
-    def _names_an_object(cls, source: str) -> str:
-        place, _, name = source.rpartition(":")
-        if not place or not name.isidentifier():
-            raise ValueError("must be FILE.py:NAME or module.submodule:NAME")
-        return f"{os.path.abspath(place)}:{name}" if place.endswith(".py") else source
 
 
 class MathConfig(_PlacedRowsConfig):
@@ -407,8 +408,24 @@ class CGTRConfig(Section):
         return gates
 
 
+class PythonScheduleConfig(Section):
+    """The user's own schedule: `source`, FILE.py:NAME or module:NAME, is a class that is built from
+    `options` and has `observe(statistics) -> Decision`."""
+
+    kind: Literal["python"] = "python"
+    source: SourceText
+    options: dict[str, Any] = {}
+
+
 ScheduleConfig = Annotated[
-    Union[FixedConfig, HardConfig, EMAConfig, CGTRConfig, TrustRegionConfig],  # noqa: UP007
+    Union[  # noqa: UP007
+        FixedConfig,
+        HardConfig,
+        EMAConfig,
+        CGTRConfig,
+        TrustRegionConfig,
+        PythonScheduleConfig,
+    ],
     Field(discriminator="kind"),
 ]
 

@@ -44,7 +44,7 @@ from sodfast.run.phases import PhaseClock, oom_hint
 from sodfast.schedule import build_schedule
 from sodfast.summary import summarize
 from sodfast.tasks.base import Question, Task
-from sodfast.tasks.files import file_hashes
+from sodfast.tasks.files import run_files
 from sodfast.teacher import Teacher, TeacherScores
 
 Status = Literal["done", "collapsed", "interrupted", "failed", "paused"]
@@ -99,7 +99,7 @@ class Trainer:
             self.weights = ShardedWeights(model.network, ranks, alignment)
             self.engine = SharedEngine(engine, ranks, self.weights.whole)
         self.task = task
-        self.task_files = file_hashes(config.task)
+        self.task_files = run_files(config)
         self.run = run
         self.reporter = reporter
         self.context = TeacherContext(config.teacher, model)
@@ -269,13 +269,13 @@ class Trainer:
                     before_first=lambda: shield.enter_context(interruption.shielded()),
                 )
             del scores
-            line |= self._move_teacher(step, line)
             group = self.config.rollout.samples_per_prompt
             means = [
                 sum(rollouts.rewards[i : i + group]) / group
                 for i in range(0, len(rollouts.rewards), group)
             ]
-            line |= self.gain.observe([q.id for q in rollouts.questions], means)
+            gain = self.gain.observe([q.id for q in rollouts.questions], means)
+            line |= self._move_teacher(step, line | gain) | gain
             line |= self.clock.metrics(sum(len(sample.response) for sample in rollouts.samples))
             self._finish(line, logger)
 
@@ -439,7 +439,9 @@ class Trainer:
 
     def _move_teacher(self, step: int, line: dict[str, Any]) -> dict[str, Any]:
         """Let the schedule decide and the teacher follow; write the events, return the metrics."""
-        decision = self.schedule.observe_line(line)
+        with self.ranks.together():
+            decision = self.schedule.observe_line(line)
+        decision = self.ranks.gather(decision)[0]  # a user's schedule may draw random numbers
         with oom_hint("refresh"):
             moved = self.teacher.apply(decision, step)
             drift = None if moved is None else float(moved)

@@ -106,3 +106,62 @@ def test_what_cannot_be_opened_or_resumed(tmp_path: Path) -> None:
             sodfast.train(resume=tmp_path, **arguments)
     with pytest.raises(UsageError, match="did you mean steps"):
         sodfast.train("lab", stepps=3)
+
+
+# ---------------------------------------------------------------- a schedule of one's own
+
+PLATEAU = Path(__file__).parent.parent / "examples" / "plateau_schedule.py"
+
+
+def test_an_own_schedule_resumes_exactly_and_refuses_to_after_an_edit(
+    tiny_run: list[str], tmp_path: Path, cli: Any
+) -> None:
+    file = tmp_path / "own.py"
+    file.write_text(PLATEAU.read_text())
+    schedule = {"kind": "python", "source": f"{file}:OnPlateau", "options": {"patience": 2}}
+    values: dict[str, Any] = {"schedule": schedule, "checkpoint": {"every": 2, "keep": 9}}
+    whole = sodfast.train("lab", overrides(tiny_run, tmp_path / "whole"), **values)
+    refreshed = [line["step"] for line in whole.metrics[1:] if line["teacher/refreshed"]]
+    assert refreshed  # and it is seen to do what it says
+    waited = [line["schedule/waited"] for line in whole.metrics[1:]]
+    assert [step for step in range(1, 7) if waited[step - 1] == 2] == refreshed
+
+    config = sodfast.load_config("lab", overrides(tiny_run, tmp_path / "cut"), **values)
+    for last in (1, 4, 6):
+        path = tmp_path / "cut"
+        trainer = sodfast.Trainer.resume(path) if last > 1 else sodfast.Trainer.build(config)
+        with trainer:
+            while trainer.algorithm.step < last:
+                trainer.step()
+    assert untimed(trainer.run.metrics) == untimed(whole.metrics)
+
+    replayed = cli("replay", str(whole.path))
+    assert replayed.code == 0 and "Every decision is the recorded one" in replayed.out
+    forked = cli("fork", str(whole.path), "step=4", f"out={tmp_path / 'fork'}")
+    assert forked.code == 0, forked.err
+    assert untimed(sodfast.load_run(tmp_path / "fork").metrics) == untimed(whole.metrics)
+
+    file.write_text(file.read_text() + "\n# edited\n")
+    refused = cli("train", "--resume", str(whole.path), "steps=7")
+    assert refused.code == 2
+    assert refused.err.startswith(f"sodfast: {file} is not as it was when the run began")
+
+
+def test_a_schedule_that_fails_ends_the_run_in_one_line(
+    tiny_run: list[str], tmp_path: Path, cli: Any
+) -> None:
+    file = tmp_path / "own.py"
+    file.write_text(PLATEAU.read_text().replace("self.waited = 0 if", "self.waited = 1 / 0 if"))
+    keys = [f"schedule.source={file}:OnPlateau", "schedule.kind=python"]
+    failed = cli("train", "lab", *overrides(tiny_run, tmp_path / "run"), *keys)
+    line = (
+        PLATEAU.read_text()
+        .splitlines()
+        .index("        self.waited = 0 if reward > self.best else self.waited + 1")
+    )
+    assert failed.code == 1
+    assert f"step 1: {file}:{line + 1}: ZeroDivisionError" in failed.err
+    missing = f"schedule.source={tmp_path / 'none.py'}:OnPlateau"
+    refused = cli("train", "lab", *overrides(tiny_run, tmp_path / "no"), keys[1], missing)
+    assert refused.code == 2 and "schedule.source: there is no file" in refused.err
+    assert not (tmp_path / "no").exists()

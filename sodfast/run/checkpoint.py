@@ -76,6 +76,15 @@ class _Followed(_Part):
     copied: Count
 
 
+class _Own(_Part):
+    """The state of a user's schedule."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    last_copy: Count
+    own: Any
+
+
 class _Stateless(_Part):
     model_config = ConfigDict(extra="forbid")
 
@@ -97,7 +106,7 @@ class _State(_Part):
     step: Count
     fingerprint: str
     base: str | None = None
-    schedule: _Gated | _Followed | _Stateless
+    schedule: _Gated | _Followed | _Own | _Stateless
     collapse: _Collapse
     reward_memory: dict[str, float]
     teacher_is_student: bool = True

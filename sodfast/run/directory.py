@@ -16,7 +16,7 @@ from sodfast.errors import RunFailed, UsageError
 from sodfast.files import refuse_links, replace_text, try_lock
 from sodfast.run import checkpoint
 from sodfast.run.records import read_events, read_metrics
-from sodfast.tasks.files import changed_file, file_hashes
+from sodfast.tasks.files import changed_file, run_files
 
 _log = logging.getLogger(__name__)
 
@@ -233,7 +233,7 @@ def stored_config(path: Path, overrides: list[str]) -> Config:
                 f"{path}/config.yaml is not the configuration its checkpoints were made with: "
                 "restore it, or start a new run"
             )
-        _require_same_files(path, file_hashes(config.task), state.get("task_files"))
+        _require_same_files(path, run_files(config), state.get("task_files"))
         if config.steps < state["step"]:
             raise UsageError(f"steps={config.steps} lies before the checkpoint's {state['step']}")
     return config
