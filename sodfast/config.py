@@ -325,6 +325,11 @@ class ObjectiveConfig(Section):
     policy_coef: NonNegative = 1.0
     ratio_cap: AboveZero | None = 2.0
     clip_range: tuple[NonNegative, NonNegative] = (0.2, 0.28)
+    # c: bounds the policy loss of a token with a negative advantage A by c·|A| (arXiv 1912.09729).
+    dual_clip: Annotated[float, Field(gt=1, le=_LARGEST)] | None = None
+    # π_old of the policy term and of the ratio cap: as the engine sampled, or recomputed by the
+    # forward pass that trains; the difference then counts as the sampler's (importance weight).
+    old_logprob: Literal["engine", "recompute"] = "engine"
     normalize_advantage: bool = False  # divide the group's advantages by their std
     reduction: Literal["sequence_mean", "token_mean"] = "sequence_mean"
 

@@ -11,7 +11,7 @@ optimizer update leaves the state of the step before.
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +34,7 @@ from sodfast.parallel.ranks import ALONE, Ranks
 from sodfast.rewards import grade_answers
 from sodfast.rng import PromptOrder, Stream, draw_key, generator
 from sodfast.rollout.engine import Engine, Sample, SampleKey, Sampling
+from sodfast.rollout.scores import recompute
 from sodfast.rollout.shared import SharedEngine
 from sodfast.run import checkpoint
 from sodfast.run.console import Reporter
@@ -254,6 +255,8 @@ class Trainer:
         updates = self._updates(step, rollouts)
         interruption.boundary()
         with self.clock("teacher"):
+            if self.config.objective.old_logprob == "recompute":
+                rollouts = replace(rollouts, samples=self._recompute(rollouts.samples))
             scores = self._score(rollouts, updates)
         interruption.boundary()
         line: dict[str, Any] = {"step": step, **self._statistics(rollouts)}
@@ -336,6 +339,17 @@ class Trainer:
                 Update([rows[i] for i in own], [weights.of(i) for i in own], max(passes))
             )
         return updates
+
+    def _recompute(self, samples: list[Sample]) -> list[Sample]:
+        """The samples with the log-probs of training's forward pass, each by one of the ranks."""
+        with self.weights.whole():
+            own = recompute(
+                self.model,
+                self.ranks.share(samples),
+                self.config.rollout.temperature,
+                self._budget,
+            )
+        return [sample for part in self.ranks.gather(own) for sample in part]
 
     def _score(self, rollouts: Rollouts, updates: Sequence[Update]) -> TeacherScores:
         self.reporter.phase("teacher")

@@ -3,6 +3,7 @@
 Suffixes: N response tokens, V vocabulary, H hidden size.
 """
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -380,8 +381,11 @@ def definition(config: ObjectiveConfig, rollouts: Update, softcap: float | None)
                 gradient += config.distill_coef * distill_share * rho * slope_D
             low, high = config.clip_range
             clipped = min(max(ratio, 1 - low), 1 + high)
-            loss += config.policy_coef * policy_share * -min(ratio * advantage, clipped * advantage)
-            if ratio * advantage <= clipped * advantage:
+            policy = -min(ratio * advantage, clipped * advantage)
+            bound = math.inf if config.dual_clip is None else -config.dual_clip * advantage
+            bounded = advantage < 0 and policy > bound
+            loss += config.policy_coef * policy_share * (bound if bounded else policy)
+            if ratio * advantage <= clipped * advantage and not bounded:
                 one_hot = np.arange(len(head)) == token
                 push = -advantage * ratio * (one_hot - np.exp(log_s))
                 gradient += config.policy_coef * policy_share * push
@@ -435,6 +439,7 @@ def test_the_loss_is_the_definition(alpha: float, support: str, policy_coef: flo
         ({"ratio_cap": 0.9}, None),
         ({"clip_range": (0.0, 0.0)}, None),
         ({"clip_range": (0.9, 9.0)}, None),
+        ({"dual_clip": 1.1}, None),
         ({"distill_coef": 0.0}, None),
         ({"top_k": 1}, None),
         ({"top_k": 1000}, None),

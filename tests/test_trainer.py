@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from sodfast.config import load_config
 from sodfast.errors import RunFailed, UsageError
 from sodfast.files import read_lines
 from sodfast.model.load import decoder_layers
+from sodfast.rollout.engine import Sample
 from sodfast.run import checkpoint
 from sodfast.run.console import Reporter
 from sodfast.run.interrupt import Interrupted
@@ -470,6 +472,33 @@ def test_without_distillation_no_divergence_is_reported(runs: Train) -> None:
     assert all("distill/divergence" not in line for line in run.lines)
     assert all(line["optim/grad_norm"] > 0 for line in run.lines[1:])
     assert all(0 < line["distill/reprompt_fraction"] <= 1 for line in run.lines[1:])
+
+
+def test_recomputed_old_log_probs_are_those_of_training(
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine whose numerics are off by a quarter nat: as π_old it is the ratio of every token;
+    recomputed, the ratio is 1 and the difference weighs as the sampler's."""
+    lines = {}
+    for kind in ("engine", "recompute"):
+        keys = (f"objective.old_logprob={kind}", "steps=1", "eval.every=0")
+        trainer = build(tmp_path / kind, *keys)
+        generate = trainer.engine.generate
+
+        def off(*arguments: Any, generate: Any = generate, **keywords: Any) -> list[Sample]:
+            return [replace(s, logprob=s.logprob - 0.25) for s in generate(*arguments, **keywords)]
+
+        monkeypatch.setattr(trainer.engine, "generate", off)
+        trainer.train()
+        trainer.run.close()
+        lines[kind] = trainer.lines[1]
+    ratio = math.exp(0.25)
+    assert lines["engine"]["policy/ratio_mean"] == pytest.approx(ratio, rel=1e-4)
+    assert {k: v for k, v in lines["engine"].items() if "sampler" in k} == {
+        k: pytest.approx(v) for k, v in lines["recompute"].items() if "sampler" in k
+    }
+    assert lines["recompute"]["policy/ratio_mean"] == pytest.approx(1, rel=1e-5)
+    assert lines["recompute"]["policy/sampler_ratio_max"] == pytest.approx(ratio, rel=1e-4)
 
 
 def test_merging_the_tail_can_only_lower_the_divergence(runs: Train) -> None:

@@ -30,6 +30,8 @@ ADDED: dict[str, Any] = {
     "lab.stubborn": 0.0,
     "teacher.micro_batch_tokens": None,
     "optimizer.lr_burst": None,
+    "objective.dual_clip": None,
+    "objective.old_logprob": "engine",
     "task.split": None,
     "task.columns": {},
     "task.system": None,

@@ -44,6 +44,7 @@ def linear_distillation_loss(
     policy_weight: Tensor | None = None,
     old_logprob: Tensor | None = None,
     clip_range: tuple[float, float] = (0.2, 0.28),
+    dual_clip: float | None = None,
     ratio_cap: float | None = None,
     reduction: str = "sum",
     teacher_topk: tuple[Tensor, Tensor] | None = None,
@@ -80,6 +81,7 @@ def linear_distillation_loss(
         policy_weight=policy_weight,
         old_logprob=old_logprob,
         clip_range=clip_range,
+        dual_clip=dual_clip,
         ratio_cap=ratio_cap,
         reduction=reduction,
         teacher_topk=teacher_topk,
@@ -133,6 +135,7 @@ def distillation_loss(
     policy_weight: Tensor | None = None,
     old_logprob: Tensor | None = None,
     clip_range: tuple[float, float] = (0.2, 0.28),
+    dual_clip: float | None = None,
     ratio_cap: float | None = None,
     reduction: str = "sum",
     teacher_topk: tuple[Tensor, Tensor] | None = None,
@@ -163,6 +166,8 @@ def distillation_loss(
         policy_weight: [N] coefficient of each policy loss, default 1/N.
         old_logprob: [N] log-prob of each sampled token when it was sampled. None: ratio 1.
         clip_range: (low, high) of the clip.
+        dual_clip: c > 1 bounds the policy loss of a token with A < 0 by −c·A, where it then has no
+            gradient (arXiv 1912.09729). None: no bound.
         ratio_cap: multiplies each divergence by min(exp(logp − old_logprob), cap).
         reduction: "sum" gives a scalar loss, its gradient computed along the way; "none" gives [N],
             and the backward pass computes everything a second time.
@@ -191,6 +196,7 @@ def distillation_loss(
         policy_weight=policy_weight,
         old_logprob=old_logprob,
         clip_range=clip_range,
+        dual_clip=dual_clip,
         ratio_cap=ratio_cap,
         reduction=reduction,
         teacher_topk=teacher_topk,
