@@ -165,8 +165,10 @@ def start(setting: Setting, device: torch.device, folder: Path) -> Trainer:
 
 def lengths_of(rollouts: Rollouts) -> list[Lengths]:
     return [
-        Lengths(len(sample.prompt), None if context is None else len(context), len(sample.response))
-        for sample, context in zip(rollouts.samples, rollouts.contexts, strict=True)
+        Lengths(
+            len(sample.prompt), None if hint is None else len(hint.prompt), len(sample.response)
+        )
+        for sample, hint in zip(rollouts.samples, rollouts.contexts, strict=True)
     ]
 
 

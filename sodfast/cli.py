@@ -207,6 +207,33 @@ def calibrate_gates(
     _print(*result.text(), json.dumps(result.to_json()))
 
 
+@app.command()
+def show(
+    run: Annotated[Path, typer.Argument(metavar="RUN_DIR")],
+    step: Annotated[
+        int | None, typer.Option(metavar="N", help="Default: the last step whose answers are kept.")
+    ] = None,
+    question: Annotated[
+        str | None, typer.Option(metavar="ID", help="Only the answers to this question.")
+    ] = None,
+    sort: Annotated[
+        Literal["reward", "length", "divergence"] | None,
+        typer.Option(help="The greatest first; default: as they were drawn."),
+    ] = None,
+    limit: Annotated[int, typer.Option(help="How many answers.")] = 5,
+    evaluation: Annotated[
+        bool, typer.Option("--eval", help="The answers of the evaluation after that step.")
+    ] = False,
+) -> None:
+    """Show a step's answers with the teacher's hints, tokens shaded by their divergence."""
+    from sodfast.run.console import Screen, open_console
+    from sodfast.run.show import chosen_answers, describe_answers
+
+    screen = Screen()
+    answers = chosen_answers(run, step, question, sort, limit, evaluation)
+    _print(*describe_answers(answers, open_console(screen)), screen=screen)
+
+
 @app.command("report")
 def report_directory(
     directory: Annotated[Path, typer.Argument(metavar="RUN_OR_STUDY_DIR")],

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from transformers.utils.logging import disable_progress_bar
 
-from sodfast.config import Config, LogConfig, load_config, read_overrides, validate
+from sodfast.config import Config, load_config, read_overrides, validate
 from sodfast.context import Questions, fitting_questions
 from sodfast.errors import UsageError
 from sodfast.evaluate import evaluate
@@ -117,7 +117,7 @@ def build_trainer(
     with ranks.together():
         if not ranks.main:
             run = RunDirectory(out, None)
-            config = config.model_copy(update={"log": LogConfig()})
+            config = config.model_copy(update={"log": config.log.model_copy(update={"sinks": ()})})
         elif resume is None:
             found = environment(torch.get_num_threads(), str(device), ranks.size)
             run = RunDirectory.create(out, config, found)

@@ -492,10 +492,13 @@ class CollapseConfig(Section):
 
 
 class LogConfig(Section):
-    """Sinks beside metrics.jsonl, which is always written."""
+    """What is written beside metrics.jsonl, which always is: sinks, and answers in samples/."""
 
     sinks: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     project: str = "sodfast"
+    # Every how many steps all answers go to samples/; null: where the run is evaluated; 0: never.
+    # Those of an evaluation are kept unless it is 0.
+    samples_every: Interval | None = None
 
 
 class Config(Section):

@@ -7,6 +7,7 @@ a sibling rollout.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -21,6 +22,21 @@ _THINKING = re.compile(r"<think>.*?</think>", re.DOTALL)
 # More characters than a token of any vocabulary has on average: a longer text need not be encoded
 # to be known as too long.
 _TOKEN_CHARACTERS = 1000
+
+
+@dataclass(frozen=True)
+class Hint:
+    """What the teacher is shown for one rollout.
+
+    `kind` names the hint: a sibling's right answer, the row's own solution, or the environment's
+    words alone; "none" where `teacher.context=none` shows nothing but the question. `source` is the
+    index, among the step's rollouts, of the one whose answer is shown, None for the other kinds.
+    `prompt` is the teacher's whole prompt: token ids [P] int64 on the CPU.
+    """
+
+    kind: Literal["demonstration", "reference", "feedback", "none"]
+    source: int | None
+    prompt: Tensor
 
 
 def choose_demonstrations(
@@ -101,15 +117,15 @@ def teacher_prompts(
     prompts: Sequence[Tensor],
     texts: Sequence[str],
     grades: Sequence[Grade],
-) -> list[Tensor | None]:
-    """The teacher's prompt for each rollout of a step, token ids [P] int64 on the CPU; None where
-    there is nothing privileged to show (m_i = 0).
+) -> list[Hint | None]:
+    """The hint for each rollout of a step; None where there is nothing privileged to show
+    (m_i = 0).
 
     `questions`, the student's `prompts`, the decoded `texts` and their `grades` have one entry per
     rollout, groups of `rollout.samples_per_prompt` one after the other.
     """
     if config.teacher.context == "none":
-        return list(prompts)
+        return [Hint("none", None, prompt) for prompt in prompts]
     chosen = choose_demonstrations(
         [grade.reward for grade in grades],
         config.rollout.samples_per_prompt,
@@ -117,14 +133,17 @@ def teacher_prompts(
         config.seed,
         step,
     )
-    contexts: list[Tensor | None] = []
+    contexts: list[Hint | None] = []
     for question, grade, source in zip(questions, grades, chosen, strict=True):
         demonstration = None if source is None else texts[source]
         feedback = grade.feedback if config.teacher.feedback else None
         if demonstration is None and feedback is None:
             contexts.append(None)
         else:
-            contexts.append(to_ids(context.render(question, demonstration, feedback)))
+            kind: Literal["demonstration", "feedback"]
+            kind = "feedback" if demonstration is None else "demonstration"
+            prompt = to_ids(context.render(question, demonstration, feedback))
+            contexts.append(Hint(kind, source, prompt))
     return contexts
 
 

@@ -9,8 +9,11 @@ from sodfast.model.load import LanguageModel, to_ids
 from sodfast.parallel.ranks import ALONE, Ranks
 from sodfast.rewards import grade_answers
 from sodfast.rng import Stream, draw_key
-from sodfast.rollout.engine import Engine, SampleKey, Sampling
-from sodfast.tasks.base import Question, Task
+from sodfast.rollout.engine import Engine, Sample, SampleKey, Sampling
+from sodfast.tasks.base import Grade, Question, Task
+
+# Called with the question, sample, text and grade of every answer.
+Keep = Callable[[Sequence[Question], Sequence[Sample], Sequence[str], Sequence[Grade]], object]
 
 
 def evaluate(
@@ -22,8 +25,10 @@ def evaluate(
     step: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
     ranks: Ranks = ALONE,
+    keep: Keep = lambda questions, samples, texts, grades: None,
 ) -> dict[str, float]:
-    """`eval.samples` answers per question at the evaluation's temperature and top-p.
+    """`eval.samples` answers per question at the evaluation's temperature and top-p; `keep` is
+    called with all of them.
 
     SampleKey are keyed by (seed, step, sample), apart from training's, so evaluating more often
     cannot change training. Returns the `eval/*` keys, fractions in [0, 1].
@@ -40,6 +45,7 @@ def evaluate(
     texts = [model.decode(sample.response) for sample in samples]
     asked = [question for question in questions for _ in range(count)]
     grades = grade_answers(config, task, asked, texts, ranks)
+    keep(asked, samples, texts, grades)
     groups = [grades[start : start + count] for start in range(0, len(grades), count)]
     return evaluation_metrics(
         [[grade.reward for grade in group] for group in groups],

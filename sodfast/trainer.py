@@ -11,7 +11,8 @@ optimizer update leaves the state of the step before.
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
@@ -20,9 +21,10 @@ import torch
 from torch import OutOfMemoryError, Tensor
 
 from sodfast import optimizer
+from sodfast.answers import AnswerLog
 from sodfast.collapse import CollapseDetector, SignalWatch
 from sodfast.config import Config
-from sodfast.context import Questions, TeacherContext, teacher_prompts
+from sodfast.context import Hint, Questions, TeacherContext, teacher_prompts
 from sodfast.errors import RunFailed
 from sodfast.evaluate import evaluate
 from sodfast.metrics import RewardGain, TokenTotals, length_metrics, mean_entropy, reward_metrics
@@ -44,7 +46,7 @@ from sodfast.run.loggers import Logger
 from sodfast.run.phases import PhaseClock, oom_hint
 from sodfast.schedule import build_schedule
 from sodfast.summary import summarize
-from sodfast.tasks.base import Question, Task
+from sodfast.tasks.base import Grade, Question, Task
 from sodfast.tasks.files import run_files
 from sodfast.teacher import Teacher, TeacherScores
 
@@ -58,8 +60,14 @@ class Rollouts:
     questions: list[Question]  # one per group
     samples: list[Sample]
     texts: list[str]
-    rewards: list[float]
-    contexts: list[Tensor | None]  # the teacher's prompt; None: nothing to distil (m_i = 0)
+    grades: list[Grade]
+    contexts: list[Hint | None]  # what the teacher is shown; None: nothing to distil (m_i = 0)
+    # Index of a rollout → D_t [L] fp32 as the updates' loss gives it; filled where it is kept.
+    divergences: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def rewards(self) -> list[float]:
+        return [grade.reward for grade in self.grades]
 
 
 @dataclass(frozen=True)
@@ -117,6 +125,7 @@ class Trainer:
             config.collapse, config.rollout.max_new_tokens, config.eval.samples
         )
         self.signal = SignalWatch(config.steps)
+        self.answers = AnswerLog(config, model, run, ranks)
         self.lines: list[dict[str, Any]] = []
         self.step = 0
         self.moved = False  # whether the weights may differ from those after `step`
@@ -273,14 +282,12 @@ class Trainer:
                 )
             del scores
             group = self.config.rollout.samples_per_prompt
-            means = [
-                sum(rollouts.rewards[i : i + group]) / group
-                for i in range(0, len(rollouts.rewards), group)
-            ]
+            rewards = rollouts.rewards
+            means = [sum(rewards[i : i + group]) / group for i in range(0, len(rewards), group)]
             gain = self.gain.observe([q.id for q in rollouts.questions], means)
             line |= self._move_teacher(step, line | gain) | gain
             line |= self.clock.metrics(sum(len(sample.response) for sample in rollouts.samples))
-            self._finish(line, logger)
+            self._finish(line, rollouts, logger)
 
     def _rollout(self, step: int) -> Rollouts:
         config = self.config.rollout
@@ -302,15 +309,14 @@ class Trainer:
         grades = grade_answers(self.config, self.task, asked, texts, self.ranks)
         shown = [sample.prompt for sample in samples]
         contexts = teacher_prompts(self.config, self.context, step, asked, shown, texts, grades)
-        rewards = [grade.reward for grade in grades]
-        return Rollouts(questions, samples, texts, rewards, contexts)
+        return Rollouts(questions, samples, texts, grades, contexts)
 
     def _updates(self, step: int, rollouts: Rollouts) -> list[Update]:
         """The step's prompts are cut into `updates_per_step` equal parts in an order keyed by
         (seed, step); each part is one update with denominators of its own."""
         config = self.config
         count = config.rollout.samples_per_prompt
-        advantages = group_advantages(rollouts.rewards, count, config.objective.normalize_advantage)
+        advantages = self._advantages(rollouts)
         groups = len(rollouts.questions)
         order = generator(config.seed, Stream.UPDATES, step).permutation(groups).tolist()
         size = groups // config.optimizer.updates_per_step
@@ -357,7 +363,10 @@ class Trainer:
         if self.config.objective.distill_coef == 0:
             read.clear()
         return self.teacher.score(
-            [context if row in read else None for row, context in enumerate(rollouts.contexts)],
+            [
+                hint.prompt if hint is not None and row in read else None
+                for row, hint in enumerate(rollouts.contexts)
+            ],
             [sample.response for sample in rollouts.samples],
             self.config.scoring_tokens,
         )
@@ -444,7 +453,13 @@ class Trainer:
             )
             output.loss.backward()
             loss += output.loss.detach()
-            totals.add(output, part, [teacher[index] is not None for index in batch])
+            distilled = [teacher[index] is not None for index in batch]
+            totals.add(output, part, distilled)
+            if self.answers.wanted:
+                lengths = [len(sample.response) for sample in part]
+                parts = output.divergence.clone().split(lengths)  # without the other statistics
+                found = zip(batch, distilled, parts, strict=True)
+                rollouts.divergences.update((update.rows[i], d) for i, m, d in found if m)
         for _ in range(update.passes - len(batches)):
             self.weights.idle_pass()
         loss = self.ranks.sum(loss)
@@ -473,18 +488,21 @@ class Trainer:
             metrics |= {"teacher/age": decision.age, "teacher/refreshed": int(copied)}
         return metrics
 
-    def _finish(self, line: dict[str, Any], logger: Logger) -> None:
-        """Evaluate where due, detect a collapse, write the line, checkpoint where due."""
+    def _finish(self, line: dict[str, Any], rollouts: Rollouts, logger: Logger) -> None:
+        """Evaluate where due, detect a collapse, write answers and line, checkpoint where due."""
         step = line["step"]
-        if self._due(step):
+        evaluated = self._due(step)
+        if evaluated:
             line |= self._evaluate(step)
         self._observe_collapse(line)
         self.step = step
         self.state = self._state()  # before a closing evaluation: see `_due_at_the_end`
         if self.ended and self._due_at_the_end(step):
-            evaluation = self._evaluate(step)
+            evaluated, evaluation = True, self._evaluate(step)
             line |= evaluation
             self._observe_collapse({"step": step, **evaluation})
+        if self.answers.due(step, evaluated):
+            self._keep(step, rollouts)
         self._commit(line, logger)
         every = self.config.checkpoint.every
         if self.ended or (every and step % every == 0):
@@ -517,7 +535,25 @@ class Trainer:
                 step,
                 lambda done, total: self.reporter.phase("evaluate", done, total),
                 self.ranks,
+                partial(self.answers.keep_evaluation, step),
             )
+
+    def _keep(self, step: int, rollouts: Rollouts) -> None:
+        count = self.config.rollout.samples_per_prompt
+        self.answers.keep_rollouts(
+            step,
+            [question for question in rollouts.questions for _ in range(count)],
+            rollouts.samples,
+            rollouts.texts,
+            rollouts.grades,
+            rollouts.contexts,
+            self._advantages(rollouts),
+            rollouts.divergences,
+        )
+
+    def _advantages(self, rollouts: Rollouts) -> list[float]:
+        count = self.config.rollout.samples_per_prompt
+        return group_advantages(rollouts.rewards, count, self.config.objective.normalize_advantage)
 
     @property
     def _budget(self) -> int:

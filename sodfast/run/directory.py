@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -14,8 +14,9 @@ from typing import IO, Any
 from sodfast.config import RENAMED, Config, read_overrides, validate
 from sodfast.errors import RunFailed, UsageError
 from sodfast.files import refuse_links, replace_text, try_lock
-from sodfast.run import checkpoint
+from sodfast.run import checkpoint, samples
 from sodfast.run.records import read_events, read_metrics
+from sodfast.run.samples import Answer
 from sodfast.tasks.files import changed_file, run_files
 
 _log = logging.getLogger(__name__)
@@ -137,7 +138,8 @@ class RunDirectory:
     @classmethod
     def open(cls, path: Path) -> "RunDirectory":
         _require_config(path)
-        refuse_links(path, (".lock", "metrics.jsonl", "events.jsonl", "checkpoints", "tensorboard"))
+        names = ("metrics.jsonl", "events.jsonl", "checkpoints", "samples", "tensorboard")
+        refuse_links(path, (".lock", *names))
         return cls(path, _lock(path))
 
     def close(self) -> None:
@@ -171,15 +173,16 @@ class RunDirectory:
                     os.fsync(stream.fileno())
 
     def clear(self) -> None:
-        """Delete the lines of a run that starts over."""
-        for file in (self.metrics, self.events):
-            if self._lock is not None:
+        """Delete the lines and the answers of a run that starts over."""
+        if self._lock is not None:
+            for file in (self.metrics, self.events):
                 file.unlink(missing_ok=True)
+            samples.remove_later(self.path, -1, -1)
 
     def rewind(self, step: int, config: Config, without_evaluation: bool) -> list[dict[str, Any]]:
-        """Write `config`, under which the run goes on, and drop lines and events after `step`;
-        `without_evaluation` also the evaluation of `step` and a collapse that it showed. Returns
-        the metrics lines that stay.
+        """Write `config`, under which the run goes on, and drop lines, events and answers after
+        `step`; `without_evaluation` also the evaluation of `step`, a collapse that it showed and
+        the rollouts that were kept because of it. Returns the metrics lines that stay.
 
         The configuration comes first: with the old `steps` a run that has lost its closing
         evaluation would count as finished. Raises `UsageError`, with nothing written, where lines
@@ -200,10 +203,24 @@ class RunDirectory:
         self.write_config(config)
         self.write_metrics(lines)
         self._replace(self.events, _text(events))
+        if self._lock is not None:
+            evaluated = step - 1 if without_evaluation else step
+            kept = evaluated if config.log.samples_every is None else step
+            with _writing(self.path / "samples"):
+                samples.remove_later(self.path, rollouts=kept, evaluations=evaluated)
         return lines
 
     def write_metrics(self, lines: list[dict[str, Any]]) -> None:
         self._replace(self.metrics, _text(lines))
+
+    def write_samples(self, step: int, answers: Sequence[Answer], evaluation: bool = False) -> None:
+        """Write a step's rollouts, or the answers of the evaluation after it, whole or not at all.
+        Raises `RunFailed` when the disk refuses."""
+        if self._lock is not None:
+            file = samples.sample_file(self.path, step, evaluation)
+            with _writing(file):
+                file.parent.mkdir(exist_ok=True)
+                replace_text(file, samples.to_text(answers))
 
     def write_config(self, config: Config) -> None:
         self._replace(self.path / "config.yaml", config.to_yaml())

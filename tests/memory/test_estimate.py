@@ -127,9 +127,9 @@ def test_each_phases_peak_is_the_plans_within_five_percent(
     _, peaks["evaluate"] = measured(trainer, lambda: trainer._evaluate(2))
 
     lengths = [
-        Lengths(len(sample.prompt), len(context), len(sample.response))
-        for sample, context in zip(rollouts.samples, rollouts.contexts, strict=True)
-        if context is not None
+        Lengths(len(sample.prompt), len(hint.prompt), len(sample.response))
+        for sample, hint in zip(rollouts.samples, rollouts.contexts, strict=True)
+        if hint is not None
     ]
     monkeypatch.setattr(trace, "linear_scratch_bytes", lambda *_, **__: 0)
     planned = Estimate(trainer.config, lengths)
