@@ -19,3 +19,7 @@ class Arithmetic:
 
     def score(self, question, response):
         return float(self.extract(response) == question.answer)
+
+    def feedback(self, question, response):
+        if not self.score(question, response):
+            return question.columns["solution"].partition("=")[0] + "=|"

@@ -4,6 +4,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from sodfast.context import Questions, fitting_questions
 from sodfast.errors import UsageError
 from sodfast.evaluate import evaluate
 from sodfast.model.attention import describe, require_flash, without_cudnn
+from sodfast.model.chat import require_switches
 from sodfast.model.liger import use_liger
 from sodfast.model.load import (
     LanguageModel,
@@ -161,6 +163,7 @@ def evaluate_model(
         model = load_model(source, device, getattr(torch, config.model.dtype))
     else:
         model = _student(config, path, device)
+    model = _with_switches(config, model)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     reporter = build_reporter(screen)
@@ -216,11 +219,20 @@ def build_model(
     message: Callable[[str], object] = lambda text: None,
 ) -> LanguageModel:
     """The student of a new run, set up for training."""
-    model = _untrained(config, device, progress)
+    model = _with_switches(config, _untrained(config, device, progress))
     use_liger(model.network, config.model.liger, message)
     if config.model.gradient_checkpointing:
         recompute_layers(model.network, _kept_layers(config, message))
     return model
+
+
+def _with_switches(config: Config, model: LanguageModel) -> LanguageModel:
+    """The model, which renders prompts as the student's section says. Raises `UsageError` for a
+    switch, of the student's or the teacher's, that its chat template does not know."""
+    student, teacher = config.model.chat_template_kwargs, config.teacher.chat_template_kwargs
+    require_switches(model.tokenizer, "model.chat_template_kwargs", student)
+    require_switches(model.tokenizer, "teacher.chat_template_kwargs", teacher or {})
+    return replace(model, chat_template_kwargs=student)
 
 
 def _kept_layers(config: Config, message: Callable[[str], object]) -> int:

@@ -27,6 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -124,6 +125,9 @@ class ModelConfig(Section):
     # Instead of `path`: random weights, drawn from `seed`, of a shape named in configs/models.json,
     # and a tokenizer of bytes, without a directory or network; for measurements.
     random: str | None = None
+    # Variables that the tokenizer's chat template is given for the student's prompts, beside
+    # enable_thinking=false, which they may set to true.
+    chat_template_kwargs: dict[str, Any] = {}
     # auto: the fastest attention that is installed; flash: FlashAttention, and no run without it.
     attention: Literal["auto", "flash"] = "auto"
     # The dtype of the weights; the teacher's weights and the gradients have the same one.
@@ -334,16 +338,32 @@ class ObjectiveConfig(Section):
     reduction: Literal["sequence_mean", "token_mean"] = "sequence_mean"
 
 
+def _feedback_word(value: Any) -> Any:
+    return {False: "never", True: "always"}[value] if isinstance(value, bool) else value
+
+
 class TeacherConfig(Section):
     """What the teacher sees and where it lives (arXiv 2601.20802: privileged context)."""
 
-    context: Literal["demonstration", "none"] = "demonstration"
+    # The hint. demonstration: a right answer of a sibling; reference: the row's own solution, its
+    # field `solution` or else `answer`; demonstration_or_reference: the row's where no sibling is
+    # right; feedback: the task's words on this very answer; none: nothing.
+    context: Literal[
+        "demonstration", "reference", "demonstration_or_reference", "feedback", "none"
+    ] = "demonstration"
     storage: Literal["device", "host"] = "device"  # host: streamed layer by layer to the device
     success_reward: Annotated[float, Field(ge=-_LARGEST, le=_LARGEST)] = (
         0.5  # a rollout with at least this reward can be a demonstration
     )
-    feedback: bool = False  # show the teacher the task's feedback on this rollout, too
-    max_prompt_tokens: Positive = 10_240  # longer: the demonstration is cut
+    demonstrate_self: bool = False  # whether a right answer can be a hint for itself
+    # Whether the task's words on a rollout are shown beside a solution, only where there is none,
+    # or never. Release 0.1.0 wrote false for never and true for always.
+    feedback: Annotated[
+        Literal["never", "without_solution", "always"], BeforeValidator(_feedback_word)
+    ] = "never"
+    # As model.chat_template_kwargs, for the teacher's prompts; null: the student's.
+    chat_template_kwargs: dict[str, Any] | None = None
+    max_prompt_tokens: Positive = 10_240  # longer: the solution is cut, and then the feedback
     # Tokens that are scored at a time, prompts included; null: optimizer.micro_batch_tokens. With
     # storage=host each such pass streams the weights once. Where a pass has other sequences, matrix
     # products have other shapes, and numbers may differ in their last bits.
@@ -530,13 +550,19 @@ class Config(Section):
                 f"optimizer.updates_per_step={self.optimizer.updates_per_step} must divide "
                 f"rollout.prompts_per_step={prompts}"
             )
-        if self.teacher.context == "demonstration" and samples < 2:
+        alone = samples < 2 and not self.teacher.demonstrate_self
+        if self.teacher.context == "demonstration" and alone:
             raise ValueError(
                 "rollout.samples_per_prompt must be at least 2 with teacher.context=demonstration "
                 "(a demonstration is a sibling's rollout); raise it or set teacher.context=none"
             )
-        if self.teacher.feedback and self.teacher.context == "none":
-            raise ValueError("teacher.feedback=true needs teacher.context=demonstration")
+        if self.teacher.feedback != "never" and self.teacher.context in ("feedback", "none"):
+            shown = "feedback" if self.teacher.context == "feedback" else "no hint"
+            raise ValueError(
+                f"teacher.feedback={self.teacher.feedback} adds feedback to a solution, and "
+                f"teacher.context={self.teacher.context} shows {shown} alone: set "
+                "teacher.feedback=never, or teacher.context=demonstration"
+            )
         if self.length_shards and prompts * samples % self.length_shards:
             raise ValueError(
                 f"schedule.shards={self.length_shards} must divide the {prompts * samples} "
@@ -650,8 +676,8 @@ def validate(layer: DictConfig | dict[str, Any]) -> Config:
             if isinstance(values.get(group), dict):
                 values[group] = {key: default, **values[group]}
         # Validation goes through JSON, since pydantic's strict mode then takes a list for a tuple
-        # and still refuses "5" for 5. No field may have a "before" validator: pydantic checks what
-        # one returns as Python values, and strict mode refuses a list for a tuple there.
+        # and still refuses "5" for 5. No field that holds a tuple may have a "before" validator:
+        # pydantic checks what one returns as Python values, and there strict mode refuses a list.
         return Config.model_validate_json(json.dumps(values), strict=True)
     except (OmegaConfBaseException, TypeError, RecursionError) as error:
         raise UsageError(f"configuration: {_first_line(error)}") from error

@@ -1,18 +1,22 @@
 """What the teacher is shown: which questions fit, who gets which hint, and the teacher's prompt.
 
-The teacher sees the question and, as privileged context (arXiv 2601.20802), a successful attempt of
-a sibling rollout.
+The teacher sees the question and, as privileged context (arXiv 2601.20802), a solution, what the
+task says about this very answer, or both. A solution is a successful attempt of a sibling rollout,
+or the row's own.
 """
 
+import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
 
 from torch import Tensor
 
 from sodfast.config import Config, TeacherConfig
 from sodfast.errors import UsageError
+from sodfast.model.chat import opens_thinking
 from sodfast.model.load import LanguageModel, to_ids
 from sodfast.rng import Stream, generator
 from sodfast.run.console import Reporter
@@ -22,14 +26,17 @@ _THINKING = re.compile(r"<think>.*?</think>", re.DOTALL)
 # More characters than a token of any vocabulary has on average: a longer text need not be encoded
 # to be known as too long.
 _TOKEN_CHARACTERS = 1000
+# Values of `teacher.context` under which a sibling's answer, or the row's own, can be the hint.
+_SIBLINGS = ("demonstration", "demonstration_or_reference")
+_ROWS = ("reference", "demonstration_or_reference")
 
 
 @dataclass(frozen=True)
 class Hint:
     """What the teacher is shown for one rollout.
 
-    `kind` names the hint: a sibling's right answer, the row's own solution, or the environment's
-    words alone; "none" where `teacher.context=none` shows nothing but the question. `source` is the
+    `kind` names the hint: a sibling's right answer, the row's own solution, or the task's words
+    alone; "none" where `teacher.context=none` shows nothing but the question. `source` is the
     index, among the step's rollouts, of the one whose answer is shown, None for the other kinds.
     `prompt` is the teacher's whole prompt: token ids [P] int64 on the CPU.
     """
@@ -40,27 +47,49 @@ class Hint:
 
 
 def choose_demonstrations(
-    rewards: Sequence[float], group_size: int, success_reward: float, seed: int, step: int
+    rewards: Sequence[float],
+    group_size: int,
+    success_reward: float,
+    seed: int,
+    step: int,
+    demonstrate_self: bool = False,
 ) -> list[int | None]:
     """For each rollout the index of its demonstration, or None.
 
-    A demonstration is a successful rollout of the same group, not the rollout itself, drawn
-    uniformly by a stream keyed by (seed, step, rollout). `rewards` holds groups of `group_size`.
+    A demonstration is a successful rollout of the same group, the rollout itself only with
+    `demonstrate_self`, drawn uniformly by a stream keyed by (seed, step, rollout). `rewards` holds
+    groups of `group_size`.
     """
     chosen: list[int | None] = []
     for index in range(len(rewards)):
         first = index - index % group_size
-        siblings = [
+        candidates = [
             other
             for other in range(first, first + group_size)
-            if other != index and rewards[other] >= success_reward
+            if (other != index or demonstrate_self) and rewards[other] >= success_reward
         ]
-        if siblings:
+        if candidates:
             stream = generator(seed, Stream.DEMONSTRATION, step, index)
-            chosen.append(siblings[int(stream.integers(len(siblings)))])
+            chosen.append(candidates[int(stream.integers(len(candidates)))])
         else:
             chosen.append(None)
     return chosen
+
+
+def reference_solution(question: Question) -> str | None:
+    """The row's own solution as text: its field `solution`, or else its answer; None where it has
+    neither. Lists and objects are written as JSON."""
+    for value in (question.columns.get("solution"), question.answer):
+        text = "" if value is None else _written(value)
+        if text.strip():
+            return text
+    return None
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, list | dict):
+        return json.dumps(value, ensure_ascii=False, default=str)
+    return str(value)
 
 
 class TeacherContext:
@@ -68,45 +97,85 @@ class TeacherContext:
 
     def __init__(self, config: TeacherConfig, model: LanguageModel) -> None:
         self.config = config
+        self.student = model
         self.model = model
+        if config.chat_template_kwargs is not None:
+            self.model = replace(model, chat_template_kwargs=config.chat_template_kwargs)
 
     def fits(self, question: Question) -> bool:
-        """Whether the prompt leaves room for a demonstration at all."""
-        if self.config.context == "none":
-            return True
-        return len(self._encode(question, " ", "")) <= self.config.max_prompt_tokens
+        """Whether the prompt leaves room for each part of a hint at all."""
+        config = self.config
+        parts = []
+        if config.context not in ("feedback", "none"):
+            parts.append((" ", ""))
+        if config.context == "feedback" or config.feedback != "never":
+            parts.append(("", " "))
+        limit = config.max_prompt_tokens
+        return all(len(self._encode(question, *part)) <= limit for part in parts)
 
-    def render(
-        self, question: Question, demonstration: str | None, feedback: str | None
-    ) -> list[int]:
-        """Token ids of the teacher's prompt, at most `max_prompt_tokens`: the demonstration is
-        cut at its end, never the closing request or the assistant's header."""
-        text = _THINKING.sub("", demonstration or "").strip()
-        feedback = feedback or ""
+    def hint(
+        self, question: Question, grade: Grade, source: int | None, answer: str | None
+    ) -> Hint | None:
+        """The hint of a rollout with this grade; None where it has none (m_i = 0). `answer` is the
+        text of its demonstration, the rollout `source`; None for both where it has none."""
+        config = self.config
+        solution = None
+        if answer is not None:
+            opened = "</think>" in answer and self._opens_thinking
+            solution = _without_thoughts("<think>" + answer if opened else answer)
+        elif config.context in _ROWS:
+            solution = _without_thoughts(reference_solution(question) or "") or None
+        feedback = grade.feedback if grade.feedback and grade.feedback.strip() else None
+        added = {"never": False, "without_solution": solution is None, "always": True}
+        if config.context != "feedback" and not added[config.feedback]:
+            feedback = None
+        if solution is None and feedback is None:
+            return None
+        kind: Literal["demonstration", "reference", "feedback"] = "demonstration"
+        if source is None:
+            kind = "feedback" if solution is None else "reference"
+        return Hint(kind, source, to_ids(self.render(question, solution, feedback)))
+
+    def render(self, question: Question, solution: str | None, feedback: str | None) -> list[int]:
+        """Token ids of the teacher's prompt, at most `max_prompt_tokens`: first the solution and
+        then the feedback is cut at its end, never the closing request or the assistant's header.
+
+        Raises `UsageError` where the prompt is too long without either.
+        """
+        parts = [_without_thoughts(solution or ""), feedback or ""]
         limit = self.config.max_prompt_tokens
-        while len(ids := self._encode(question, text, feedback)) > limit:
-            if not text:
+        while len(ids := self._encode(question, *parts)) > limit:
+            if not any(parts):
                 raise UsageError(
-                    f"teacher.max_prompt_tokens={limit} does not hold question {question.id} and "
-                    "its feedback: raise it, or set teacher.feedback=false"
+                    f"teacher.max_prompt_tokens={limit} does not hold question {question.id}: "
+                    "raise it"
                 )
-            tokens = self.model.encode_text(text)
+            cut = 0 if parts[0] else 1
+            tokens = self.model.encode_text(parts[cut])
             keep = max(0, len(tokens) - (len(ids) - limit))
             shorter = self.model.decode(tokens[:keep]).rstrip()
             # Decoding can give back as many characters as before; cutting must make progress.
-            text = shorter if len(shorter) < len(text) else text[:-1]
+            parts[cut] = shorter if len(shorter) < len(parts[cut]) else parts[cut][:-1]
         return ids
 
-    def _encode(self, question: Question, demonstration: str, feedback: str) -> list[int]:
+    @cached_property
+    def _opens_thinking(self) -> bool:
+        return opens_thinking(self.student.tokenizer, self.student.chat_template_kwargs)
+
+    def _encode(self, question: Question, solution: str, feedback: str) -> list[int]:
         config = self.config
         prompt = config.template.format(
             prompt=question.prompt,
-            demonstration=config.demonstration_template.format(demonstration=demonstration)
-            if demonstration
+            demonstration=config.demonstration_template.format(demonstration=solution)
+            if solution
             else "",
             feedback=config.feedback_template.format(feedback=feedback) if feedback else "",
         )
         return self.model.encode(prompt, question.system, question.history)
+
+
+def _without_thoughts(text: str) -> str:
+    return _THINKING.sub("", text).strip()
 
 
 def teacher_prompts(
@@ -114,37 +183,32 @@ def teacher_prompts(
     context: TeacherContext,
     step: int,
     questions: Sequence[Question],
-    prompts: Sequence[Tensor],
     texts: Sequence[str],
     grades: Sequence[Grade],
 ) -> list[Hint | None]:
     """The hint for each rollout of a step; None where there is nothing privileged to show
     (m_i = 0).
 
-    `questions`, the student's `prompts`, the decoded `texts` and their `grades` have one entry per
-    rollout, groups of `rollout.samples_per_prompt` one after the other.
+    `questions`, the decoded `texts` and their `grades` have one entry per rollout, groups of
+    `rollout.samples_per_prompt` one after the other.
     """
-    if config.teacher.context == "none":
-        return [Hint("none", None, prompt) for prompt in prompts]
-    chosen = choose_demonstrations(
-        [grade.reward for grade in grades],
-        config.rollout.samples_per_prompt,
-        config.teacher.success_reward,
-        config.seed,
-        step,
-    )
-    contexts: list[Hint | None] = []
-    for question, grade, source in zip(questions, grades, chosen, strict=True):
-        demonstration = None if source is None else texts[source]
-        feedback = grade.feedback if config.teacher.feedback else None
-        if demonstration is None and feedback is None:
-            contexts.append(None)
-        else:
-            kind: Literal["demonstration", "feedback"]
-            kind = "feedback" if demonstration is None else "demonstration"
-            prompt = to_ids(context.render(question, demonstration, feedback))
-            contexts.append(Hint(kind, source, prompt))
-    return contexts
+    teacher = config.teacher
+    if teacher.context == "none":
+        return [Hint("none", None, to_ids(context.model.encode_question(q))) for q in questions]
+    sources: list[int | None] = [None] * len(texts)
+    if teacher.context in _SIBLINGS:
+        sources = choose_demonstrations(
+            [grade.reward for grade in grades],
+            config.rollout.samples_per_prompt,
+            teacher.success_reward,
+            config.seed,
+            step,
+            teacher.demonstrate_self,
+        )
+    return [
+        context.hint(question, grade, source, None if source is None else texts[source])
+        for question, grade, source in zip(questions, grades, sources, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -173,8 +237,8 @@ def fitting_questions(
 ) -> Questions:
     """Drop questions whose prompt exceeds the student's or the teacher's limit.
 
-    Raises `UsageError` where none is left, or where a prompt and its answer can exceed what the
-    model was made for.
+    Raises `UsageError` where none is left, where a prompt and its answer can exceed what the model
+    was made for, and where `teacher.context` asks for solutions that no question to train on has.
     """
     limit = config.rollout.max_prompt_tokens
     longest = 0
@@ -190,12 +254,13 @@ def fitting_questions(
         if not kept[key]:
             raise UsageError(
                 f"{key}: all {len(questions)} prompts are longer than "
-                f"rollout.max_prompt_tokens={limit} or leave no room for a demonstration in "
+                f"rollout.max_prompt_tokens={limit} or leave no room for a hint in "
                 f"teacher.max_prompt_tokens={config.teacher.max_prompt_tokens}: raise them"
             )
         dropped = len(questions) - len(kept[key])
         if dropped:
             reporter.message(f"{key}: dropped {dropped} of {len(questions)} prompts as too long")
+    _require_solutions(config.teacher.context, kept["task.train"], reporter)
     positions = model.network.config.max_position_embeddings
     if longest + config.rollout.max_new_tokens > positions:
         raise UsageError(
@@ -209,4 +274,19 @@ def fitting_questions(
         test=kept["task.test"],
         dropped=total - len(kept["task.train"]) - len(kept["task.test"]),
         longest=longest,
+    )
+
+
+def _require_solutions(shown: str, questions: Sequence[Question], reporter: Reporter) -> None:
+    """Say how many questions have no solution of their own where the teacher is shown them."""
+    lacking = sum(reference_solution(question) is None for question in questions)
+    if shown not in _ROWS or not lacking:
+        return
+    if lacking == len(questions):
+        raise UsageError(
+            f"teacher.context={shown}: no question of task.train has a field 'solution' or an "
+            "answer: name the column in task.columns.solution, or set teacher.context=demonstration"
+        )
+    reporter.message(
+        f"task.train: {lacking} of {len(questions)} questions have no solution to show the teacher"
     )

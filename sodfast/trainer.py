@@ -307,8 +307,7 @@ class Trainer:
         texts = [self.model.decode(sample.response) for sample in samples]
         asked = [question for question in questions for _ in range(count)]
         grades = grade_answers(self.config, self.task, asked, texts, self.ranks)
-        shown = [sample.prompt for sample in samples]
-        contexts = teacher_prompts(self.config, self.context, step, asked, shown, texts, grades)
+        contexts = teacher_prompts(self.config, self.context, step, asked, texts, grades)
         return Rollouts(questions, samples, texts, grades, contexts)
 
     def _updates(self, step: int, rollouts: Rollouts) -> list[Update]:

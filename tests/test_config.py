@@ -459,6 +459,11 @@ def test_a_group_that_is_no_mapping_in_the_file(tmp_path: Path) -> None:
             ["teacher.context=demonstration"],
         ),
         (
+            ["teacher.feedback=without_solution", "teacher.context=feedback"],
+            ["teacher.feedback", "teacher.context"],
+            ["teacher.feedback=never"],
+        ),
+        (
             ["schedule.length_unit=shard", "schedule.shards=5"],
             ["schedule.shards"],
             ["rollout.samples_per_prompt=5"],
@@ -504,6 +509,35 @@ def test_parts_must_fit(overrides: list[str], named: list[str], repaired: list[s
     message = refusal(*overrides)
     assert all(key in message for key in named)
     lab(*overrides, *repaired)
+
+
+def test_feedback_is_read_as_release_0_1_0_wrote_it() -> None:
+    assert lab("teacher.feedback=false") == lab() == lab("teacher.feedback=never")
+    assert lab("teacher.feedback=true") == lab("teacher.feedback=always")
+    assert lab().teacher.feedback == "never"
+    for other in ("1", "'true'", "sometimes", "null"):
+        assert refusal(f"teacher.feedback={other}").startswith("teacher.feedback: ")
+
+
+def test_one_rollout_a_prompt_needs_another_hint_than_a_sibling() -> None:
+    one = "rollout.samples_per_prompt=1"
+    for context in ("reference", "demonstration_or_reference", "feedback", "none"):
+        lab(one, f"teacher.context={context}")
+    lab(one, "teacher.demonstrate_self=true")
+
+
+def test_switches_of_the_chat_template_are_mappings_and_stay_as_they_are(tmp_path: Path) -> None:
+    config = lab(
+        "model.chat_template_kwargs={enable_thinking: true, note: 'a {b} $c'}",
+        "teacher.chat_template_kwargs.levels=[1, 2]",
+    )
+    assert config.model.chat_template_kwargs == {"enable_thinking": True, "note": "a {b} $c"}
+    assert config.teacher.chat_template_kwargs == {"levels": [1, 2]}
+    file = tmp_path / "config.yaml"
+    file.write_text(config.to_yaml())
+    assert load_config(str(file), []) == config
+    assert (lab().model.chat_template_kwargs, lab().teacher.chat_template_kwargs) == ({}, None)
+    assert "model.chat_template_kwargs" in refusal("model.chat_template_kwargs=[enable_thinking]")
 
 
 @pytest.mark.parametrize("value", ["-1", "fast", "1.5", "true"])

@@ -1,29 +1,39 @@
 """What the teacher is shown: which questions fit, who gets which hint, and the prompt's cut."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marks import slow
 
 from sodfast.config import TeacherConfig, load_config
-from sodfast.context import Questions, TeacherContext, choose_demonstrations, fitting_questions
+from sodfast.context import (
+    Hint,
+    Questions,
+    TeacherContext,
+    choose_demonstrations,
+    fitting_questions,
+    reference_solution,
+    teacher_prompts,
+)
 from sodfast.errors import UsageError
 from sodfast.lab.model import build_tokenizer
 from sodfast.model.load import LanguageModel
 from sodfast.model.random_weights import byte_tokenizer
 from sodfast.run.console import Reporter
 from sodfast.tasks.arithmetic import question_pools
-from sodfast.tasks.base import Question
+from sodfast.tasks.base import Grade, Question
 from sodfast.tasks.build import build_task
 
 # ---------------------------------------------------------------- demonstrations
 
 
 @given(
-    st.integers(2, 6).flatmap(
+    st.integers(1, 6).flatmap(
         lambda size: st.tuples(
             st.just(size),
             st.lists(st.sampled_from([0.0, 0.4, 0.5, 1.0]), min_size=size, max_size=size),
@@ -32,15 +42,16 @@ from sodfast.tasks.build import build_task
     ),
     st.integers(0, 2**63 - 1),
     st.integers(0, 1000),
+    st.booleans(),
 )
 def test_a_demonstration_is_a_successful_sibling(
-    groups: tuple[int, list[float], list[float]], seed: int, step: int
+    groups: tuple[int, list[float], list[float]], seed: int, step: int, own: bool
 ) -> None:
     size, first, second = groups
     rewards = first + second
-    for index, chosen in enumerate(choose_demonstrations(rewards, size, 0.5, seed, step)):
+    for index, chosen in enumerate(choose_demonstrations(rewards, size, 0.5, seed, step, own)):
         group = range(index - index % size, index - index % size + size)
-        siblings = [other for other in group if other != index and rewards[other] >= 0.5]
+        siblings = [other for other in group if (other != index or own) and rewards[other] >= 0.5]
         assert chosen in siblings if siblings else chosen is None
 
 
@@ -48,6 +59,7 @@ def test_one_success_teaches_the_others_but_not_itself() -> None:
     assert choose_demonstrations([0, 1, 0, 0], 4, 0.5, 0, 1) == [1, None, 1, 1]
     assert choose_demonstrations([0, 0, 0, 0], 4, 0.5, 0, 1) == [None] * 4
     assert choose_demonstrations([1, 1], 2, 0.5, 0, 1) == [1, 0]
+    assert choose_demonstrations([0, 1, 0, 0], 4, 0.5, 0, 1, demonstrate_self=True) == [1] * 4
 
 
 def test_demonstrations_are_drawn_uniformly() -> None:
@@ -132,10 +144,18 @@ def test_only_the_demonstration_is_cut(
         assert text == head + demonstration[:room] + tail
 
 
-def test_a_feedback_that_does_not_fit_says_what_to_change() -> None:
+def test_feedback_is_cut_once_there_is_no_solution_left_to_cut() -> None:
     tight = context(False, max_prompt_tokens=12)
     assert tight.fits(question())
-    with pytest.raises(UsageError, match=r"teacher\.max_prompt_tokens=12"):
+    assert rendered(tight, question(), "345", "6") == "12|?6?+12*"
+    assert rendered(tight, question(), "345", "6" * 20) == "12|?666?+12*"
+    assert rendered(tight, question(), None, "6" * 20) == "12|?666?+12*"
+
+
+def test_a_question_that_does_not_fit_says_what_to_change() -> None:
+    tight = context(False, max_prompt_tokens=6)
+    assert not tight.fits(question())
+    with pytest.raises(UsageError, match=r"teacher\.max_prompt_tokens=6"):
         tight.render(question(), "345", "6" * 20)
 
 
@@ -162,6 +182,14 @@ def test_fits_counts_the_request_and_one_token_of_demonstration() -> None:
     assert context(False, max_prompt_tokens=length).fits(question())
     assert not context(False, max_prompt_tokens=length - 1).fits(question())
     assert context(False, max_prompt_tokens=1, context="none").fits(question())
+    # The words on an answer need room, too, where they can be shown.
+    long = {"feedback_template": "???{feedback}???", "max_prompt_tokens": length}
+    assert context(False, **long).fits(question())
+    assert not context(False, **long, context="feedback").fits(question())
+    assert not context(False, **long, feedback="always").fits(question())
+    assert context(False, **long | {"max_prompt_tokens": length + 4}, feedback="always").fits(
+        question()
+    )
 
 
 def test_a_cut_makes_progress_with_any_tokenizer() -> None:
@@ -180,6 +208,256 @@ def test_a_cut_makes_progress_with_any_tokenizer() -> None:
         ids = TeacherContext(config, model).render(question(), "🙂é" * 20, None)
         assert len(ids) <= limit
         assert tokenizer.decode(ids).startswith("12|") and tokenizer.decode(ids).endswith("+12*")
+
+
+# ---------------------------------------------------------------- who gets which hint
+
+
+ROW = {"prompt": "2+3=?", "answer": "5", "solution": "Add: 5.", "tests": "hidden"}
+ASK = "Using what is shown above, answer the original question yourself."
+SOLVED = "Here is a correct solution:\n\n{}\n\n"
+SAID = "Feedback on an earlier attempt:\n\n{}\n\n"
+
+
+def asked(row: dict[str, Any], id: str = "q") -> Question:
+    return Question(row["prompt"], row.get("answer"), row.get("system"), id, columns=row)
+
+
+def hints(
+    questions: Sequence[Question],
+    answers: Sequence[tuple[str, float, str | None]],
+    *overrides: str,
+    switches: dict[str, Any] | None = None,
+    template: str = CHAT,
+) -> list[tuple[str, int | None, str] | None]:
+    """A step's hints with their prompts as text; `answers` are (text, reward, feedback), in groups
+    of equal size, one for each question."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "<eos>"})
+    tokenizer.chat_template = template
+    model = LanguageModel(None, tokenizer, (tokenizer.eos_token_id,), 0)
+    model = replace(model, chat_template_kwargs=switches or {})
+    count = len(answers) // len(questions)
+    config = load_config("base", [f"rollout.samples_per_prompt={count}", *overrides])
+    found = teacher_prompts(
+        config,
+        TeacherContext(config.teacher, model),
+        1,
+        [question for question in questions for _ in range(count)],
+        [text for text, _, _ in answers],
+        [Grade(reward, feedback) for _, reward, feedback in answers],
+    )
+    assert all(hint is None or isinstance(hint, Hint) for hint in found)
+    return [hint and (hint.kind, hint.source, tokenizer.decode(hint.prompt)) for hint in found]
+
+
+# One question, three rollouts: right, wrong with the task's words on it, wrong without any.
+ANSWERS = [("It is 5.", 1.0, None), ("It is 6.", 0.0, "6 is too much."), ("No.", 0.0, " ")]
+D, R, F, N = "demonstration", "reference", "feedback", "none"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "kinds", "second"),
+    [
+        (["demonstration"], [None, D, D], SOLVED.format("It is 5.")),
+        (["reference"], [R, R, R], SOLVED.format("Add: 5.")),
+        (["demonstration_or_reference"], [R, D, D], SOLVED.format("It is 5.")),
+        (["feedback"], [None, F, None], SAID.format("6 is too much.")),
+        (["none"], [N, N, N], None),
+        (
+            ["demonstration", "teacher.feedback=always"],
+            [None, D, D],
+            SOLVED.format("It is 5.") + SAID.format("6 is too much."),
+        ),
+        (
+            ["demonstration", "teacher.feedback=without_solution"],
+            [None, D, D],
+            SOLVED.format("It is 5."),
+        ),
+        (
+            ["demonstration", "teacher.feedback=without_solution", "teacher.success_reward=2"],
+            [None, F, None],
+            SAID.format("6 is too much."),
+        ),
+        (["demonstration", "teacher.demonstrate_self=true"], [D, D, D], SOLVED.format("It is 5.")),
+        (
+            ["reference", "teacher.feedback=always"],
+            [R, R, R],
+            SOLVED.format("Add: 5.") + SAID.format("6 is too much."),
+        ),
+        (["reference", "teacher.feedback=without_solution"], [R, R, R], SOLVED.format("Add: 5.")),
+    ],
+)
+def test_the_hints_of_a_golden_row(
+    overrides: list[str], kinds: list[str | None], second: str | None
+) -> None:
+    """Who has a hint (m_i = 1), of which kind, and what the teacher of the second rollout reads."""
+    found = hints([asked(ROW)], ANSWERS, f"teacher.context={overrides[0]}", *overrides[1:])
+    assert [hint and hint[0] for hint in found] == kinds
+    assert [hint and hint[1] for hint in found] == [0 if kind == D else None for kind in kinds]
+    shown = "|2+3=?=?" if second is None else f"|2+3=?\n\n{second}{ASK}=?"
+    assert found[1] is not None and found[1][2] == shown
+
+
+def test_a_row_without_a_solution_has_no_reference() -> None:
+    bare = asked({"prompt": "Why?"})
+    found = hints([bare], ANSWERS, "teacher.context=reference", "teacher.feedback=without_solution")
+    assert [hint and hint[0] for hint in found] == [None, F, None]
+    found = hints([bare], ANSWERS, "teacher.context=demonstration_or_reference")
+    assert [hint and hint[0] for hint in found] == [None, D, D]
+    thought = asked({"prompt": "Why?", "solution": "<think>because</think>"})
+    assert hints([thought], ANSWERS, "teacher.context=reference") == [None] * 3
+
+
+@pytest.mark.parametrize(
+    ("row", "solution"),
+    [
+        ({"solution": "s", "answer": "a"}, "s"),
+        ({"answer": "a"}, "a"),
+        ({"solution": None, "answer": "a"}, "a"),
+        ({"solution": " ", "answer": "a"}, "a"),
+        ({"solution": "", "answer": ""}, None),
+        ({}, None),
+        ({"answer": 0}, "0"),
+        ({"answer": 0.5}, "0.5"),
+        (
+            {"answer": [{"Action": "é", "Action_Input": {"n": 1}}]},
+            '[{"Action": "é", "Action_Input": {"n": 1}}]',
+        ),
+    ],
+)
+def test_a_solution_is_the_field_of_that_name_or_else_the_answer(
+    row: dict[str, Any], solution: str | None
+) -> None:
+    assert reference_solution(asked({"prompt": "p", **row})) == solution
+
+
+def test_the_labs_solution_is_an_answer_as_the_lab_writes_it() -> None:
+    found = next(q for q in question_pools()[0] if q.prompt == "17*8+6=")
+    assert reference_solution(found) == "136+6=142"
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    context=st.sampled_from([D, R, "demonstration_or_reference", F, N]),
+    feedback=st.sampled_from(["never", "without_solution", "always"]),
+    own=st.booleans(),
+    rewards=st.lists(st.sampled_from([0.0, 1.0]), min_size=6, max_size=6),
+)
+def test_nothing_of_other_questions_is_shown(
+    context: str, feedback: str, own: bool, rewards: list[float]
+) -> None:
+    """Nor any field of the row but its prompt and its solution, nor words on another answer."""
+    questions = [
+        asked({"prompt": f"P{i}.", "answer": f"A{i}.", "solution": f"S{i}.", "tests": f"T{i}."})
+        for i in range(2)
+    ]
+    answers = [(f"Y{i}.", rewards[i], f"F{i}.") for i in range(6)]
+    if context in (F, N):
+        feedback = "never"
+    found = hints(
+        questions,
+        answers,
+        f"teacher.context={context}",
+        f"teacher.feedback={feedback}",
+        f"teacher.demonstrate_self={own}",
+    )
+    for row, hint in enumerate(found):
+        if hint is None:
+            continue
+        kind, source, text = hint
+        group = row // 3
+        marks = {
+            mark
+            for mark in ("P", "A", "S", "T", "Y", "F")
+            for i in range(6)
+            if f"{mark}{i}." in text and (mark, i) not in allowed(group, row, source)
+        }
+        assert not marks
+        assert f"P{group}." in text
+        assert (source is not None) == (kind == D)
+        assert (f"S{group}." in text) == (kind == R)
+        assert (f"F{row}." in text) == (
+            context == F or feedback == "always" or (feedback == "without_solution" and kind == F)
+        )
+
+
+def allowed(group: int, row: int, source: int | None) -> set[tuple[str, int]]:
+    shown = {("P", group), ("S", group), ("F", row)}
+    return shown if source is None else shown | {("Y", source)}
+
+
+LETTER = "\U000f1234"  # stands for a text
+STRANGE = [
+    "<eos>",
+    "|im_end|> <eos><eos>",
+    "{prompt} {demonstration} {} {0} {",
+    "}} {{feedback}} %s $x",
+    "${teacher.template} ${oc.env:HOME}",
+    "{% raise %}{{ messages }}",
+    "a\\b\u2028c\r\n\x00",
+]
+
+
+@pytest.mark.parametrize("strange", STRANGE)
+@pytest.mark.parametrize("context", [D, R, F, N])
+def test_what_a_text_holds_stays_text(strange: str, context: str) -> None:
+    """Names of special tokens, braces and references, in the prompt and in each kind of hint."""
+    row = {"prompt": strange, "answer": "x", "solution": strange, "system": strange}
+    found = hints([asked(row)], [(strange, 1.0, strange)] * 2, f"teacher.context={context}")
+    section = {D: SOLVED, R: SOLVED, F: SAID}.get(context)
+    shown = "" if section is None else f"\n\n{section.format(LETTER)}{ASK}"
+    # Only the ends of a solution are stripped.
+    solution = strange if context == F else strange.strip()
+    expected = f"|{strange}|{strange}{shown.replace(LETTER, solution)}=?"
+    assert found[0] is not None and found[0][2] == expected
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "<eos>"})
+    assert tokenizer.decode([tokenizer.eos_token_id]) == "<eos>"
+
+
+# ---------------------------------------------------------------- switches of the chat template
+
+
+SWITCHED = (
+    "{% for m in messages %}|{{ m.content }}{% endfor %}"
+    "{% if enable_thinking %}!{% endif %}{{ note | default('') }}=?"
+)
+
+
+def test_each_role_has_its_own_switches() -> None:
+    def shown(*overrides: str, **switches: Any) -> str:
+        found = hints(
+            [asked(ROW)],
+            ANSWERS,
+            "teacher.context=none",
+            *overrides,
+            switches=switches,
+            template=SWITCHED,
+        )
+        assert found[0] is not None
+        return found[0][2]
+
+    teacher = "teacher.chat_template_kwargs="
+    assert shown() == "|2+3=?=?"
+    assert shown(enable_thinking=True) == "|2+3=?!=?"  # the student's, unless it has its own
+    assert shown(teacher + "{}", enable_thinking=True) == "|2+3=?=?"
+    assert shown(teacher + "{enable_thinking: true}") == "|2+3=?!=?"
+    assert shown(teacher + "{note: now}", enable_thinking=True) == "|2+3=?now=?"
+
+
+def test_a_thought_that_the_template_opens_is_not_shown() -> None:
+    thinking = SWITCHED.replace("!", "<think>\n").replace("=?", "")
+    answers = [("hm</think>\n5", 1.0, None), ("6", 0.0, None)]
+    for opened, text in ((True, "5"), (False, "hm</think>\n5")):
+        found = hints(
+            [asked(ROW)],
+            answers,
+            "teacher.chat_template_kwargs={}",
+            switches={"enable_thinking": opened},
+            template=thinking,
+        )
+        assert found[1] is not None and found[1][2] == f"|2+3=?\n\n{SOLVED.format(text)}{ASK}"
 
 
 # ---------------------------------------------------------------- which questions fit
@@ -242,6 +520,25 @@ def test_a_prompt_beyond_all_limits_is_not_even_encoded(
     assert encoded and max(encoded) < 100
 
 
+def test_solutions_that_are_asked_for_must_be_there(model: LanguageModel) -> None:
+    def fit(*solutions: str | None) -> list[str]:
+        said: list[str] = []
+        reporter = Reporter()
+        reporter.message = said.append  # type: ignore[method-assign,assignment]
+        task = Asked(*["1+1="] * len(solutions))
+        task.train = [replace(question("1+1="), answer=solution) for solution in solutions]
+        config = load_config("lab", ["teacher.context=reference"])
+        fitting_questions(config, model, task, reporter)  # type: ignore[arg-type]
+        return said
+
+    assert fit("2", "2") == []
+    assert fit("2", None, "") == [
+        "task.train: 2 of 3 questions have no solution to show the teacher"
+    ]
+    with pytest.raises(UsageError, match=r"teacher\.context=reference: .*task\.columns\.solution"):
+        fit(None, "")
+
+
 def test_a_question_that_is_no_text_is_named(model: LanguageModel) -> None:
     config = load_config("lab", [])
     with pytest.raises(UsageError, match=r"task\.train: question q: .*surrogate pair"):
@@ -270,4 +567,26 @@ def test_a_run_without_any_fitting_prompt_writes_nothing(
     for key in ("rollout.max_prompt_tokens=3", "teacher.max_prompt_tokens=9"):
         with pytest.raises(UsageError, match="max_prompt_tokens"):
             build(tmp_path / "run", key)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("context", ["feedback", *slow("reference")])
+def test_a_run_shows_what_the_configuration_says(
+    context: str, train: Callable[..., Any], tmp_path: Path
+) -> None:
+    """The lab's task has words on every wrong answer, and a solution of every question."""
+    run = train(tmp_path / "run", f"teacher.context={context}", "steps=2")
+    for line in run.lines[1:]:
+        shown = 1.0 if context == "reference" else 1 - line["reward/mean"]
+        assert line["distill/reprompt_fraction"] == pytest.approx(shown)
+        assert line["distill/divergence"] > 0
+
+
+@pytest.mark.parametrize("role", ["model", "teacher"])
+def test_a_model_without_a_chat_template_takes_no_switches(
+    role: str, build: Callable[..., Any], tmp_path: Path
+) -> None:
+    key = f"{role}.chat_template_kwargs"
+    with pytest.raises(UsageError, match=rf"^{key}: .* leave it out$"):
+        build(tmp_path / "run", f"{key}={{enable_thinking: true}}")
     assert not (tmp_path / "run").exists()

@@ -5,19 +5,23 @@ or in an answer that is shown to the teacher would close its turn. Here the spec
 prompt are those that the chat template writes; the same names in a message are spelled out.
 """
 
+import inspect
 import json
 import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import Environment, TemplateError
 
 from sodfast.errors import UsageError
 
 Message = Mapping[str, str]  # "role", such as user, and "content"; nothing else of it is shown
+Switches = Mapping[str, Any]  # variables of a chat template by name, such as enable_thinking
+NO_SWITCHES: Switches = MappingProxyType({})
 
 # What Python code raises that somebody else has written, as a chat template is.
 _TEMPLATE_ERRORS = (
@@ -32,14 +36,19 @@ _TEMPLATE_ERRORS = (
     ValueError,
 )
 _OPTIONS = {"add_generation_prompt": True, "enable_thinking": False}
+# What `apply_chat_template` takes beside its own options and hands on to the template.
+_HANDED_ON = {"tools", "documents", "kwargs"}
 CPU_SECONDS = 5
 WALL_SECONDS = 120  # of a machine that is busy otherwise
 MEMORY_BYTES = 4 * 2**30
 
 
-def encode_messages(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
-    """Token ids of a prompt: the chat template with thinking off where there is one, otherwise the
-    texts as they are, with an empty line between them.
+def encode_messages(
+    tokenizer: Any, messages: Sequence[Message], switches: Switches = NO_SWITCHES
+) -> list[int]:
+    """Token ids of a prompt: the chat template where there is one, otherwise the texts as they are,
+    with an empty line between them. The template is given `switches`, and `enable_thinking=False`
+    where they do not say otherwise.
 
     Text without the names of special tokens gives the ids of one call of the tokenizer on the whole
     prompt. Raises `UsageError` where the template refuses the messages, such as a system message,
@@ -50,7 +59,7 @@ def encode_messages(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
         if not message["role"].isidentifier():  # templates write it beside their special tokens
             raise UsageError(f"a message's role must be a word, not {message['role'][:40]!r}")
     messages = [{key: message[key] for key in ("role", "content")} for message in messages]
-    text = _render(tokenizer, messages)
+    text = _render(tokenizer, messages, switches)
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -60,9 +69,9 @@ def encode_messages(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
         ) from error
     ids = list(_tokenize(tokenizer, text).input_ids)
     roles = tuple(message["role"] for message in messages)
-    special, expected = _specials(tokenizer, roles)
+    special, expected = _specials(tokenizer, roles, json.dumps(dict(switches)))
     if [i for i in ids if i in special] != expected:
-        ids = _spell_out(tokenizer, messages, text, special)
+        ids = _spell_out(tokenizer, messages, switches, text, special)
     if not ids:
         raise UsageError(
             f"a {' and '.join(roles)} message comes out empty: the model's chat template or its "
@@ -76,18 +85,49 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids)
 
 
-def require_prompts(tokenizer: Any, place: str) -> None:
+def opens_thinking(tokenizer: Any, switches: Switches = NO_SWITCHES) -> bool:
+    """Whether prompts end within a thought, so that an answer closes one that it has not opened."""
+    text = _render(tokenizer, [{"role": "user", "content": "x"}], switches)
+    return text.rstrip().endswith("<think>")
+
+
+def require_prompts(tokenizer: Any, place: str, switches: Switches = NO_SWITCHES) -> None:
     """Raise `UsageError`, which begins with `place`, where a user's message gives no prompt, or
     where the chat template takes more than `CPU_SECONDS` or `MEMORY_BYTES` to render one."""
     if tokenizer.chat_template:
-        _require_template_ends(tokenizer, place)
+        _require_template_ends(tokenizer, place, switches)
     try:
-        encode_messages(tokenizer, [{"role": "user", "content": "1"}])
+        encode_messages(tokenizer, [{"role": "user", "content": "1"}], switches)
     except UsageError as error:
         raise UsageError(f"{place}: {error}") from error
 
 
-def _require_template_ends(tokenizer: Any, place: str) -> None:
+def require_switches(tokenizer: Any, place: str, switches: Switches) -> None:
+    """Raise `UsageError`, which begins with `place`, where the chat template does not read one of
+    the `switches`, one is not for the template to read, or `require_prompts` raises with them.
+
+    A template reads what it names: no other trial tells a switch that is at its default from one
+    that is not there.
+    """
+    if not switches:
+        return
+    if not tokenizer.chat_template:
+        raise UsageError(f"{place}: the model has no chat template to read it: leave it out")
+    reserved = {"messages", *inspect.signature(tokenizer.apply_chat_template).parameters}
+    tokens = Environment().lex(tokenizer.get_chat_template())
+    names = {value for _, kind, value in tokens if kind == "name"}
+    for name in switches:
+        if name in reserved - _HANDED_ON:
+            raise UsageError(f"{place}: {name} is not for the template to read: leave it out")
+        if name not in names:
+            raise UsageError(
+                f"{place}: the model's chat template does not know the switch {name!r}: leave it "
+                "out, or name one that the template reads"
+            )
+    require_prompts(tokenizer, place, switches)
+
+
+def _require_template_ends(tokenizer: Any, place: str, switches: Switches) -> None:
     """Raise `UsageError` where rendering a message takes too much time or memory.
 
     A template is a program. It is tried in a process of its own, since nothing else ends every
@@ -107,7 +147,7 @@ def _require_template_ends(tokenizer: Any, place: str) -> None:
     if not isinstance(template, str):
         raise UsageError(f"{place} is no text: {change}")
     task = {
-        "options": {**tokenizer.special_tokens_map, **_OPTIONS},
+        "options": {**tokenizer.special_tokens_map, **_OPTIONS, **switches},
         "conversations": conversations,
         "template": template,
         "cpu": CPU_SECONDS,
@@ -158,11 +198,12 @@ for conversation in task["conversations"]:
 """
 
 
-def _render(tokenizer: Any, messages: Sequence[Message]) -> str:
+def _render(tokenizer: Any, messages: Sequence[Message], switches: Switches) -> str:
     if not tokenizer.chat_template:
         return "\n\n".join(message["content"] for message in messages)
+    options = {**_OPTIONS, **switches}
     try:
-        text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, **_OPTIONS)
+        text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
     except _TEMPLATE_ERRORS as error:
         roles = " and ".join(message["role"] for message in messages)
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
@@ -180,8 +221,11 @@ def _tokenize(tokenizer: Any, text: str, **options: Any) -> Any:
 
 
 @lru_cache(maxsize=16)
-def _specials(tokenizer: Any, roles: tuple[str, ...]) -> tuple[frozenset[int], list[int]]:
+def _specials(
+    tokenizer: Any, roles: tuple[str, ...], switches: str
+) -> tuple[frozenset[int], list[int]]:
     """The ids that no text may become, and those of them in a prompt whose texts hold none.
+    `switches` are given as JSON, which can be hashed.
 
     The token for what is unknown is left out: any text may hold something unknown.
     """
@@ -190,12 +234,16 @@ def _specials(tokenizer: Any, roles: tuple[str, ...]) -> tuple[frozenset[int], l
     if tokenizer.unk_token_id not in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         special.discard(tokenizer.unk_token_id)
     neutral = [{"role": role, "content": "x"} for role in roles]
-    ids = _tokenize(tokenizer, _render(tokenizer, neutral)).input_ids
+    ids = _tokenize(tokenizer, _render(tokenizer, neutral, json.loads(switches))).input_ids
     return frozenset(special), [i for i in ids if i in special]
 
 
 def _spell_out(
-    tokenizer: Any, messages: Sequence[Message], text: str, special: frozenset[int]
+    tokenizer: Any,
+    messages: Sequence[Message],
+    switches: Switches,
+    text: str,
+    special: frozenset[int],
 ) -> list[int]:
     """The ids of `text`, the rendered messages, in which special tokens that lie in a message are
     spelled out.
@@ -208,7 +256,7 @@ def _spell_out(
             "a text holds the name of a special token, which only a tokenizer of tokenizer.json "
             "can spell out: take it out of the rows of task.*, or choose another model"
         )
-    spans = _message_spans(tokenizer, messages, text)
+    spans = _message_spans(tokenizer, messages, switches, text)
     encoding = _tokenize(tokenizer, text, return_offsets_mapping=True)
     ids: list[int] = []
     run: list[int] = []
@@ -247,7 +295,9 @@ def _spelled(tokenizer: Any, text: str, special: frozenset[int]) -> list[int]:
     return ids
 
 
-def _message_spans(tokenizer: Any, messages: Sequence[Message], text: str) -> list[tuple[int, int]]:
+def _message_spans(
+    tokenizer: Any, messages: Sequence[Message], switches: Switches, text: str
+) -> list[tuple[int, int]]:
     """Where the messages stand in `text`, their rendering: (first, last + 1) of each.
 
     They are found by rendering them once more between two marks, characters of Unicode's private
@@ -264,7 +314,7 @@ def _message_spans(tokenizer: Any, messages: Sequence[Message], text: str) -> li
         core = content.strip()
         before, _, after = content.partition(core) if core else (content, "", "")
         marked.append({**message, "content": f"{before}{first}{core}{last}{after}"})
-    pieces = re.split(f"{first}([^{first}{last}]*){last}", _render(tokenizer, marked))
+    pieces = re.split(f"{first}([^{first}{last}]*){last}", _render(tokenizer, marked, switches))
     if "".join(pieces) != text:
         raise UsageError(
             "a text holds the name of a special token, and the model's chat template rewrites "

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A causal language model, its tokenizer, and the ids that end an answer."""
+    """A causal language model, its tokenizer, the ids that end an answer, and what its chat
+    template is given for each prompt."""
 
     network: Any  # a transformers causal LM
     tokenizer: Any
     eos_ids: tuple[int, ...]
     pad_id: int
     base: str | None = None  # under LoRA the `weights_hash` of the frozen weights; else None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -49,9 +51,9 @@ class LanguageModel:
         system: str | None = None,
         history: Sequence[Mapping[str, str]] = (),
     ) -> list[int]:
-        """Token ids of a prompt: the chat template with thinking off where there is one,
-        otherwise the text of the messages as it is. `history` stands between `system` and `prompt`.
-        No text becomes a special token.
+        """Token ids of a prompt: the chat template where there is one, with thinking off unless
+        `chat_template_kwargs` says otherwise; else the text of the messages as it is. `history`
+        stands between `system` and `prompt`. No text becomes a special token.
 
         Raises `UsageError` where the template refuses the messages, such as a system message, and
         for whatever else `encode_messages` refuses.
@@ -59,7 +61,7 @@ class LanguageModel:
         messages = [*history, {"role": "user", "content": prompt}]
         if system:
             messages.insert(0, {"role": "system", "content": system})
-        return encode_messages(self.tokenizer, messages)
+        return encode_messages(self.tokenizer, messages, self.chat_template_kwargs)
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of a text by itself, without special tokens."""

@@ -29,6 +29,9 @@ _DEEPEST = 255  # folders that Python makes in one call without exhausting its s
 ADDED: dict[str, Any] = {
     "model.random": None,
     "lab.stubborn": 0.0,
+    "model.chat_template_kwargs": {},
+    "teacher.chat_template_kwargs": None,
+    "teacher.demonstrate_self": False,
     "teacher.micro_batch_tokens": None,
     "optimizer.lr_burst": None,
     "objective.dual_clip": None,
@@ -39,14 +42,17 @@ ADDED: dict[str, Any] = {
     "task.request": None,
     "task.scorer": "strict",
 }
+# Values of `teacher.feedback` that release 0.1.0 had under other names.
+_FEEDBACK_OF_0_1_0 = {"never": False, "always": True}
 
 
 def fingerprint(config: Config) -> str:
     """A hash of all keys but `out`, `steps`, `log`, `checkpoint`, `model.attention` and
     `model.kept_layers`: no number of a step depends on these.
 
-    The runs of earlier releases go on: a renamed key is hashed under its first name, and one that
-    they did not have (`ADDED`) only where it is not at its default.
+    The runs of earlier releases go on: a renamed key is hashed under its first name, a renamed
+    value as its first one, and a key that they did not have (`ADDED`) only where it is not at its
+    default.
     """
     values = config.model_dump(mode="json", exclude={"out", "steps", "log", "checkpoint"})
     del values["model"]["attention"], values["model"]["kept_layers"]
@@ -54,6 +60,8 @@ def fingerprint(config: Config) -> str:
         group, _, name = key.partition(".")
         if name in values[group] and values[group][name] == default:
             del values[group][name]
+    feedback = values["teacher"]["feedback"]
+    values["teacher"]["feedback"] = _FEEDBACK_OF_0_1_0.get(feedback, feedback)
     for old, new in RENAMED.items():
         group, _, name = old.partition(".")
         values[group][name] = values[group].pop(new.removeprefix(f"{group}."))

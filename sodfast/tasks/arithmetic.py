@@ -30,7 +30,12 @@ def question_pools() -> tuple[tuple[Question, ...], tuple[Question, ...]]:
     the train pool only, so that a test question is new to every lab model.
     """
     questions = [
-        Question(f"{a}*{b}+{c}=", str(a * b + c), None, f"arithmetic-{a}-{b}-{c}")
+        Question(
+            prompt=f"{a}*{b}+{c}=",
+            answer=str(a * b + c),
+            id=f"arithmetic-{a}-{b}-{c}",
+            columns={"solution": f"{a * b}+{c}={a * b + c}"},
+        )
         for a in LEFT_FACTORS
         for b in RIGHT_FACTORS
         for c in ADDENDS
@@ -64,8 +69,14 @@ class ArithmeticTask:
         return float(self.extract(response) == question.answer)
 
     def feedback(self, question: Question, response: str) -> str | None:
-        """Return None: the task says nothing but right or wrong."""
-        return None
+        """Return the step that is left to do once the product is right, `136+6=|`, for a response
+        that is wrong; None for one that is right.
+
+        The teacher's prompts of the lab's preset end a hint with `|`.
+        """
+        if self.score(question, response):
+            return None
+        return str(question.columns["solution"]).partition("=")[0] + "=|"
 
     def extract(self, response: str) -> str | None:
         """Return the last result without leading zeros, None where the response ends otherwise."""

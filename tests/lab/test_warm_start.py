@@ -11,6 +11,7 @@ from marks import slow
 from safetensors.torch import load_file
 
 from sodfast.config import ArithmeticConfig, LabConfig, load_config
+from sodfast.context import reference_solution
 from sodfast.lab import warm_start
 from sodfast.lab.model import build_tokenizer, new_model
 from sodfast.lab.warm_start import WarmStartData
@@ -413,3 +414,30 @@ def test_the_student_has_headroom_and_the_teacher_knows(default_lab: tuple[Any, 
     for temperature, top_p in ((1.0, 1.0), (0.6, 0.95)):
         informed = scores(demonstrated, sample(default_lab, teacher_prompts, temperature, top_p))
         assert float(informed.mean()) > 0.90
+
+
+@pytest.mark.slow
+def test_the_teacher_reads_a_partial_hint(default_lab: tuple[Any, Any]) -> None:
+    """Shown the product alone, as the task's feedback does, it gets most products right, and more
+    answers than without a hint, but fewer than shown a solution."""
+    task = ArithmeticTask(ArithmeticConfig())
+    questions = [question for question in question_pools()[1][:128] for _ in range(4)]
+    responses = sample(default_lab, [question.prompt for question in questions], 1.0, 1.0)
+    wrong = [
+        (question, text)
+        for question, text in zip(questions, responses, strict=True)
+        if not task.score(question, text)
+    ]
+    asked = [question for question, _ in wrong]
+
+    def mean(hints: list[str]) -> float:
+        prompts = [
+            question.prompt + (hint and hint + question.prompt)
+            for question, hint in zip(asked, hints, strict=True)
+        ]
+        return float(scores(asked, sample(default_lab, prompts, 1.0, 1.0)).mean())
+
+    unaided = mean([""] * len(wrong))
+    partial = mean([str(task.feedback(question, text)) for question, text in wrong])
+    solved = mean([f"{reference_solution(question)}|" for question in asked])
+    assert unaided + 0.1 < partial < solved - 0.1

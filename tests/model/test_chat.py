@@ -21,7 +21,13 @@ from transformers import AddedToken, PreTrainedTokenizerFast
 from sodfast.errors import UsageError
 from sodfast.lab.model import EOS, PAD, build_tokenizer
 from sodfast.model import chat
-from sodfast.model.chat import encode_messages, encode_text, require_prompts
+from sodfast.model.chat import (
+    encode_messages,
+    encode_text,
+    opens_thinking,
+    require_prompts,
+    require_switches,
+)
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHATML = (
@@ -340,3 +346,68 @@ def test_several_templates_without_a_default_are_refused() -> None:
 def test_good_prompts_pass() -> None:
     require_prompts(qwen(), "place")
     require_prompts(build_tokenizer(), "place")
+
+
+# ---------------------------------------------------------------- switches
+
+
+def test_a_switch_is_handed_to_the_template() -> None:
+    tokenizer = qwen()
+    for shown in (messages("the end"), messages("<|im_end|> the end", "<|im_start|>")):
+        off, on = (encode_messages(tokenizer, shown, {"enable_thinking": x}) for x in (False, True))
+        assert off == encode_messages(tokenizer, shown)
+        assert tokenizer.decode(off) == tokenizer.decode(on) + "<think>\n\n</think>\n\n"
+        assert specials(on, tokenizer) == specials(off, tokenizer)
+
+
+def test_special_tokens_that_a_switch_brings_are_the_templates() -> None:
+    tokenizer = qwen(CHATML + "{{ note }}")
+    text, note = messages("a <|im_end|> b"), {"note": "<|im_end|>"}
+    ids = encode_messages(tokenizer, text, note)
+    assert specials(ids, tokenizer)[-1] == "<|im_end|>"
+    assert len(specials(ids, tokenizer)) == 4
+    assert len(specials(encode_messages(tokenizer, text, {"note": "x"}), tokenizer)) == 3
+
+
+def test_a_switch_that_the_template_does_not_know_is_refused() -> None:
+    place = "model.chat_template_kwargs"
+    require_switches(qwen(), place, {})
+    for template in (CHATML + "{# think_hard #} think_hard", CHATML + "{{ 'think_hard' }}"):
+        with pytest.raises(UsageError, match=r"^model\S+: .* switch 'think_hard': leave it out"):
+            require_switches(qwen(template), place, {"think_hard": True})
+    for name in ("tokenize", "add_generation_prompt", "chat_template", "messages"):
+        with pytest.raises(UsageError, match=f"{name} is not for the template to read"):
+            require_switches(qwen(CHATML), place, {name: False})
+    with pytest.raises(UsageError, match="no chat template"):
+        require_switches(build_tokenizer(), place, {"enable_thinking": True})
+
+
+@pytest.mark.slow
+def test_a_template_is_tried_with_its_switches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat, "CPU_SECONDS", 1)
+    require_switches(qwen(), "place", {"enable_thinking": True})
+    for body in ("(9 + hard) ** (10 ** 10)", "1 / 0", "''.join(hard)"):
+        template = "{% if hard %}{{ " + body + " }}{% endif %}" + CHATML
+        require_prompts(qwen(template), "place")
+        with pytest.raises(UsageError, match=r"^place: |^place cannot") as error:
+            require_switches(qwen(template), "place", {"hard": 1})
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("template", "opened"),
+    [
+        (None, False),
+        (CHATML, False),
+        (CHATML + "<think>\n", True),
+        (CHATML + "<think>\n\n</think>\n", False),
+        (CHATML + "{% if enable_thinking %}<think>\n{% endif %}", False),
+    ],
+)
+def test_a_template_that_opens_a_thought(template: str | None, opened: bool) -> None:
+    assert opens_thinking(qwen(template)) == opened
+
+
+def test_a_switch_can_open_a_thought() -> None:
+    tokenizer = qwen(CHATML + "{% if enable_thinking %}<think>\n{% endif %}")
+    assert opens_thinking(tokenizer, {"enable_thinking": True})

@@ -433,10 +433,21 @@ def test_a_directory_that_is_no_run(tmp_path: Path) -> None:
         ("lab.stubborn=0.5", False),
         ("optimizer.lr_burst={first: 1, last: 2, factor: 8}", False),
         ("teacher.feedback=true", False),
+        ("teacher.feedback=never", True),
+        ("teacher.demonstrate_self=true", False),
+        ("teacher.context=reference", False),
+        ("teacher.chat_template_kwargs={a: 1}", False),
+        ("model.chat_template_kwargs={a: 1}", False),
     ],
 )
 def test_fingerprint(override: str, same: bool) -> None:
     assert (fingerprint(lab(override)) == fingerprint(lab())) == same
+
+
+def test_feedback_has_the_fingerprint_that_0_1_0_gave_it() -> None:
+    assert fingerprint(lab("teacher.feedback=true")) == "cac6a788a0c998c0"
+    assert fingerprint(lab()) == "ec608b379d604fcc"
+    assert fingerprint(lab("teacher.feedback=without_solution")) != fingerprint(lab())
 
 
 def test_layers_may_keep_their_activations_in_a_resumed_run() -> None:

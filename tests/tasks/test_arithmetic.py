@@ -28,6 +28,7 @@ def test_answers_are_right_and_the_split_is_fixed() -> None:
         a, b, c = (int(number) for number in re.findall("[0-9]+", question.prompt))
         assert question.prompt == f"{a}*{b}+{c}="
         assert question.answer == str(a * b + c)
+        assert question.columns == {"solution": f"{a * b}+{c}={a * b + c}"}
     # A new split would make every published figure of the lab incomparable.
     assert [question.prompt for question in test[:3]] == ["18*5+9=", "2*2+4=", "15*4+6="]
 
@@ -78,4 +79,12 @@ def test_score_compares_the_extracted_answer(task: ArithmeticTask) -> None:
     assert task.score(question, "1+1=2?136+6=142") == 1.0
     assert task.score(question, "136+6=142?1+1=2") == 0.0
     assert task.score(question, "142") == 0.0
-    assert task.feedback(question, "142") is None
+
+
+def test_feedback_on_a_wrong_answer_is_the_product_and_what_is_left_to_do(
+    task: ArithmeticTask,
+) -> None:
+    question = next(q for q in question_pools()[0] if q.prompt == "17*8+6=")
+    assert task.feedback(question, "136+6=142") is None
+    for wrong in ("142", "128+6=134", "136+6=132", "136+6=142?128+6=134", ""):
+        assert task.feedback(question, wrong) == "136+6=|"
