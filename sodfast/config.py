@@ -493,12 +493,17 @@ class EvalConfig(Section):
     temperature: Annotated[NonNegative, AfterValidator(_warm_or_greedy)] = 0.6
     top_p: TopP = 0.95
     top_k: Positive | None = None
+    questions: Positive | None = None  # of each test, evenly spaced; null: all
+    # Other tasks whose tests are asked beside the run's own; metrics eval/<name>/mean@k.
+    tasks: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,40}$")], TaskConfig] = {}
 
 
 class CheckpointConfig(Section):
     # 0: no checkpoint, also not at the end or when interrupted; a resumed run then starts over.
     every: Interval = 25
     keep: Positive = 2
+    # Also save, and never delete, the checkpoint of the evaluation with the highest mean@k so far.
+    best: bool = False
 
 
 class CollapseConfig(Section):
@@ -606,16 +611,31 @@ class Config(Section):
                 "model.kept_layers=auto does not go with rollout.engine=vllm, whose memory is not "
                 "planned: set model.kept_layers to a number"
             )
-        own = self.model.path is None and self.model.random is None
-        if own and not isinstance(self.task, ArithmeticConfig | PythonConfig):
-            raise ValueError(
-                f"task.name={self.task.name} needs a model: set model.path (the lab's own model "
-                "only knows task.name=arithmetic)"
-            )
         if not (0 <= self.collapse.eval_floor <= 1 or isinstance(self.task, PythonConfig)):
             raise ValueError(
                 f"collapse.eval_floor: {self.collapse.eval_floor} must lie in [0, 1], as the "
                 f"rewards of task.name={self.task.name} do"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _tasks_fit_the_model(self) -> "Config":
+        own = self.model.path is None and self.model.random is None
+        others = {f"eval.tasks.{name}": task for name, task in self.eval.tasks.items()}
+        for key, task in {"task": self.task, **others}.items():
+            if own and not isinstance(task, ArithmeticConfig | PythonConfig):
+                raise ValueError(
+                    f"{key}.name={task.name} needs a model: set model.path (the lab's own model "
+                    "only knows task.name=arithmetic)"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _the_best_is_known(self) -> "Config":
+        if self.checkpoint.best and not (self.checkpoint.every and self.eval.every):
+            raise ValueError(
+                "checkpoint.best=true needs checkpoints and evaluations: set checkpoint.every and "
+                "eval.every above 0"
             )
         return self
 
@@ -832,8 +852,9 @@ def _set(layer: DictConfig, key: str, value: Any) -> None:
 def _explain(error: Any) -> str:
     """One pydantic error as `key: what is wrong`, without the union's tags in the path."""
     location = [str(part) for part in error["loc"]]
-    if len(location) > 1 and location[0] in _DISCRIMINATORS:
-        del location[1]
+    union = _union_depth(location)
+    if union is not None and len(location) > union:
+        del location[union]
     key = ".".join(location)
     message = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
@@ -848,16 +869,24 @@ def _explain(error: Any) -> str:
 
 def _known_keys(parents: list[str], location: tuple[Any, ...]) -> list[str]:
     section: Any = Config
-    if parents and parents[0] in _DISCRIMINATORS:
-        group, *parents = parents
+    union = _union_depth(parents)
+    if union is not None:
+        group = parents[0] if union == 1 else "task"
         key, _ = _DISCRIMINATORS[group]
         members = _union_members(Config.model_fields[group].annotation)
         models = {member.model_fields[key].default: member for member in members}
-        section = models[location[1]]
+        section, parents = models[location[union]], parents[union:]
     for parent in parents:
         annotation = section.model_fields[parent].annotation
         section = next(iter(get_args(annotation)), annotation)  # the first of `section | None`
     return list(getattr(section, "model_fields", []))
+
+
+def _union_depth(location: Sequence[str]) -> int | None:
+    """How many keys lead to the union that a location lies in; None where it lies in none."""
+    if len(location) > 0 and location[0] in _DISCRIMINATORS:
+        return 1
+    return 3 if len(location) > 2 and tuple(location[:2]) == ("eval", "tasks") else None
 
 
 def _union_members(annotation: Any) -> tuple[Any, ...]:

@@ -1,7 +1,8 @@
 """Evaluation: mean@k, best@k and maj@k on held-out questions, on a random stream of its own."""
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from math import comb, fsum
 
 from sodfast.config import Config
@@ -51,6 +52,34 @@ def evaluate(
         [[grade.reward for grade in group] for group in groups],
         None if task.extract is None else [[grade.answer for grade in group] for group in groups],
     )
+
+
+@dataclass(frozen=True)
+class Examination:
+    """A test beside the run's own: the run's configuration with that task in place of its own, the
+    task, and its questions."""
+
+    config: Config
+    task: Task
+    questions: Sequence[Question]
+
+
+def evaluate_others(
+    model: LanguageModel,
+    engine: Engine,
+    examinations: Mapping[str, Examination],
+    step: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    ranks: Ranks = ALONE,
+) -> dict[str, float]:
+    """`evaluate` of each of `eval.tasks`, as the keys `eval/<name>/*`."""
+    metrics: dict[str, float] = {}
+    for name, exam in examinations.items():
+        found = evaluate(
+            model, engine, exam.task, exam.questions, exam.config, step, progress, ranks
+        )
+        metrics |= {f"eval/{name}/{key.removeprefix('eval/')}": v for key, v in found.items()}
+    return metrics
 
 
 def evaluation_metrics(

@@ -9,7 +9,7 @@ the teacher's context). A step commits as a whole: whatever ends a run before a 
 optimizer update leaves the state of the step before.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -26,7 +26,7 @@ from sodfast.collapse import CollapseDetector, SignalWatch
 from sodfast.config import Config
 from sodfast.context import Hint, Questions, TeacherContext, teacher_prompts
 from sodfast.errors import RunFailed
-from sodfast.evaluate import evaluate
+from sodfast.evaluate import Examination, evaluate, evaluate_others
 from sodfast.metrics import RewardGain, TokenTotals, length_metrics, mean_entropy, reward_metrics
 from sodfast.model.load import LanguageModel, to_ids
 from sodfast.model.packing import micro_batches, response_hidden
@@ -45,7 +45,7 @@ from sodfast.run.interrupt import Interrupted, Interruption
 from sodfast.run.loggers import Logger
 from sodfast.run.phases import PhaseClock, oom_hint
 from sodfast.schedule import build_schedule
-from sodfast.summary import summarize
+from sodfast.summary import best_step, summarize
 from sodfast.tasks.base import Grade, Question, Task
 from sodfast.tasks.files import run_files
 from sodfast.teacher import Teacher, TeacherScores
@@ -97,8 +97,10 @@ class Trainer:
         run: RunDirectory,
         reporter: Reporter,
         ranks: Ranks = ALONE,
+        examinations: Mapping[str, Examination] | None = None,
     ) -> None:
         self.config = config
+        self.examinations = examinations or {}
         self.model = model
         self.engine = engine
         self.ranks = ranks
@@ -196,7 +198,7 @@ class Trainer:
     def _write_end(self, status: Status) -> None:
         self.run.write_summary(self.summary(status))
         if self.ranks.main:  # a run that was killed while it deleted the old ones may be finished
-            checkpoint.prune(self.run.checkpoints, self.config.checkpoint.keep)
+            checkpoint.prune(self.run.checkpoints, self.config.checkpoint.keep, self._best())
 
     def _close_logger(self) -> None:
         if self._logger is not None:
@@ -504,7 +506,7 @@ class Trainer:
             self._keep(step, rollouts)
         self._commit(line, logger)
         every = self.config.checkpoint.every
-        if self.ended or (every and step % every == 0):
+        if self.ended or (every and step % every == 0) or (evaluated and step in self._best()):
             self._save()
 
     def _observe_collapse(self, line: dict[str, Any]) -> None:
@@ -524,6 +526,7 @@ class Trainer:
     # ---------------------------------------------------------------- small parts
 
     def _evaluate(self, step: int) -> dict[str, float]:
+        progress = partial(self.reporter.phase, "evaluate")
         with oom_hint("evaluate"):
             return evaluate(
                 self.model,
@@ -532,9 +535,11 @@ class Trainer:
                 self.data.test,
                 self.config,
                 step,
-                lambda done, total: self.reporter.phase("evaluate", done, total),
+                progress,
                 self.ranks,
                 partial(self.answers.keep_evaluation, step),
+            ) | evaluate_others(
+                self.model, self.engine, self.examinations, step, progress, self.ranks
             )
 
     def _keep(self, step: int, rollouts: Rollouts) -> None:
@@ -577,6 +582,17 @@ class Trainer:
         """Whether no step is left."""
         collapsed = self.config.collapse.stop and self.collapse.step is not None
         return self.step >= self.config.steps or collapsed
+
+    def _best(self) -> set[int]:
+        """The steps whose checkpoints stay as the best, with checkpoint.best: of all evaluations,
+        and of those that do not depend on where the run ends, which a continued run is left with.
+        """
+        if not self.config.checkpoint.best:
+            return set()
+        steps = [line["step"] for line in self.lines]
+        every = filter(self._due, steps)
+        found = (best_step(self.lines, self.config.eval.samples, s) for s in (steps, list(every)))
+        return {step for step in found if step is not None}
 
     def _event(self, step: int, event: str, **fields: Any) -> None:
         self._append(self.run.events, {"step": step, "event": event, **fields})
@@ -626,6 +642,7 @@ class Trainer:
                     moments,
                     self.state,
                     self.config.checkpoint.keep,
+                    self._best(),
                 )
         self._event(self.step, "checkpoint")
 

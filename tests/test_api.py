@@ -1,7 +1,6 @@
 """A run from Python: whole, step by step, continued, and looked into."""
 
 import threading
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,6 @@ def test_a_notebook(tiny_run: list[str], tmp_path: Path) -> None:
     assert longer.metrics[-1]["step"] == 6
 
 
-@pytest.mark.skipif(find_spec("sodfast.run.samples") is None, reason="no reader of samples yet")
 def test_the_samples_of_a_step(tiny_run: list[str], tmp_path: Path) -> None:
     run = sodfast.train("lab", overrides(tiny_run, tmp_path / "run"), steps=2, eval={"every": 2})
     rewards = [sample["reward"] for sample in run.samples(2)]

@@ -838,3 +838,39 @@ def test_python_values_are_overrides(tmp_path: Path) -> None:
         load_config("lab", steps="many")
     with pytest.raises(UsageError):
         load_config("lab", steps=object())
+
+
+# ---------------------------------------------------------------- several examinations
+
+
+def test_other_tasks_are_tasks(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    given = {"chem": {"name": "math", "train": str(rows)}, "sums": {"name": "arithmetic"}}
+    config = load_config("base", ["model.path=m"], eval={"tasks": given})
+    assert config.eval.tasks["chem"].name == "math" and config.eval.tasks["sums"].name
+    again = tmp_path / "again.yaml"
+    again.write_text(config.to_yaml())
+    assert load_config(str(again)) == config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("eval.tasks={a: {name: arithmetic, tset: 3}}", "eval.tasks.a.tset (did you mean test?)"),
+        ("eval.tasks={a: {name: arithmetic, test: x}}", "eval.tasks.a.test: "),
+        ("eval.tasks={a: {name: nothing}}", "eval.tasks.a: "),
+        ("eval.tasks={a: {test: 3}}", "eval.tasks.a: "),
+        ("eval.tasks={a/b: {name: arithmetic}}", "eval.tasks.a/b"),
+        ("eval.tasks={a: {name: math, train: r.jsonl}}", "eval.tasks.a.name=math needs a model"),
+        ("eval.questions=0", "eval.questions"),
+        ("checkpoint={best: true, every: 0}", "checkpoint.best=true needs"),
+        ("objective.dual_clip=1.0", "objective.dual_clip"),
+        ("objective.old_logprob=other", "objective.old_logprob"),
+        ("schedule={kind: python}", "schedule.source"),
+        ("schedule={kind: python, source: here}", "schedule.source: must be FILE.py:NAME"),
+    ],
+)
+def test_what_is_wrong_there_is_named(overrides: str, message: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        load_config("lab", [overrides])
+    assert message in str(refused.value)

@@ -20,7 +20,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,8 +144,9 @@ def save(
     optimizer: dict[str, Tensor],
     state: dict[str, Any],
     keep: int,
+    best: Container[int] = (),
 ) -> Path:
-    """Write checkpoint `step` and delete all but the last `keep`.
+    """Write checkpoint `step` and delete all but the last `keep` and the `best`.
 
     `student`: the state dict of `model`'s network; `teacher`: its own parameters by name, None
     while it equals the student; `optimizer`: as `optimizer_tensors` gives it.
@@ -174,7 +175,7 @@ def save(
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise RunFailed(f"checkpoint of step {step} could not be written: {error}") from error
-    prune(directory, keep)
+    prune(directory, keep, best)
     return final
 
 
@@ -186,13 +187,16 @@ def write_state(path: Path, state: dict[str, Any]) -> None:
     (path / "state.json").write_text(text, encoding="utf-8")
 
 
-def prune(directory: Path, keep: int) -> None:
-    """Delete all checkpoints but the last `keep`, and what a process that was killed has left.
+def prune(directory: Path, keep: int, best: Container[int] = ()) -> None:
+    """Delete all checkpoints but the last `keep` and those of the steps `best`, and what a process
+    that was killed has left.
 
     A checkpoint loses its name before its files. Raises `RunFailed` when the disk refuses.
     """
     try:
         for old in sorted(steps(directory))[:-keep]:
+            if old in best:
+                continue
             aside = directory / f".step-{old}.tmp"
             if aside.exists():
                 shutil.rmtree(aside)

@@ -36,6 +36,8 @@ ADDED: dict[str, Any] = {
     "optimizer.lr_burst": None,
     "objective.dual_clip": None,
     "objective.old_logprob": "engine",
+    "eval.questions": None,
+    "eval.tasks": {},
     "task.split": None,
     "task.columns": {},
     "task.system": None,

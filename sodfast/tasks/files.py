@@ -18,7 +18,10 @@ from sodfast.source import find_source
 
 def run_files(config: Config) -> dict[str, str]:
     """`file_hashes` of everything that a run is read from."""
-    return file_hashes(config.task) | file_hashes(config.schedule)
+    found: dict[str, str] = {}
+    for part in (config.task, *config.eval.tasks.values(), config.schedule):
+        found |= file_hashes(part)
+    return found
 
 
 def file_hashes(config: TaskConfig | ScheduleConfig) -> dict[str, str]:
