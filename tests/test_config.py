@@ -874,3 +874,18 @@ def test_what_is_wrong_there_is_named(overrides: str, message: str) -> None:
     with pytest.raises(UsageError) as refused:
         load_config("lab", [overrides])
     assert message in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["sdpo", "grpo", "opsd"])
+def test_a_baseline_has_the_same_objective_on_both_scales(name: str) -> None:
+    small, large = load_config(name, []), load_config(f"{name}_qwen3_8b", [])
+    assert small.objective == large.objective and small.schedule == large.schedule
+    assert small.teacher.context == large.teacher.context
+    assert large.model.path == "Qwen/Qwen3-8B" and small.model.path is None
+    if name != "opsd":
+        assert (large.rollout.prompts_per_step, large.rollout.samples_per_prompt) == (32, 8)
+
+
+def test_the_literal_preset_shows_the_teacher_nothing_else() -> None:
+    paper = load_config("qwen3_8b_80gb", ["teacher.context=none"])
+    assert load_config("qwen3_8b_80gb_literal", []) == paper

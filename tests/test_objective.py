@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sodfast.config import ObjectiveConfig
+from sodfast.config import ObjectiveConfig, load_config
 from sodfast.context import choose_demonstrations
 from sodfast.objective import (
     _unpacked,
@@ -532,3 +532,27 @@ def test_a_teacher_that_says_the_same_gives_nothing(alpha: float, top_k: int | N
     result = fused(config, rollouts, [[0, 1]])
     assert result.loss == 0.0
     assert not result.hidden.any() and not result.head.any()
+
+
+# ---------------------------------------------------------------- presets of published baselines
+
+
+@pytest.mark.parametrize("preset", ["sdpo", "sdpo_qwen3_8b", "opsd", "grpo"])
+def test_a_baselines_loss_is_its_published_objective_in_fp64(preset: str) -> None:
+    config = load_config(preset, []).objective
+    rollouts = update(*MIXED)
+    assert_close(fused(config, rollouts, [range(6)]), definition(config, rollouts, None))
+
+
+def test_grpo_has_exactly_no_distillation_gradient() -> None:
+    """Not a bit of the gradient depends on the teacher, which may as well be broken."""
+    config = load_config("grpo", []).objective
+    rollouts = update(*MIXED)
+    expected = fused(config, rollouts, [range(6)])
+    for rows in rollouts.teacher:
+        if rows is not None:
+            rows.fill_(math.nan)
+    found = fused(config, rollouts, [range(6)])
+    assert found.loss == expected.loss and np.abs(expected.head).max() > 0
+    assert np.array_equal(found.hidden, expected.hidden)
+    assert np.array_equal(found.head, expected.head)
