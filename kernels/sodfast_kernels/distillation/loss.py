@@ -154,23 +154,19 @@ def distillation_loss(
         teacher_logits: [N, V], any of these dtypes. Never differentiated.
         alpha: 0 forward KL(Q‖S), 1 reverse KL(S‖Q), between them
             (1 − α)·KL(S‖M) + α·KL(Q‖M), M = (1 − α)·S + α·Q.
-        temperature: divides both logits, for divergence, entropies and log-probs.
-        softcap: z ← c·tanh(z/c) before the temperature.
-        top_k: the student's k greatest logits, the lower index among equal ones, and one bucket
-            for the rest. None, or k ≥ V: the full vocabulary.
+        temperature: divides both logits, after softcap: z ← c·tanh(z/c).
+        top_k: the student's k greatest logits (the lower index among equals) and a bucket for the
+            rest. None, or k ≥ V: the full vocabulary.
         add_tail: False leaves the rest out and renormalises both sides over the k.
         distill_weight: [N] coefficient of each divergence, default 1/N. Where it is 0 the teacher's
             row is never read.
         target_ids: [N] int64, the sampled tokens.
-        advantage: [N], turns the policy term on.
-        policy_weight: [N] coefficient of each policy loss, default 1/N.
+        advantage, policy_weight: [N], turns the policy term on; its coefficients, default 1/N.
         old_logprob: [N] log-prob of each sampled token when it was sampled. None: ratio 1.
         clip_range: (low, high) of the clip.
-        dual_clip: c > 1 bounds the policy loss of a token with A < 0 by −c·A, where it then has no
-            gradient (arXiv 1912.09729). None: no bound.
+        dual_clip: c > 1, bounds L by −c·A where A < 0 (arXiv 1912.09729).
         ratio_cap: multiplies each divergence by min(exp(logp − old_logprob), cap).
-        reduction: "sum" gives a scalar loss, its gradient computed along the way; "none" gives [N],
-            and the backward pass computes everything a second time.
+        reduction: "sum": a scalar, its gradient made along the way; "none": [N], computed twice.
         teacher_topk: (ids [N, K] int64, log-probs [N, K] at the same temperature) in place of the
             teacher. The ids, distinct in each row, are the support; the remaining mass is the tail.
         backend: "auto", "triton" or "torch". "auto" is Triton on CUDA, and PyTorch elsewhere and

@@ -80,8 +80,7 @@ def distillation_loss(
 ) -> DistillationOutput:
     """Σ_t distill_weight_t·ρ_t·D_t + Σ_t policy_weight_t·L_t, by autograd, whole logits in memory.
 
-    Arguments are those of `sodfast_kernels.distillation_loss`, which checks them; here they are
-    taken as they come. 16-bit inputs are computed in fp32.
+    Arguments: `sodfast_kernels.distillation_loss`; unchecked. 16-bit inputs: computed in fp32.
     """
     rows, vocabulary = student_logits.shape
     logits_NV = _compute(student_logits)
