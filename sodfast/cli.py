@@ -32,6 +32,13 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Dotted overrides.")
 ]
 
+Best = Annotated[
+    bool,
+    typer.Option(
+        "--best", help="The checkpoint of the highest test score instead (checkpoint.best)."
+    ),
+]
+
 
 @app.callback()
 def _root() -> None:
@@ -126,13 +133,14 @@ def _print_report(directory: Path) -> None:
 def evaluate(
     source: Annotated[str, typer.Argument(metavar="RUN_DIR|MODEL", help="Run, HF id or folder.")],
     overrides: Overrides = None,
+    best: Best = False,
 ) -> None:
     """Evaluate a run's newest checkpoint, or any model. The last line is JSON."""
     from sodfast.commands import evaluate_model
     from sodfast.run.console import Screen
 
     screen = Screen()
-    result = evaluate_model(source, overrides or [], screen)
+    result = evaluate_model(source, overrides or [], screen, best)
     _print(json.dumps(result), screen=screen)
 
 
@@ -155,11 +163,12 @@ def plan_memory(arguments: Arguments = None) -> None:
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN_DIR")],
     out: Annotated[Path, typer.Argument(metavar="OUT_DIR")],
+    best: Best = False,
 ) -> None:
     """Write a run's newest student as a Hugging Face directory: safetensors and tokenizer."""
     from sodfast.commands import export_model
 
-    export_model(run, out)
+    export_model(run, out, best)
     _print(f"wrote {out}")
 
 
@@ -205,6 +214,33 @@ def calibrate_gates(
 
     result = calibrate_source(*_split(arguments or []), success, rate)
     _print(*result.text(), json.dumps(result.to_json()))
+
+
+@app.command()
+def show(
+    run: Annotated[Path, typer.Argument(metavar="RUN_DIR")],
+    step: Annotated[
+        int | None, typer.Option(metavar="N", help="Default: the last step whose answers are kept.")
+    ] = None,
+    question: Annotated[
+        str | None, typer.Option(metavar="ID", help="Only the answers to this question.")
+    ] = None,
+    sort: Annotated[
+        Literal["reward", "length", "divergence"] | None,
+        typer.Option(help="The greatest first; default: as they were drawn."),
+    ] = None,
+    limit: Annotated[int, typer.Option(help="How many answers.")] = 5,
+    evaluation: Annotated[
+        bool, typer.Option("--eval", help="The answers of the evaluation after that step.")
+    ] = False,
+) -> None:
+    """Show a step's answers with the teacher's hints, tokens shaded by their divergence."""
+    from sodfast.run.console import Screen, open_console
+    from sodfast.run.show import chosen_answers, describe_answers
+
+    screen = Screen()
+    answers = chosen_answers(run, step, question, sort, limit, evaluation)
+    _print(*describe_answers(answers, open_console(screen)), screen=screen)
 
 
 @app.command("report")

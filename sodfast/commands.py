@@ -3,8 +3,9 @@
 import os
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ import torch
 from safetensors import SafetensorError
 from transformers.utils.logging import disable_progress_bar
 
-from sodfast.config import Config, LogConfig, load_config, read_overrides, validate
+from sodfast.config import Config, load_config, read_overrides, validate
 from sodfast.context import Questions, fitting_questions
 from sodfast.errors import UsageError
-from sodfast.evaluate import evaluate
+from sodfast.evaluate import Examination, evaluate, evaluate_others
 from sodfast.model.attention import describe, require_flash, without_cudnn
 from sodfast.model.chat import require_switches
 from sodfast.model.liger import use_liger
@@ -40,6 +41,9 @@ from sodfast.run.environment import environment
 from sodfast.run.fork import fork_config, fork_run, read_fork
 from sodfast.run.interrupt import Interrupted
 from sodfast.run.loggers import require_sinks
+from sodfast.run.records import read_metrics
+from sodfast.schedule import build_schedule
+from sodfast.summary import best_step
 from sodfast.tasks.base import Task
 from sodfast.tasks.build import build_task
 from sodfast.trainer import Trainer
@@ -111,20 +115,23 @@ def build_trainer(
         model = build_model(config, device, reporter.phase, reporter.message)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        data, engine = _questions_and_engine(config, model, task, reporter)
+        others = {name: build_task(other) for name, other in config.eval.tasks.items()}
+        data, engine = _questions_and_engine(config, model, task, reporter, others)
         if config.teacher.storage == "host" or ranks.size > 1:
             decoder_layers(model.network)  # refused here rather than after the run has begun
+        build_schedule(config.schedule)  # likewise
     with ranks.together():
         if not ranks.main:
             run = RunDirectory(out, None)
-            config = config.model_copy(update={"log": LogConfig()})
+            config = config.model_copy(update={"log": config.log.model_copy(update={"sinks": ()})})
         elif resume is None:
             found = environment(torch.get_num_threads(), str(device), ranks.size)
             run = RunDirectory.create(out, config, found)
         else:
             run = RunDirectory.open(out)
     try:
-        trainer = Trainer(config, model, engine, task, data, run, reporter, ranks)
+        exams = _examinations(config, data, others)
+        trainer = Trainer(config, model, engine, task, data, run, reporter, ranks, exams)
         if resume is not None:
             trainer.resume()
     except BaseException:
@@ -137,9 +144,10 @@ def build_trainer(
 
 
 def evaluate_model(
-    source: str, overrides: list[str], screen: Screen | None = None
+    source: str, overrides: list[str], screen: Screen | None = None, best: bool = False
 ) -> dict[str, Any]:
-    """The `eval/*` metrics of a run's newest checkpoint, or of a model by id or directory.
+    """The `eval/*` metrics of a run's newest checkpoint or, with `best`, of the one with the
+    highest score; or of a model by id or directory.
 
     A model is asked the lab's questions unless the overrides name another task, and then under
     the limits of the preset `base` rather than the lab's. Progress is shown on `screen`.
@@ -150,7 +158,9 @@ def evaluate_model(
         config = validate(read_overrides(run / "config.yaml", overrides))
         if config.model.lora != validate(read_overrides(run / "config.yaml", [])).model.lora:
             raise UsageError("model.lora is a property of the run: leave it out")
-        step, path = _newest(run)
+        step, path = _chosen(run, best)
+    elif best:
+        raise UsageError(f"--best: {source} is no run directory, which alone has checkpoints")
     else:
         preset = "base" if any(text.startswith("task.name=") for text in overrides) else "lab"
         config = load_config(preset, [f"model.path={source}", *overrides])
@@ -166,28 +176,24 @@ def evaluate_model(
         torch.set_num_threads(config.threads)
     reporter = build_reporter(screen)
     try:
-        data, engine = _questions_and_engine(config, model, task, reporter)
-        metrics = evaluate(
-            model,
-            engine,
-            task,
-            data.test,
-            config,
-            step,
-            lambda done, total: reporter.phase("evaluate", done, total),
-        )
+        others = {name: build_task(other) for name, other in config.eval.tasks.items()}
+        data, engine = _questions_and_engine(config, model, task, reporter, others)
+        progress = partial(reporter.phase, "evaluate")
+        metrics = evaluate(model, engine, task, data.test, config, step, progress)
+        exams = _examinations(config, data, others)
+        metrics |= evaluate_others(model, engine, exams, step, progress)
     finally:
         reporter.stop()
     return {"step": step, **metrics}
 
 
-def export_model(run: Path, out: Path) -> None:
-    """Write the newest checkpoint's student to `out`, a Hugging Face directory: the checkpoint's
-    own or, under LoRA, the base with the adapters merged into its weights."""
+def export_model(run: Path, out: Path, best: bool = False) -> None:
+    """Write the student of the newest checkpoint, or of the best, to `out`, a Hugging Face
+    directory: the checkpoint's own or, under LoRA, the base with the adapters merged into it."""
     require_usable(out, str(out))
     if os.path.lexists(out):
         raise UsageError(f"{out} exists: choose another directory")
-    _, path = _newest(run)
+    _, path = _chosen(run, best)
     config = validate(read_overrides(run / "config.yaml", []))
     aside = out.with_name(f"{out.name}.{secrets.token_hex(8)}.tmp")
     try:
@@ -281,14 +287,18 @@ def _student(config: Config, path: Path, device: torch.device) -> LanguageModel:
 
 
 def _questions_and_engine(
-    config: Config, model: LanguageModel, task: Task, reporter: Reporter
+    config: Config,
+    model: LanguageModel,
+    task: Task,
+    reporter: Reporter,
+    others: Mapping[str, Task],
 ) -> tuple[Questions, Engine]:
     """The questions that fit, and an engine that can run the longest with its answer.
 
     Raises `UsageError` where the attention that model.attention asks for is not installed.
     """
     try:
-        data = fitting_questions(config, model, task, reporter)
+        data = fitting_questions(config, model, task, reporter, others)
     except UsageError as error:
         raise UsageError(f"{error}{_preset_hint(config)}") from error
     if data.dropped and (hint := _preset_hint(config)):
@@ -298,6 +308,16 @@ def _questions_and_engine(
         require_flash(*_attention(model, engine)[:3])
     engine.require(data.longest + config.rollout.max_new_tokens)
     return data, engine
+
+
+def _examinations(
+    config: Config, data: Questions, others: Mapping[str, Task]
+) -> dict[str, Examination]:
+    """What `eval.tasks` asks, by the names there; each ends its answers as its own task does."""
+    configs = {
+        name: config.model_copy(update={"task": other}) for name, other in config.eval.tasks.items()
+    }
+    return {n: Examination(configs[n], task, data.others[n]) for n, task in others.items()}
 
 
 def _preset_hint(config: Config) -> str:
@@ -373,8 +393,17 @@ def _require_shardable(config: Config, ranks: Ranks) -> None:
         )
 
 
-def _newest(run: Path) -> tuple[int, Path]:
+def _chosen(run: Path, best: bool) -> tuple[int, Path]:
+    """Step and path of the newest checkpoint, or of that with the highest `eval/mean@k`."""
     path = checkpoint.latest(run / "checkpoints")
     if path is None:
         raise UsageError(f"{run} holds no checkpoint: give a run directory of sodfast train")
+    if best:
+        samples = validate(read_overrides(run / "config.yaml", [])).eval.samples
+        step = best_step(read_metrics(run), samples, checkpoint.steps(path.parent))
+        if step is None:
+            raise UsageError(
+                f"{run}: no step with a checkpoint was evaluated: train with checkpoint.best=true"
+            )
+        path = path.parent / f"step-{step}"
     return checkpoint.load_state(path)["step"], path

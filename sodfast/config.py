@@ -9,6 +9,7 @@ Defaults follow Table 9 and Appendix A of the CGTR paper (arXiv 2606.03532) wher
 
 import json
 import os
+from collections.abc import Sequence
 from string import Formatter
 from typing import Annotated, Any, Literal, Union
 
@@ -54,6 +55,14 @@ def _fits_a_file_system(text: str) -> str:
     return text
 
 
+def _names_an_object(source: str) -> str:
+    """The file of `FILE.py:NAME` in full, so that a run can be resumed from any folder."""
+    place, _, name = source.rpartition(":")
+    if not place or not name.isidentifier():
+        raise ValueError("must be FILE.py:NAME or module.submodule:NAME")
+    return f"{os.path.abspath(place)}:{name}" if place.endswith(".py") else source
+
+
 # Bounds beyond which a number is no use and its conversion to 32 bits fails in the middle of a run.
 _MOST, _LARGEST, _COLDEST = 2**31 - 1, 1e9, 1e-6
 
@@ -68,6 +77,7 @@ AboveZero = Annotated[float, Field(gt=0, le=_LARGEST)]
 Gibibytes = Annotated[float, Field(gt=0, le=1e6)]
 NewPath = Annotated[str, AfterValidator(_names_a_file)]  # its length is the directory's business
 PathText = Annotated[NewPath, AfterValidator(_fits_a_file_system)]
+SourceText = Annotated[str, AfterValidator(_names_an_object)]  # of the user's own Python
 
 # Pairs of model.dtype and optimizer.adamw that make no sense, and why.
 _REFUSED_ADAMW = {
@@ -236,18 +246,10 @@ class PythonConfig(_PlacedRowsConfig):
     and brings its questions; a function scores the rows of `train` and `test`."""
 
     name: Literal["python"] = "python"
-    source: str
+    source: SourceText
     train: PathText | None = None
     options: dict[str, Any] = {}
     timeout: AboveZero = 60.0  # seconds for a call
-
-    @field_validator("source")
-    @classmethod
-    def _names_an_object(cls, source: str) -> str:
-        place, _, name = source.rpartition(":")
-        if not place or not name.isidentifier():
-            raise ValueError("must be FILE.py:NAME or module.submodule:NAME")
-        return f"{os.path.abspath(place)}:{name}" if place.endswith(".py") else source
 
 
 class MathConfig(_PlacedRowsConfig):
@@ -313,6 +315,11 @@ class ObjectiveConfig(Section):
     policy_coef: NonNegative = 1.0
     ratio_cap: AboveZero | None = 2.0
     clip_range: tuple[NonNegative, NonNegative] = (0.2, 0.28)
+    # c: bounds the policy loss of a token with a negative advantage A by c·|A| (arXiv 1912.09729).
+    dual_clip: Annotated[float, Field(gt=1, le=_LARGEST)] | None = None
+    # π_old of the policy term and of the ratio cap: as the engine sampled, or recomputed by the
+    # forward pass that trains; the difference then counts as the sampler's (importance weight).
+    old_logprob: Literal["engine", "recompute"] = "engine"
     normalize_advantage: bool = False  # divide the group's advantages by their std
     reduction: Literal["sequence_mean", "token_mean"] = "sequence_mean"
 
@@ -412,8 +419,24 @@ class CGTRConfig(Section):
         return gates
 
 
+class PythonScheduleConfig(Section):
+    """The user's own schedule: `source`, FILE.py:NAME or module:NAME, is a class that is built from
+    `options` and has `observe(statistics) -> Decision`."""
+
+    kind: Literal["python"] = "python"
+    source: SourceText
+    options: dict[str, Any] = {}
+
+
 ScheduleConfig = Annotated[
-    Union[FixedConfig, HardConfig, EMAConfig, CGTRConfig, TrustRegionConfig],  # noqa: UP007
+    Union[  # noqa: UP007
+        FixedConfig,
+        HardConfig,
+        EMAConfig,
+        CGTRConfig,
+        TrustRegionConfig,
+        PythonScheduleConfig,
+    ],
     Field(discriminator="kind"),
 ]
 
@@ -456,12 +479,17 @@ class EvalConfig(Section):
     temperature: Annotated[NonNegative, AfterValidator(_warm_or_greedy)] = 0.6
     top_p: TopP = 0.95
     top_k: Positive | None = None
+    questions: Positive | None = None  # of each test, evenly spaced; null: all
+    # Other tasks whose tests are asked beside the run's own; metrics eval/<name>/mean@k.
+    tasks: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,40}$")], TaskConfig] = {}
 
 
 class CheckpointConfig(Section):
     # 0: no checkpoint, also not at the end or when interrupted; a resumed run then starts over.
     every: Interval = 25
     keep: Positive = 2
+    # Also save, and never delete, the checkpoint of the evaluation with the highest mean@k so far.
+    best: bool = False
 
 
 class CollapseConfig(Section):
@@ -475,10 +503,13 @@ class CollapseConfig(Section):
 
 
 class LogConfig(Section):
-    """Sinks beside metrics.jsonl, which is always written."""
+    """What is written beside metrics.jsonl, which always is: sinks, and answers in samples/."""
 
     sinks: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     project: str = "sodfast"
+    # Every how many steps all answers go to samples/; null: where the run is evaluated; 0: never.
+    # Those of an evaluation are kept unless it is 0.
+    samples_every: Interval | None = None
 
 
 class Config(Section):
@@ -566,16 +597,31 @@ class Config(Section):
                 "model.kept_layers=auto does not go with rollout.engine=vllm, whose memory is not "
                 "planned: set model.kept_layers to a number"
             )
-        own = self.model.path is None and self.model.random is None
-        if own and not isinstance(self.task, ArithmeticConfig | PythonConfig):
-            raise ValueError(
-                f"task.name={self.task.name} needs a model: set model.path (the lab's own model "
-                "only knows task.name=arithmetic)"
-            )
         if not (0 <= self.collapse.eval_floor <= 1 or isinstance(self.task, PythonConfig)):
             raise ValueError(
                 f"collapse.eval_floor: {self.collapse.eval_floor} must lie in [0, 1], as the "
                 f"rewards of task.name={self.task.name} do"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _tasks_fit_the_model(self) -> "Config":
+        own = self.model.path is None and self.model.random is None
+        others = {f"eval.tasks.{name}": task for name, task in self.eval.tasks.items()}
+        for key, task in {"task": self.task, **others}.items():
+            if own and not isinstance(task, ArithmeticConfig | PythonConfig):
+                raise ValueError(
+                    f"{key}.name={task.name} needs a model: set model.path (the lab's own model "
+                    "only knows task.name=arithmetic)"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _the_best_is_known(self) -> "Config":
+        if self.checkpoint.best and not (self.checkpoint.every and self.eval.every):
+            raise ValueError(
+                "checkpoint.best=true needs checkpoints and evaluations: set checkpoint.every and "
+                "eval.every above 0"
             )
         return self
 
@@ -598,13 +644,18 @@ class Config(Section):
         return yaml.safe_dump(self.to_layer(), sort_keys=False, allow_unicode=True)
 
 
-def load_config(source: str | None, overrides: list[str]) -> Config:
+def load_config(
+    source: str | os.PathLike[str] | None = None, overrides: Sequence[str] = (), **values: Any
+) -> Config:
     """Read a preset's name or a YAML file (None: the preset `lab`), apply `key=value` overrides.
+
+    `values` are overrides that are Python values already; of a group given as a mapping, such as
+    `eval={"every": 5}`, only the keys that it names are set.
 
     Raises `UsageError` with one line for a missing, empty or malformed source, an override
     without `=`, an unknown key or a value that its key does not take.
     """
-    return validate(apply(overrides, read_layer(source or "lab")))
+    return validate(apply(overrides, read_layer(os.fspath(source or "lab")), values))
 
 
 def validate(layer: DictConfig | dict[str, Any]) -> Config:

@@ -7,8 +7,8 @@ or the row's own.
 
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -213,13 +213,15 @@ def teacher_prompts(
 
 @dataclass(frozen=True)
 class Questions:
-    """The questions whose prompts fit, how many of train and test together do not, and the
-    tokens of the longest prompt that does."""
+    """The questions whose prompts fit, how many of train and test together do not, the tokens of
+    the longest prompt that does, and the questions of `eval.tasks`. `test` and `others` are cut to
+    `eval.questions`."""
 
     train: list[Question]
     test: list[Question]
     dropped: int
     longest: int
+    others: Mapping[str, Sequence[Question]] = field(default_factory=dict)
 
 
 def _prompt_tokens(model: LanguageModel, key: str, question: Question, limit: int) -> int:
@@ -233,30 +235,27 @@ def _prompt_tokens(model: LanguageModel, key: str, question: Question, limit: in
 
 
 def fitting_questions(
-    config: Config, model: LanguageModel, task: Task, reporter: Reporter
+    config: Config,
+    model: LanguageModel,
+    task: Task,
+    reporter: Reporter,
+    others: Mapping[str, Task] | None = None,
 ) -> Questions:
-    """Drop questions whose prompt exceeds the student's or the teacher's limit.
+    """Drop questions whose prompt exceeds the student's or the teacher's limit; `others` are those
+    of `eval.tasks`, whose tests no teacher sees.
 
     Raises `UsageError` where none is left, where a prompt and its answer can exceed what the model
     was made for, and where `teacher.context` asks for solutions that no question to train on has.
     """
-    limit = config.rollout.max_prompt_tokens
-    longest = 0
     context = TeacherContext(config.teacher, model)
+    asked = {"task.train": task.train, "task.test": task.test}
+    asked |= {f"eval.tasks.{name}": other.test for name, other in (others or {}).items()}
     kept: dict[str, list[Question]] = {}
-    for key, questions in (("task.train", task.train), ("task.test", task.test)):
-        kept[key] = []
-        for question in questions:
-            length = _prompt_tokens(model, key, question, limit)
-            if length <= limit and context.fits(question):
-                kept[key].append(question)
-                longest = max(longest, length)
-        if not kept[key]:
-            raise UsageError(
-                f"{key}: all {len(questions)} prompts are longer than "
-                f"rollout.max_prompt_tokens={limit} or leave no room for a hint in "
-                f"teacher.max_prompt_tokens={config.teacher.max_prompt_tokens}: raise them"
-            )
+    longest = 0
+    for key, questions in asked.items():
+        shown = context if key.startswith("task.") else None
+        kept[key], length = _fitting(config, model, shown, key, questions)
+        longest = max(longest, length)
         dropped = len(questions) - len(kept[key])
         if dropped:
             reporter.message(f"{key}: dropped {dropped} of {len(questions)} prompts as too long")
@@ -268,13 +267,46 @@ def fitting_questions(
             f"{config.rollout.max_new_tokens} exceed the model's {positions} positions: lower "
             "rollout.max_new_tokens or rollout.max_prompt_tokens"
         )
-    total = len(task.train) + len(task.test)
+    dropped = sum(len(asked[key]) - len(kept[key]) for key in ("task.train", "task.test"))
+    tests = {key: evenly_spaced(kept[key], config.eval.questions) for key in kept}
     return Questions(
         train=kept["task.train"],
-        test=kept["task.test"],
-        dropped=total - len(kept["task.train"]) - len(kept["task.test"]),
+        test=tests["task.test"],
+        dropped=dropped,
         longest=longest,
+        others={name: tests[f"eval.tasks.{name}"] for name in others or {}},
     )
+
+
+def _fitting(
+    config: Config,
+    model: LanguageModel,
+    context: TeacherContext | None,
+    key: str,
+    questions: Sequence[Question],
+) -> tuple[list[Question], int]:
+    """The questions that fit the student and, with `context`, the teacher; the longest's tokens."""
+    limit, kept, longest = config.rollout.max_prompt_tokens, [], 0
+    for question in questions:
+        length = _prompt_tokens(model, key, question, limit)
+        if length <= limit and (context is None or context.fits(question)):
+            kept.append(question)
+            longest = max(longest, length)
+    if not kept:
+        raise UsageError(
+            f"{key}: all {len(questions)} prompts are longer than "
+            f"rollout.max_prompt_tokens={limit} or leave no room for a hint in "
+            f"teacher.max_prompt_tokens={config.teacher.max_prompt_tokens}: raise them"
+        )
+    return kept, longest
+
+
+def evenly_spaced(questions: Sequence[Question], count: int | None) -> list[Question]:
+    """`count` of the questions, evenly spaced, the same in every run; all where there are fewer,
+    or for None."""
+    if count is None or count >= len(questions):
+        return list(questions)
+    return [questions[index * len(questions) // count] for index in range(count)]
 
 
 def _require_solutions(shown: str, questions: Sequence[Question], reporter: Reporter) -> None:

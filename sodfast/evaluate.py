@@ -1,7 +1,8 @@
 """Evaluation: mean@k, best@k and maj@k on held-out questions, on a random stream of its own."""
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from math import comb, fsum
 
 from sodfast.config import Config
@@ -9,8 +10,11 @@ from sodfast.model.load import LanguageModel, to_ids
 from sodfast.parallel.ranks import ALONE, Ranks
 from sodfast.rewards import grade_answers
 from sodfast.rng import Stream, draw_key
-from sodfast.rollout.engine import Engine, SampleKey, Sampling
-from sodfast.tasks.base import Question, Task
+from sodfast.rollout.engine import Engine, Sample, SampleKey, Sampling
+from sodfast.tasks.base import Grade, Question, Task
+
+# Called with the question, sample, text and grade of every answer.
+Keep = Callable[[Sequence[Question], Sequence[Sample], Sequence[str], Sequence[Grade]], object]
 
 
 def evaluate(
@@ -22,8 +26,10 @@ def evaluate(
     step: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
     ranks: Ranks = ALONE,
+    keep: Keep = lambda questions, samples, texts, grades: None,
 ) -> dict[str, float]:
-    """`eval.samples` answers per question at the evaluation's temperature and top-p.
+    """`eval.samples` answers per question at the evaluation's temperature and top-p; `keep` is
+    called with all of them.
 
     SampleKey are keyed by (seed, step, sample), apart from training's, so evaluating more often
     cannot change training. Returns the `eval/*` keys, fractions in [0, 1].
@@ -40,11 +46,40 @@ def evaluate(
     texts = [model.decode(sample.response) for sample in samples]
     asked = [question for question in questions for _ in range(count)]
     grades = grade_answers(config, task, asked, texts, ranks)
+    keep(asked, samples, texts, grades)
     groups = [grades[start : start + count] for start in range(0, len(grades), count)]
     return evaluation_metrics(
         [[grade.reward for grade in group] for group in groups],
         None if task.extract is None else [[grade.answer for grade in group] for group in groups],
     )
+
+
+@dataclass(frozen=True)
+class Examination:
+    """A test beside the run's own: the run's configuration with that task in place of its own, the
+    task, and its questions."""
+
+    config: Config
+    task: Task
+    questions: Sequence[Question]
+
+
+def evaluate_others(
+    model: LanguageModel,
+    engine: Engine,
+    examinations: Mapping[str, Examination],
+    step: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    ranks: Ranks = ALONE,
+) -> dict[str, float]:
+    """`evaluate` of each of `eval.tasks`, as the keys `eval/<name>/*`."""
+    metrics: dict[str, float] = {}
+    for name, exam in examinations.items():
+        found = evaluate(
+            model, engine, exam.task, exam.questions, exam.config, step, progress, ranks
+        )
+        metrics |= {f"eval/{name}/{key.removeprefix('eval/')}": v for key, v in found.items()}
+    return metrics
 
 
 def evaluation_metrics(

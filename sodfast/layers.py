@@ -12,6 +12,7 @@ import io
 import logging
 import os
 import re
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args
@@ -40,11 +41,25 @@ def read_overrides(path: Path, overrides: list[str]) -> DictConfig:
     return apply(overrides, read_layer(str(path)))
 
 
-def apply(overrides: list[str], layer: DictConfig) -> DictConfig:
-    """`layer`, changed by `key=value` texts."""
-    for key, value in parse_overrides(overrides):
+def apply(
+    overrides: Sequence[str], layer: DictConfig, values: Mapping[str, Any] | None = None
+) -> DictConfig:
+    """`layer`, changed by `key=value` texts and by Python values; of a group that is given as a
+    mapping, only the keys that it names are set."""
+    pairs = [*parse_overrides(overrides), *_flattened(values or {})]
+    for key, value in sorted(pairs, key=_sets_no_kind):
         _set(layer, key, value)
     return layer
+
+
+def _flattened(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Groups as their dotted keys, and every value as YAML would give it."""
+    for name, value in values.items():
+        inner = value if isinstance(value, Mapping) and "." not in name else {"": value}
+        for key, item in inner.items():
+            item = os.fspath(item) if isinstance(item, os.PathLike) else item
+            item = list(item) if isinstance(item, tuple) else item
+            yield f"{name}.{key}".rstrip("."), literal(item)
 
 
 def resolve(layer: DictConfig | dict[str, Any]) -> Any:
@@ -141,7 +156,7 @@ def _preset(name: str) -> Path:
     return PRESETS / f"{name}.yaml"
 
 
-def parse_overrides(overrides: list[str]) -> list[tuple[str, Any]]:
+def parse_overrides(overrides: Sequence[str]) -> list[tuple[str, Any]]:
     """Split `key=value` texts and read each value as YAML, in an order that is safe to apply.
 
     Raises `UsageError` for a text without a key or `=` and for a value that is not YAML.
@@ -165,9 +180,14 @@ def parse_overrides(overrides: list[str]) -> list[tuple[str, Any]]:
         except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
             raise UsageError(f"override {_short(text)}: {first_line(error)}") from error
         pairs.append((key, value))
-    # A change of kind empties its group, so it must come before the keys set within the group.
-    kinds = {f"{group}.{key}" for group, (key, _) in DISCRIMINATORS.items()}
-    return sorted(pairs, key=lambda pair: pair[0] not in kinds)
+    return sorted(pairs, key=_sets_no_kind)
+
+
+def _sets_no_kind(pair: tuple[str, Any]) -> bool:
+    """False for the kind of a group. A change of kind empties its group, so it must come before
+    the keys set within the group."""
+    group, _, name = pair[0].partition(".")
+    return group not in DISCRIMINATORS or name != DISCRIMINATORS[group][0]
 
 
 def _set(layer: DictConfig, key: str, value: Any) -> None:
@@ -190,8 +210,9 @@ def explain(schema: type[BaseModel], error: Any) -> str:
     `schema`: the whole configuration's model, in which a key is looked up.
     """
     location = [str(part) for part in error["loc"]]
-    if len(location) > 1 and location[0] in DISCRIMINATORS:
-        del location[1]
+    union = _union_depth(location)
+    if union is not None and len(location) > union:
+        del location[union]
     key = ".".join(location)
     message = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
@@ -208,16 +229,24 @@ def _known_keys(
     schema: type[BaseModel], parents: list[str], location: tuple[Any, ...]
 ) -> list[str]:
     section: Any = schema
-    if parents and parents[0] in DISCRIMINATORS:
-        group, *parents = parents
+    union = _union_depth(parents)
+    if union is not None:
+        group = parents[0] if union == 1 else "task"
         key, _ = DISCRIMINATORS[group]
         members = _union_members(schema.model_fields[group].annotation)
         models = {member.model_fields[key].default: member for member in members}
-        section = models[location[1]]
+        section, parents = models[location[union]], parents[union:]
     for parent in parents:
         annotation = section.model_fields[parent].annotation
         section = next(iter(get_args(annotation)), annotation)  # the first of `section | None`
     return list(getattr(section, "model_fields", []))
+
+
+def _union_depth(location: Sequence[str]) -> int | None:
+    """How many keys lead to the union that a location lies in; None where it lies in none."""
+    if len(location) > 0 and location[0] in DISCRIMINATORS:
+        return 1
+    return 3 if len(location) > 2 and tuple(location[:2]) == ("eval", "tasks") else None
 
 
 def _union_members(annotation: Any) -> tuple[Any, ...]:

@@ -170,5 +170,6 @@ def micro_batch_loss(
         advantage=advantage,
         old_logprob=old_logprob,
         clip_range=config.clip_range,
+        dual_clip=config.dual_clip,
         ratio_cap=config.ratio_cap,
     )

@@ -5,24 +5,31 @@ explains itself. It can be replayed on the lines of a recorded metrics.jsonl. `t
 carries the decision out.
 
 The schedules are those of arXiv 2606.03532 §3.1 and §4 (fixed, hard refresh, EMA, CGTR) and of
-arXiv 2601.20802 (trust region).
+arXiv 2601.20802 (trust region), and whatever the user writes (`PythonSchedule`).
 """
 
+import json
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, field
-from math import fsum
-from typing import Any, Literal
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import fsum, isfinite
+from typing import Any, Literal, get_args
 
 from sodfast.config import (
     CGTRConfig,
     EMAConfig,
     FixedConfig,
     HardConfig,
+    PythonScheduleConfig,
     ScheduleConfig,
     TrustRegionConfig,
 )
+from sodfast.errors import RunFailed, UsageError
+from sodfast.source import describe_error, find_source
+
+# Of a metrics line: what a step has when its teacher is about to move. The others come later.
+KNOWN = ("reward/", "length/", "distill/", "policy/", "optim/")
 
 Action = Literal["keep", "copy", "average"]
 
@@ -32,13 +39,15 @@ class StepStatistics:
     """What a schedule may look at: one training step, all rollouts.
 
     `reward_mean` and the lengths are `reward/mean` and `length/*` of the step's metrics line.
-    Under `length_unit=shard` the lengths are the summed response lengths of each shard.
+    Under `length_unit=shard` the lengths are the summed response lengths of each shard. `metrics`:
+    every value that the line has when the teacher is about to move, those of `KNOWN`.
     """
 
     step: int
     reward_mean: float
     length_mean: float
     length_max: float
+    metrics: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -74,7 +83,9 @@ class Schedule(ABC):
         return self.observe(self._statistics(line))
 
     def _statistics(self, line: Mapping[str, Any]) -> StepStatistics:
-        return StepStatistics(line["step"], *(line[name] for name in self.inputs))
+        known = {key: line[key] for key in line if key == "step" or key.startswith(KNOWN)}
+        reward, mean, most = (line[name] for name in self.inputs)
+        return StepStatistics(line["step"], reward, mean, most, known)
 
     def follow(self, lines: Sequence[Mapping[str, Any]], copies: Container[int]) -> None:
         """Take over from another schedule under which a run has come this far: `lines` are its
@@ -235,7 +246,10 @@ class CGTR(Schedule):
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "window": [vars(step) for step in self.window],
+            "window": [
+                {key: value for key, value in vars(step).items() if key != "metrics"}
+                for step in self.window
+            ],
             "last_copy": self.last_copy,
             "reward_reference": self.reward_reference,
         }
@@ -247,7 +261,97 @@ class CGTR(Schedule):
         self.reward_reference = state["reward_reference"]
 
 
+class PythonSchedule(Schedule):
+    """A class of the user's: `observe(statistics) -> Decision`, called after every step.
+
+    `state_dict() -> JSON values` and `load_state_dict(state)` let a resumed run go on exactly;
+    without both, it begins as it was built. Where it takes over from another schedule in a fork,
+    `follow(lines, copies)` is called as `Schedule.follow` is or, without one, `observe` for each
+    step so far, whose decisions are not carried out. Ages are counted here.
+
+    Raises:
+        UsageError: the class is not there, cannot be built, or lacks a method.
+        RunFailed: a call has failed or returned what is no decision.
+    """
+
+    def __init__(self, config: PythonScheduleConfig) -> None:
+        self.config = config
+        self._source = source = find_source(config.source, "schedule.source")
+        kind = source.load()
+        try:
+            self._own = kind(**config.options)
+        except (Exception, SystemExit) as error:  # whatever the user's own code raises
+            raise UsageError(f"{source.key}: {describe_error(error, source.files())}") from error
+        both = "state_dict", "load_state_dict"
+        needed = ("observe", *(both if any(hasattr(self._own, name) for name in both) else ()))
+        for name in needed:
+            if not callable(getattr(self._own, name, None)):
+                raise UsageError(f"{source.key}: the class {source.name} has no method {name}")
+        self.last_copy = 0
+
+    def __deepcopy__(self, memo: object) -> "PythonSchedule":
+        return PythonSchedule(self.config)
+
+    def observe(self, statistics: StepStatistics) -> Decision:
+        decision: Decision = self._ask("observe", statistics)
+        if wrong := _unusable(decision):
+            raise RunFailed(f"{self._source.file}, {self._source.name}.observe: {wrong}")
+        age = statistics.step - self.last_copy
+        if decision.action == "copy":
+            self.last_copy = statistics.step
+        return replace(decision, age=age)
+
+    def follow(self, lines: Sequence[Mapping[str, Any]], copies: Container[int]) -> None:
+        if hasattr(self._own, "follow"):
+            self._ask("follow", lines, copies)
+        else:
+            for line in trained(lines):
+                self._ask("observe", self._statistics(line))
+        steps = [line["step"] for line in lines]
+        self.last_copy = max((step for step in steps if step in copies), default=0)
+
+    def state_dict(self) -> dict[str, Any]:
+        own = self._ask("state_dict") if hasattr(self._own, "state_dict") else None
+        try:  # a copy, which no later step changes
+            own = json.loads(json.dumps(own, allow_nan=False))
+        except (TypeError, ValueError, RecursionError) as error:
+            place = f"{self._source.file}, {self._source.name}.state_dict"
+            raise RunFailed(f"{place}: must return JSON values: {error}") from error
+        return {"last_copy": self.last_copy, "own": own}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.last_copy = state["last_copy"]
+        if hasattr(self._own, "load_state_dict"):
+            self._ask("load_state_dict", state["own"])
+
+    def _ask(self, method: str, *arguments: Any) -> Any:
+        call: Callable[..., Any] = getattr(self._own, method)
+        try:
+            return call(*arguments)
+        except (Exception, SystemExit) as error:  # whatever the user's own code raises
+            raise RunFailed(describe_error(error, self._source.files())) from error
+
+
+def _unusable(decision: Any) -> str | None:
+    """Why this is no decision of a user's schedule; None where it is one."""
+    if not isinstance(decision, Decision):
+        return f"must return a sodfast.schedule.Decision, not {str(decision)[:40]!r}"
+    if decision.action not in get_args(Action):
+        return f"action must be one of {', '.join(get_args(Action))}, not {decision.action!r}"
+    if not isinstance(decision.rate, int | float) or not 0 <= decision.rate <= 1:
+        return f"rate must lie in [0, 1], not {decision.rate!r}"
+    if decision.gates is not None:
+        return "gates are CGTR's: say in metrics what was decided upon"
+    for name, value in decision.metrics.items():
+        if not str(name).startswith("schedule/"):
+            return f"names in metrics begin with schedule/, unlike {name!r}"
+        if not isinstance(value, int | float) or not isfinite(value):
+            return f"metrics: {name} must be a finite number, not {str(value)[:40]!r}"
+    return None
+
+
 def build_schedule(config: ScheduleConfig) -> Schedule:
+    """Raises `UsageError` where a user's schedule cannot be loaded."""
     match config:
         case FixedConfig():
             return Fixed()
@@ -259,6 +363,8 @@ def build_schedule(config: ScheduleConfig) -> Schedule:
             return TrustRegion()
         case CGTRConfig():
             return CGTR(config)
+        case PythonScheduleConfig():
+            return PythonSchedule(config)
 
 
 def student_share(config: ScheduleConfig) -> float | None:
@@ -268,7 +374,10 @@ def student_share(config: ScheduleConfig) -> float | None:
 
 
 def average_rate(config: ScheduleConfig) -> float:
-    """The rate of φ ← (1−rate)φ + rate·θ after every step (EMA); 0 where nothing is averaged."""
+    """The rate of φ ← (1−rate)φ + rate·θ after every step (EMA); 0 where nothing is averaged. A
+    user's schedule may average at any rate: a half stands for it."""
+    if isinstance(config, PythonScheduleConfig):
+        return 0.5
     return config.rate if isinstance(config, EMAConfig) else 0.0
 
 

@@ -3,7 +3,7 @@
 Definitions follow arXiv 2606.03532 §3.4 and App. F and G. Undefined values are left out, never NaN.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from math import fsum
 from typing import Any
 
@@ -30,6 +30,16 @@ def spike_ratios(lines: Sequence[Mapping[str, Any]]) -> dict[int, float]:
         if len(known) == 2 * SPIKE_STEPS and fsum(known[:SPIKE_STEPS]) > 0:
             ratios[step] = fsum(known[SPIKE_STEPS:]) / fsum(known[:SPIKE_STEPS])
     return ratios
+
+
+def best_step(
+    lines: Sequence[Mapping[str, Any]], eval_samples: int, among: Container[int]
+) -> int | None:
+    """The step with the highest `eval/mean@k`, the first of equal ones, of the steps `among`; None
+    where none was evaluated."""
+    key = f"eval/mean@{eval_samples}"
+    scores = [(line[key], -line["step"]) for line in lines if key in line and line["step"] in among]
+    return -max(scores)[1] if scores else None
 
 
 def summarize(lines: Sequence[Mapping[str, Any]], eval_samples: int) -> dict[str, Any]:

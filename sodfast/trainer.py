@@ -9,9 +9,10 @@ the teacher's context). A step commits as a whole: whatever ends a run before a 
 optimizer update leaves the state of the step before.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
@@ -20,11 +21,12 @@ import torch
 from torch import OutOfMemoryError, Tensor
 
 from sodfast import optimizer
+from sodfast.answers import AnswerLog
 from sodfast.collapse import CollapseDetector, SignalWatch
 from sodfast.config import Config
 from sodfast.context import Hint, Questions, TeacherContext, teacher_prompts
 from sodfast.errors import RunFailed
-from sodfast.evaluate import evaluate
+from sodfast.evaluate import Examination, evaluate, evaluate_others
 from sodfast.metrics import RewardGain, TokenTotals, length_metrics, mean_entropy, reward_metrics
 from sodfast.model.load import LanguageModel, to_ids
 from sodfast.model.packing import micro_batches, response_hidden
@@ -34,6 +36,7 @@ from sodfast.parallel.ranks import ALONE, Ranks
 from sodfast.rewards import grade_answers
 from sodfast.rng import PromptOrder, Stream, draw_key, generator
 from sodfast.rollout.engine import Engine, Sample, SampleKey, Sampling
+from sodfast.rollout.scores import recompute
 from sodfast.rollout.shared import SharedEngine
 from sodfast.run import checkpoint
 from sodfast.run.console import Reporter
@@ -42,12 +45,12 @@ from sodfast.run.interrupt import Interrupted, Interruption
 from sodfast.run.loggers import Logger
 from sodfast.run.phases import PhaseClock, oom_hint
 from sodfast.schedule import build_schedule
-from sodfast.summary import summarize
-from sodfast.tasks.base import Question, Task
-from sodfast.tasks.files import file_hashes
+from sodfast.summary import best_step, summarize
+from sodfast.tasks.base import Grade, Question, Task
+from sodfast.tasks.files import run_files
 from sodfast.teacher import Teacher, TeacherScores
 
-Status = Literal["done", "collapsed", "interrupted", "failed"]
+Status = Literal["done", "collapsed", "interrupted", "failed", "paused"]
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,14 @@ class Rollouts:
     questions: list[Question]  # one per group
     samples: list[Sample]
     texts: list[str]
-    rewards: list[float]
+    grades: list[Grade]
     contexts: list[Hint | None]  # what the teacher is shown; None: nothing to distil (m_i = 0)
+    # Index of a rollout → D_t [L] fp32 as the updates' loss gives it; filled where it is kept.
+    divergences: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def rewards(self) -> list[float]:
+        return [grade.reward for grade in self.grades]
 
 
 @dataclass(frozen=True)
@@ -88,8 +97,10 @@ class Trainer:
         run: RunDirectory,
         reporter: Reporter,
         ranks: Ranks = ALONE,
+        examinations: Mapping[str, Examination] | None = None,
     ) -> None:
         self.config = config
+        self.examinations = examinations or {}
         self.model = model
         self.engine = engine
         self.ranks = ranks
@@ -99,7 +110,7 @@ class Trainer:
             self.weights = ShardedWeights(model.network, ranks, alignment)
             self.engine = SharedEngine(engine, ranks, self.weights.whole)
         self.task = task
-        self.task_files = file_hashes(config.task)
+        self.task_files = run_files(config)
         self.run = run
         self.reporter = reporter
         self.context = TeacherContext(config.teacher, model)
@@ -116,16 +127,21 @@ class Trainer:
             config.collapse, config.rollout.max_new_tokens, config.eval.samples
         )
         self.signal = SignalWatch(config.steps)
+        self.answers = AnswerLog(config, model, run, ranks)
         self.lines: list[dict[str, Any]] = []
         self.step = 0
         self.moved = False  # whether the weights may differ from those after `step`
         self.state = self._state()
         self.clock = PhaseClock(model.device)
+        self._logger: Logger | None = None  # open from the first step to the run's end
 
     # ---------------------------------------------------------------- the run
 
-    def train(self) -> Status:
+    def train(self, until: int | None = None) -> Status:
         """Run to `steps`, or to the collapse detector's stop, or to an interruption.
+
+        `until`: stop after that step, if the run goes on beyond it, with the status "paused";
+        nothing but the lines of the steps is written then, and another call goes on.
 
         Raises `RunFailed` when a loss or gradient is not finite, memory runs out or the disk
         refuses, and summary.json says "failed". The state before the step is checkpointed first.
@@ -133,18 +149,24 @@ class Trainer:
         already moved the weights, and where one of several ranks has run out of memory, since the
         others then wait for it at another point.
         """
-        logger = Logger(self.config, self.run.path)
+        if self._logger is None:
+            self._logger = Logger(self.config, self.run.path)
+            self.reporter.start(self.step, self.config.steps)
+        logger = self._logger
         interruption = Interruption(self.ranks.any if self.ranks.size > 1 else None)
         step = self.step
+        status: Status = "failed"
         try:
             with interruption:
-                self.reporter.start(self.step, self.config.steps)
                 if not self.lines:
                     self._evaluate_start(interruption, logger)
-                while not self._ended():
+                while not self.ended and self.step != until:
                     step = self.step + 1
                     self._train_step(step, interruption, logger)
-            status: Status = "done" if self.collapse.step is None else "collapsed"
+            if not self.ended:
+                status = "paused"
+                return status
+            status = "done" if self.collapse.step is None else "collapsed"
         except Interrupted:
             kept = "saving the last finished step" if self.config.checkpoint.every else "not saved"
             self.reporter.message(f"interrupted: {kept}")
@@ -161,11 +183,27 @@ class Trainer:
                     self._save()
             raise failed from error
         finally:
-            logger.close()
+            if status != "paused":
+                self._close_logger()
+        self._write_end(status)
+        return status
+
+    def leave(self) -> None:
+        """Save the last finished step of a paused run and close it as an interrupted one."""
+        if self.lines:
+            self._save()
+        self._close_logger()
+        self._write_end("interrupted")
+
+    def _write_end(self, status: Status) -> None:
         self.run.write_summary(self.summary(status))
         if self.ranks.main:  # a run that was killed while it deleted the old ones may be finished
-            checkpoint.prune(self.run.checkpoints, self.config.checkpoint.keep)
-        return status
+            checkpoint.prune(self.run.checkpoints, self.config.checkpoint.keep, self._best())
+
+    def _close_logger(self) -> None:
+        if self._logger is not None:
+            self._logger.close()
+            self._logger = None
 
     def resume(self) -> None:
         """Continue from the newest checkpoint, or from the start where there is none yet, and
@@ -193,10 +231,10 @@ class Trainer:
         self.gain.last = stored.state["reward_memory"]
         closing = self._due_at_the_end(self.step)
         self.lines = self.run.rewind(
-            self.step, self.config, without_evaluation=closing and not self._ended()
+            self.step, self.config, without_evaluation=closing and not self.ended
         )
         self.state = self._state()
-        if closing and self._ended():
+        if closing and self.ended:
             kept = {k: v for k, v in self.lines[-1].items() if k.startswith("eval/")}
             if kept:
                 self.collapse.observe({"step": self.step, **kept})
@@ -228,6 +266,8 @@ class Trainer:
         updates = self._updates(step, rollouts)
         interruption.boundary()
         with self.clock("teacher"):
+            if self.config.objective.old_logprob == "recompute":
+                rollouts = replace(rollouts, samples=self._recompute(rollouts.samples))
             scores = self._score(rollouts, updates)
         interruption.boundary()
         line: dict[str, Any] = {"step": step, **self._statistics(rollouts)}
@@ -243,15 +283,13 @@ class Trainer:
                     before_first=lambda: shield.enter_context(interruption.shielded()),
                 )
             del scores
-            line |= self._move_teacher(step, line)
             group = self.config.rollout.samples_per_prompt
-            means = [
-                sum(rollouts.rewards[i : i + group]) / group
-                for i in range(0, len(rollouts.rewards), group)
-            ]
-            line |= self.gain.observe([q.id for q in rollouts.questions], means)
+            rewards = rollouts.rewards
+            means = [sum(rewards[i : i + group]) / group for i in range(0, len(rewards), group)]
+            gain = self.gain.observe([q.id for q in rollouts.questions], means)
+            line |= self._move_teacher(step, line | gain) | gain
             line |= self.clock.metrics(sum(len(sample.response) for sample in rollouts.samples))
-            self._finish(line, logger)
+            self._finish(line, rollouts, logger)
 
     def _rollout(self, step: int) -> Rollouts:
         config = self.config.rollout
@@ -272,15 +310,14 @@ class Trainer:
         asked = [question for question in questions for _ in range(count)]
         grades = grade_answers(self.config, self.task, asked, texts, self.ranks)
         contexts = teacher_prompts(self.config, self.context, step, asked, texts, grades)
-        rewards = [grade.reward for grade in grades]
-        return Rollouts(questions, samples, texts, rewards, contexts)
+        return Rollouts(questions, samples, texts, grades, contexts)
 
     def _updates(self, step: int, rollouts: Rollouts) -> list[Update]:
         """The step's prompts are cut into `updates_per_step` equal parts in an order keyed by
         (seed, step); each part is one update with denominators of its own."""
         config = self.config
         count = config.rollout.samples_per_prompt
-        advantages = group_advantages(rollouts.rewards, count, config.objective.normalize_advantage)
+        advantages = self._advantages(rollouts)
         groups = len(rollouts.questions)
         order = generator(config.seed, Stream.UPDATES, step).permutation(groups).tolist()
         size = groups // config.optimizer.updates_per_step
@@ -309,6 +346,17 @@ class Trainer:
                 Update([rows[i] for i in own], [weights.of(i) for i in own], max(passes))
             )
         return updates
+
+    def _recompute(self, samples: list[Sample]) -> list[Sample]:
+        """The samples with the log-probs of training's forward pass, each by one of the ranks."""
+        with self.weights.whole():
+            own = recompute(
+                self.model,
+                self.ranks.share(samples),
+                self.config.rollout.temperature,
+                self._budget,
+            )
+        return [sample for part in self.ranks.gather(own) for sample in part]
 
     def _score(self, rollouts: Rollouts, updates: Sequence[Update]) -> TeacherScores:
         self.reporter.phase("teacher")
@@ -406,7 +454,13 @@ class Trainer:
             )
             output.loss.backward()
             loss += output.loss.detach()
-            totals.add(output, part, [teacher[index] is not None for index in batch])
+            distilled = [teacher[index] is not None for index in batch]
+            totals.add(output, part, distilled)
+            if self.answers.wanted:
+                lengths = [len(sample.response) for sample in part]
+                parts = output.divergence.clone().split(lengths)  # without the other statistics
+                found = zip(batch, distilled, parts, strict=True)
+                rollouts.divergences.update((update.rows[i], d) for i, m, d in found if m)
         for _ in range(update.passes - len(batches)):
             self.weights.idle_pass()
         loss = self.ranks.sum(loss)
@@ -415,7 +469,9 @@ class Trainer:
 
     def _move_teacher(self, step: int, line: dict[str, Any]) -> dict[str, Any]:
         """Let the schedule decide and the teacher follow; write the events, return the metrics."""
-        decision = self.schedule.observe_line(line)
+        with self.ranks.together():
+            decision = self.schedule.observe_line(line)
+        decision = self.ranks.gather(decision)[0]  # a user's schedule may draw random numbers
         with oom_hint("refresh"):
             moved = self.teacher.apply(decision, step)
             drift = None if moved is None else float(moved)
@@ -433,21 +489,24 @@ class Trainer:
             metrics |= {"teacher/age": decision.age, "teacher/refreshed": int(copied)}
         return metrics
 
-    def _finish(self, line: dict[str, Any], logger: Logger) -> None:
-        """Evaluate where due, detect a collapse, write the line, checkpoint where due."""
+    def _finish(self, line: dict[str, Any], rollouts: Rollouts, logger: Logger) -> None:
+        """Evaluate where due, detect a collapse, write answers and line, checkpoint where due."""
         step = line["step"]
-        if self._due(step):
+        evaluated = self._due(step)
+        if evaluated:
             line |= self._evaluate(step)
         self._observe_collapse(line)
         self.step = step
         self.state = self._state()  # before a closing evaluation: see `_due_at_the_end`
-        if self._ended() and self._due_at_the_end(step):
-            evaluation = self._evaluate(step)
+        if self.ended and self._due_at_the_end(step):
+            evaluated, evaluation = True, self._evaluate(step)
             line |= evaluation
             self._observe_collapse({"step": step, **evaluation})
+        if self.answers.due(step, evaluated):
+            self._keep(step, rollouts)
         self._commit(line, logger)
         every = self.config.checkpoint.every
-        if self._ended() or (every and step % every == 0):
+        if self.ended or (every and step % every == 0) or (evaluated and step in self._best()):
             self._save()
 
     def _observe_collapse(self, line: dict[str, Any]) -> None:
@@ -467,6 +526,7 @@ class Trainer:
     # ---------------------------------------------------------------- small parts
 
     def _evaluate(self, step: int) -> dict[str, float]:
+        progress = partial(self.reporter.phase, "evaluate")
         with oom_hint("evaluate"):
             return evaluate(
                 self.model,
@@ -475,9 +535,29 @@ class Trainer:
                 self.data.test,
                 self.config,
                 step,
-                lambda done, total: self.reporter.phase("evaluate", done, total),
+                progress,
                 self.ranks,
+                partial(self.answers.keep_evaluation, step),
+            ) | evaluate_others(
+                self.model, self.engine, self.examinations, step, progress, self.ranks
             )
+
+    def _keep(self, step: int, rollouts: Rollouts) -> None:
+        count = self.config.rollout.samples_per_prompt
+        self.answers.keep_rollouts(
+            step,
+            [question for question in rollouts.questions for _ in range(count)],
+            rollouts.samples,
+            rollouts.texts,
+            rollouts.grades,
+            rollouts.contexts,
+            self._advantages(rollouts),
+            rollouts.divergences,
+        )
+
+    def _advantages(self, rollouts: Rollouts) -> list[float]:
+        count = self.config.rollout.samples_per_prompt
+        return group_advantages(rollouts.rewards, count, self.config.objective.normalize_advantage)
 
     @property
     def _budget(self) -> int:
@@ -497,9 +577,22 @@ class Trainer:
         """
         return self.config.eval.every > 0 and not self._due(step)
 
-    def _ended(self) -> bool:
+    @property
+    def ended(self) -> bool:
+        """Whether no step is left."""
         collapsed = self.config.collapse.stop and self.collapse.step is not None
         return self.step >= self.config.steps or collapsed
+
+    def _best(self) -> set[int]:
+        """The steps whose checkpoints stay as the best, with checkpoint.best: of all evaluations,
+        and of those that do not depend on where the run ends, which a continued run is left with.
+        """
+        if not self.config.checkpoint.best:
+            return set()
+        steps = [line["step"] for line in self.lines]
+        every = filter(self._due, steps)
+        found = (best_step(self.lines, self.config.eval.samples, s) for s in (steps, list(every)))
+        return {step for step in found if step is not None}
 
     def _event(self, step: int, event: str, **fields: Any) -> None:
         self._append(self.run.events, {"step": step, "event": event, **fields})
@@ -549,6 +642,7 @@ class Trainer:
                     moments,
                     self.state,
                     self.config.checkpoint.keep,
+                    self._best(),
                 )
         self._event(self.step, "checkpoint")
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 # From the ground up; a module imports from its own floor and from those before it.
 FLOORS = [
-    {"errors", "rng", "files"},
+    {"errors", "rng", "files", "source"},
     {"layers"},
     {"config"},
     {"tasks", "schedule", "calibrate", "collapse", "summary"},
@@ -26,7 +26,7 @@ FLOORS = [
     {"objective", "evaluate", "metrics"},
     {"trainer", "memory", "study"},
     {"commands", "report"},
-    {"cli"},
+    {"cli", "api"},
     {"__main__"},
 ]
 MACHINES = {"tasks", "lab", "model", "rollout", "parallel", "run", "memory", "study", "report"}

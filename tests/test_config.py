@@ -13,6 +13,7 @@ from sodfast.config import (
     Config,
     load_config,
 )
+from sodfast.errors import UsageError
 
 # ---------------------------------------------------------------- presets and defaults
 
@@ -516,3 +517,79 @@ def test_values_that_would_fail_in_the_middle_of_a_run(override: str) -> None:
 )
 def test_what_the_lab_can_do_is_accepted(override: str) -> None:
     assert lab(override) != lab()
+
+
+def test_python_values_are_overrides(tmp_path: Path) -> None:
+    lora = {"rank": 4, "alpha": 8}
+    config = load_config(
+        "lab",
+        ["seed=3"],
+        steps=7,
+        out=tmp_path / "${run}",
+        schedule={"every": 5, "kind": "hard"},
+        model={"lora": lora},
+        teacher={"template": "{prompt} ${{x}} {demonstration}{feedback}"},
+        objective={"clip_range": (0.1, 0.3)},
+        **{"eval.every": 2},
+    )
+    assert config.seed == 3 and config.steps == 7 and config.out == str(tmp_path / "${run}")
+    assert config.schedule.model_dump() == {"kind": "hard", "every": 5}
+    assert config.model.lora is not None and config.model.lora.rank == 4
+    assert config.teacher.template == "{prompt} ${{x}} {demonstration}{feedback}"
+    assert config.teacher.max_prompt_tokens == load_config("lab", []).teacher.max_prompt_tokens
+    assert config.objective.clip_range == (0.1, 0.3) and config.eval.every == 2
+    with pytest.raises(UsageError, match="steps: "):
+        load_config("lab", steps="many")
+    with pytest.raises(UsageError):
+        load_config("lab", steps=object())
+
+
+# ---------------------------------------------------------------- several examinations
+
+
+def test_other_tasks_are_tasks(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    given = {"chem": {"name": "math", "train": str(rows)}, "sums": {"name": "arithmetic"}}
+    config = load_config("base", ["model.path=m"], eval={"tasks": given})
+    assert config.eval.tasks["chem"].name == "math" and config.eval.tasks["sums"].name
+    again = tmp_path / "again.yaml"
+    again.write_text(config.to_yaml())
+    assert load_config(str(again)) == config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("eval.tasks={a: {name: arithmetic, tset: 3}}", "eval.tasks.a.tset (did you mean test?)"),
+        ("eval.tasks={a: {name: arithmetic, test: x}}", "eval.tasks.a.test: "),
+        ("eval.tasks={a: {name: nothing}}", "eval.tasks.a: "),
+        ("eval.tasks={a: {test: 3}}", "eval.tasks.a: "),
+        ("eval.tasks={a/b: {name: arithmetic}}", "eval.tasks.a/b"),
+        ("eval.tasks={a: {name: math, train: r.jsonl}}", "eval.tasks.a.name=math needs a model"),
+        ("eval.questions=0", "eval.questions"),
+        ("checkpoint={best: true, every: 0}", "checkpoint.best=true needs"),
+        ("objective.dual_clip=1.0", "objective.dual_clip"),
+        ("objective.old_logprob=other", "objective.old_logprob"),
+        ("schedule={kind: python}", "schedule.source"),
+        ("schedule={kind: python, source: here}", "schedule.source: must be FILE.py:NAME"),
+    ],
+)
+def test_what_is_wrong_there_is_named(overrides: str, message: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        load_config("lab", [overrides])
+    assert message in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["sdpo", "grpo", "opsd"])
+def test_a_baseline_has_the_same_objective_on_both_scales(name: str) -> None:
+    small, large = load_config(name, []), load_config(f"{name}_qwen3_8b", [])
+    assert small.objective == large.objective and small.schedule == large.schedule
+    assert small.teacher.context == large.teacher.context
+    assert large.model.path == "Qwen/Qwen3-8B" and small.model.path is None
+    if name != "opsd":
+        assert (large.rollout.prompts_per_step, large.rollout.samples_per_prompt) == (32, 8)
+
+
+def test_the_literal_preset_shows_the_teacher_nothing_else() -> None:
+    paper = load_config("qwen3_8b_80gb", ["teacher.context=none"])
+    assert load_config("qwen3_8b_80gb_literal", []) == paper

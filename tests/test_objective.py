@@ -3,6 +3,7 @@
 Suffixes: N response tokens, V vocabulary, H hidden size.
 """
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sodfast.config import ObjectiveConfig
+from sodfast.config import ObjectiveConfig, load_config
 from sodfast.context import choose_demonstrations
 from sodfast.objective import (
     _unpacked,
@@ -380,8 +381,11 @@ def definition(config: ObjectiveConfig, rollouts: Update, softcap: float | None)
                 gradient += config.distill_coef * distill_share * rho * slope_D
             low, high = config.clip_range
             clipped = min(max(ratio, 1 - low), 1 + high)
-            loss += config.policy_coef * policy_share * -min(ratio * advantage, clipped * advantage)
-            if ratio * advantage <= clipped * advantage:
+            policy = -min(ratio * advantage, clipped * advantage)
+            bound = math.inf if config.dual_clip is None else -config.dual_clip * advantage
+            bounded = advantage < 0 and policy > bound
+            loss += config.policy_coef * policy_share * (bound if bounded else policy)
+            if ratio * advantage <= clipped * advantage and not bounded:
                 one_hot = np.arange(len(head)) == token
                 push = -advantage * ratio * (one_hot - np.exp(log_s))
                 gradient += config.policy_coef * policy_share * push
@@ -435,6 +439,7 @@ def test_the_loss_is_the_definition(alpha: float, support: str, policy_coef: flo
         ({"ratio_cap": 0.9}, None),
         ({"clip_range": (0.0, 0.0)}, None),
         ({"clip_range": (0.9, 9.0)}, None),
+        ({"dual_clip": 1.1}, None),
         ({"distill_coef": 0.0}, None),
         ({"top_k": 1}, None),
         ({"top_k": 1000}, None),
@@ -527,3 +532,27 @@ def test_a_teacher_that_says_the_same_gives_nothing(alpha: float, top_k: int | N
     result = fused(config, rollouts, [[0, 1]])
     assert result.loss == 0.0
     assert not result.hidden.any() and not result.head.any()
+
+
+# ---------------------------------------------------------------- presets of published baselines
+
+
+@pytest.mark.parametrize("preset", ["sdpo", "sdpo_qwen3_8b", "opsd", "grpo"])
+def test_a_baselines_loss_is_its_published_objective_in_fp64(preset: str) -> None:
+    config = load_config(preset, []).objective
+    rollouts = update(*MIXED)
+    assert_close(fused(config, rollouts, [range(6)]), definition(config, rollouts, None))
+
+
+def test_grpo_has_exactly_no_distillation_gradient() -> None:
+    """Not a bit of the gradient depends on the teacher, which may as well be broken."""
+    config = load_config("grpo", []).objective
+    rollouts = update(*MIXED)
+    expected = fused(config, rollouts, [range(6)])
+    for rows in rollouts.teacher:
+        if rows is not None:
+            rows.fill_(math.nan)
+    found = fused(config, rollouts, [range(6)])
+    assert found.loss == expected.loss and np.abs(expected.head).max() > 0
+    assert np.array_equal(found.hidden, expected.hidden)
+    assert np.array_equal(found.head, expected.head)

@@ -74,6 +74,20 @@ print(float(sodfast_kernels.distillation_loss(logits, logits, backend="torch").l
     assert float(python(code)) == 0.0
 
 
+def test_the_packages_own_names_are_imported_when_they_are_used() -> None:
+    """`import sodfast` loads nothing; a configuration is read without torch."""
+    ours = "sorted(m for m in sys.modules if m.startswith('sodfast'))"
+    loaded = python(f"import sys, sodfast; print({ours}, 'train' in dir(sodfast))")
+    assert loaded == "['sodfast'] True\n"
+    heavy = {"torch", "transformers", "triton", "pydantic"}
+    assert not loaded_by("import sodfast") & heavy
+    opened = "import sodfast; sodfast.load_config('lab', steps=3)"
+    assert not loaded_by(opened) & {"torch", "transformers", "triton"}
+    assert "has no attribute 'nothing'" in python(
+        "import sodfast\ntry:\n    sodfast.nothing\nexcept AttributeError as e:\n    print(e)"
+    )
+
+
 @pytest.mark.parametrize("module", ["schedule", "config", "cli", "errors", "rng", "summary"])
 def test_deciding_and_parsing_need_no_torch(module: str) -> None:
     """Bad input is refused, and a recorded run replayed, without loading torch."""

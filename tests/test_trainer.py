@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from sodfast.config import load_config
 from sodfast.errors import RunFailed, UsageError
 from sodfast.files import read_lines
 from sodfast.model.load import decoder_layers
+from sodfast.rollout.engine import Sample
 from sodfast.run import checkpoint
 from sodfast.run.console import Reporter
 from sodfast.run.interrupt import Interrupted
@@ -472,6 +474,33 @@ def test_without_distillation_no_divergence_is_reported(runs: Train) -> None:
     assert all(0 < line["distill/reprompt_fraction"] <= 1 for line in run.lines[1:])
 
 
+def test_recomputed_old_log_probs_are_those_of_training(
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine whose numerics are off by a quarter nat: as π_old it is the ratio of every token;
+    recomputed, the ratio is 1 and the difference weighs as the sampler's."""
+    lines = {}
+    for kind in ("engine", "recompute"):
+        keys = (f"objective.old_logprob={kind}", "steps=1", "eval.every=0")
+        trainer = build(tmp_path / kind, *keys)
+        generate = trainer.engine.generate
+
+        def off(*arguments: Any, generate: Any = generate, **keywords: Any) -> list[Sample]:
+            return [replace(s, logprob=s.logprob - 0.25) for s in generate(*arguments, **keywords)]
+
+        monkeypatch.setattr(trainer.engine, "generate", off)
+        trainer.train()
+        trainer.run.close()
+        lines[kind] = trainer.lines[1]
+    ratio = math.exp(0.25)
+    assert lines["engine"]["policy/ratio_mean"] == pytest.approx(ratio, rel=1e-4)
+    assert {k: v for k, v in lines["engine"].items() if "sampler" in k} == {
+        k: pytest.approx(v) for k, v in lines["recompute"].items() if "sampler" in k
+    }
+    assert lines["recompute"]["policy/ratio_mean"] == pytest.approx(1, rel=1e-5)
+    assert lines["recompute"]["policy/sampler_ratio_max"] == pytest.approx(ratio, rel=1e-4)
+
+
 def test_merging_the_tail_can_only_lower_the_divergence(runs: Train) -> None:
     full, merged = runs("steps=3"), runs("objective.top_k=3", "steps=3")
     assert 0 < merged.lines[1]["distill/divergence"] < full.lines[1]["distill/divergence"]
@@ -702,3 +731,87 @@ def test_stopping_at_a_collapse_is_final(train: Train, tmp_path: Path) -> None:
     collapse = ["collapse.length_fraction=0.1", "collapse.length_steps=2", "collapse.stop=true"]
     first = train(tmp_path / "run", *collapse, "steps=5")
     assert train(tmp_path / "run") == first
+
+
+# ---------------------------------------------------------------- more than one examination
+
+
+def test_other_tasks_are_asked_beside_the_runs_own(runs: Train) -> None:
+    """The same task under another name gives the same numbers, and training is not touched."""
+    plain = runs("steps=4")
+    same = "same: {name: arithmetic, train: 48, test: 8}"
+    short = "short: {name: arithmetic, train: 48, test: 3}"
+    run = runs("steps=4", "eval.tasks={" + f"{same}, {short}" + "}")
+    for line, other in zip(run.lines, plain.lines, strict=True):
+        own = {key: value for key, value in line.items() if key in other}
+        assert own == other
+        extra = {key: value for key, value in line.items() if key not in other}
+        scores = {key.removeprefix("eval/") for key in other if key.startswith("eval/")}
+        assert extra.keys() == {f"eval/{n}/{key}" for n in ("same", "short") for key in scores}
+        assert all(extra[f"eval/same/{key}"] == other[f"eval/{key}"] for key in scores)
+    assert run.summary == plain.summary
+
+
+def test_a_fixed_number_of_questions_is_asked(build: Build, tmp_path: Path) -> None:
+    trainers = [build(tmp_path / f"{seed}", "eval.questions=3", f"seed={seed}") for seed in (0, 1)]
+    asked = [trainer.data.test for trainer in trainers]
+    for trainer in trainers:
+        trainer.run.close()
+    assert asked[0] == asked[1] == [trainers[0].task.test[index] for index in (0, 2, 5)]
+
+
+# ---------------------------------------------------------------- the best checkpoint
+
+
+def test_the_best_checkpoint_stays(
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Any
+) -> None:
+    """Kept beside the newest although none was due there, over a resume, and handed out."""
+    scores = {0: 0.1, 1: 0.3, 2: 0.7, 3: 0.2, 4: 0.7, 5: 0.6, 6: 0.5, 7: 0.9}
+
+    def scored(*arguments: Any, **keywords: Any) -> dict[str, float]:
+        step: int = arguments[5]
+        return {"eval/mean@2": scores[step]}
+
+    monkeypatch.setattr("sodfast.trainer.evaluate", scored)
+    out = tmp_path / "run"
+    keys = ("checkpoint.best=true", "checkpoint.every=3", "checkpoint.keep=1", "eval.every=1")
+    trainer = build(out, *keys, "steps=7")
+    kept = []
+    for step in range(1, 5):
+        trainer.train(until=step)
+        kept.append(sorted(checkpoint.steps(trainer.run.checkpoints)))
+    assert kept == [[1], [2], [2, 3], [2, 3]]  # a tie keeps the first
+    trainer.leave()
+    trainer.run.close()
+    trainer = build(out)
+    trainer.train(until=6)
+    assert sorted(checkpoint.steps(trainer.run.checkpoints)) == [2, 6]
+    trainer.leave()
+    trainer.run.close()
+    monkeypatch.undo()
+
+    found = cli("eval", str(out), "--best", "eval.samples=1")
+    assert found.code == 0 and json.loads(found.out.splitlines()[-1])["step"] == 2
+    assert cli("export", str(out), str(tmp_path / "best"), "--best").code == 0
+    weights = (out / "checkpoints" / "step-2" / "student" / "model.safetensors").read_bytes()
+    assert (tmp_path / "best" / "model.safetensors").read_bytes() == weights
+    assert cli("eval", "no-run", "--best").code == 2
+
+
+def test_an_evaluation_that_closes_a_run_takes_no_other_best_away(
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = {0: 0.1, 2: 0.6, 4: 0.2, 5: 0.9, 6: 0.3, 7: 0.3}
+
+    def scored(*arguments: Any, **keywords: Any) -> dict[str, float]:
+        return {"eval/mean@2": scores[arguments[5]]}
+
+    monkeypatch.setattr("sodfast.trainer.evaluate", scored)
+    out = tmp_path / "run"
+    keys = ("checkpoint.best=true", "checkpoint.every=9", "checkpoint.keep=1", "eval.every=2")
+    for steps, expected in ((5, [2, 5]), (7, [2, 7])):
+        trainer = build(out, *(() if out.exists() else keys), f"steps={steps}")
+        trainer.train()
+        trainer.run.close()
+        assert sorted(checkpoint.steps(trainer.run.checkpoints)) == expected

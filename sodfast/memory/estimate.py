@@ -352,7 +352,7 @@ class Estimate:
             task, copies = self.config.task, self.config.eval.samples
             sequences = self.config.rollout.batch_size
             if isinstance(task, ArithmeticConfig):
-                sequences = task.test * copies
+                sequences = min(task.test, self.config.eval.questions or task.test) * copies
             prompts = prompts[:1] * -(-sequences // copies)
         return prompts, copies, sequences
 

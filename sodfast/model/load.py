@@ -70,8 +70,9 @@ class LanguageModel:
     def encode_question(self, question: Question) -> list[int]:
         return self.encode(question.prompt, question.system, question.history)
 
-    def decode(self, ids: Sequence[int] | Tensor) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+    def decode(self, ids: Sequence[int] | Tensor, special: bool = False) -> str:
+        """The text of `ids`; `special`: with the names of special tokens."""
+        return self.tokenizer.decode(ids, skip_special_tokens=not special)
 
 
 def load_model(

@@ -19,11 +19,13 @@ from sodfast.config import CGTRConfig
 from sodfast.errors import UsageError
 from sodfast.files import refuse_links, replace_text
 from sodfast.report import canvas, plots, tables
+from sodfast.report.answers import Shown, compare
 from sodfast.report.early_warning import MAX_FALSE_ALARM_RATE, Forecast, forecast
 from sodfast.report.intervals import Curve, Series, bin_width, group_curve
 from sodfast.report.runs import Group, Line, Run, Source, load
 from sodfast.report.templates import template
 from sodfast.run.environment import describe
+from sodfast.run.show import SHADES
 from sodfast.summary import SPIKE_STEPS
 
 Tables = dict[str, tables.Table]
@@ -49,7 +51,7 @@ def write_report(directory: Path, baseline: str | None = None) -> Path:
     found = None if source.single else forecast(source.groups)
     rows = tables.build_tables(source.groups, found)
     figures = _draw(source, rows, found)
-    page = _render(source, rows, figures, found)
+    page = _render(source, rows, figures, found, _answers(source))
     files = {f"tables/{name}.csv": table.to_csv() for name, table in rows.items()}
     refuse_links(directory, ("tables", "figures"))
     files |= {f"figures/{name}.svg": canvas.standalone(svg) for name, svg in figures.items()}
@@ -163,8 +165,20 @@ def _width(source: Source, scores: bool = False) -> int:
     return bin_width(source.steps, points)
 
 
+def _answers(source: Source) -> dict[str, dict[str, list[Shown]]]:
+    """What each part of the page of answers compares; only a single run has any."""
+    run = source.runs[0].path
+    kinds = {"training": False, "evaluation": True} if source.single else {}
+    found = {kind: compare(run, evaluation) for kind, evaluation in kinds.items()}
+    return {kind: questions for kind, questions in found.items() if questions}
+
+
 def _render(
-    source: Source, rows: Tables, figures: Mapping[str, str], found: Forecast | None
+    source: Source,
+    rows: Tables,
+    figures: Mapping[str, str],
+    found: Forecast | None,
+    answers: Mapping[str, Mapping[str, Sequence[Shown]]],
 ) -> str:
     many = source.single or len(source.groups) > canvas.OVERLAID
     labels = [] if many else [group.label for group in source.groups]
@@ -181,6 +195,8 @@ def _render(
         width=_width(source),
         environments=Counter(filter(None, (describe(run.path) for run in source.runs))),
         plots=plots,
+        answers=answers,
+        SHADES=SHADES,
         SPIKE_STEPS=SPIKE_STEPS,
         ENDS=tables.ENDS,
         FALSE_ALARMS=f"{MAX_FALSE_ALARM_RATE:.0%}",

@@ -12,10 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from sodfast.config import CGTRConfig, Config, ScheduleConfig, read_overrides, validate
+from sodfast.config import (
+    CGTRConfig,
+    Config,
+    PythonScheduleConfig,
+    ScheduleConfig,
+    read_overrides,
+    validate,
+)
 from sodfast.errors import UsageError
 from sodfast.report.intervals import Curve, Series, group_curve
-from sodfast.schedule import build_schedule
+from sodfast.schedule import Schedule, build_schedule
 from sodfast.study.directory import TrialRun, finished_status, read_records, read_runs
 from sodfast.summary import spike_ratios
 
@@ -78,7 +85,8 @@ class Run:
         """max / mean response length pooled over the last `window` steps: what the gate sees."""
         schedule = self.config.schedule
         window = schedule.window if isinstance(schedule, CGTRConfig) else CGTRConfig().window
-        _, mean_key, max_key = build_schedule(schedule).inputs
+        own = isinstance(schedule, PythonScheduleConfig)  # whose file may be gone
+        _, mean_key, max_key = Schedule.inputs if own else build_schedule(schedule).inputs
         lines = [line for line in self.lines if line.get(mean_key, 0) > 0 and max_key in line]
         if not lines:
             return Series.of([])
@@ -225,6 +233,8 @@ _CALLED = {
 def describe_schedule(schedule: ScheduleConfig) -> str:
     """A schedule as the figures call it; CGTR with what differs from the paper's settings."""
     values = schedule.model_dump()
+    if isinstance(schedule, PythonScheduleConfig):
+        return schedule.source.rpartition("/")[2]
     if not isinstance(schedule, CGTRConfig):
         return _CALLED[schedule.kind].format(**values)
     usual = CGTRConfig()

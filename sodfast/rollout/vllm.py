@@ -30,13 +30,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from sodfast_kernels import linear_distillation_loss
 from torch import Tensor
 
 from sodfast.config import RolloutConfig
 from sodfast.errors import RunFailed, UsageError
 from sodfast.model.load import LanguageModel
-from sodfast.model.packing import micro_batches, response_hidden
+from sodfast.model.packing import micro_batches
 from sodfast.rollout.engine import (
     Progress,
     Sample,
@@ -45,6 +44,7 @@ from sodfast.rollout.engine import (
     check_prompts,
     stop_length,
 )
+from sodfast.rollout.scores import student_scores
 
 # vLLM's sleep mode is CUDA's virtual memory management.
 DEVICES = ("cuda",)
@@ -278,41 +278,6 @@ def different_parameters(network: Any, student: Mapping[str, Tensor]) -> list[st
         if not torch.equal(parameter.detach()[: len(expected)], expected):
             wrong.append(name)
     return wrong
-
-
-@torch.no_grad()
-def student_scores(
-    model: LanguageModel, prompts: Sequence[Tensor], responses: Sequence[Tensor], temperature: float
-) -> list[tuple[Tensor, Tensor]]:
-    """Log-probs and entropies [L] fp32 on the CPU of each response, by the functions that training
-    computes them with.
-
-    Raises `RunFailed` where the logits are not finite.
-    """
-    hidden_NH = response_hidden(model.network, prompts, responses)
-    nothing = hidden_NH.new_zeros(len(hidden_NH), dtype=torch.float32)
-    output = linear_distillation_loss(
-        hidden_NH,
-        model.head,
-        hidden_NH,  # the teacher's rows: never read where distill_weight is 0
-        model.head,
-        temperature=temperature,
-        softcap=model.softcap,
-        distill_weight=nothing,
-        target_ids=torch.cat(list(responses)).to(model.device),
-        advantage=nothing,
-        policy_weight=torch.ones_like(nothing),
-    )
-    assert output.student_logprob is not None
-    if not torch.isfinite(output.student_entropy).all():
-        raise RunFailed("the model's logits are not finite")
-    lengths = [len(response) for response in responses]
-    logprobs = output.student_logprob.cpu().split(lengths)
-    entropies = output.student_entropy.cpu().split(lengths)
-    return [
-        (logprob.clone(), entropy.clone())
-        for logprob, entropy in zip(logprobs, entropies, strict=True)
-    ]
 
 
 def _import_vllm() -> tuple[Any, Any]:

@@ -20,7 +20,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +76,15 @@ class _Followed(_Part):
     copied: Count
 
 
+class _Own(_Part):
+    """The state of a user's schedule."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    last_copy: Count
+    own: Any
+
+
 class _Stateless(_Part):
     model_config = ConfigDict(extra="forbid")
 
@@ -97,7 +106,7 @@ class _State(_Part):
     step: Count
     fingerprint: str
     base: str | None = None
-    schedule: _Gated | _Followed | _Stateless
+    schedule: _Gated | _Followed | _Own | _Stateless
     collapse: _Collapse
     reward_memory: dict[str, float]
     teacher_is_student: bool = True
@@ -136,8 +145,9 @@ def save(
     optimizer: dict[str, Tensor],
     state: dict[str, Any],
     keep: int,
+    best: Container[int] = (),
 ) -> Path:
-    """Write checkpoint `step` and delete all but the last `keep`.
+    """Write checkpoint `step` and delete all but the last `keep` and the `best`.
 
     `student`: the state dict of `model`'s network; `teacher`: its own parameters by name, None
     while it equals the student; `optimizer`: as `optimizer_tensors` gives it.
@@ -166,7 +176,7 @@ def save(
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise RunFailed(f"checkpoint of step {step} could not be written: {error}") from error
-    prune(directory, keep)
+    prune(directory, keep, best)
     return final
 
 
@@ -178,13 +188,16 @@ def write_state(path: Path, state: dict[str, Any]) -> None:
     (path / "state.json").write_text(text, encoding="utf-8")
 
 
-def prune(directory: Path, keep: int) -> None:
-    """Delete all checkpoints but the last `keep`, and what a process that was killed has left.
+def prune(directory: Path, keep: int, best: Container[int] = ()) -> None:
+    """Delete all checkpoints but the last `keep` and those of the steps `best`, and what a process
+    that was killed has left.
 
     A checkpoint loses its name before its files. Raises `RunFailed` when the disk refuses.
     """
     try:
         for old in sorted(steps(directory))[:-keep]:
+            if old in best:
+                continue
             aside = directory / f".step-{old}.tmp"
             if aside.exists():
                 shutil.rmtree(aside)

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -14,9 +14,10 @@ from typing import IO, Any
 from sodfast.config import RENAMED, Config, read_overrides, validate
 from sodfast.errors import RunFailed, UsageError
 from sodfast.files import refuse_links, replace_text, try_lock
-from sodfast.run import checkpoint
+from sodfast.run import checkpoint, samples
 from sodfast.run.records import read_events, read_metrics
-from sodfast.tasks.files import changed_file, file_hashes
+from sodfast.run.samples import Answer
+from sodfast.tasks.files import changed_file, run_files
 
 _log = logging.getLogger(__name__)
 
@@ -33,6 +34,10 @@ ADDED: dict[str, Any] = {
     "teacher.demonstrate_self": False,
     "teacher.micro_batch_tokens": None,
     "optimizer.lr_burst": None,
+    "objective.dual_clip": None,
+    "objective.old_logprob": "engine",
+    "eval.questions": None,
+    "eval.tasks": {},
     "task.split": None,
     "task.columns": {},
     "task.system": None,
@@ -143,7 +148,8 @@ class RunDirectory:
     @classmethod
     def open(cls, path: Path) -> "RunDirectory":
         _require_config(path)
-        refuse_links(path, (".lock", "metrics.jsonl", "events.jsonl", "checkpoints", "tensorboard"))
+        names = ("metrics.jsonl", "events.jsonl", "checkpoints", "samples", "tensorboard")
+        refuse_links(path, (".lock", *names))
         return cls(path, _lock(path))
 
     def close(self) -> None:
@@ -177,15 +183,16 @@ class RunDirectory:
                     os.fsync(stream.fileno())
 
     def clear(self) -> None:
-        """Delete the lines of a run that starts over."""
-        for file in (self.metrics, self.events):
-            if self._lock is not None:
+        """Delete the lines and the answers of a run that starts over."""
+        if self._lock is not None:
+            for file in (self.metrics, self.events):
                 file.unlink(missing_ok=True)
+            samples.remove_later(self.path, -1, -1)
 
     def rewind(self, step: int, config: Config, without_evaluation: bool) -> list[dict[str, Any]]:
-        """Write `config`, under which the run goes on, and drop lines and events after `step`;
-        `without_evaluation` also the evaluation of `step` and a collapse that it showed. Returns
-        the metrics lines that stay.
+        """Write `config`, under which the run goes on, and drop lines, events and answers after
+        `step`; `without_evaluation` also the evaluation of `step`, a collapse that it showed and
+        the rollouts that were kept because of it. Returns the metrics lines that stay.
 
         The configuration comes first: with the old `steps` a run that has lost its closing
         evaluation would count as finished. Raises `UsageError`, with nothing written, where lines
@@ -206,10 +213,24 @@ class RunDirectory:
         self.write_config(config)
         self.write_metrics(lines)
         self._replace(self.events, _text(events))
+        if self._lock is not None:
+            evaluated = step - 1 if without_evaluation else step
+            kept = evaluated if config.log.samples_every is None else step
+            with _writing(self.path / "samples"):
+                samples.remove_later(self.path, rollouts=kept, evaluations=evaluated)
         return lines
 
     def write_metrics(self, lines: list[dict[str, Any]]) -> None:
         self._replace(self.metrics, _text(lines))
+
+    def write_samples(self, step: int, answers: Sequence[Answer], evaluation: bool = False) -> None:
+        """Write a step's rollouts, or the answers of the evaluation after it, whole or not at all.
+        Raises `RunFailed` when the disk refuses."""
+        if self._lock is not None:
+            file = samples.sample_file(self.path, step, evaluation)
+            with _writing(file):
+                file.parent.mkdir(exist_ok=True)
+                replace_text(file, samples.to_text(answers))
 
     def write_config(self, config: Config) -> None:
         self._replace(self.path / "config.yaml", config.to_yaml())
@@ -241,7 +262,7 @@ def stored_config(path: Path, overrides: list[str]) -> Config:
                 f"{path}/config.yaml is not the configuration its checkpoints were made with: "
                 "restore it, or start a new run"
             )
-        _require_same_files(path, file_hashes(config.task), state.get("task_files"))
+        _require_same_files(path, run_files(config), state.get("task_files"))
         if config.steps < state["step"]:
             raise UsageError(f"steps={config.steps} lies before the checkpoint's {state['step']}")
     return config

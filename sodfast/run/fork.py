@@ -15,7 +15,7 @@ from sodfast.run import checkpoint
 from sodfast.run.directory import RunDirectory, fingerprint
 from sodfast.run.records import read_events, read_metrics
 from sodfast.schedule import build_schedule
-from sodfast.tasks.files import file_hashes
+from sodfast.tasks.files import run_files
 
 Refresh = Literal["now", "never"]
 _OWN = ("step=", "teacher.refresh=")
@@ -120,7 +120,7 @@ def fork_run(
             ) from error
         state["schedule"] = schedule.state_dict()
     state["fingerprint"] = fingerprint(config)
-    state["task_files"] = file_hashes(config.task)  # a fork may also change the user's reward
+    state["task_files"] = run_files(config)  # a fork may also change the user's reward
     state["teacher_is_student"] = state.get("teacher_is_student", True) or refresh == "now"
     if refresh == "now":
         state.get("files", {}).pop("teacher.safetensors", None)

@@ -1,6 +1,7 @@
 """SIGINT and SIGTERM as an exception that never tears a step apart."""
 
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -17,6 +18,8 @@ class Interruption:
 
     With `agree`, which tells whether any of several ranks says True, it is raised at the next
     `boundary` and on all ranks: a rank that stopped alone would leave the others waiting.
+
+    Python gives signals to the main thread alone: in any other one the block takes none.
     """
 
     def __init__(self, agree: Callable[[bool], bool] | None = None) -> None:
@@ -25,9 +28,11 @@ class Interruption:
         self._pending = False
 
     def __enter__(self) -> "Interruption":
+        main = threading.current_thread() is threading.main_thread()
         self._previous = {
             number: signal.signal(number, self._handle)
             for number in (signal.SIGINT, signal.SIGTERM)
+            if main
         }
         return self
 

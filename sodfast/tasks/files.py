@@ -1,14 +1,30 @@
-"""The files that a task is read from, and their hashes: what a resumed run must find as it was."""
+"""The files that a run is read from beside its model, and their hashes: what a resumed run must
+find as it was."""
 
 import hashlib
 import os
 from pathlib import Path
 
-from sodfast.config import PythonConfig, RowsConfig, TaskConfig
-from sodfast.tasks.source import find_source
+from sodfast.config import (
+    Config,
+    PythonConfig,
+    PythonScheduleConfig,
+    RowsConfig,
+    ScheduleConfig,
+    TaskConfig,
+)
+from sodfast.source import find_source
 
 
-def file_hashes(config: TaskConfig) -> dict[str, str]:
+def run_files(config: Config) -> dict[str, str]:
+    """`file_hashes` of everything that a run is read from."""
+    found: dict[str, str] = {}
+    for part in (config.task, *config.eval.tasks.values(), config.schedule):
+        found |= file_hashes(part)
+    return found
+
+
+def file_hashes(config: TaskConfig | ScheduleConfig) -> dict[str, str]:
     """SHA-256 of every file by its path: rows, the user's source, and what that imports beside it.
 
     Hub ids are no files; the package `datasets` keeps the revision that it has downloaded.
@@ -19,6 +35,8 @@ def file_hashes(config: TaskConfig) -> dict[str, str]:
     files: list[Path] = []
     if isinstance(config, PythonConfig):
         files += find_source(config.source).files()
+    if isinstance(config, PythonScheduleConfig):
+        files += find_source(config.source, "schedule.source").files()
     if isinstance(config, RowsConfig):
         for source in filter(None, (config.train, config.test)):
             folder = os.path.isdir(source) and not source.endswith(".jsonl")

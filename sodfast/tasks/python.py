@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 
 from sodfast.config import PythonConfig
 from sodfast.errors import RunFailed, UsageError
+from sodfast.source import Source, describe_error, find_source
 from sodfast.tasks.base import Grade, Question, Task
 from sodfast.tasks.rows import load_questions
-from sodfast.tasks.source import Source, describe_error, find_source
 
 T = TypeVar("T")
 

@@ -29,6 +29,7 @@ class Objective(NamedTuple):
     policy_weight: Tensor | None = None
     old_logprob: Tensor | None = None
     clip_range: tuple[float, float] = (0.2, 0.28)
+    dual_clip: float | None = None
     ratio_cap: float | None = None
     reduction: str = "sum"
     teacher_topk: tuple[Tensor, Tensor] | None = None
@@ -117,6 +118,7 @@ class Settings(NamedTuple):
     add_tail: bool
     clip_low: float
     clip_high: float
+    dual_clip: float | None
     ratio_cap: float | None
     triton: bool
     max_scratch_bytes: int | None
@@ -179,6 +181,9 @@ def check_scalars(objective: Objective) -> None:
         raise ValueError(f"softcap must be positive and finite, or None, got {softcap}")
     if not isinstance(add_tail, bool):
         raise ValueError(f"add_tail must be True or False, got {add_tail!r}")
+    dual_clip = objective.dual_clip
+    if dual_clip is not None and not 1 < dual_clip < math.inf:
+        raise ValueError(f"dual_clip must lie above 1, or be None, got {dual_clip}")
     ratio_cap, scratch = objective.ratio_cap, objective.max_scratch_bytes
     if ratio_cap is not None and not ratio_cap > 0:
         raise ValueError(f"ratio_cap must be positive or None, got {ratio_cap}")
@@ -210,6 +215,7 @@ def check_settings(objective: Objective, sides: Sides) -> Settings:
         add_tail=add_tail,
         clip_low=low,
         clip_high=high,
+        dual_clip=None if objective.dual_clip is None else float(objective.dual_clip),
         ratio_cap=None if ratio_cap is None else float(ratio_cap),
         triton=uses_triton(objective.backend, networks, top_k),
         max_scratch_bytes=objective.max_scratch_bytes,

@@ -137,7 +137,7 @@ def stored_kernel(
     distill_ptr, target_ptr, advantage_ptr, policy_ptr, old_ptr, upstream_ptr,
     student_row_stride, stored_row_stride, d_logits_row_stride, stats_row_stride,
     vocabulary, width, k,
-    alpha, inverse_temperature, softcap, clip_low, clip_high, ratio_cap,
+    alpha, inverse_temperature, softcap, clip_low, clip_high, ratio_cap, dual_clip,
     KIND: tl.constexpr, HALF: tl.constexpr, ADD_TAIL: tl.constexpr, CAPACITY: tl.constexpr,
     BF16: tl.constexpr, BLOCK_SIZE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -179,7 +179,7 @@ def stored_kernel(
         target, weight, scale, policy_loss, d_target = sampled_token(
             row, student_ptr, stats_ptr, target_ptr, advantage_ptr, policy_ptr, old_ptr,
             upstream_ptr, stats_row_stride, vocabulary, log_s2, scale2, weight,
-            inverse_temperature, softcap, clip_low, clip_high, ratio_cap,
+            inverse_temperature, softcap, clip_low, clip_high, ratio_cap, dual_clip,
         )  # fmt: skip
         if target_ptr is not None:
             hit = kept & (ids == target)
@@ -197,7 +197,8 @@ def stored_kernel(
         undistilled_row(
             row, student_ptr, d_logits_ptr, stats_ptr, target_ptr, advantage_ptr, policy_ptr,
             old_ptr, upstream_ptr, stats_row_stride, vocabulary, width, weight, active,
-            inverse_temperature, softcap, clip_low, clip_high, ratio_cap, BF16, BLOCK_SIZE,
+            inverse_temperature, softcap, clip_low, clip_high,
+            ratio_cap, dual_clip, BF16, BLOCK_SIZE,
             COLUMNS,
         )  # fmt: skip
 

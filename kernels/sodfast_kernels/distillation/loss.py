@@ -44,6 +44,7 @@ def linear_distillation_loss(
     policy_weight: Tensor | None = None,
     old_logprob: Tensor | None = None,
     clip_range: tuple[float, float] = (0.2, 0.28),
+    dual_clip: float | None = None,
     ratio_cap: float | None = None,
     reduction: str = "sum",
     teacher_topk: tuple[Tensor, Tensor] | None = None,
@@ -80,6 +81,7 @@ def linear_distillation_loss(
         policy_weight=policy_weight,
         old_logprob=old_logprob,
         clip_range=clip_range,
+        dual_clip=dual_clip,
         ratio_cap=ratio_cap,
         reduction=reduction,
         teacher_topk=teacher_topk,
@@ -175,6 +177,7 @@ def distillation_loss(
     policy_weight: Tensor | None = None,
     old_logprob: Tensor | None = None,
     clip_range: tuple[float, float] = (0.2, 0.28),
+    dual_clip: float | None = None,
     ratio_cap: float | None = None,
     reduction: str = "sum",
     teacher_topk: tuple[Tensor, Tensor] | None = None,
@@ -193,21 +196,19 @@ def distillation_loss(
         teacher_logits: [N, V], any of these dtypes. Never differentiated.
         alpha: 0 forward KL(Q‖S), 1 reverse KL(S‖Q), between them
             (1 − α)·KL(S‖M) + α·KL(Q‖M), M = (1 − α)·S + α·Q.
-        temperature: divides both logits, for divergence, entropies and log-probs.
-        softcap: z ← c·tanh(z/c) before the temperature.
-        top_k: the student's k greatest logits, the lower index among equal ones, and one bucket
-            for the rest. None, or k ≥ V: the full vocabulary.
+        temperature: divides both logits, after softcap: z ← c·tanh(z/c).
+        top_k: the student's k greatest logits (the lower index among equals) and a bucket for the
+            rest. None, or k ≥ V: the full vocabulary.
         add_tail: False leaves the rest out and renormalises both sides over the k.
         distill_weight: [N] coefficient of each divergence, default 1/N. Where it is 0 the teacher's
             row is never read.
         target_ids: [N] int64, the sampled tokens.
-        advantage: [N], turns the policy term on.
-        policy_weight: [N] coefficient of each policy loss, default 1/N.
+        advantage, policy_weight: [N], turns the policy term on; its coefficients, default 1/N.
         old_logprob: [N] log-prob of each sampled token when it was sampled. None: ratio 1.
         clip_range: (low, high) of the clip.
+        dual_clip: c > 1, bounds L by −c·A where A < 0 (arXiv 1912.09729).
         ratio_cap: multiplies each divergence by min(exp(logp − old_logprob), cap).
-        reduction: "sum" gives a scalar loss, its gradient computed along the way; "none" gives [N],
-            and the backward pass computes everything a second time.
+        reduction: "sum": a scalar, its gradient made along the way; "none": [N], computed twice.
         teacher_topk: (ids [N, K] int64, log-probs [N, K] at the same temperature) in place of the
             teacher. The ids, distinct in each row, are the support; the remaining mass is the tail.
         backend: "auto", "triton" or "torch". "auto" is Triton on CUDA, and PyTorch elsewhere and
@@ -233,6 +234,7 @@ def distillation_loss(
         policy_weight=policy_weight,
         old_logprob=old_logprob,
         clip_range=clip_range,
+        dual_clip=dual_clip,
         ratio_cap=ratio_cap,
         reduction=reduction,
         teacher_topk=teacher_topk,

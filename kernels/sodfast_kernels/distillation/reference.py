@@ -5,7 +5,7 @@ the tail, or V).
 
 Sources: the divergence family, the student's top-k with a tail bucket and the ratio cap are those
 of SDPO (arXiv 2601.20802); the policy term is the clipped token ratio of PPO with GRPO advantages,
-as in CGTR (arXiv 2606.03532, §3.1).
+as in CGTR (arXiv 2606.03532, §3.1), and its dual clip that of arXiv 1912.09729.
 
 Every summand of a divergence is written in its Bregman form, for example s·log(s/q) − s + q. The
 sum is the same because both sides add up to one, each summand is ≥ 0, and the derivative by s is
@@ -73,14 +73,14 @@ def distillation_loss(
     policy_weight: Tensor | None = None,
     old_logprob: Tensor | None = None,
     clip_range: tuple[float, float] = (0.2, 0.28),
+    dual_clip: float | None = None,
     ratio_cap: float | None = None,
     reduction: str = "sum",
     teacher_topk: tuple[Tensor, Tensor] | None = None,
 ) -> DistillationOutput:
     """Σ_t distill_weight_t·ρ_t·D_t + Σ_t policy_weight_t·L_t, by autograd, whole logits in memory.
 
-    Arguments are those of `sodfast_kernels.distillation_loss`, which checks them; here they are
-    taken as they come. 16-bit inputs are computed in fp32.
+    Arguments: `sodfast_kernels.distillation_loss`; unchecked. 16-bit inputs: computed in fp32.
     """
     rows, vocabulary = student_logits.shape
     logits_NV = _compute(student_logits)
@@ -128,7 +128,7 @@ def distillation_loss(
         assert student_logprob is not None
         if log_ratio is None:
             log_ratio = torch.where(rewarded, student_logprob - student_logprob.detach(), 0)
-        policy = _clipped_policy_loss(log_ratio, advantage, clip_range)
+        policy = _clipped_policy_loss(log_ratio, advantage, clip_range, dual_clip)
         loss = loss + torch.where(rewarded, policy_weight * policy, 0)
     return DistillationOutput(
         loss=loss.sum() if reduction == "sum" else loss,
@@ -181,12 +181,18 @@ def _stored_teacher(
 
 
 def _clipped_policy_loss(
-    log_ratio: Tensor, advantage: Tensor, clip_range: tuple[float, float]
+    log_ratio: Tensor,
+    advantage: Tensor,
+    clip_range: tuple[float, float],
+    dual_clip: float | None,
 ) -> Tensor:
-    """max(−A·r, −A·clip(r, 1 − low, 1 + high)), [N]."""
+    """max(−A·r, −A·clip(r, 1 − low, 1 + high)), [N]; with `dual_clip` c, at most −c·A for A < 0."""
     low, high = clip_range
     ratio = log_ratio.exp()
-    return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - low, 1 + high))
+    loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - low, 1 + high))
+    if dual_clip is None:
+        return loss
+    return torch.where(advantage < 0, torch.minimum(loss, -advantage * dual_clip), loss)
 
 
 def top_ids(logits_NV: Tensor, k: int) -> Tensor:

@@ -252,7 +252,7 @@ def full_kernel(
     distill_ptr, target_ptr, advantage_ptr, policy_ptr, old_ptr, upstream_ptr,
     student_row_stride, teacher_row_stride, d_logits_row_stride, stats_row_stride,
     vocabulary, width,
-    alpha, inverse_temperature, softcap, clip_low, clip_high, ratio_cap,
+    alpha, inverse_temperature, softcap, clip_low, clip_high, ratio_cap, dual_clip,
     KIND: tl.constexpr, HALF: tl.constexpr, BF16: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -295,7 +295,7 @@ def full_kernel(
         target, weight, scale, policy_loss, d_target = sampled_token(
             row, student_ptr, stats_ptr, target_ptr, advantage_ptr, policy_ptr, old_ptr,
             upstream_ptr, stats_row_stride, vocabulary, log_s2, scale2, weight,
-            inverse_temperature, softcap, clip_low, clip_high, ratio_cap,
+            inverse_temperature, softcap, clip_low, clip_high, ratio_cap, dual_clip,
         )  # fmt: skip
         if target_ptr is not None:
             logprob2 = target_logprob2(teacher_ptr, target, log_q2, scale2, softcap, vocabulary)
@@ -361,7 +361,8 @@ def full_kernel(
         undistilled_row(
             row, student_ptr, d_logits_ptr, stats_ptr, target_ptr, advantage_ptr, policy_ptr,
             old_ptr, upstream_ptr, stats_row_stride, vocabulary, width, weight, active,
-            inverse_temperature, softcap, clip_low, clip_high, ratio_cap, BF16, BLOCK_SIZE,
+            inverse_temperature, softcap, clip_low, clip_high,
+            ratio_cap, dual_clip, BF16, BLOCK_SIZE,
             COLUMNS,
         )  # fmt: skip
 

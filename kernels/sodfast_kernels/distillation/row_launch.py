@@ -69,6 +69,7 @@ def launch_rows(
         "clip_low": settings.clip_low,
         "clip_high": settings.clip_high,
         "ratio_cap": settings.ratio_cap,
+        "dual_clip": settings.dual_clip,
         "KIND": {0.0: FORWARD, 1.0: REVERSE}.get(settings.alpha, JSD),
         "HALF": settings.alpha == 0.5,
         "BF16": bf16,
@@ -245,9 +246,14 @@ def production_configurations() -> list[Configuration]:
     """What bench/compile_report.py checks: rows padded to multiples of 16, all per-token terms on.
 
     Every variant on our own fp32 tiles; over other logits those that differ most. Then what need
-    not be fast but must compile, without a spill: soft caps, and rows that start anywhere.
+    not be fast but must compile, without a spill: soft caps, the dual clip, and rows that start
+    anywhere.
     """
-    found = [_softcapped(_configuration(variant, "jsd", "fp32")) for variant in VARIANTS]
+    found = [
+        _with(name, _configuration(variant, "jsd", "fp32"))
+        for name in ("softcap", "dual_clip")
+        for variant in VARIANTS
+    ]
     found += [
         _unaligned(_configuration(variant, "jsd", form), form)
         for variant in ("full", "top_100", "stored_100")
@@ -278,11 +284,12 @@ def production_configurations() -> list[Configuration]:
     return found
 
 
-def _softcapped(configuration: Configuration) -> Configuration:
-    constexprs = {k: v for k, v in configuration.constexprs.items() if k != "softcap"}
+def _with(name: str, configuration: Configuration) -> Configuration:
+    """The configuration with a number that is otherwise off."""
+    constexprs = {k: v for k, v in configuration.constexprs.items() if k != name}
     return configuration._replace(
-        name=configuration.name + "_softcap",
-        signature={**configuration.signature, "softcap": "fp32"},
+        name=f"{configuration.name}_{name}",
+        signature={**configuration.signature, name: "fp32"},
         constexprs=constexprs,
         sweeps={},
     )
@@ -350,6 +357,7 @@ def _configuration(variant: str, kind: str, form: str) -> Configuration:
     sizes = {"BLOCK_SIZE": BLOCK_SIZE, "COLUMNS": ALIGNED_COLUMNS}
     constexprs: dict[str, Any] = {
         "KIND": number, "HALF": half, "BF16": bf16, **sizes, "upstream_ptr": None, "softcap": None,
+        "dual_clip": None,
     }  # fmt: skip
     most = FULL_REGISTERS
     if name == "top":

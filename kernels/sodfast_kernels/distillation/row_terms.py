@@ -179,8 +179,9 @@ def save(stats_ptr, stats_row_stride, row, entry: tl.constexpr, value):
 
 @triton.jit
 def _policy(
-    row, logprob, weight, scale, advantage_ptr, policy_ptr, old_ptr, clip_low, clip_high, ratio_cap
-):
+    row, logprob, weight, scale, advantage_ptr, policy_ptr, old_ptr, clip_low, clip_high, ratio_cap,
+    dual_clip,
+):  # fmt: skip
     """The capped distillation weight, the policy loss, or the cross-entropy where there are no
     advantages, and its derivative by the target's logit."""
     old = logprob
@@ -202,8 +203,13 @@ def _policy(
         free, held = -advantage * ratio, -advantage * clipped
         rewarded = policy_weight != 0
         # Where the clip wins the token stays; NaN comes through `free`.
-        loss = tl.where(rewarded, policy_weight * tl.where(held > free, held, free), 0.0)
+        loss = tl.where(held > free, held, free)
         stays = (held > free) | (tl.abs(log_ratio) > LOG_RATIO_BOUND) | ~rewarded
+        if dual_clip is not None:
+            capped = (advantage < 0) & (ratio > dual_clip)
+            loss = tl.where(capped, -advantage * dual_clip, loss)
+            stays = stays | capped
+        loss = tl.where(rewarded, policy_weight * loss, 0.0)
         d_target = tl.where(stays, 0.0, policy_weight * free * scale)
     elif policy_ptr is not None:
         policy_weight = tl.load(policy_ptr + row)
@@ -216,7 +222,7 @@ def _policy(
 def sampled_token(
     row, student_ptr, stats_ptr, target_ptr, advantage_ptr, policy_ptr, old_ptr, upstream_ptr,
     stats_row_stride, vocabulary, log_s2, scale2, weight, inverse_temperature, softcap, clip_low,
-    clip_high, ratio_cap,
+    clip_high, ratio_cap, dual_clip,
 ):  # fmt: skip
     """What depends on the sampled token alone: the token (−1 without one), the distillation weight
     times the capped ratio, the factor of the row's gradient, the policy loss and its `d_target`.
@@ -234,7 +240,7 @@ def sampled_token(
         save(stats_ptr, stats_row_stride, row, STUDENT_LOGPROB, logprob)
         weight, policy_loss, d_target = _policy(
             row, logprob, weight, scale, advantage_ptr, policy_ptr, old_ptr, clip_low, clip_high,
-            ratio_cap,
+            ratio_cap, dual_clip,
         )  # fmt: skip
     return target, weight, scale, policy_loss, d_target
 
@@ -310,7 +316,7 @@ def write_outside(
 def undistilled_row(
     row, student_ptr, d_logits_ptr, stats_ptr, target_ptr, advantage_ptr, policy_ptr, old_ptr,
     upstream_ptr, stats_row_stride, vocabulary, width, weight, active, inverse_temperature,
-    softcap, clip_low, clip_high, ratio_cap,
+    softcap, clip_low, clip_high, ratio_cap, dual_clip,
     BF16: tl.constexpr, BLOCK_SIZE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """A row with the policy term alone, or with none: the teacher is not read."""
@@ -322,7 +328,7 @@ def undistilled_row(
         target, _, _, policy_loss, d_target = sampled_token(
             row, student_ptr, stats_ptr, target_ptr, advantage_ptr, policy_ptr, old_ptr,
             upstream_ptr, stats_row_stride, vocabulary, log_s2, scale2, weight,
-            inverse_temperature, softcap, clip_low, clip_high, ratio_cap,
+            inverse_temperature, softcap, clip_low, clip_high, ratio_cap, dual_clip,
         )  # fmt: skip
         save(stats_ptr, stats_row_stride, row, LOSS, policy_loss)
         if d_logits_ptr is not None:

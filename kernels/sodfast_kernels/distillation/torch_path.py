@@ -297,11 +297,15 @@ def _target(
         rewarded = tokens.policy_weight != 0
         clipped = ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high)
         policy = torch.maximum(-tokens.advantage * ratio, -tokens.advantage * clipped)
+        bounded = torch.zeros_like(rewarded)
+        if settings.dual_clip is not None:
+            bounded = (tokens.advantage < 0) & (ratio > settings.dual_clip)
+            policy = torch.where(bounded, -tokens.advantage * settings.dual_clip, policy)
         loss = (tokens.policy_weight * policy).masked_fill_(~rewarded, 0)
         # The clip holds the token where moving on would only raise the objective.
         held = (tokens.advantage > 0) & (ratio > 1 + settings.clip_high)
         held |= (tokens.advantage < 0) & (ratio < 1 - settings.clip_low)
-        held |= (log_ratio.abs() > LOG_RATIO_BOUND) | ~rewarded
+        held |= bounded | (log_ratio.abs() > LOG_RATIO_BOUND) | ~rewarded
         d_target = (-tokens.policy_weight * tokens.advantage * ratio).masked_fill_(held, 0)
     return Target(ids, weight, loss, d_target)
 

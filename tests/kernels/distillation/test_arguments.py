@@ -38,6 +38,7 @@ ONES = torch.ones(N)
         ("top_k", {"top_k": 2.0}),
         ("add_tail", {"add_tail": 1}),
         ("clip_range", {"clip_range": (-0.1, 0.2)}),
+        ("dual_clip", {"dual_clip": 1.0}),
         ("ratio_cap", {"ratio_cap": 0.0, "target_ids": IDS, "old_logprob": -ONES}),
         ("target_ids", {"advantage": ONES}),
         ("target_ids", {"old_logprob": ONES}),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sodfast.errors import UsageError
-from sodfast.tasks.source import describe_error, find_source
+from sodfast.source import describe_error, find_source
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,8 @@ _LOADED: set[str] = set()
 
 @dataclass(frozen=True)
 class Source:
-    """The object `name` of the module `module`, whose file is below the folder `root`.
+    """The object `name` of the module `module`, whose file is below the folder `root`; `key` is the
+    one that names it in the configuration.
 
     `root` is where imports of the user's other files are searched: the folder of a file, and the
     folder above the outermost package of a module.
@@ -30,6 +31,7 @@ class Source:
     module: str
     name: str
     root: Path
+    key: str = "task.source"
 
     def files(self) -> list[Path]:
         """The file and all files below `root` that it imports, directly or through another.
@@ -76,7 +78,7 @@ class Source:
         try:
             module = importlib.import_module(self.module)
         except (Exception, SystemExit) as error:  # whatever the user's own code raises
-            raise UsageError(f"task.source: {describe_error(error, self.files())}") from error
+            raise UsageError(f"{self.key}: {describe_error(error, self.files())}") from error
         finally:
             sys.dont_write_bytecode = writes
             _LOADED.update(
@@ -86,17 +88,17 @@ class Source:
             )
         if getattr(module, "__file__", None) != str(self.file):
             raise UsageError(
-                f"task.source: a module named {self.module} is imported already: rename {self.file}"
+                f"{self.key}: a module named {self.module} is imported already: rename {self.file}"
             )
         if not hasattr(module, self.name):
             names = ", ".join(n for n in vars(module) if not n.startswith("_")) or "nothing"
-            raise UsageError(f"task.source: {self.file} has no {self.name!r} (it has {names})")
+            raise UsageError(f"{self.key}: {self.file} has no {self.name!r} (it has {names})")
         return getattr(module, self.name)
 
 
-def find_source(text: str) -> Source:
-    """The source that `FILE.py:NAME` or `module.submodule:NAME` means. A module is searched where
-    Python searches, and in the current folder.
+def find_source(text: str, key: str = "task.source") -> Source:
+    """The source that `FILE.py:NAME` or `module.submodule:NAME` means, for the key that holds it. A
+    module is searched where Python searches, and in the current folder.
 
     Raises:
         UsageError: there is no such file or module.
@@ -105,22 +107,22 @@ def find_source(text: str) -> Source:
     if place.endswith(".py"):
         file = Path(os.path.abspath(place))
         if not file.is_file():
-            raise UsageError(f"task.source: there is no file {place}")
-        return Source(file, file.stem, name, file.parent)
+            raise UsageError(f"{key}: there is no file {place}")
+        return Source(file, file.stem, name, file.parent, key)
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         found = importlib.util.find_spec(place)
     except (Exception, SystemExit) as error:  # the packages above it are imported
-        raise UsageError(f"task.source: {place}: {type(error).__name__}: {error}") from error
+        raise UsageError(f"{key}: {place}: {type(error).__name__}: {error}") from error
     if found is None or found.origin is None or not found.origin.endswith(".py"):
         raise UsageError(
-            f"task.source: there is no module {place}: name a file as FILE.py:{name}, or a module "
+            f"{key}: there is no module {place}: name a file as FILE.py:{name}, or a module "
             "that is installed or lies in the current folder"
         )
     file = Path(os.path.abspath(found.origin))
     depth = len(place.split(".")) - (file.stem != "__init__")
-    return Source(file, place, name, file.parents[depth])
+    return Source(file, place, name, file.parents[depth], key)
 
 
 def describe_error(error: BaseException, files: list[Path]) -> str:
