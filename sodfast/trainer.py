@@ -254,8 +254,10 @@ class Trainer:
             del scores
             line |= self._move_teacher(step, line)
             group = self.config.rollout.samples_per_prompt
-            rewards = rollouts.rewards
-            means = [sum(rewards[i : i + group]) / group for i in range(0, len(rewards), group)]
+            means = [
+                sum(rollouts.rewards[i : i + group]) / group
+                for i in range(0, len(rollouts.rewards), group)
+            ]
             line |= self.gain.observe([q.id for q in rollouts.questions], means)
             line |= self.clock.metrics(sum(len(sample.response) for sample in rollouts.samples))
             self._finish(line, rollouts, logger)
