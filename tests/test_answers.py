@@ -29,8 +29,7 @@ TEMPERATURE = 0.7
 
 
 def log_of(model: Any) -> AnswerLog:
-    run: Any = None
-    return AnswerLog(load_config("lab", []), model, run)
+    return AnswerLog(load_config("lab", []), model, lambda step, answers, evaluation: None)
 
 
 # ---------------------------------------------------------------- the fields
@@ -267,8 +266,7 @@ def test_feedback_that_is_no_unicode_is_spelled_out(
 ) -> None:
     sample = Sample(torch.tensor([3]), torch.tensor([4, 1]), torch.zeros(2), torch.ones(2), False)
     written: list[Any] = []
-    run: Any = SimpleNamespace(write_samples=lambda step, rows, evaluation: written.extend(rows))
-    log = AnswerLog(load_config("lab", []), model, run)
+    log = AnswerLog(load_config("lab", []), model, lambda step, rows, _: written.extend(rows))
     log.keep_evaluation(
         5, [Question("0", "1", None, "q")], [sample], ["1"], [Grade(1.0, "a\ud800")]
     )

@@ -28,6 +28,7 @@ from sodfast.parallel.ranks import Ranks
 from sodfast.run.console import Reporter
 from sodfast.run.directory import stored_config
 from sodfast.run.interrupt import Interrupted, Interruption
+from sodfast.run.samples import read_samples, sampled_steps
 from sodfast.trainer import Trainer
 
 Read = Callable[[Path], Any]
@@ -121,6 +122,18 @@ def test_two_ranks_train_as_one_does(
         assert read_run(two).summary["refresh_steps"]
     else:
         assert any(name.startswith("teacher") for name in right)
+
+
+def test_two_ranks_keep_the_answers_of_one(runs: Callable[[str], tuple[Path, Path]]) -> None:
+    """Each has trained on a part of the rollouts; the divergences of all are in the file."""
+    one, two = runs("hard")
+    for evaluation in (False, True):
+        steps = sampled_steps(one, evaluation)
+        assert steps == sampled_steps(two, evaluation) and STEPS in steps
+        for step in steps:
+            rows = read_samples(one, step, evaluation)
+            assert close(rows, read_samples(two, step, evaluation))
+    assert any(row["divergence"] for row in read_samples(two, STEPS))
 
 
 @pytest.mark.parametrize(("first", "kind"), [(1, "ema"), (2, "cgtr")])

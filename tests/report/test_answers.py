@@ -85,6 +85,7 @@ def test_a_damaged_file_refuses_the_report(run: Path) -> None:
     assert not (run / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_a_study_has_no_answers(tmp_path: Path) -> None:
     names = write_study(tmp_path / "s", schedule_study(seeds=1, steps=4))
     write_samples(tmp_path / "s" / "runs" / names[0], 1, [answer(1, ["a"])])

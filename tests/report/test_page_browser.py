@@ -137,7 +137,7 @@ def test_a_script_in_an_answer_is_text(browser: Any, tmp_path: Path) -> None:
             prompt=script,
             hint="demonstration",
             hint_source=1,
-            teacher_prompt=f"{script} hint: {script}",
+            teacher_prompt=f"{script} hint: {script}{script}",
             divergence=[0.5, 0.02, 0.0],
         )
         write_samples(tmp_path / "run", step, [hostile])
