@@ -40,7 +40,8 @@ STEPS = 5
 def settings(tiny_run: list[str]) -> list[str]:
     # On some processors' rounding an evaluation of so few answers finds none right: no collapse.
     never = ["collapse.eval_floor=0.0", "collapse.eval_fraction=0.0"]
-    return [*tiny_run, "optimizer.updates_per_step=2", f"steps={STEPS}", "eval.samples=1", *never]
+    kept = ["eval.samples=1", "log.samples_every=1"]
+    return [*tiny_run, "optimizer.updates_per_step=2", f"steps={STEPS}", *kept, *never]
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +125,9 @@ def test_two_ranks_train_as_one_does(
         assert any(name.startswith("teacher") for name in right)
 
 
-def test_two_ranks_keep_the_answers_of_one(runs: Callable[[str], tuple[Path, Path]]) -> None:
+def test_two_ranks_keep_the_answers_of_one(
+    runs: Callable[[str], tuple[Path, Path]], read_run: Read
+) -> None:
     """Each has trained on a part of the rollouts; the divergences of all are in the file."""
     one, two = runs("hard")
     for evaluation in (False, True):
@@ -133,7 +136,11 @@ def test_two_ranks_keep_the_answers_of_one(runs: Callable[[str], tuple[Path, Pat
         for step in steps:
             rows = read_samples(one, step, evaluation)
             assert close(rows, read_samples(two, step, evaluation))
-    assert any(row["divergence"] for row in read_samples(two, STEPS))
+    distilled = [
+        any(row["divergence"] for row in read_samples(two, step)) for step in range(1, STEPS + 1)
+    ]
+    lines = read_run(two).lines[1:]
+    assert any(distilled) and distilled == ["distill/divergence" in line for line in lines]
 
 
 @pytest.mark.parametrize(("first", "kind"), [(1, "ema"), (2, "cgtr")])
