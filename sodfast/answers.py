@@ -4,7 +4,7 @@ They become the lines of samples/ (run/samples.py). Nothing is computed a second
 entropies are the rollout's, divergences those that the updates' loss has computed.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -14,7 +14,6 @@ from sodfast.context import Hint
 from sodfast.model.load import LanguageModel
 from sodfast.parallel.ranks import ALONE, Ranks
 from sodfast.rollout.engine import Sample
-from sodfast.run.directory import RunDirectory
 from sodfast.run.samples import Answer, Rollout
 from sodfast.tasks.base import Grade, Question
 
@@ -25,15 +24,20 @@ _LONGEST = 4  # bytes of a character in UTF-8
 class AnswerLog:
     """Writes a run's answers to samples/. It remembers the text of every token it has met.
 
-    Rank 0 writes for all; the other ranks make the same calls.
+    `write(step, answers, evaluation)` is the run directory's. Rank 0 writes for all; the other
+    ranks make the same calls.
     """
 
     def __init__(
-        self, config: Config, model: LanguageModel, run: RunDirectory, ranks: Ranks = ALONE
+        self,
+        config: Config,
+        model: LanguageModel,
+        write: Callable[[int, Sequence[Answer], bool], object],
+        ranks: Ranks = ALONE,
     ) -> None:
         self.every = config.log.samples_every
         self.model = model
-        self.run = run
+        self.write = write
         self.ranks = ranks
         self._alone: dict[int, str] = {}
 
@@ -62,7 +66,7 @@ class AnswerLog:
             if self.ranks.main and self.wanted:
                 found = zip(questions, samples, texts, grades, strict=True)
                 lines = [Answer(**self._line(step, *answer, None, None)) for answer in found]
-                self.run.write_samples(step, lines, evaluation=True)
+                self.write(step, lines, True)
 
     def keep_rollouts(
         self,
@@ -88,7 +92,7 @@ class AnswerLog:
                     Rollout(**self._line(step, *answer), divergence=distilled.get(row))
                     for row, answer in enumerate(found)
                 ]
-                self.run.write_samples(step, lines)
+                self.write(step, lines, False)
 
     def _line(
         self,

@@ -127,7 +127,7 @@ class Trainer:
             config.collapse, config.rollout.max_new_tokens, config.eval.samples
         )
         self.signal = SignalWatch(config.steps)
-        self.answers = AnswerLog(config, model, run, ranks)
+        self.answers = AnswerLog(config, model, run.write_samples, ranks)
         self.lines: list[dict[str, Any]] = []
         self.step = 0
         self.moved = False  # whether the weights may differ from those after `step`

@@ -14,6 +14,7 @@ import yaml
 
 from sodfast.collapse import CollapseDetector
 from sodfast.config import Config, load_config
+from sodfast.run.samples import Answer, Rollout, sample_file, to_text
 from sodfast.schedule import StepStatistics, build_schedule
 from sodfast.study.definition import load_study
 from sodfast.study.directory import run_path
@@ -44,6 +45,38 @@ def write_run(path: Path, config: Config, steps: int | None = None) -> None:
 
 def _write_lines(file: Path, lines: list[dict[str, Any]]) -> None:
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def answer(step: int, text: list[str], evaluation: bool = False, **fields: Any) -> Answer:
+    """A line of samples/: an answer of these tokens, ended by EOS, with a divergence of 0.05."""
+    values: dict[str, Any] = {
+        "step": step,
+        "id": "question-0",
+        "prompt": "1*2+3=",
+        "response": "".join(text),
+        "tokens": list(range(len(text))),
+        "text": text,
+        "reward": 1.0,
+        "feedback": None,
+        "length": len(text),
+        "capped": False,
+        "hint": None,
+        "hint_source": None,
+        "teacher_prompt": None,
+        "advantage": None if evaluation else 0.25,
+        "logprob": [-0.5] * len(text),
+        "entropy": [0.25] * len(text),
+    }
+    if not evaluation:
+        values["divergence"] = [0.05] * len(text)
+    return (Answer if evaluation else Rollout)(**{**values, **fields})
+
+
+def write_samples(path: Path, step: int, answers: list[Answer], evaluation: bool = False) -> Path:
+    file = sample_file(path, step, evaluation)
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(to_text(answers))
+    return file
 
 
 def simulate(config: Config, steps: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

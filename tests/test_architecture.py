@@ -23,7 +23,7 @@ FLOORS = [
     {"model", "lab"},
     {"parallel", "run", "context"},
     {"rollout", "teacher", "optimizer", "rewards"},
-    {"objective", "evaluate", "metrics"},
+    {"objective", "evaluate", "metrics", "answers"},
     {"trainer", "memory", "study"},
     {"commands", "report"},
     {"cli", "api"},

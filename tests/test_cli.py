@@ -50,7 +50,9 @@ def refused(outcome: Outcome, *named: str) -> None:
 # ---------------------------------------------------------------- help, --dry-run
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "export", "sweep", "report", "replay"])
+@pytest.mark.parametrize(
+    "command", ["train", "eval", "export", "sweep", "report", "replay", "show"]
+)
 def test_every_command_has_help(cli: Command, command: str) -> None:
     assert command in cli("--help").out
     outcome = cli(command, "--help")

@@ -60,7 +60,8 @@ class Answer(BaseModel):
 class Rollout(Answer):
     """One rollout of training."""
 
-    # [L] fp32: D_t of the objective, at the step's weights; null where nothing was distilled.
+    # [L] fp32: D_t of the objective, as the update computed it that trained on this rollout; null
+    # where nothing was distilled.
     divergence: list[float] | None
 
     def lengths(self) -> list[int]:

@@ -116,11 +116,10 @@ def describe_answers(answers: Sequence[tuple[int, Row]], console: Console) -> li
             lines += [f"  {text}" for text in _draw(line, console, coloured)]
         if row["feedback"] is not None:
             lines += _part("feedback", row["feedback"], console.width)
-        if row["teacher_prompt"] is not None:
+        if hint := shown_hint(row):
             source = row["hint_source"]
             origin = "" if source is None else f", answer {source}"
-            name = f"hint ({row['hint'] or 'none'}{origin})"
-            lines += _part(name, shown_hint(row), console.width)
+            lines += _part(f"hint ({row['hint']}{origin})", hint, console.width)
     return lines
 
 

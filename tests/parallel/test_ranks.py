@@ -28,6 +28,7 @@ from sodfast.parallel.ranks import Ranks
 from sodfast.run.console import Reporter
 from sodfast.run.directory import stored_config
 from sodfast.run.interrupt import Interrupted, Interruption
+from sodfast.run.samples import read_samples, sampled_steps
 from sodfast.trainer import Trainer
 
 Read = Callable[[Path], Any]
@@ -39,7 +40,8 @@ STEPS = 5
 def settings(tiny_run: list[str]) -> list[str]:
     # On some processors' rounding an evaluation of so few answers finds none right: no collapse.
     never = ["collapse.eval_floor=0.0", "collapse.eval_fraction=0.0"]
-    return [*tiny_run, "optimizer.updates_per_step=2", f"steps={STEPS}", "eval.samples=1", *never]
+    kept = ["eval.samples=1", "log.samples_every=1"]
+    return [*tiny_run, "optimizer.updates_per_step=2", f"steps={STEPS}", *kept, *never]
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +123,24 @@ def test_two_ranks_train_as_one_does(
         assert read_run(two).summary["refresh_steps"]
     else:
         assert any(name.startswith("teacher") for name in right)
+
+
+def test_two_ranks_keep_the_answers_of_one(
+    runs: Callable[[str], tuple[Path, Path]], read_run: Read
+) -> None:
+    """Each has trained on a part of the rollouts; the divergences of all are in the file."""
+    one, two = runs("hard")
+    for evaluation in (False, True):
+        steps = sampled_steps(one, evaluation)
+        assert steps == sampled_steps(two, evaluation) and STEPS in steps
+        for step in steps:
+            rows = read_samples(one, step, evaluation)
+            assert close(rows, read_samples(two, step, evaluation))
+    distilled = [
+        any(row["divergence"] for row in read_samples(two, step)) for step in range(1, STEPS + 1)
+    ]
+    lines = read_run(two).lines[1:]
+    assert any(distilled) and distilled == ["distill/divergence" in line for line in lines]
 
 
 @pytest.mark.parametrize(("first", "kind"), [(1, "ema"), (2, "cgtr")])

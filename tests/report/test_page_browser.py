@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from synthetic import SCHEDULES, lab_run, schedule_study, write_run, write_study
+from synthetic import (
+    SCHEDULES,
+    answer,
+    lab_run,
+    schedule_study,
+    write_run,
+    write_samples,
+    write_study,
+)
 
 from sodfast.report.page import write_report
 
@@ -114,4 +122,52 @@ def test_a_narrow_page_can_be_read(make: Any, browser: Any, tmp_path: Path) -> N
             getComputedStyle(box, '::before').content.includes('scroll sideways')])"""
     )
     assert len(hints) >= 9 and all(wider and hint for wider, hint in hints)
+    page.close()
+
+
+def test_a_script_in_an_answer_is_text(browser: Any, tmp_path: Path) -> None:
+    """Whatever a model, a row or a task says is shown as letters, and its token keeps its shade."""
+    script = "<script>document.title = 'owned'</script><img src=x onerror=alert(1)>"
+    write_run(tmp_path / "run", lab_run("steps=4"))
+    for step in (2, 4):
+        hostile = answer(
+            step,
+            [script, "3", ""],
+            id=f"q{script}",
+            prompt=script,
+            hint="demonstration",
+            hint_source=1,
+            teacher_prompt=f"{script} hint: {script}{script}",
+            divergence=[0.5, 0.02, 0.0],
+        )
+        write_samples(tmp_path / "run", step, [hostile])
+    page = browser.new_page(viewport={"width": 400, "height": 800})
+    messages: list[str] = []
+    page.on("console", lambda message: messages.append(message.text))
+    page.on("pageerror", lambda error: messages.append(str(error)))
+    page.on("dialog", lambda dialog: messages.append(dialog.message))
+    path = write_report(tmp_path / "run")
+    page.goto(path.as_uri())
+    page.wait_for_load_state("load")
+    assert messages == [] and page.title() == "run: sodfast report"
+    assert page.locator("script, #answers img").count() == 0
+    assert page.locator("#answers figcaption").all_text_contents() == [f"q{script}"]
+    answers = page.locator("#answers article")
+    assert answers.count() == 2
+    for text, token, hint in zip(
+        page.locator("#answers pre.answer").all_text_contents(),
+        page.locator("#answers .answer .d4").all_text_contents(),
+        page.locator("#answers pre.hint").all_text_contents(),
+        strict=True,
+    ):
+        assert text == f"{script}3∎" and token == script
+        assert hint.startswith("hint (demonstration):") and hint.endswith(f"hint: {script}")
+    shade = page.locator("#answers .answer .d4").first.evaluate(
+        "e => getComputedStyle(e).backgroundColor"
+    )
+    assert shade not in ("rgba(0, 0, 0, 0)", "rgb(255, 255, 255)")
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    page.set_viewport_size({"width": 1280, "height": 900})
+    left, right = (answers.nth(i).bounding_box() for i in range(2))
+    assert left["y"] == right["y"] and left["x"] + left["width"] <= right["x"]  # side by side
     page.close()

@@ -416,6 +416,7 @@ def test_a_directory_that_is_no_run(tmp_path: Path) -> None:
         ("steps=999", True),
         ("log.sinks=[wandb]", True),
         ("log.project=x", True),
+        ("log.samples_every=1", True),
         ("checkpoint.every=1", True),
         ("checkpoint.keep=9", True),
         ("seed=1", False),
