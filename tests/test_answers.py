@@ -73,7 +73,8 @@ def test_every_field_of_a_rollout(
         assert (row["step"], row["prompt"]) == (1, question.prompt)
         assert row["response"] == model.decode(tokens) == "".join(row["text"])
         assert row["text"] == [model.decode([token]) for token in row["tokens"]]
-        assert row["length"] == len(tokens) and row["feedback"] is None
+        assert row["length"] == len(tokens)
+        assert row["feedback"] == task.feedback(question, row["response"])
         assert row["capped"] == (row["tokens"][-1] not in model.eos_ids)
         assert row["reward"] == task.score(question, row["response"])
         mean = sum(rows[other]["reward"] for other in group) / 4
@@ -121,8 +122,9 @@ def test_every_field_of_an_evaluation(
     assert [row["id"] for row in rows] == [q.id for q in task.test for _ in range(2)]
     for row, question in zip(rows, [q for q in task.test for _ in range(2)], strict=True):
         assert "divergence" not in row
-        nothing = ("hint", "hint_source", "teacher_prompt", "advantage", "feedback")
-        assert [row[key] for key in nothing] == [None] * 5
+        nothing = ("hint", "hint_source", "teacher_prompt", "advantage")
+        assert [row[key] for key in nothing] == [None] * 4
+        assert row["feedback"] == task.feedback(question, row["response"])
         assert row["reward"] == task.score(question, row["response"])
         logprob = (logits_of(model, row["prompt"], row["tokens"]) / 0.6).log_softmax(-1)
         found = logprob.gather(1, torch.tensor(row["tokens"])[:, None])[:, 0]

@@ -60,7 +60,7 @@ def test_the_objectives_buffers_on_a_cpu_are_bounded(
     sides[0].requires_grad_()
     sides[1].requires_grad_()
     weight = torch.full((rows,), 1 / rows)
-    settings = Settings(0.5, 1.0, None, top_k, True, 0.2, 0.28, None, False, None)
+    settings = Settings(0.5, 1.0, None, top_k, True, 0.2, 0.28, None, None, False, None)
     with LiveBytes([*sides, weight]) as live, torch.no_grad():
         results = torch_path.evaluate(
             Call(
@@ -96,7 +96,7 @@ def test_a_bound_holds_with_labels_biases_and_padding(
     shapes = ((rows, 32), (4100, 32), (rows, 32), (4000, 32), (4100,), (4000,))
     sides = [torch.zeros(shape, dtype=dtype) for shape in shapes]
     weight, ids = torch.ones(rows), torch.zeros(rows, dtype=torch.int64)
-    settings = Settings(0.5, 2.0, None, top_k, True, 0.2, 0.28, None, triton, bound)
+    settings = Settings(0.5, 2.0, None, top_k, True, 0.2, 0.28, None, None, triton, bound)
     call = Call(
         Sides(*sides[:4], None, None, *sides[4:]),
         Tokens(weight, ids, None, weight, None),
@@ -122,7 +122,7 @@ def test_the_objectives_buffers_on_a_gpu_are_what_is_allocated(
     from sodfast_kernels.distillation import triton_path
 
     sides = [torch.zeros(count, 32) for count in (rows, 4000, rows, 4000)]
-    settings = Settings(0.5, 1.0, None, top_k, True, 0.2, 0.28, None, False, None)
+    settings = Settings(0.5, 1.0, None, top_k, True, 0.2, 0.28, None, None, False, None)
     taken = 0
     for want_head in (True, False):  # their slabs differ, and either may take more
         with trace._no_kernels(), LiveBytes(sides) as live:

@@ -9,7 +9,7 @@ from sodfast_kernels.distillation.arguments import Call, Settings, Sides, Tokens
 from sodfast_kernels.distillation.row_launch import launch_cross_entropy
 
 pytestmark = pytest.mark.triton
-SETTINGS = Settings(0.5, 2.0, None, None, True, 0.2, 0.28, None, True, None)
+SETTINGS = Settings(0.5, 2.0, None, None, True, 0.2, 0.28, None, None, True, None)
 ROWS, PAD = 4, 16
 
 

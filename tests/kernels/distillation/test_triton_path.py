@@ -54,7 +54,7 @@ def test_tiles_and_slabs(monkeypatch, dtype, floor, tile, slab_tokens):
 def sides_and_settings(rows, hidden, vocabulary, dtype=torch.bfloat16, limit=None):
     """Of tensors whose memory is never touched."""
     head, state = (torch.empty(n, hidden, dtype=dtype) for n in (vocabulary, rows))
-    settings = Settings(0.5, 1.0, None, None, True, 0.2, 0.28, None, True, limit)
+    settings = Settings(0.5, 1.0, None, None, True, 0.2, 0.28, None, None, True, limit)
     return Sides(state, head, state, head, None, None), settings
 
 
