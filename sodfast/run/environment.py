@@ -6,6 +6,7 @@ import platform
 import socket
 import subprocess
 import sys
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ from typing import Any
 from sodfast.errors import UsageError
 from sodfast.files import read_object
 
+OURS = ("sodfast", "sodfast-kernels")  # the two distributions of this repository
+
 
 def environment(threads: int, device: str, ranks: int = 1) -> dict[str, Any]:
     """Versions, commit, hardware, processes and threads: to be quoted with any figure of a run."""
-    packages = ["sodfast", "torch", "triton", "transformers", "peft", "tokenizers"]
-    packages += ["numpy", "pydantic"]
+    packages = [*OURS, "torch", "triton", "transformers", "peft", "tokenizers", "numpy", "pydantic"]
     return {
-        "versions": {"python": platform.python_version(), **_versions(packages)},
+        "versions": {"python": platform.python_version(), **versions(packages)},
         "commit": _commit(),
         "command": sys.argv,
         "host": socket.gethostname(),
@@ -51,7 +53,8 @@ def describe(run: Path) -> str | None:
     )
 
 
-def _versions(packages: list[str]) -> dict[str, str]:
+def versions(packages: Iterable[str] = OURS) -> dict[str, str]:
+    """The installed version of each distribution, or "not installed"."""
     found = {}
     for package in packages:
         try:
