@@ -46,7 +46,10 @@ def _root(
     version: Annotated[
         bool,
         typer.Option(
-            "--version", callback=_print_versions, is_eager=True, help="Print the versions and stop."
+            "--version",
+            callback=_print_versions,
+            is_eager=True,
+            help="Print the versions and stop.",
         ),
     ] = False,
 ) -> None:

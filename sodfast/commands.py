@@ -32,6 +32,7 @@ from sodfast.parallel.ranks import ALONE, Ranks, join
 from sodfast.rollout.build import build_engine
 from sodfast.rollout.engine import Engine
 from sodfast.run import checkpoint
+from sodfast.run.card import model_card
 from sodfast.run.console import Reporter, Screen, build_reporter, print_run
 from sodfast.run.directory import RunDirectory, check_out, default_out, require_usable
 from sodfast.run.environment import environment
@@ -180,12 +181,13 @@ def evaluate_model(
 
 def export_model(run: Path, out: Path) -> None:
     """Write the newest checkpoint's student to `out`, a Hugging Face directory: the checkpoint's
-    own or, under LoRA, the base with the adapters merged into its weights."""
+    own or, under LoRA, the base with the adapters merged into its weights; and its model card."""
     require_usable(out, str(out))
     if os.path.lexists(out):
         raise UsageError(f"{out} exists: choose another directory")
-    _, path = _newest(run)
+    step, path = _newest(run)
     config = validate(read_overrides(run / "config.yaml", []))
+    card = model_card(run, config, step)
     aside = out.with_name(f"{out.name}.{secrets.token_hex(8)}.tmp")
     try:
         if config.model.lora is None:
@@ -198,6 +200,7 @@ def export_model(run: Path, out: Path) -> None:
             aside.mkdir(parents=True)
             student.network.save_pretrained(aside)
             student.tokenizer.save_pretrained(aside)
+        (aside / "README.md").write_text(card, encoding="utf-8")
         checkpoint.sync(aside)
         # It gets its name only when it is whole, so that a full disk or a kill is in nobody's way.
         os.rename(aside, out)
