@@ -43,7 +43,7 @@ def normal(name: str) -> str:
 
 
 def needed(roots: set[str], report: list[dict[str, Any]]) -> set[str]:
-    """Names of distributions that `roots` need, directly or not, themselves included.
+    """Names of distributions that `roots` need without extras, directly or not, and their own.
 
     `report` is the list `install` of pip's installation report.
     """
@@ -51,6 +51,7 @@ def needed(roots: set[str], report: list[dict[str, Any]]) -> set[str]:
         normal(item["metadata"]["name"]): {
             normal(re.split(r"[^\w.-]", line, maxsplit=1)[0])
             for line in item["metadata"].get("requires_dist", [])
+            if "extra ==" not in line
         }
         for item in report
     }

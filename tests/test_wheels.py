@@ -1,6 +1,7 @@
 """The two distributions: what each holds and needs. `make dist` installs and uses them as well."""
 
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ SOURCES = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "kernels/VERSIO
 KERNEL_SOURCES = tuple(f"kernels/{name}" for name in ("pyproject.toml", "README.md", "LICENSE"))
 BUILD = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
 
-pytestmark = pytest.mark.slow  # a wheel takes about a second
+# The fixture of the slow tests builds both, which takes seconds.
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +45,7 @@ def described(wheel: zipfile.ZipFile, name: str) -> Message:
     return message_from_bytes(wheel.read(f"{name}-{VERSION}.dist-info/METADATA"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PACKAGES)
 def test_a_wheel_holds_its_package_whole_and_nothing_else(
     wheels: Mapping[str, zipfile.ZipFile], name: str
@@ -61,6 +63,7 @@ def test_a_wheel_holds_its_package_whole_and_nothing_else(
     assert f"{name}/py.typed" in files
 
 
+@pytest.mark.slow
 def test_what_runs_without_the_checkout_is_inside(wheels: Mapping[str, zipfile.ZipFile]) -> None:
     assert set(wheels["sodfast"].namelist()) >= {
         "sodfast/configs/lab.yaml",
@@ -74,6 +77,7 @@ def test_what_runs_without_the_checkout_is_inside(wheels: Mapping[str, zipfile.Z
     }
 
 
+@pytest.mark.slow
 def test_the_kernels_need_torch_and_triton_alone(wheels: Mapping[str, zipfile.ZipFile]) -> None:
     metadata = described(wheels["sodfast_kernels"], "sodfast_kernels")
     assert metadata["Version"] == VERSION
@@ -83,6 +87,7 @@ def test_the_kernels_need_torch_and_triton_alone(wheels: Mapping[str, zipfile.Zi
     ]
 
 
+@pytest.mark.slow
 def test_sodfast_needs_the_kernels_of_its_own_version(
     wheels: Mapping[str, zipfile.ZipFile],
 ) -> None:
@@ -96,7 +101,34 @@ def test_sodfast_needs_the_kernels_of_its_own_version(
     )
 
 
+@pytest.mark.slow
 def test_both_carry_the_same_license(wheels: Mapping[str, zipfile.ZipFile]) -> None:
     for name, wheel in wheels.items():
         text = wheel.read(f"{name}-{VERSION}.dist-info/licenses/LICENSE")
         assert text == (ROOT / "LICENSE").read_bytes()
+
+
+def test_what_a_distribution_brings_is_told_from_what_comes_beside_it() -> None:
+    """`make dist` refuses kernels that bring more than torch and triton need."""
+    needed = runpy.run_path(str(ROOT / ".ci" / "try_wheels.py"))["needed"]
+    requirements = {
+        "torch": [
+            "Typing.Extensions>=4.10",
+            'jinja2 ; python_version > "3"',
+            "networkx[all]",
+            "numpy; extra == 'np'",
+        ],
+        "jinja2": ["MarkupSafe (>=2.0)"],
+        "markupsafe": ["jinja2"],  # a circle ends
+        "typing_extensions": [],
+        "numpy": [],
+    }
+    report = [{"metadata": {"name": n, "requires_dist": r}} for n, r in requirements.items()]
+    assert needed({"torch", "triton"}, report) == {
+        "torch",
+        "triton",
+        "typing-extensions",
+        "jinja2",
+        "networkx",
+        "markupsafe",
+    }

@@ -65,9 +65,19 @@ def versions(packages: Iterable[str] = OURS) -> dict[str, str]:
 
 
 def _commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    """The commit of the checkout that this file belongs to. An installed package has none, also
+    where its environment lies within the repository of another project."""
+    file = Path(__file__)
+    git = ["git", "-C", str(file.parent)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        held = subprocess.run(
+            [*git, "ls-files", "--error-unmatch", file.name], capture_output=True, check=False
+        )
+        if held.returncode != 0:
+            return None
+        done = subprocess.run(
+            [*git, "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+        )
     except FileNotFoundError:
         return None
     return done.stdout.strip() or None
