@@ -1,6 +1,7 @@
 # make demo · make quick · make test · make bench · make lint: each sets up .venv by itself and is
 # quick the second time. PYTHON chooses the interpreter that .venv is made from.
 # make test-oldest: the tests under the oldest supported versions, in .venv-oldest.
+# make dist: what a release uploads, in dist/, installed and tried outside of the checkout.
 PYTHON ?= python3
 BIN := .venv/bin
 # `make demo` writes here; an existing directory is never overwritten.
@@ -17,7 +18,11 @@ OLDEST ?= tests
 PYTHON_OLDEST ?= PYENV_VERSION=3.12 python3.12
 HAS_OLDEST = $(shell $(PYTHON_OLDEST) --version 2>/dev/null)
 
-.PHONY: demo quick test test-oldest bench lint
+# Both distributions: sodfast needs the kernels of the same version, which no index has yet.
+SOURCES := setup.py pyproject.toml kernels/pyproject.toml kernels/VERSION
+INSTALL := -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo quick test test-oldest bench lint dist
 
 demo: .venv/ready
 	$(BIN)/sodfast train out=$(OUT)
@@ -42,13 +47,28 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-.venv/ready: pyproject.toml constraints.txt
+# Each wheel is built from its sdist, so both are known to be whole.
+dist: .venv-dist/ready
+	rm -rf dist
+	.venv-dist/bin/python -m build --outdir dist kernels
+	.venv-dist/bin/python -m build --outdir dist .
+	.venv-dist/bin/python -m twine check --strict dist/*
+	.venv-dist/bin/python .ci/try_wheels.py dist constraints.txt
+
+.venv/ready: $(SOURCES) constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/python $(INSTALL) -c constraints.txt -e kernels -e ".[dev]"
 	touch $@
 
 # Called as modules, which a moved venv can do too.
-.venv-oldest/ready: pyproject.toml constraints-oldest.txt
+.venv-oldest/ready: $(SOURCES) constraints-oldest.txt
 	test -x .venv-oldest/bin/python || $(PYTHON_OLDEST) -m venv .venv-oldest
-	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e ".[test]"
+	.venv-oldest/bin/python $(INSTALL) -c constraints-oldest.txt -e kernels -e ".[test]"
+	touch $@
+
+# Nothing but a release needs build and twine, and no test depends on their versions: they are
+# neither in the extra `dev` nor in constraints.txt.
+.venv-dist/ready:
+	test -x .venv-dist/bin/python || $(PYTHON) -m venv .venv-dist
+	.venv-dist/bin/python $(INSTALL) "build>=1.2" "twine>=6.1"
 	touch $@

@@ -12,11 +12,16 @@ if TYPE_CHECKING:
     from sodfast.api import Run, Trainer, load_run, train
     from sodfast.config import load_config
 
-__version__ = "0.1.0"
 __all__ = ["Run", "Trainer", "load_config", "load_run", "train"]
 
 
 def __getattr__(name: str) -> Any:
+    """The names above and `__version__`, that of the installed distribution; each is looked up
+    when somebody asks for it."""
+    if name == "__version__":
+        from importlib.metadata import version  # slow to import, and rarely asked for
+
+        return version("sodfast")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = "sodfast.config" if name == "load_config" else "sodfast.api"

@@ -40,8 +40,26 @@ Best = Annotated[
 ]
 
 
+def _print_versions(asked: bool) -> None:
+    if asked:
+        from sodfast.run.environment import versions
+
+        _print(*(f"{package} {text}" for package, text in versions().items()))
+        raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_print_versions,
+            is_eager=True,
+            help="Print the versions and stop.",
+        ),
+    ] = False,
+) -> None:
     """Self on-policy distillation: train a language model against an earlier copy of itself."""
 
 
@@ -165,7 +183,8 @@ def export(
     out: Annotated[Path, typer.Argument(metavar="OUT_DIR")],
     best: Best = False,
 ) -> None:
-    """Write a run's newest student as a Hugging Face directory: safetensors and tokenizer."""
+    """Write a run's newest student as a Hugging Face directory: safetensors, tokenizer and a model
+    card that says how it was trained."""
     from sodfast.commands import export_model
 
     export_model(run, out, best)

@@ -35,6 +35,7 @@ from sodfast.parallel.ranks import ALONE, Ranks, join
 from sodfast.rollout.build import build_engine
 from sodfast.rollout.engine import Engine
 from sodfast.run import checkpoint
+from sodfast.run.card import model_card
 from sodfast.run.console import Reporter, Screen, build_reporter, print_run
 from sodfast.run.directory import RunDirectory, check_out, default_out, require_usable
 from sodfast.run.environment import environment
@@ -189,12 +190,14 @@ def evaluate_model(
 
 def export_model(run: Path, out: Path, best: bool = False) -> None:
     """Write the student of the newest checkpoint, or of the best, to `out`, a Hugging Face
-    directory: the checkpoint's own or, under LoRA, the base with the adapters merged into it."""
+    directory: the checkpoint's own or, under LoRA, the base with the adapters merged into it; and
+    its model card."""
     require_usable(out, str(out))
     if os.path.lexists(out):
         raise UsageError(f"{out} exists: choose another directory")
-    _, path = _chosen(run, best)
+    step, path = _chosen(run, best)
     config = validate(read_overrides(run / "config.yaml", []))
+    card = model_card(run, config, step)
     aside = out.with_name(f"{out.name}.{secrets.token_hex(8)}.tmp")
     try:
         if config.model.lora is None:
@@ -207,6 +210,7 @@ def export_model(run: Path, out: Path, best: bool = False) -> None:
             aside.mkdir(parents=True)
             student.network.save_pretrained(aside)
             student.tokenizer.save_pretrained(aside)
+        (aside / "README.md").write_text(card, encoding="utf-8")
         checkpoint.sync(aside)
         # It gets its name only when it is whole, so that a full disk or a kill is in nobody's way.
         os.rename(aside, out)

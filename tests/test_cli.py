@@ -59,6 +59,12 @@ def test_every_command_has_help(cli: Command, command: str) -> None:
     assert outcome.code == 0 and "Usage" in outcome.out and outcome.err == ""
 
 
+def test_the_versions_of_both_distributions(cli: Command) -> None:
+    version = (Path(__file__).parents[1] / "kernels" / "VERSION").read_text()
+    outcome = cli("--version")
+    assert outcome == Outcome(0, f"sodfast {version}sodfast-kernels {version}", "")
+
+
 def test_dry_run_prints_a_configuration_that_loads(cli: Command, here: Path) -> None:
     arguments = ["steps=7", "schedule.kind=hard", "schedule.every=3"]
     outcome = cli("train", *arguments, "--dry-run")
@@ -427,7 +433,9 @@ def test_export_keeps_the_logits(cli: Command, build: Callable[..., Trainer], he
     trainer.train()
     trainer.run.close()
     assert cli("export", "run", "exported").code == 0
-    assert {path.suffix for path in (here / "exported").iterdir()} <= {".json", ".safetensors"}
+    others = {path.name for path in (here / "exported").iterdir() if path.suffix != ".json"}
+    assert others == {"README.md", "model.safetensors"}
+    assert "after step 1." in (here / "exported" / "README.md").read_text()
     network = AutoModelForCausalLM.from_pretrained("exported")
     tokenizer = AutoTokenizer.from_pretrained("exported")
     ids = tokenizer("17*8+6=", return_tensors="pt").input_ids

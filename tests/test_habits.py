@@ -125,9 +125,13 @@ def test_the_changelog_sends_importers_to_modules_that_exist() -> None:
 
 
 def test_versions_agree() -> None:
-    version = read_project(".")["version"]
-    assert sodfast.__version__ == version
-    assert read_project("kernels")["version"] == version
+    """Of both distributions it is in kernels/VERSION; tests/test_wheels.py holds what they get."""
+    version = (ROOT / "kernels" / "VERSION").read_text().strip()
+    assert sodfast.__version__ == version, "make .venv/ready installs what has changed"
+    for folder, file in ((".", "kernels/VERSION"), ("kernels", "VERSION")):
+        project = tomllib.loads((ROOT / folder / "pyproject.toml").read_text())
+        assert "version" in project["project"]["dynamic"]
+        assert project["tool"]["setuptools"]["dynamic"]["version"] == {"file": file}
     assert read_yaml("CITATION.cff")["version"] == version
     changelog = (ROOT / "CHANGELOG.md").read_text()
     headings = re.findall(r"^## \[(.+?)\](?: - (\d{4}-\d\d-\d\d))?$", changelog, re.MULTILINE)

@@ -2,13 +2,17 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 import tomllib
 from importlib.machinery import PathFinder
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+
+import sodfast
 
 ROOT = Path(__file__).parent.parent
 KERNELS = ROOT / "kernels" / "sodfast_kernels"
@@ -94,22 +98,27 @@ def test_deciding_and_parsing_need_no_torch(module: str) -> None:
     assert not loaded_by(f"import sodfast.{module}") & {"torch", "transformers", "triton"}
 
 
-def lower_bounds(folder: Path) -> dict[str, str]:
-    """Lowest version of each package that a distribution depends on."""
-    project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
-    requirements = (line.partition(";")[0].strip() for line in project["dependencies"])
-    return dict(requirement.split(">=") for requirement in requirements)
+def test_the_version_is_that_of_the_distribution() -> None:
+    assert sodfast.__version__ == version("sodfast")
+    with pytest.raises(AttributeError, match=r"module 'sodfast' has no attribute 'version'"):
+        sodfast.version  # noqa: B018
+
+
+def lower_bounds(text: str) -> dict[str, str]:
+    """Lowest version of each package that a file lists as `"name>=version` or `"name>=version;`."""
+    return dict(re.findall(r'"([\w-]+)>=([\d.]+)[";]', text))
 
 
 def test_the_oldest_versions_tested_are_the_oldest_allowed() -> None:
     lines = (ROOT / "constraints-oldest.txt").read_text().splitlines()
     tested = dict(line.split("==") for line in lines if not line.startswith("#"))
-    allowed = lower_bounds(ROOT)
-    for name in ("torch", "triton", "transformers"):
-        assert tested[name] == f"{allowed[name]}.0"
-    kernels = lower_bounds(ROOT / "kernels")
+    ours = lower_bounds((ROOT / "setup.py").read_text())
+    project = tomllib.loads((ROOT / "kernels" / "pyproject.toml").read_text())["project"]
+    kernels = lower_bounds(json.dumps(project["dependencies"]))
     assert kernels.keys() == {"torch", "triton"}
-    assert kernels.items() <= allowed.items()
+    assert ours["torch"] == kernels["torch"]
+    for name, lowest in {**kernels, "transformers": ours["transformers"]}.items():
+        assert tested[name] == f"{lowest}.0"
 
 
 COMMAND = """
@@ -128,6 +137,7 @@ finally:
     ("arguments", "code"),
     [
         ("--help", 0),
+        ("--version", 0),
         ("train --dry-run", 0),
         ("train stepps=3", 2),
         *(

@@ -6,6 +6,7 @@ import platform
 import socket
 import subprocess
 import sys
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ from typing import Any
 from sodfast.errors import UsageError
 from sodfast.files import read_object
 
+OURS = ("sodfast", "sodfast-kernels")  # the two distributions of this repository
+
 
 def environment(threads: int, device: str, ranks: int = 1) -> dict[str, Any]:
     """Versions, commit, hardware, processes and threads: to be quoted with any figure of a run."""
-    packages = ["sodfast", "torch", "triton", "transformers", "peft", "tokenizers"]
-    packages += ["numpy", "pydantic"]
+    packages = [*OURS, "torch", "triton", "transformers", "peft", "tokenizers", "numpy", "pydantic"]
     return {
-        "versions": {"python": platform.python_version(), **_versions(packages)},
+        "versions": {"python": platform.python_version(), **versions(packages)},
         "commit": _commit(),
         "command": sys.argv,
         "host": socket.gethostname(),
@@ -51,7 +53,8 @@ def describe(run: Path) -> str | None:
     )
 
 
-def _versions(packages: list[str]) -> dict[str, str]:
+def versions(packages: Iterable[str] = OURS) -> dict[str, str]:
+    """The installed version of each distribution, or "not installed"."""
     found = {}
     for package in packages:
         try:
@@ -62,9 +65,19 @@ def _versions(packages: list[str]) -> dict[str, str]:
 
 
 def _commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    """The commit of the checkout that this file belongs to. An installed package has none, also
+    where its environment lies within the repository of another project."""
+    file = Path(__file__)
+    git = ["git", "-C", str(file.parent)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        held = subprocess.run(
+            [*git, "ls-files", "--error-unmatch", file.name], capture_output=True, check=False
+        )
+        if held.returncode != 0:
+            return None
+        done = subprocess.run(
+            [*git, "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+        )
     except FileNotFoundError:
         return None
     return done.stdout.strip() or None

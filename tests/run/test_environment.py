@@ -49,6 +49,21 @@ def test_the_commit_is_that_of_the_packages_repository(
     assert (environment(1, "cpu")["commit"] or "") == expected
 
 
+def test_the_commit_of_another_project_is_not_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An installed sodfast often lies in a .venv within a repository of the user's."""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    file = tmp_path / "environment.py"
+    file.write_text("")
+    for arguments in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "theirs"]):
+        subprocess.run([*git, *arguments], check=True, capture_output=True)
+    monkeypatch.setattr(module, "__file__", str(file))
+    assert environment(1, "cpu")["commit"] is None
+    subprocess.run([*git, "add", "environment.py"], check=True)
+    assert environment(1, "cpu")["commit"]
+
+
 def test_without_git_or_a_repository_there_is_no_commit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

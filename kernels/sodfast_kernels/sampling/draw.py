@@ -12,6 +12,7 @@ Suffixes: B rows, V vocabulary.
 """
 
 import math
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,8 @@ MAX_VOCABULARY = 1 << 18
 MIN_TEMPERATURE = 1e-6
 # Its product with a mass must not be 0 in fp32: the most probable token always stays.
 MIN_TOP_P = 1e-30
+# torch works with NumPy and without it, and so does this package.
+NUMPY = find_spec("numpy") is not None
 
 
 class SampledTokens(NamedTuple):
@@ -249,7 +252,7 @@ def _gumbel_noise(
     group = torch.arange(-(-vocabulary // 4), device=sample.device)
     counter: tuple[Any, ...] = (group, position[..., None], sample[..., None])
     words: Any
-    if sample.device.type == "cpu":
+    if NUMPY and sample.device.type == "cpu":
         # Small integer arrays cost a third in NumPy of what they cost in PyTorch.
         words = philox((*(word.numpy() for word in counter), step), seed)
         words = [torch.from_numpy(word) for word in words]

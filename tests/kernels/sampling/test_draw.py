@@ -72,6 +72,14 @@ def test_noise_broadcasts_samples_against_positions():
     assert torch.equal(block[2, 4], one[0])
 
 
+def test_without_numpy_the_noise_has_the_same_bits(monkeypatch):
+    """torch needs no NumPy, so an installation of the kernels alone has none."""
+    key = {"sample": torch.arange(3)[:, None], "position": torch.arange(5), "vocabulary": 9}
+    with_numpy = gumbel_noise(seed=2**63 + 5, step=2**32 - 3, **key)
+    monkeypatch.setattr(draw, "NUMPY", False)
+    assert gumbel_noise(seed=2**63 + 5, step=2**32 - 3, **key).equal(with_numpy)
+
+
 def test_both_tails_of_the_noise_are_exact():
     edges = [0, 1, 2, 1000, 2**23, 2**24 + 1, 2**31 - 1, 2**31, 2**32 - 2**20, WORD - 1, WORD]
     words = torch.tensor(edges + torch.randint(0, 2**32, (5000,)).tolist())
