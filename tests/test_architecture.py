@@ -22,7 +22,7 @@ FLOORS = [
     {"model", "lab"},
     {"parallel", "run", "context"},
     {"rollout", "teacher", "optimizer", "rewards"},
-    {"objective", "evaluate", "metrics"},
+    {"objective", "evaluate", "metrics", "probe"},
     {"trainer", "memory", "study"},
     {"commands", "report"},
     {"cli"},
