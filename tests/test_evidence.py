@@ -276,7 +276,7 @@ def test_a_run_says_why_and_can_be_replayed(source: Path) -> None:
     replayed = replay_run(source, ["schedule.min_z=99"])
     assert replayed.refreshes == [] and replayed.first_difference in replayed.recorded_refreshes
     assert "reward" in replayed.blocked and "none yet" in "\n".join(replayed.text())
-    with pytest.raises(UsageError, match="has no probe/.*: only a run"):
+    with pytest.raises(UsageError, match=r"has no probe/.*: only a run"):
         replay_run(source, ["schedule.probe_every=1"])
 
 
