@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"errors", "rng", "files", "success"},
     {"config"},
-    {"tasks", "schedule", "calibrate", "collapse", "summary"},
+    {"tasks", "schedule", "calibrate", "collapse", "summary", "attribution"},
     {"model", "lab"},
     {"parallel", "run", "context"},
     {"rollout", "teacher", "optimizer", "rewards"},
