@@ -1,45 +1,41 @@
-"""How often do CGTR's gates open although nothing has improved? By simulation, before a run.
+"""How often do gates open although nothing has improved? By simulation, before a run.
 
 The student of the simulation never learns: each prompt of a step has a success rate of its own,
 drawn anew from one distribution, and each of its rollouts succeeds independently. Every refresh of
-such a run is a false one. The gates are those of `schedule.CGTR` (arXiv 2606.03532 §4).
+such a run is a false one. The gates are those of `schedule.CGTR` (arXiv 2606.03532 §4) and of
+`schedule.Evidence`.
 
-Shapes: R runs, T steps, P prompts of a step, L observed steps.
+Shapes: R runs, T steps, P prompts of a step, L observed steps, K probes.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import ceil, exp, lgamma
+from math import ceil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sodfast.config import CGTRConfig, Config, load_config, read_overrides, validate
+from sodfast.config import (
+    CGTRConfig,
+    Config,
+    EvidenceConfig,
+    load_config,
+    read_overrides,
+    validate,
+)
 from sodfast.errors import UsageError
 from sodfast.files import read_lines
 from sodfast.rng import Stream, generator
+from sodfast.success import Array, Success, fit_success, parse_success
 
-Array = NDArray[np.float64]
 RUNS = 4_000
 OPENING = 30
 # Windows that a margin is given for, in steps.
 WINDOWS = (5, 10, 15, 30, 60)
-
-
-class Success(NamedTuple):
-    """Success rates of prompts: Beta(a, b), or with b = ∞ the rate `a` for all of them."""
-
-    a: float
-    b: float
-
-    @property
-    def mean(self) -> float:
-        return self.a if self.b == np.inf else self.a / (self.a + self.b)
-
-    def draw(self, rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
-        return np.full(shape, self.a) if self.b == np.inf else rng.beta(self.a, self.b, shape)
+# True gains of the copy's reward, and steps by which it may have been taken, that a power is for.
+GAINS, POWER_STEPS = (0.02, 0.05, 0.1), (30, 60, 150, 300)
 
 
 @dataclass(frozen=True)
@@ -54,20 +50,6 @@ class Rates:
     checks: dict[str, float]
     runs: dict[str, float]
     refreshes: float
-
-
-def parse_success(text: str) -> Success:
-    """`0.4`, one rate for all prompts, or `2,3`, Beta(2, 3). Raises `UsageError`."""
-    try:
-        values = [float(part) for part in text.split(",")]
-    except ValueError:
-        values = []
-    match values:
-        case [rate] if 0 < rate < 1:
-            return Success(rate, np.inf)
-        case [a, b] if 0 < a < np.inf and 0 < b < np.inf:
-            return Success(a, b)
-    raise UsageError(f"--success={text}: give a rate such as 0.4, or a and b of a Beta such as 2,3")
 
 
 def observed(lines: Sequence[Mapping[str, Any]], config: Config) -> tuple[Success, Array | None]:
@@ -95,29 +77,6 @@ def observed(lines: Sequence[Mapping[str, Any]], config: Config) -> tuple[Succes
     if all(name in line for line in opening for name in names):
         lengths = np.array([[line[name] for name in names] for line in opening], dtype=np.float64)
     return fit_success(mean, solved, config.rollout.samples_per_prompt), lengths
-
-
-def fit_success(mean: float, solved: float, samples: int) -> Success:
-    """The Beta whose mean is `mean` and whose prompts have a success among `samples` rollouts with
-    probability `solved`; one rate for all where prompts differ by no more than chance.
-
-    E[(1−p)ⁿ] = B(a, b+n) / B(a, b) falls as a + b grows, towards (1−mean)ⁿ; found by bisection.
-    Raises `UsageError` where every rollout, or none, succeeds.
-    """
-    if not 0 < mean < 1:
-        raise UsageError(f"the rewards' mean is {mean:g}: there is nothing to simulate")
-
-    def unsolved(concentration: float) -> float:
-        a, b = mean * concentration, (1 - mean) * concentration
-        return exp(lgamma(b + samples) - lgamma(b) + lgamma(a + b) - lgamma(a + b + samples))
-
-    low, high = 1e-3, 1e4
-    if 1 - solved <= unsolved(high):
-        return Success(mean, np.inf)
-    for _ in range(100):
-        middle = (low * high) ** 0.5
-        low, high = (middle, high) if unsolved(middle) > 1 - solved else (low, middle)
-    return Success(mean * low, (1 - mean) * low)
 
 
 class Simulation:
@@ -202,29 +161,122 @@ class Simulation:
         return float(np.quantile(tails, 1 - rate))
 
 
+def observed_probes(lines: Sequence[Mapping[str, Any]], samples: int) -> Success | None:
+    """Success rates in the teacher's contexts, as a run's probes show them: the Beta with the
+    incumbent's mean reward and with the mean squared gain of a question, which is
+    2·E[p(1−p)] / samples where the answers of both are independent. As both answer under the same
+    keys, they are less than independent, and this Beta is wider than that of the questions.
+
+    None where nothing was probed or the rewards are all alike.
+    """
+    probes = [line for line in lines if line.get("probe/questions")]
+    names = ("questions", "incumbent_reward", "gain_squared")
+    questions, reward, squared = (sum(line[f"probe/{name}"] for line in probes) for name in names)
+    if not questions or not 0 < reward / questions < 1 or not squared:
+        return None
+    mean = reward / questions
+    share = squared / questions * samples / 2 / (mean * (1 - mean))
+    if share >= 1:
+        return Success(mean, np.inf)
+    concentration = share / (1 - share)
+    return Success(mean * concentration, (1 - mean) * concentration)
+
+
+class ProbeSimulation:
+    """Runs in which the copy's reward is above the teacher's by a constant `gain`, from the first
+    step on; by nothing where `gain` is 0. Each of a probe's answers succeeds independently."""
+
+    def __init__(
+        self, config: Config, success: Success, gain: float = 0.0, runs: int = RUNS
+    ) -> None:
+        schedule = config.schedule
+        assert isinstance(schedule, EvidenceConfig)
+        self.config = schedule
+        rng = generator(config.seed, Stream.CALIBRATE)
+        probes, samples = config.steps // schedule.probe_every, schedule.probe_samples
+        questions = min(schedule.probe_questions, config.rollout.prompts_per_step)
+        self.steps = schedule.probe_every * np.arange(1, probes + 1)
+        sums = []
+        for _ in range(runs):
+            rate_KP = success.draw(rng, (probes, questions))
+            right_KP = rng.binomial(samples, np.clip(rate_KP + gain, 0, 1))
+            gain_KP = (right_KP - rng.binomial(samples, rate_KP)) / samples
+            sums.append(np.stack([gain_KP.sum(1), (gain_KP**2).sum(1)]))
+        self.gain_RK, self.squared_RK = (np.stack(part) for part in zip(*sums, strict=True))
+
+    def z(self, probe: int, first: NDArray[np.int_]) -> Array:
+        """z at the probe of number `probe` over the last `probes`, those before `first` [R] left
+        out, [R]."""
+        numbers = np.arange(max(probe + 1 - self.config.probes, 0), probe + 1)
+        since = numbers >= first[:, None]
+        gain, squared = (
+            np.where(since, sums[:, numbers], 0.0).sum(1)
+            for sums in (self.gain_RK, self.squared_RK)
+        )
+        return np.asarray(gain / np.sqrt(np.where(squared > 0, squared, 1.0)))
+
+    def refreshes(self, gates: Sequence[str]) -> NDArray[np.bool_]:
+        """Where isolation and reward gate, as far as `gates` names them, let a copy through,
+        [R, K]."""
+        runs = len(self.gain_RK)
+        last_copy, first = np.zeros(runs, int), np.zeros(runs, int)
+        copied = np.zeros((runs, len(self.steps)), bool)
+        for probe, step in enumerate(self.steps):
+            through = np.ones(runs, bool)
+            if "isolation" in gates:
+                through &= step - last_copy >= self.config.min_isolation
+            if "reward" in gates:
+                through &= self.z(probe, first) >= self.config.min_z
+            copied[:, probe] = through
+            last_copy[through], first[through] = step, probe + 1
+        return copied
+
+    def limit(self, rate: float) -> float | None:
+        """The z with which isolation and reward gate let at least one refresh through in a share
+        `rate` of the runs at most; None where no probe comes late enough."""
+        start = np.zeros(len(self.gain_RK), int)
+        late = [k for k, step in enumerate(self.steps) if step >= self.config.min_isolation]
+        if not late:
+            return None
+        highest = np.max([self.z(probe, start) for probe in late], axis=0)
+        return float(np.nextafter(np.quantile(highest, 1 - rate, method="higher"), np.inf))
+
+
 def calibrate_source(
     source: str | None, overrides: list[str], success: str | None, rate: float
-) -> "Calibration":
+) -> "Calibration | ProbeCalibration":
     """Calibrate for a run directory, whose first steps give success rates and lengths, or for a
-    preset or file, for which `success` gives the rates; by default Beta(1, 1), every rate alike."""
+    preset or file, for which `success` gives the rates; by default Beta(1, 1), every rate alike.
+    Under evidence they are those in the teacher's contexts, and probes show them where there are
+    some."""
     file = Path(source or "", "config.yaml")
     if source is None or not file.is_file():
         config = load_config(source, overrides)
         return calibrate(config, parse_success(success or "1,1"), None, rate)
     config = validate(read_overrides(file, overrides))
-    found, lengths = observed(read_lines(file.with_name("metrics.jsonl")), config)
+    lines = read_lines(file.with_name("metrics.jsonl"))
+    found, lengths = observed(lines, config)
+    if isinstance(config.schedule, EvidenceConfig):
+        found = observed_probes(lines, config.schedule.probe_samples) or found
     return calibrate(config, parse_success(success) if success else found, lengths, rate)
 
 
 def calibrate(
     config: Config, success: Success, lengths: Array | None, rate: float, runs: int = RUNS
-) -> "Calibration":
-    """Simulate `runs` runs of the configuration. Raises `UsageError` unless it is CGTR's."""
-    cgtr = config.schedule
-    if not isinstance(cgtr, CGTRConfig):
-        raise UsageError(f"schedule.kind={cgtr.kind} has no gates: set schedule.kind=cgtr")
+) -> "Calibration | ProbeCalibration":
+    """Simulate `runs` runs of the configuration. Raises `UsageError` for a schedule without gates.
+
+    `lengths` [L, 2] are for CGTR's length gate alone.
+    """
     if not 0 < rate < 1:
         raise UsageError(f"--rate={rate:g}: give a share of runs such as 0.1")
+    if isinstance(config.schedule, EvidenceConfig):
+        return _calibrate_probes(config, config.schedule, success, rate, runs)
+    cgtr = config.schedule
+    if not isinstance(cgtr, CGTRConfig):
+        raise UsageError(
+            f"schedule.kind={cgtr.kind} has no gates: set schedule.kind to cgtr or evidence"
+        )
     simulation = Simulation(config, success, lengths, runs)
     margins = {window: simulation.margin(cgtr, window, rate) for window in WINDOWS}
     return Calibration(
@@ -236,6 +288,80 @@ def calibrate(
         {cgtr.window: simulation.margin(cgtr, cgtr.window, rate), **margins},
         simulation.tail_limit(cgtr, rate),
     )
+
+
+def _calibrate_probes(
+    config: Config, schedule: EvidenceConfig, success: Success, rate: float, runs: int
+) -> "ProbeCalibration":
+    null = ProbeSimulation(config, success, 0.0, runs)
+    refreshed = null.refreshes(schedule.gates)
+    steps = [step for step in POWER_STEPS if step <= config.steps]
+    power = {}
+    for gain in GAINS:
+        taken = ProbeSimulation(config, success, gain, ceil(runs / 4)).refreshes(schedule.gates)
+        power[gain] = {t: float(taken[:, null.steps <= t].any(1).mean()) for t in steps}
+    return ProbeCalibration(
+        config,
+        success,
+        rate,
+        runs,
+        float(refreshed.any(1).mean()),
+        float(refreshed.sum(1).mean()),
+        null.limit(rate),
+        power,
+    )
+
+
+@dataclass(frozen=True)
+class ProbeCalibration:
+    """What `calibrate` found for evidence, by isolation and reward gate; the length and the tail
+    gate can only take refreshes away. `false`: share of runs with a refresh although copy and
+    teacher are equal; `refreshes`: mean number of a run; `limit`: the `min_z` that holds `rate`;
+    `power`: gain → step → share of runs that have refreshed by then."""
+
+    config: Config
+    success: Success
+    rate: float
+    runs: int
+    false: float
+    refreshes: float
+    limit: float | None
+    power: dict[float, dict[int, float]]
+
+    def text(self) -> list[str]:
+        schedule = self.config.schedule
+        assert isinstance(schedule, EvidenceConfig)
+        lines = [
+            f"{self.runs} simulated runs of {self.config.steps} steps in which the copy is no "
+            f"better a teacher: {schedule.probe_questions} questions × {schedule.probe_samples} "
+            f"answers every {schedule.probe_every} steps, success rates {self.success.text()}",
+            "",
+            f"isolation and reward gate         {self.false:.1%} of runs refresh, "
+            f"{self.refreshes:.2f} false refreshes a run",
+            "length, tail                      not simulated: they can only take refreshes away",
+        ]
+        if self.limit is not None:
+            above = ceil(1e2 * self.limit) / 1e2
+            lines.append(f"schedule.min_z={above:.2f} holds {self.rate:.0%} of runs")
+        lines += [
+            "",
+            "A copy that is better from the first step on is taken in this share of runs:",
+        ]
+        for gain, shares in self.power.items():
+            each = ", ".join(f"{share:.2f} by step {step}" for step, share in shares.items())
+            lines.append(f"  reward + {gain:g}: {each}")
+        return lines
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "simulated": self.runs,
+            "success": self.success.to_json(),
+            "rate": self.rate,
+            "runs": {"all": self.false},
+            "refreshes": self.refreshes,
+            "min_z": self.limit,
+            "power": {f"{gain:g}": shares for gain, shares in self.power.items()},
+        }
 
 
 @dataclass(frozen=True)
@@ -255,13 +381,10 @@ class Calibration:
         config, cgtr = self.config, self.config.schedule
         assert isinstance(cgtr, CGTRConfig)
         rollout = config.rollout
-        of = f"Beta({self.success.a:.2f}, {self.success.b:.2f})"
-        if self.success.b == np.inf:
-            of = f"{self.success.mean:.3f} for every prompt"
         lines = [
             f"{self.runs} simulated runs of {config.steps} steps in which nothing improves: "
             f"{rollout.prompts_per_step} prompts × {rollout.samples_per_prompt} rollouts, "
-            f"success rates {of}",
+            f"success rates {self.success.text()}",
             "",
             "gate         opens at a check   ... at least once after isolation, of all runs",
         ]
@@ -291,10 +414,7 @@ class Calibration:
     def to_json(self) -> dict[str, Any]:
         return {
             "simulated": self.runs,
-            "success": {
-                "a": self.success.a,
-                "b": None if self.success.b == np.inf else self.success.b,
-            },
+            "success": self.success.to_json(),
             "rate": self.rate,
             **asdict(self.rates),
             "margins": {str(window): margin for window, margin in self.margins.items()},

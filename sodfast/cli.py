@@ -227,8 +227,8 @@ def calibrate_gates(
         float, typer.Option(metavar="SHARE", help="Runs that may refresh falsely.")
     ] = 0.1,
 ) -> None:
-    """Say how often CGTR's gates open where nothing improves, and what would hold a chosen rate, by
-    simulation. The last line is JSON."""
+    """Say how often the gates of CGTR or evidence open where nothing improves, and what would hold
+    a chosen rate, by simulation. The last line is JSON."""
     from sodfast.calibrate import calibrate_source
 
     result = calibrate_source(*_split(arguments or []), success, rate)

@@ -310,7 +310,10 @@ def _questions_and_engine(
     engine = build_engine(config.rollout, model, reporter.message)
     if config.model.attention == "flash":
         require_flash(*_attention(model, engine)[:3])
-    engine.require(data.longest + config.rollout.max_new_tokens)
+    longest = data.longest
+    if config.schedule.kind == "evidence" and config.teacher.context != "none":
+        longest = max(longest, config.teacher.max_prompt_tokens)  # the probe's prompts
+    engine.require(longest + config.rollout.max_new_tokens)
     return data, engine
 
 

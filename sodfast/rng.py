@@ -20,6 +20,7 @@ class Stream(IntEnum):
     ROUNDING = 5  # update, element of the parameters
     ADAPTERS = 6  # none
     CALIBRATE = 7  # none
+    PROBE = 8  # step, sample
 
 
 def generator(seed: int, stream: int, *counters: int) -> np.random.Generator:

@@ -115,6 +115,32 @@ class Teacher:
             stack.enter_context(self.student_weights.whole())
             yield network
 
+    @contextmanager
+    def in_students_place(self) -> Iterator[None]:
+        """A context in which the student's parameters hold the teacher's values, so that whatever
+        reads the live student, such as a rollout engine, runs the teacher. Afterwards both have
+        their own values again, bit for bit.
+
+        Values are exchanged in place, a parameter at a time, whether the teacher is on the device,
+        in host memory or in chunks on several ranks: pointers stay, as captured graphs and weights
+        that lie side by side need it. No gradient graph may be alive.
+        """
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        if self.weights is None:
+            return
+        students = zip(self.student_weights.names, self.student_weights.parameters, strict=True)
+        for own, (_, student) in zip(self.own().values(), students, strict=True):
+            kept = student.detach().clone()
+            student.copy_(own)
+            own.copy_(kept)
+
     def _score(
         self,
         network: nn.Module,

@@ -1,6 +1,7 @@
 """The algorithm: self on-policy distillation with a scheduled teacher, one screen per phase.
 
     task → prompts → rollout(student) → rewards → context (who gets which demonstration)
+         → probe (where the schedule asks: student and teacher answer alike)
          → teacher scores (hidden states only) → objective (fused loss, gradients) → optimizer
          → statistics → schedule decides → teacher moves → metrics line → checkpoint
 
@@ -33,6 +34,7 @@ from sodfast.model.packing import micro_batches, response_hidden
 from sodfast.objective import group_advantages, micro_batch_loss, sequence_weights
 from sodfast.parallel.fsdp import ShardedWeights, Weights
 from sodfast.parallel.ranks import ALONE, Ranks
+from sodfast.probe import is_due, longest_mean, probe
 from sodfast.rewards import grade_answers
 from sodfast.rng import PromptOrder, Stream, draw_key, generator
 from sodfast.rollout.engine import Engine, Sample, SampleKey, Sampling
@@ -265,12 +267,14 @@ class Trainer:
             rollouts = self._rollout(step)
         updates = self._updates(step, rollouts)
         interruption.boundary()
+        probed = self._probe(step, rollouts)
+        interruption.boundary()
         with self.clock("teacher"):
             if self.config.objective.old_logprob == "recompute":
                 rollouts = replace(rollouts, samples=self._recompute(rollouts.samples))
             scores = self._score(rollouts, updates)
         interruption.boundary()
-        line: dict[str, Any] = {"step": step, **self._statistics(rollouts)}
+        line: dict[str, Any] = {"step": step, **self._statistics(rollouts), **probed}
 
         with ExitStack() as shield:
             with self.clock("train"):
@@ -311,6 +315,25 @@ class Trainer:
         grades = grade_answers(self.config, self.task, asked, texts, self.ranks)
         contexts = teacher_prompts(self.config, self.context, step, asked, texts, grades)
         return Rollouts(questions, samples, texts, grades, contexts)
+
+    def _probe(self, step: int, rollouts: Rollouts) -> dict[str, float]:
+        """What the schedule wants to know of both possible teachers; only `evidence` asks."""
+        if not is_due(self.config, step):
+            return {}
+        with self.clock("probe"):
+            measured = probe(
+                self.config,
+                self.model,
+                self.engine,
+                self.task,
+                self.teacher,
+                rollouts.questions,
+                [hint and hint.prompt for hint in rollouts.contexts],
+                step,
+                self.ranks,
+                lambda done, total: self.reporter.phase("probe", done, total),
+            )
+        return {**measured, "probe/longest": longest_mean(rollouts.samples)}
 
     def _updates(self, step: int, rollouts: Rollouts) -> list[Update]:
         """The step's prompts are cut into `updates_per_step` equal parts in an order keyed by

@@ -41,6 +41,14 @@ SCHEDULES = {
         "schedule.window=2",
         "schedule.gates=[isolation]",
     ],
+    "evidence": [
+        "schedule.kind=evidence",
+        "schedule.min_isolation=2",
+        "schedule.probe_questions=3",
+        "schedule.probe_samples=2",
+        "schedule.probes=2",
+        "schedule.gates=[isolation]",
+    ],
 }
 
 

@@ -16,14 +16,14 @@ ROOT = Path(__file__).parents[1]
 
 # From the ground up; a module imports from its own floor and from those before it.
 FLOORS = [
-    {"errors", "rng", "files", "source"},
+    {"errors", "rng", "files", "source", "success"},
     {"layers"},
     {"config"},
-    {"tasks", "schedule", "calibrate", "collapse", "summary"},
+    {"tasks", "schedule", "calibrate", "collapse", "summary", "attribution"},
     {"model", "lab"},
     {"parallel", "run", "context"},
     {"rollout", "teacher", "optimizer", "rewards"},
-    {"objective", "evaluate", "metrics", "answers"},
+    {"objective", "evaluate", "metrics", "answers", "probe"},
     {"trainer", "memory", "study"},
     {"commands", "report"},
     {"cli", "api"},

@@ -11,18 +11,18 @@ from marks import slow
 from typer.testing import CliRunner
 
 from sodfast.calibrate import (
+    ProbeSimulation,
     Simulation,
-    Success,
     calibrate,
     calibrate_source,
-    fit_success,
     observed,
-    parse_success,
+    observed_probes,
 )
 from sodfast.cli import app
-from sodfast.config import CGTRConfig, Config, load_config
+from sodfast.config import CGTRConfig, Config, EvidenceConfig, load_config
 from sodfast.errors import UsageError
-from sodfast.schedule import CGTR, replay
+from sodfast.schedule import CGTR, Evidence, ProbedStep, replay
+from sodfast.success import Success
 
 EVEN = Success(1, 1)
 LENGTHS = np.random.default_rng(0).uniform((8, 20), (12, 45), (40, 2))
@@ -111,17 +111,6 @@ def test_the_tail_limit_blocks_its_share() -> None:
     assert Simulation(config, EVEN, runs=3).tail_limit(cgtr, 0.2) is None
 
 
-@pytest.mark.parametrize(("a", "b"), [(2, 3), (0.4, 0.6), (9, 1)])
-def test_the_fit_finds_the_beta_of_its_moments(a: float, b: float) -> None:
-    unsolved = math.prod((b + i) / (a + b + i) for i in range(4))
-    assert fit_success(a / (a + b), 1 - unsolved, 4) == pytest.approx((a, b), rel=1e-6)
-
-
-def test_prompts_that_differ_by_chance_alone_have_one_rate() -> None:
-    assert fit_success(0.4, 1 - 0.6**4, 4) == (0.4, math.inf)
-    assert fit_success(0.4, 1.0, 4).b == math.inf
-
-
 def test_a_runs_opening_ends_at_its_first_refresh() -> None:
     config, _ = configured()
     lines: list[dict[str, Any]] = [{"step": 0, "eval/mean@4": 0.1}]
@@ -152,12 +141,6 @@ def test_a_run_says_how_its_rewards_and_lengths_vary(finished: Path) -> None:
     assert any("false refreshes a run" in line for line in text)
 
 
-@pytest.mark.parametrize("text", ["", "1", "0", "-1,2", "nan", "1,2,3", "a", "inf,1", "0,1"])
-def test_a_success_that_is_none(text: str) -> None:
-    with pytest.raises(UsageError, match="--success"):
-        parse_success(text)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -169,6 +152,109 @@ def test_a_success_that_is_none(text: str) -> None:
 def test_what_cannot_be_calibrated(arguments: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         calibrate_source(*arguments)
+
+
+# ---------------------------------------------------------------- evidence
+
+
+def probing(*overrides: str) -> tuple[Config, EvidenceConfig]:
+    config = load_config("lab", ["schedule.kind=evidence", *overrides])
+    assert isinstance(config.schedule, EvidenceConfig)
+    return config, config.schedule
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["schedule.min_z=1"],
+        ["schedule.min_isolation=3", "schedule.min_z=0.8", "schedule.probe_every=3"],
+        ["schedule.gates=[reward]", "schedule.min_z=1.5", "schedule.probe_questions=2"],
+        ["schedule.gates=[isolation]", "schedule.min_isolation=7"],
+        ["schedule.gates=[]"],
+    ],
+    ids=",".join,
+)
+def test_the_simulated_probes_are_the_schedule_on_each_run(overrides: list[str]) -> None:
+    config, schedule = probing("steps=60", *overrides)
+    simulation = ProbeSimulation(config, Success(2, 3), runs=60)
+    gates = tuple(gate for gate in schedule.gates if gate in ("isolation", "reward"))
+    refreshes = simulation.refreshes(gates)
+    for run in range(60):
+        live = Evidence(schedule.model_copy(update={"gates": gates}))
+        decisions = [
+            live.observe(ProbedStep(int(step), 0.5, 9.0, 9.0, 16, gain, squared, 9.0, 9.0, 9.0))
+            for step, gain, squared in zip(
+                simulation.steps,
+                simulation.gain_RK[run],
+                simulation.squared_RK[run],
+                strict=True,
+            )
+        ]
+        assert [one.action == "copy" for one in decisions] == refreshes[run].tolist()
+
+
+@pytest.mark.parametrize(
+    "success", [Success(2, 3), *slow((Success(0.4, math.inf),), (Success(9, 1),))]
+)
+def test_the_default_limit_lets_a_false_refresh_through_in_a_tenth_of_runs(
+    success: Success,
+) -> None:
+    """300 steps; whatever the success rates, since z is normalised by what was measured."""
+    config, schedule = probing("steps=300")
+    simulation = ProbeSimulation(config, success, runs=1000)
+    share = simulation.refreshes(schedule.gates).any(1).mean()
+    assert share == pytest.approx(0.1, abs=0.03)
+    for rate in (0.05, 0.2):
+        limit = simulation.limit(rate)
+        assert limit is not None
+        simulation.config = schedule.model_copy(update={"min_z": limit})
+        assert simulation.refreshes(schedule.gates).any(1).mean() <= rate
+        simulation.config = schedule.model_copy(update={"min_z": limit - 0.1})
+        assert simulation.refreshes(schedule.gates).any(1).mean() > rate
+    simulation.config = schedule.model_copy(update={"min_isolation": 301})
+    assert simulation.limit(0.1) is None
+
+
+@pytest.mark.slow
+def test_a_true_gain_is_found() -> None:
+    """The design's power for a gain of 0.05 by step 30 and 150, 0.17 and 0.97, of questions whose
+    rates are Beta(2, 3), 16 × 4 answers a probe. By step 60 it has 0.69 and this 0.57."""
+    config, schedule = probing("steps=150")
+    simulation = ProbeSimulation(config, Success(2, 3), gain=0.05, runs=1500)
+    taken = simulation.refreshes(schedule.gates)
+    shares = [taken[:, simulation.steps <= step].any(1).mean() for step in (30, 60, 150)]
+    assert shares == pytest.approx([0.17, 0.57, 0.95], abs=0.04)
+
+
+def test_a_runs_probes_give_the_success_rates_in_the_teachers_contexts() -> None:
+    rng = np.random.default_rng(0)
+    rate_NP = rng.beta(6, 2, (400, 16))
+    right, other = (rng.binomial(4, rate_NP) / 4 for _ in range(2))
+    lines = [
+        {
+            "probe/questions": 16,
+            "probe/incumbent_reward": float(other[n].sum()),
+            "probe/gain_squared": float(((right - other)[n] ** 2).sum()),
+        }
+        for n in range(400)
+    ]
+    found = observed_probes([{"step": 1}, *lines], samples=4)
+    assert found is not None and found.mean == pytest.approx(0.75, abs=0.01)
+    assert found.a + found.b == pytest.approx(8, rel=0.2)
+    assert observed_probes([{"probe/questions": 0}], 4) is None
+    assert observed_probes([lines[0] | {"probe/gain_squared": 0.0}], 4) is None
+    noisy = observed_probes([lines[0] | {"probe/gain_squared": 16.0}], 4)
+    assert noisy is not None and noisy.b == math.inf
+
+
+def test_evidence_is_calibrated_by_the_command() -> None:
+    overrides = ["schedule.kind=evidence", "steps=40", "schedule.probe_questions=4"]
+    arguments = ["calibrate", "lab", *overrides, "--success", "0.5"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.output.splitlines()[-1])
+    assert found["power"].keys() == {"0.02", "0.05", "0.1"} and found["min_z"] > 1
+    assert "length, tail" in result.output
 
 
 def test_the_text_warns_of_what_was_not_simulated() -> None:

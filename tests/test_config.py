@@ -83,6 +83,20 @@ def test_lab_defaults(key: str) -> None:
 def test_defaults_of_the_other_schedules() -> None:
     assert value(lab("schedule.kind=hard"), "schedule.every") == 50
     assert value(lab("schedule.kind=ema"), "schedule.rate") == 0.04
+    assert lab("schedule.kind=evidence").schedule.model_dump() == {
+        "kind": "evidence",
+        "min_isolation": 30,
+        "probe_every": 2,
+        "probe_questions": 16,
+        "probe_samples": 4,
+        "probes": 10,
+        "min_z": 2.9,
+        "max_length_ratio": 1.15,
+        "max_tail_growth": 1.25,
+        "gates": ("isolation", "reward", "length", "tail"),
+    }
+    with pytest.raises(UsageError, match="a gate is named twice"):
+        lab("schedule={kind: evidence, gates: [tail,tail]}")
     assert value(lab("schedule.kind=trust_region"), "schedule.rate") == 0.04
 
 

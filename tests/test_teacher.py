@@ -211,6 +211,27 @@ def test_rollouts_without_a_context_are_not_scored(
     assert scores.hidden == [None, None, None]
 
 
+def test_in_the_students_place_and_back(model: LanguageModel, storage: Storage) -> None:
+    teacher = Teacher(model.network, FixedConfig(), 0, storage)
+    before = weights(model.network)
+    with teacher.in_students_place():  # the same weights
+        assert weights(model.network).equal(before)
+    teacher.prepare_update()
+    move(model.network, 1)
+    moved, places = weights(model.network), [p.data_ptr() for p in model.network.parameters()]
+
+    def fail() -> None:
+        with teacher.in_students_place():
+            assert weights(model.network).equal(before)
+            assert weights(teacher.network).equal(moved)
+            raise ValueError("inside")
+
+    with pytest.raises(ValueError, match="inside"):
+        fail()
+    assert weights(model.network).equal(moved) and weights(teacher.network).equal(before)
+    assert [p.data_ptr() for p in model.network.parameters()] == places
+
+
 def test_apply_before_an_update_is_a_mistake(model: LanguageModel, storage: Storage) -> None:
     with pytest.raises(RuntimeError, match="prepare_update"):
         Teacher(model.network, FixedConfig(), 0, storage).apply(KEEP, 1)
@@ -263,7 +284,7 @@ def test_a_run_is_the_same_with_the_teacher_on_the_host(
     assert len(host.lines) == 31 and host == without_unmeasured_drifts(device)
     moving = ("teacher/drift" in line for line in host.lines[1:])
     assert all(moving) == (kind == "ema")
-    if kind in ("hard", "cgtr"):
+    if kind in ("hard", "cgtr", "evidence"):
         assert len(host.summary["refresh_steps"]) >= 4
 
 

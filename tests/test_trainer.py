@@ -21,6 +21,7 @@ from sodfast.rollout.engine import Sample
 from sodfast.run import checkpoint
 from sodfast.run.console import Reporter
 from sodfast.run.interrupt import Interrupted
+from sodfast.schedule import PROBE_KEYS
 from sodfast.trainer import Trainer
 
 Line = Mapping[str, Any]
@@ -47,6 +48,10 @@ STEP = {
 }
 COPIES = {"teacher/age", "teacher/refreshed"}
 GATES = {"gate/reward_window", "gate/tail_window"}
+# At every second step, except for what has no question yet while the teacher equals the student.
+PROBE = {*PROBE_KEYS, "probe/candidate_reward", "probe/incumbent_reward", "probe/tokens"}
+EVIDENCE = {"gate/gain_z", "gate/length_ratio", "gate/tail_growth"}
+COPYING = ("hard", "cgtr", "evidence")  # at steps 2 and 4
 DTYPES = ["float32", "bfloat16"]
 # Beyond what other programs rely on.
 OURS = {"optim/loss", "policy/clip_fraction", "reward/snr"} | {
@@ -95,17 +100,20 @@ def test_the_lines_hold_the_keys_of_their_schedule(
         step = line["step"]
         expected = set(STEP)
         expected |= EVALUATION if step in (4, 5) else set()
-        expected |= COPIES if kind in ("fixed", "hard", "cgtr") else set()
+        expected |= COPIES if kind in ("fixed", *COPYING) else set()
         expected |= GATES if kind == "cgtr" and step % 2 == 0 else set()
+        if kind == "evidence" and step % 2 == 0:
+            expected |= PROBE | EVIDENCE if step == 4 else PROBE | EVIDENCE - {"gate/tail_growth"}
         clock = {key for key in line if key.startswith("time/")}
         assert clock >= {"time/rollout", "time/teacher", "time/train", "time/step"}
+        assert ("time/probe" in clock) == (kind == "evidence" and step % 2 == 0)
         assert line.keys() - clock - OURS == expected
         assert all(math.isfinite(value) for value in line.values())
         assert line["teacher/drift"] > 0
 
     refreshed = [line["step"] for line in lines if line.get("teacher/refreshed")]
-    assert refreshed == ([2, 4] if kind in ("hard", "cgtr") else [])
-    if kind in ("hard", "cgtr"):
+    assert refreshed == ([2, 4] if kind in COPYING else [])
+    if kind in COPYING:
         assert [line["teacher/age"] for line in lines[1:]] == [1, 2, 1, 2, 1]
     if kind == "fixed":
         assert [line["teacher/age"] for line in lines[1:]] == [1, 2, 3, 4, 5]
@@ -123,7 +131,7 @@ def test_the_summary_follows_from_the_lines(runs: Train, kind: str) -> None:
     assert summary["peak"] == max(values.values()) == values[summary["peak_step"]]
     assert summary["entropy_mean"] == pytest.approx(sum(entropies) / 5)
     assert summary["entropy_final"] == entropies[-1]
-    assert summary["refresh_steps"] == ([2, 4] if kind in ("hard", "cgtr") else [])
+    assert summary["refresh_steps"] == ([2, 4] if kind in COPYING else [])
 
 
 def test_every_schedule_starts_with_the_same_step(runs: Train) -> None:
@@ -134,7 +142,7 @@ def test_every_schedule_starts_with_the_same_step(runs: Train) -> None:
         first.append({k: v for k, v in lines[1].items() if not k.startswith("teacher/")})
         later.append(lines[5]["distill/divergence"])
     assert all(line == first[0] for line in first)
-    assert len(set(later)) == len(SCHEDULES) - 1  # hard and cgtr refreshed at the same steps
+    assert len(set(later)) == len(SCHEDULES) - 2  # three refreshed at the same steps
 
 
 def test_decisions_can_be_recomputed_from_the_metrics(runs: Train) -> None:

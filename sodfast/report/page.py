@@ -102,7 +102,8 @@ def _draw(source: Source, rows: Tables, found: Forecast | None) -> dict[str, str
     if gated and single:
         add("gates", plots.gate_figure, {"": source.runs[0]}, steps)
         bars = _reward_bars(source.runs[0], _width(source))
-        add("reward_gate", plots.curve_figure, "reward", bars, steps)
+        label = "z of the gain" if source.runs[0].config.schedule.kind == "evidence" else "reward"
+        add("reward_gate", plots.curve_figure, label, bars, steps)
     elif gated:
         add("gates", plots.gate_figure, dict(islice(gated.items(), plots.TIMELINES)), steps)
     ends = {g.label: [run.collapse_step for run in g.runs if run.collapse_step] for g in groups}
@@ -132,7 +133,8 @@ def _thresholds(source: Source) -> tuple[dict[str, float], dict[str, float]]:
 def _reward_bars(run: Run, width: int) -> dict[str, Curve]:
     """The two values that the reward gate of a run compares, as curves."""
     curves = {}
-    for name, key in (("mean reward of the window", "value"), ("bar to pass", "threshold")):
+    value = "mean reward" if run.config.schedule.kind == "cgtr" else "z of the gain"
+    for name, key in ((f"{value} of the window", "value"), ("bar to pass", "threshold")):
         gates = [(check["step"], check["gates"]["reward"]) for check in run.checks]
         pairs = [(step, gate[key]) for step, gate in gates if key in gate]
         curves[name] = group_curve([Series.of(pairs)], [], width)

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
-from sodfast.config import CGTRConfig
+from sodfast.config import CGTRConfig, EvidenceConfig, gate_names
 from sodfast.report import canvas
 from sodfast.report.canvas import BOTTOM, FAINT, GRID, INK, LEFT, OVERLAID, TOP, WIDTH
 from sodfast.report.early_warning import DiagnosticForecast
@@ -26,7 +26,7 @@ from sodfast.report.templates import number, runs_of
 PANELS = 24
 TIMELINES = 48  # runs whose gates are drawn
 DOTS, MARKS = 100, 400  # refreshes per group that are drawn, as points and as ticks
-GATES = {"isolation": "#8A8A8A", "reward": "#E69F00", "length": "#0072B2"}
+GATES = {"isolation": "#8A8A8A", "reward": "#E69F00", "length": "#0072B2", "tail": "#009E73"}
 REFRESH, COLLAPSE = "#000000", "#D55E00"
 
 Curves = Mapping[str, Curve]  # by group
@@ -291,21 +291,26 @@ def lane_figure(
 
 
 def gate_figure(name: str, runs: Mapping[str, Run], steps: int) -> str:
-    """Three lanes per run of CGTR, one per gate, filled over the checks at which that gate
-    blocked. `runs`: by the name that stands beside its lanes; an empty name is not written."""
+    """A lane for each gate of each run, filled over the checks at which that gate blocked. `runs`:
+    those with gates, by the name that stands beside its lanes; an empty name is not written."""
     height = 0.34 * len(runs) + 0.95
     with canvas.new_figure(name, WIDTH, height) as figure:
         axes = canvas.add_axes(figure, labelled=any(runs), top=0.42)
         for index, run in enumerate(runs.values()):
             schedule = run.config.schedule
-            assert isinstance(schedule, CGTRConfig)
-            for lane, (gate, color) in enumerate(GATES.items()):
-                top, pale = index + 0.06 + 0.3 * lane, gate not in schedule.gates
+            assert isinstance(schedule, CGTRConfig | EvidenceConfig)
+            every = schedule.check_every if schedule.kind == "cgtr" else schedule.probe_every
+            gates = gate_names(schedule)
+            pitch = 0.9 / len(gates)
+            for lane, gate in enumerate(gates):
+                top, pale = index + 0.06 + pitch * lane, gate not in schedule.gates
                 if pale:
-                    axes.plot([0, run.last_step], [top + 0.13] * 2, color=FAINT, lw=0.6, ls=":")
+                    middle = [top + (pitch - 0.04) / 2] * 2
+                    axes.plot([0, run.last_step], middle, color=FAINT, lw=0.6, ls=":")
                 blocked = [c["step"] for c in run.checks if not c["gates"][gate]["pass"]]
-                bars, alpha = _spans(blocked, schedule.check_every), 0.35 if pale else 1
-                axes.broken_barh(bars, (top, 0.26), facecolors=color, alpha=alpha, lw=0)
+                bars, alpha = _spans(blocked, every), 0.35 if pale else 1
+                look: dict[str, Any] = {"facecolors": GATES[gate], "alpha": alpha, "lw": 0}
+                axes.broken_barh(bars, (top, pitch - 0.04), **look)
             at = [event["step"] for event in run.refreshes]
             edge: dict[str, Any] = {"color": REFRESH, "mec": "white", "mew": 0.6, "zorder": 5}
             axes.plot(at, [index + 0.49] * len(at), "v", **edge, ms=7.5)
@@ -315,15 +320,16 @@ def gate_figure(name: str, runs: Mapping[str, Run], steps: int) -> str:
         canvas.finish_lanes(axes, steps, len(runs), 0)
         middles = [index + 0.5 for index in range(len(runs))]
         axes.set_yticks(middles, [canvas.clip(name, 32) for name in runs])
-        _gate_legend(figure, height)
+        shown = {gate for run in runs.values() for gate in gate_names(run.config.schedule)}
+        _gate_legend(figure, height, [gate for gate in GATES if gate in shown])
         return canvas.to_svg(figure, name, "Gates that blocked, over steps")
 
 
-def _gate_legend(figure: Figure, height: float) -> None:
+def _gate_legend(figure: Figure, height: float, gates: Sequence[str]) -> None:
     x, y = LEFT / WIDTH, 1 - 0.21 / height
-    for gate, color in GATES.items():
+    for gate in gates:
         size = (0.22 / WIDTH, 0.11 / height)
-        figure.add_artist(Rectangle((x, 1 - 0.27 / height), *size, color=color, lw=0))
+        figure.add_artist(Rectangle((x, 1 - 0.27 / height), *size, color=GATES[gate], lw=0))
         figure.text(x + 0.3 / WIDTH, y, f"{gate} blocks", va="center", fontsize=8)
         x += 1.35 / WIDTH
     for symbol, color, text in (("v", REFRESH, "refresh"), ("X", COLLAPSE, "collapse")):

@@ -15,7 +15,14 @@ from sodfast.config import Config, ScheduleConfig, read_overrides, validate
 from sodfast.errors import UsageError
 from sodfast.report.templates import template
 from sodfast.run.records import read_events, read_metrics
-from sodfast.schedule import Decision, Schedule, build_schedule, replay, student_share
+from sodfast.schedule import (
+    PROBE_KEYS,
+    Decision,
+    Schedule,
+    build_schedule,
+    replay,
+    student_share,
+)
 
 
 @dataclass(frozen=True)
@@ -133,11 +140,19 @@ def _training_lines(run: Path, recorded: Config, other: Config) -> list[dict[str
             f"{run} logged no lengths of {other.length_shards} shards: length_unit=shard can "
             "be replayed only on a run that was recorded with it and with as many schedule.shards"
         )
-    inputs = {*build_schedule(recorded.schedule).inputs, *build_schedule(other.schedule).inputs}
+    schedules = [build_schedule(config.schedule) for config in (recorded, other)]
     for line in lines:
-        missing = sorted(inputs - line.keys())
+        read = {name for schedule in schedules for name in schedule.reads(line["step"])}
+        missing = sorted(read - line.keys())
         if missing:
-            raise UsageError(f"{file}: step {line['step']} has no {missing[0]}: restore the file")
+            raise UsageError(
+                f"{file}: step {line['step']} has no {missing[0]}: "
+                + (
+                    "only a run of schedule.kind=evidence probes, every schedule.probe_every steps"
+                    if missing[0] in PROBE_KEYS
+                    else "restore the file"
+                )
+            )
     return lines
 
 

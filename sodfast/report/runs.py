@@ -15,6 +15,7 @@ import numpy as np
 from sodfast.config import (
     CGTRConfig,
     Config,
+    EvidenceConfig,
     PythonScheduleConfig,
     ScheduleConfig,
     read_overrides,
@@ -26,7 +27,7 @@ from sodfast.schedule import Schedule, build_schedule
 from sodfast.study.directory import TrialRun, finished_status, read_records, read_runs
 from sodfast.summary import spike_ratios
 
-GATES = CGTRConfig().gates
+GATES = EvidenceConfig().gates  # CGTR's among them
 
 Line = Mapping[str, Any]
 
@@ -54,7 +55,7 @@ class Run:
 
     @property
     def copies(self) -> bool:
-        """Whether this run's teacher moves by copies, if at all (fixed, hard, cgtr)."""
+        """Whether this run's teacher moves by copies, if at all (fixed, hard, cgtr, evidence)."""
         return any("teacher/refreshed" in line for line in self.lines)
 
     @cached_property
@@ -231,18 +232,19 @@ _CALLED = {
 
 
 def describe_schedule(schedule: ScheduleConfig) -> str:
-    """A schedule as the figures call it; CGTR with what differs from the paper's settings."""
+    """A schedule as the figures call it; one with gates with what differs from its defaults, which
+    are the paper's for CGTR."""
     values = schedule.model_dump()
     if isinstance(schedule, PythonScheduleConfig):
         return schedule.source.rpartition("/")[2]
-    if not isinstance(schedule, CGTRConfig):
+    if not isinstance(schedule, CGTRConfig | EvidenceConfig):
         return _CALLED[schedule.kind].format(**values)
-    usual = CGTRConfig()
+    usual = type(schedule)()
     parts = [f"no {gate} gate" for gate in usual.gates if gate not in schedule.gates]
     for key, value in values.items():
         if key not in ("kind", "gates") and value != getattr(usual, key):
             parts.append(f"{key} {value}")
-    return ", ".join(["CGTR", *parts])
+    return ", ".join(["CGTR" if schedule.kind == "cgtr" else schedule.kind, *parts])
 
 
 def group_runs(runs: Sequence[Run], single: bool = False) -> list[Group]:

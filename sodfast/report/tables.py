@@ -68,7 +68,7 @@ def _mean(values: Iterable[float]) -> float | None:
 
 
 def _blocked(gate: str, run: Run) -> float | None:
-    passed = [check["gates"][gate]["pass"] for check in run.checks]
+    passed = [check["gates"][gate]["pass"] for check in run.checks if gate in check["gates"]]
     return passed.count(False) if passed else None
 
 
@@ -112,10 +112,13 @@ MEASURES: dict[str, dict[str, Value]] = {
 def build_tables(groups: Sequence[Group], found: Forecast | None) -> dict[str, Table]:
     """Every table but those of the curves, by the name of its CSV."""
     more = {"results": _outcome, "teacher": _moves}
+    checks = [check for group in groups for run in group.runs for check in run.checks[:1]]
     tables = {}
     for name, measures in MEASURES.items():
-        # Only CGTR has gates that can block.
+        # Only CGTR and evidence have gates that can block, and only the latter one for the tail.
         members = [g for g in groups if name != "blocked" or any(run.checks for run in g.used)]
+        if name == "blocked" and not any("tail" in check["gates"] for check in checks):
+            measures = {key: value for key, value in measures.items() if key != "blocked_tail"}
         tables[name] = _by_group(members, measures, more.get(name, lambda group: {}))
     # Every trial of the study, every refresh, and every check of every gate.
     trial = ["seed", "status", "step", "steps", "final", "peak", "collapse_step"]
@@ -222,5 +225,12 @@ def _refreshes(run: Run) -> Iterator[Line]:
 def _checks(run: Run) -> Iterator[Line]:
     for check in run.checks:
         for gate, found in check["gates"].items():
-            row = {"threshold": None, **check, **found, "gate": gate, "blocked": not found["pass"]}
+            row = {
+                "value": None,
+                "threshold": None,
+                **check,
+                **found,
+                "gate": gate,
+                "blocked": not found["pass"],
+            }
             yield row | {flag: int(row[flag]) for flag in ("active", "blocked", "refresh")}

@@ -67,6 +67,25 @@ class _Gated(_Part):
     reward_reference: float | None
 
 
+class _Probed(_Statistics):
+    questions: Count
+    gain: float
+    gain_squared: float
+    candidate_length: float
+    incumbent_length: float
+    longest: float
+
+
+class _Evidence(_Part):
+    """The state of `schedule.Evidence`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    probes: list[_Probed]
+    last_copy: Count
+    opening: float | None
+
+
 class _Followed(_Part):
     """The state of a schedule that took over from another one in a fork."""
 
@@ -106,7 +125,7 @@ class _State(_Part):
     step: Count
     fingerprint: str
     base: str | None = None
-    schedule: _Gated | _Followed | _Own | _Stateless
+    schedule: _Gated | _Evidence | _Followed | _Own | _Stateless
     collapse: _Collapse
     reward_memory: dict[str, float]
     teacher_is_student: bool = True

@@ -3,6 +3,7 @@
 Phases never overlap in memory. What outlives each:
 
     rollout   token ids and log-probs, on the CPU; the cache of keys and values is gone
+    probe     nothing
     teacher   last hidden states of the responses, and the teacher's head
     train     weights and optimizer state; gradients end with the update
     evaluate  nothing
@@ -21,6 +22,7 @@ from sodfast.errors import RunFailed
 # What to lower in each phase, the first remedy first.
 REMEDIES = {
     "rollout": "lower rollout.cache_gib, or rollout.batch_size where rollout.engine=hf",
+    "probe": "lower rollout.cache_gib, or rollout.batch_size where rollout.engine=hf",
     "teacher": (
         "lower teacher.micro_batch_tokens (optimizer.micro_batch_tokens where it is null), or set "
         "teacher.storage=host"

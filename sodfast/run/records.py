@@ -72,11 +72,12 @@ def _lacking(event: Mapping[str, Any]) -> str | None:
 
 
 def _is_gate(gate: Any) -> bool:
-    """A threshold is undefined, and left out, while the reward gate has no reference yet."""
+    """What is undefined is left out: CGTR's threshold while there is no reference yet, and a value
+    of `evidence` while nothing has been probed."""
     return (
         isinstance(gate, dict)
         and all(_is_finite(gate[key]) for key in ("value", "threshold") if key in gate)
-        and "value" in gate
+        and ("value" in gate or "threshold" in gate)
         and all(isinstance(gate.get(key), bool) for key in ("pass", "active"))
     )
 

@@ -17,7 +17,7 @@ from math import fsum
 from pathlib import Path
 from typing import Any, Literal
 
-from sodfast.config import PRESETS, CGTRConfig, Config
+from sodfast.config import PRESETS, Config, gate_names
 from sodfast.errors import UsageError
 from sodfast.files import is_held, refuse_links, replace_text, to_csv, try_lock
 from sodfast.run.records import read_events, read_metrics, read_summary
@@ -162,11 +162,11 @@ def read_records(path: Path, config: Config) -> tuple[Lines, Lines]:
     Raises `UsageError` where a line is damaged or a check is not one of this configuration.
     """
     lines, events = read_metrics(path), read_events(path)
-    gates = set(CGTRConfig().gates) if isinstance(config.schedule, CGTRConfig) else None
+    gates = set(gate_names(config.schedule))
     for number, event in enumerate(events, start=1):
-        if event["event"] == "gate" and event["gates"].keys() != gates:
+        if event["event"] == "gate" and not (gates and event["gates"].keys() == gates):
             wrong = "events.jsonl has gates but the schedule has none"
-            if gates is not None:
+            if gates:
                 wrong = f"a check of {', '.join(event['gates'])}"
             raise UsageError(f"{path}/events.jsonl:{number}: {wrong}")
     return lines, events

@@ -119,7 +119,7 @@ def test_two_ranks_train_as_one_does(
     left, right = tensors(one), tensors(two)
     assert left.keys() == right.keys()
     assert all(torch.allclose(left[n], right[n], rtol=1e-3, atol=1e-5) for n in left)
-    if kind in ("hard", "cgtr"):
+    if kind in ("hard", "cgtr", "evidence"):
         assert read_run(two).summary["refresh_steps"]
     else:
         assert any(name.startswith("teacher") for name in right)
