@@ -17,7 +17,7 @@ from sodfast.config import CGTRConfig, Config, ScheduleConfig, read_overrides, v
 from sodfast.errors import UsageError
 from sodfast.report.intervals import Curve, Series, group_curve
 from sodfast.schedule import build_schedule
-from sodfast.study.definition import flatten
+from sodfast.study.definition import VARIANT, flatten
 from sodfast.study.directory import TrialRun, finished_status, read_records, read_runs
 from sodfast.summary import spike_ratios
 
@@ -295,4 +295,6 @@ def _short_label(run: Run) -> str:
     parts = {axis: f"{axis.rpartition('.')[2]} {label}" for axis, label in run.point.items()}
     if "schedule" in parts:
         parts["schedule"] = schedule
+    if VARIANT in parts:
+        parts[VARIANT] = run.point[VARIANT]
     return ", ".join(parts.values()) or schedule
