@@ -17,7 +17,7 @@ OLDEST ?= tests
 PYTHON_OLDEST ?= PYENV_VERSION=3.12 python3.12
 HAS_OLDEST = $(shell $(PYTHON_OLDEST) --version 2>/dev/null)
 
-.PHONY: demo quick test test-oldest bench lint
+.PHONY: demo quick test test-oldest bench fuzz lint
 
 demo: .venv/ready
 	$(BIN)/sodfast train out=$(OUT)
@@ -36,6 +36,13 @@ test-oldest:
 
 bench: .venv/ready
 	$(BIN)/pytest -q bench --benchmark-only
+
+# Every command killed at every point, then damaged files for MINUTES; tables of what was tried.
+MINUTES ?= 60
+FUZZ := cd tests && OMP_NUM_THREADS=1 PYTHONPATH=. ../$(BIN)/python -m
+fuzz: .venv/ready
+	$(FUZZ) crash_points
+	$(FUZZ) fuzz.campaign --minutes $(MINUTES)
 
 lint: .venv/ready
 	$(BIN)/ruff format --check .
