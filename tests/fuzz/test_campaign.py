@@ -1,5 +1,6 @@
 """A minute of `make fuzz`, the same cases every time, and what counts as a failure."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ def test_damaged_files_are_refused_in_one_line() -> None:
     ended = subprocess.run(
         [sys.executable, "-m", "fuzz.campaign", "--seed", "0", "--cases", "6", "--minutes", "3"],
         cwd=TESTS,
-        env={"PATH": "", "HOME": "/nonexistent", "PYTHONPATH": ".", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": ".", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
