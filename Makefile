@@ -22,7 +22,7 @@ HAS_OLDEST = $(shell $(PYTHON_OLDEST) --version 2>/dev/null)
 SOURCES := setup.py pyproject.toml kernels/pyproject.toml kernels/VERSION
 INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo quick test test-oldest bench lint dist
+.PHONY: demo quick test test-oldest bench fuzz lint dist
 
 demo: .venv/ready
 	$(BIN)/sodfast train out=$(OUT)
@@ -41,6 +41,13 @@ test-oldest:
 
 bench: .venv/ready
 	$(BIN)/pytest -q bench --benchmark-only
+
+# Every command killed at every point, then damaged files for MINUTES; tables of what was tried.
+MINUTES ?= 60
+FUZZ := cd tests && OMP_NUM_THREADS=1 PYTHONPATH=. ../$(BIN)/python -m
+fuzz: .venv/ready
+	$(FUZZ) crash_points
+	$(FUZZ) fuzz.campaign --minutes $(MINUTES)
 
 lint: .venv/ready
 	$(BIN)/ruff format --check .

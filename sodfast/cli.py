@@ -263,17 +263,31 @@ def show(
 
 
 @app.command("report")
-def report_directory(
-    directory: Annotated[Path, typer.Argument(metavar="RUN_OR_STUDY_DIR")],
+def report_directories(
+    directories: Annotated[
+        list[Path], typer.Argument(metavar="RUN_OR_STUDY_DIR", help="Or several runs.")
+    ],
     baseline: Annotated[
         str | None,
         typer.Option(metavar="AXIS=LABEL", help="What a study's groups are compared with."),
     ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Page of several runs; default: comparison.html."),
+    ] = None,
 ) -> None:
-    """Write report.html, a page with every figure, and tables/*.csv into a run or a study."""
-    from sodfast.report.page import write_report
+    """Write report.html, a page with every figure, and tables/*.csv into a run or a study; or one
+    page that shows several runs side by side, the keys that differ first."""
+    from sodfast.report.page import write_comparison, write_report
 
-    _print(str(write_report(directory, baseline)))
+    if len(directories) > 1:
+        if baseline is not None:
+            raise UsageError("--baseline is for a study: leave it out, or name one directory")
+        _print(str(write_comparison(directories, out or Path("comparison.html"))))
+        return
+    if out is not None:
+        raise UsageError("--out is for several runs: one report lies in its own directory")
+    _print(str(write_report(directories[0], baseline)))
 
 
 def _print(*lines: str, screen: "Screen | None" = None) -> None:

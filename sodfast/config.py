@@ -705,7 +705,9 @@ def validate(layer: DictConfig | dict[str, Any]) -> Config:
     except (TypeError, RecursionError) as error:
         raise UsageError(f"configuration: {first_line(error)}") from error
     except ValidationError as error:
-        raise UsageError("; ".join(explain(Config, item) for item in error.errors())) from error
+        reasons = [explain(Config, item) for item in error.errors()]
+        more = [f"and {len(reasons) - 20} more"] if len(reasons) > 20 else []
+        raise UsageError("; ".join([*reasons[:20], *more])) from error
 
 
 def override(config: Config, overrides: list[str]) -> Config:

@@ -215,6 +215,8 @@ def explain(schema: type[BaseModel], error: Any) -> str:
         del location[union]
     key = ".".join(location)
     message = str(error["msg"]).removeprefix("Value error, ")
+    if len(message) > 600:  # pydantic repeats an unknown kind in full, before those that it knows
+        message = f"{message[:200]} … {message[-200:]}"
     if error["type"] == "extra_forbidden":
         known = _known_keys(schema, location[:-1], error["loc"])
         close = difflib.get_close_matches(location[-1], known, n=1)

@@ -328,7 +328,7 @@ class Trainer:
                 self.task,
                 self.teacher,
                 rollouts.questions,
-                [hint and hint.prompt for hint in rollouts.contexts],
+                [None if hint is None else hint.prompt for hint in rollouts.contexts],
                 step,
                 self.ranks,
                 lambda done, total: self.reporter.phase("probe", done, total),

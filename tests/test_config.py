@@ -168,6 +168,14 @@ def test_several_mistakes_are_all_named() -> None:
         assert key in message
 
 
+def test_a_message_stays_readable_whatever_is_wrong() -> None:
+    many = "{" + ", ".join(f"key{n}: {n}" for n in range(500)) + "}"
+    message = refusal(f"rollout={many}")
+    assert message.startswith("unknown key rollout.key0 (") and message.endswith("; and 480 more")
+    message = refusal(f"schedule.kind={many}")
+    assert "'trust_region'" in message and len(message) < 1000
+
+
 @pytest.mark.parametrize(
     "override",
     [

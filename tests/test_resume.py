@@ -336,3 +336,18 @@ def test_an_interrupted_process_saves_and_says_130(
     saved = checkpoint.latest(out / "checkpoints")
     assert saved is not None and checkpoint.load(saved).step == stopped.lines[-1]["step"] >= 3
     assert train(out) == undisturbed("cgtr")
+
+
+@pytest.mark.slow
+def test_a_kill_at_a_point_of_any_command_is_as_if_it_had_not_been() -> None:
+    """Some points before and after a rename, fsync or unlink of train, resume, fork, export, report
+    and sweep; `make fuzz` tries them all."""
+    ended = subprocess.run(
+        [sys.executable, "-m", "crash_points", "--every", "40"],
+        cwd=Path(__file__).parent,
+        env={**os.environ, "PYTHONPATH": ".", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert ended.stdout.count(" 0 failed") == 6

@@ -12,9 +12,10 @@ between the allocator's blocks.
 
 import json
 from bisect import bisect
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,27 @@ CUBLAS_WORKSPACE = 32 * 2**20
 Items = dict[str, int]  # item → bytes
 
 
+@cache
+def _sizes(network: Any) -> tuple[int, int, int]:
+    """How many numbers a network has, their bytes, and the bytes of those that are trained."""
+    parameters = list(network.parameters())
+    trained = trained_parameters(network).values()
+    return (
+        sum(p.numel() for p in parameters),
+        sum(p.nbytes for p in parameters),
+        sum(p.nbytes for p in trained),
+    )
+
+
+@cache
+def _block_sizes(network: Any) -> tuple[list[int], list[int]]:
+    """Bytes of each layer of the decoder, and of each run of other parameters."""
+    found = [(layer is not None, block_bytes(parameters)) for layer, parameters in blocks(network)]
+    return [size for inside, size in found if inside], [
+        size for inside, size in found if not inside
+    ]
+
+
 @dataclass(frozen=True)
 class Lengths:
     """Tokens of one rollout; `context`: of the teacher's prompt, None where it scores nothing."""
@@ -100,10 +122,8 @@ class Estimate:
         )
         self.network = self._network(0)
         self.head = output_head(self.network)
-        self.parameters = sum(p.numel() for p in self.network.parameters())
-        self.weights = sum(p.nbytes for p in self.network.parameters())
-        # Gradients take as much, and so does a teacher on the device.
-        self.trained = sum(p.nbytes for p in trained_parameters(self.network).values())
+        # Gradients take as much as what is trained, and so does a teacher on the device.
+        self.parameters, self.weights, self.trained = _sizes(self.network)
         self.token_bytes = Cache.bytes_per_token(self.network)
         self.given = rollouts is not None
         self.rollouts = _at_the_caps(config) if rollouts is None else list(rollouts)
@@ -112,8 +132,7 @@ class Estimate:
         self.on_host = config.teacher.storage == "host"
         # The decoder's layers, and the runs of other parameters, as a teacher in host memory holds
         # and streams them.
-        self.layers = [block_bytes(ps) for layer, ps in blocks(self.network) if layer is not None]
-        self.others = [block_bytes(ps) for layer, ps in blocks(self.network) if layer is None]
+        self.layers, self.others = _block_sizes(self.network)
         # Trust region puts the hidden states and the heads of two models side by side.
         self.teachers = 1 if student_share(config.schedule) is None else 2
 
@@ -210,9 +229,14 @@ class Estimate:
         group = self._optimizer.param_groups[0]
         if not isinstance(self._optimizer, AdamW):  # two moments and a count of steps
             return 2 * self.trained + 4 * len(group["params"])
+        # A network has few shapes, however many layers it has.
+        layouts = Counter((parameter.shape, parameter.dtype) for parameter in group["params"])
+        total = 0
         with FAKE:
-            states = [empty_state(p, group["state"]) for p in group["params"]]
-        return sum(tensor.nbytes for state in states for tensor in state.values())
+            for (shape, dtype), count in layouts.items():
+                state = empty_state(torch.empty(shape, dtype=dtype), group["state"])
+                total += count * sum(tensor.nbytes for tensor in state.values())
+        return total
 
     def _stream(self, others: int) -> int:
         """Device buffers of a teacher in host memory: some layers, and `others` beside them. While

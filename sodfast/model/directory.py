@@ -21,7 +21,7 @@ from sodfast.errors import UsageError
 
 INDEX = "model.safetensors.index.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-_MOST_LAYERS, _MOST_PARTS = 2**10, 2**20
+_MOST_LAYERS, _MOST_PARTS = 2**9, 2**20
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _FETCHED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 # Folders, and the weights of some models once more in another layout.

@@ -22,7 +22,7 @@ from sodfast.report import canvas, plots, tables
 from sodfast.report.answers import Shown, compare
 from sodfast.report.early_warning import MAX_FALSE_ALARM_RATE, Forecast, forecast
 from sodfast.report.intervals import Curve, Series, bin_width, group_curve
-from sodfast.report.runs import Group, Line, Run, Source, load
+from sodfast.report.runs import Group, Line, Run, Source, load, load_side_by_side
 from sodfast.report.templates import template
 from sodfast.run.environment import describe
 from sodfast.run.show import SHADES
@@ -48,20 +48,43 @@ def write_report(directory: Path, baseline: str | None = None) -> Path:
     `UsageError`, before anything is written, where there is nothing to report or compare.
     """
     source = load(directory, baseline)
-    found = None if source.single else forecast(source.groups)
-    rows = tables.build_tables(source.groups, found)
-    figures = _draw(source, rows, found)
-    page = _render(source, rows, figures, found, _answers(source))
+    page, rows, figures = _build(source)
     files = {f"tables/{name}.csv": table.to_csv() for name, table in rows.items()}
     refuse_links(directory, ("tables", "figures"))
     files |= {f"figures/{name}.svg": canvas.standalone(svg) for name, svg in figures.items()}
+    _write(directory, {**files, "report.html": page})
+    return directory / "report.html"
+
+
+def write_comparison(directories: Sequence[Path], out: Path) -> Path:
+    """Write `out`, one page that shows several runs side by side, the keys that differ first.
+
+    Raises `UsageError`, before anything is written, where one is no run, or `out` is a name that
+    is not of the form *.html, or of a link or a directory.
+    """
+    if out.suffix != ".html" or out.is_symlink() or out.is_dir():
+        raise UsageError(f"--out {out} cannot be used: name a file of the form NAME.html")
+    page, _, _ = _build(load_side_by_side(directories, out.parent))
+    _write(out.parent, {out.name: page})
+    return out
+
+
+def _build(source: Source) -> tuple[str, Tables, dict[str, str]]:
+    """The page, the rows of its tables, and its figures."""
+    found = forecast(source.groups) if source.definition else None
+    rows = tables.build_tables(source.groups, found)
+    figures = _draw(source, rows, found)
+    return _render(source, rows, figures, found, _answers(source)), rows, figures
+
+
+def _write(directory: Path, files: Mapping[str, str]) -> None:
+    """Replace files, by their names from `directory`; raises `UsageError` where that fails."""
     try:
-        for name, text in [*files.items(), ("report.html", page)]:
+        for name, text in files.items():
             (directory / name).parent.mkdir(exist_ok=True)
             replace_text(directory / name, text)
     except OSError as error:
         raise UsageError(f"{directory} cannot be written: {error.strerror}") from error
-    return directory / "report.html"
 
 
 def _draw(source: Source, rows: Tables, found: Forecast | None) -> dict[str, str]:
@@ -187,7 +210,7 @@ def _render(
     lasts = [{run.last_step for run in group.used} for group in source.groups]
     uneven = any(len(steps) > 1 for steps in lasts)
     return template("page.html.j2").render(
-        title=source.directory.resolve().name,
+        title=source.called,
         source=source,
         tables=rows,
         figures=figures,

@@ -4,6 +4,7 @@ What is shown of a run follows from its config.yaml, metrics.jsonl and events.js
 each file is read once.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,6 +25,7 @@ from sodfast.config import (
 from sodfast.errors import UsageError
 from sodfast.report.intervals import Curve, Series, group_curve
 from sodfast.schedule import Schedule, build_schedule
+from sodfast.study.definition import VARIANT, flatten
 from sodfast.study.directory import TrialRun, finished_status, read_records, read_runs
 from sodfast.summary import spike_ratios
 
@@ -119,22 +121,36 @@ class Group:
 
 @dataclass(frozen=True)
 class Source:
-    """What a report is about: the runs of a study in its order, or a single run, in groups.
+    """What a report is about: a single run, the runs of a study in its order, or runs that were
+    named side by side, in groups. `called`: what the page is called.
 
     The groups are compared with those that have `value` on `axis`, the other axes being equal;
     both are None where there is only one group.
     """
 
     directory: Path
+    called: str
     runs: Sequence[Run]
     groups: Sequence[Group]
     axis: str | None
     value: str | None
-    definition: str  # the study file; empty for a single run
+    definition: str  # the study file; empty without a study
 
     @property
     def single(self) -> bool:
-        return not self.definition
+        return not self.definition and len(self.runs) == 1
+
+    @cached_property
+    def differing(self) -> dict[str, list[str]]:
+        """Of runs side by side, the dotted keys whose values differ, and each run's value."""
+        if self.definition:
+            return {}
+        values = [flatten(run.config.model_dump(mode="json", exclude={"out"})) for run in self.runs]
+        keys = dict.fromkeys(key for one in values for key in one)
+        shown = {
+            key: [json.dumps(one[key]) if key in one else "" for one in values] for key in keys
+        }
+        return {key: texts for key, texts in shown.items() if len(set(texts)) > 1}
 
     @property
     def steps(self) -> int:
@@ -175,15 +191,7 @@ def load(directory: Path, baseline: str | None = None) -> Source:
                 f"{directory / 'logs'}"
             )
     elif (directory / "config.yaml").is_file():
-        config = validate(read_overrides(directory / "config.yaml", []))
-        status = finished_status(directory, config) or "unfinished"
-        records = read_records(directory, config)
-        runs = [Run(directory.resolve().name, directory, config, status, {}, *records)]
-        if not runs[0].lines:
-            raise UsageError(
-                f"{directory} has no metrics yet: continue it with sodfast train --resume "
-                f"{directory}"
-            )
+        runs = [_load_run(directory, directory.resolve().name)]
     else:
         raise UsageError(
             f"{directory} is neither a run nor a study directory: it has no config.yaml and no "
@@ -195,7 +203,39 @@ def load(directory: Path, baseline: str | None = None) -> Source:
         points = [{**group.point, axis: value} for group in groups]
         others = [next((g for g in groups if g.point == point), None) for point in points]
         groups = [replace(g, baseline=other) for g, other in zip(groups, others, strict=True)]
-    return Source(directory, runs, groups, axis, value, definition)
+    return Source(directory, directory.resolve().name, runs, groups, axis, value, definition)
+
+
+def load_side_by_side(directories: Sequence[Path], directory: Path) -> Source:
+    """Read several runs, each a group of its own in any state, for a report into `directory`.
+
+    They are called as their directories are, or by their whole paths where two are called the same.
+    Raises `UsageError`, also for a damaged run and for one that is named twice.
+    """
+    paths = [path.resolve() for path in directories]
+    if len(set(paths)) < len(paths):
+        raise UsageError("a run is named twice: leave one out")
+    names = [path.name for path in paths]
+    if len(set(names)) < len(names):
+        names = [str(path) for path in paths]
+    for path in directories:
+        if not (path / "config.yaml").is_file():
+            raise UsageError(f"{path} is not a run directory: it has no config.yaml")
+    runs = [_load_run(path, name) for path, name in zip(directories, names, strict=True)]
+    groups = [Group(run.name, [run], [run]) for run in runs]
+    return Source(directory, ", ".join(names), runs, groups, None, None, "")
+
+
+def _load_run(directory: Path, name: str) -> Run:
+    """A run directory. Raises `UsageError` for a damaged one and for one that has no metrics."""
+    config = validate(read_overrides(directory / "config.yaml", []))
+    status = finished_status(directory, config) or "unfinished"
+    run = Run(name, directory, config, status, {}, *read_records(directory, config))
+    if not run.lines:
+        raise UsageError(
+            f"{directory} has no metrics yet: continue it with sodfast train --resume {directory}"
+        )
+    return run
 
 
 def _run_of(found: TrialRun) -> Run:
@@ -267,4 +307,6 @@ def _short_label(run: Run) -> str:
     parts = {axis: f"{axis.rpartition('.')[2]} {label}" for axis, label in run.point.items()}
     if "schedule" in parts:
         parts["schedule"] = schedule
+    if VARIANT in parts:
+        parts[VARIANT] = run.point[VARIANT]
     return ", ".join(parts.values()) or schedule

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,10 @@ _log = logging.getLogger(__name__)
 
 # What a process that ends before config.yaml is written, or a full disk, leaves of a new run.
 _BEGUN = re.compile(r"\.lock|environment\.json|(environment\.json|config\.yaml)\.[0-9a-f]{16}\.tmp")
+# A fork writes this file first and deletes it when it has a config.yaml; until then it may have the
+# others, which belong to no run yet.
+_FORKING = ".forking"
+_FORKED = {_FORKING, "metrics.jsonl", "events.jsonl", "checkpoints"}
 _DEEPEST = 255  # folders that Python makes in one call without exhausting its stack
 
 # Keys that release 0.1.0 did not have, with their defaults.
@@ -90,9 +95,12 @@ def require_usable(path: Path, called: str) -> None:
 
 def check_out(path: Path) -> None:
     """Raise `UsageError` unless `path` can become a new run directory: one that does not exist, is
-    empty, or was begun and has no config.yaml yet. Writes nothing."""
+    empty, or was begun, perhaps as a fork, and has no config.yaml yet. Writes nothing."""
     require_usable(path, f"out={path}")
-    if os.path.isdir(path) and not all(map(_BEGUN.fullmatch, os.listdir(path))):
+    names = set(os.listdir(path)) if os.path.isdir(path) else set()
+    if _FORKING in names:
+        names -= _FORKED
+    if not all(map(_BEGUN.fullmatch, names)):
         resume = f"sodfast train --resume {path}"
         if os.path.isfile(path / "config.yaml"):
             advice = f"choose another, or continue it with {resume}"
@@ -124,20 +132,25 @@ class RunDirectory:
         path: Path,
         config: Config,
         environment: dict[str, Any],
-        begin: Callable[["RunDirectory"], object] = lambda run: None,
+        begin: Callable[["RunDirectory"], object] | None = None,
     ) -> "RunDirectory":
-        """A new directory, locked; `begin` writes what it holds beside its configuration."""
+        """A new directory, locked; `begin` writes what a fork holds beside its configuration."""
         check_out(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            refuse_links(path, (".lock",))
+            refuse_links(path, (".lock", *_FORKED))
             run = cls(path, _lock(path))
             try:
+                check_out(path)  # another process may have made a run of it before it was locked
+                run._forget_fork()
                 run._replace(path / "environment.json", json.dumps(environment, indent=2) + "\n")
-                begin(run)
+                if begin is not None:
+                    (path / _FORKING).touch()
+                    begin(run)
                 # Written last: a directory with a config.yaml is one that can be resumed, and one
                 # without is one that can be created.
                 run.write_config(config)
+                (path / _FORKING).unlink(missing_ok=True)
             except BaseException:
                 run.close()
                 raise
@@ -150,7 +163,10 @@ class RunDirectory:
         _require_config(path)
         names = ("metrics.jsonl", "events.jsonl", "checkpoints", "samples", "tensorboard")
         refuse_links(path, (".lock", *names))
-        return cls(path, _lock(path))
+        run = cls(path, _lock(path))
+        if (path / _FORKING).is_file():
+            (path / _FORKING).unlink()  # it has a config.yaml, and so is a run
+        return run
 
     def close(self) -> None:
         if self._lock is not None:
@@ -188,6 +204,14 @@ class RunDirectory:
             for file in (self.metrics, self.events):
                 file.unlink(missing_ok=True)
             samples.remove_later(self.path, -1, -1)
+
+    def _forget_fork(self) -> None:
+        """Delete what a fork has left that was killed before it wrote config.yaml."""
+        if (self.path / _FORKING).exists():
+            self.clear()
+            if self.checkpoints.exists():
+                shutil.rmtree(self.checkpoints)
+            (self.path / _FORKING).unlink()
 
     def rewind(self, step: int, config: Config, without_evaluation: bool) -> list[dict[str, Any]]:
         """Write `config`, under which the run goes on, and drop lines, events and answers after

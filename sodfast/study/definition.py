@@ -6,6 +6,9 @@
     axes:                      # dotted key → values; the trials are their product, in file order
       schedule: [{kind: fixed}, {kind: hard, every: 50}]    # a mapping sets its whole group
       seed: [0, 1, 2]
+    variants:                  # one more axis, before the others: points that change keys together
+      plain: {}
+      long: {steps: 600, optimizer.lr: 5e-6}
 
 What a study directory holds is in directory.py.
 """
@@ -29,6 +32,7 @@ from sodfast.config import PRESETS, Config, load_config, parse_overrides, read_m
 from sodfast.errors import UsageError
 
 STUDIES = PRESETS / "studies"
+VARIANT = "variant"  # what the axis of the variants is called
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class Study(BaseModel):
     base: str
     overrides: dict[str, Any] = {}  # dotted key → value, after `load_study`
     axes: Annotated[dict[str, Annotated[list[Any], Field(min_length=1)]], Field(min_length=1)]
+    variants: dict[str, dict[str, Any]] = {}  # name → dotted key → value
 
     @cached_property
     def trials(self) -> list[Trial]:
@@ -56,27 +61,55 @@ class Study(BaseModel):
         one name or one configuration.
         """
         fixed = [_assignment(key, value) for key, value in self.overrides.items()]
-        words = [key.rpartition(".")[2] for key in self.axes]
-        # An axis is called by its last word, or by its whole key where two end in the same word.
-        called = [
-            word if words.count(word) == 1 else key
-            for key, word in zip(self.axes, words, strict=True)
-        ]
         trials = []
-        for values in itertools.product(*self.axes.values()):
-            name = ",".join(map(_name_part, called, values))
-            overrides = fixed + list(map(_assignment, self.axes, values))
+        for choices in itertools.product(*self._choices):
+            name = ",".join(choice.part for choice in choices)
+            overrides = fixed + [text for choice in choices for text in choice.overrides]
             try:
                 config = load_config(self.base, overrides)
             except UsageError as error:
                 raise UsageError(f"trial {name}: {error}") from error
-            point = dict(zip(self.axes, map(_label, values), strict=True))
+            point = {choice.axis: choice.label for choice in choices}
             trials.append(Trial(name, point, overrides, config))
         _check_distinct(trials)
         return trials
 
+    @property
+    def _choices(self) -> list[list["_Choice"]]:
+        """For each axis what there is to choose from; the variants are the first axis."""
+        words = [key.rpartition(".")[2] for key in self.axes]
+        choices = []
+        if self.variants:
+            choices.append([_variant(name, values) for name, values in self.variants.items()])
+        for (key, values), word in zip(self.axes.items(), words, strict=True):
+            # Called by its last word, or by its whole key where two end in the same word.
+            called = word if words.count(word) == 1 else key
+            choices.append(
+                [
+                    _Choice(key, _label(v), _name_part(called, v), [_assignment(key, v)])
+                    for v in values
+                ]
+            )
+        return choices
+
     def to_yaml(self) -> str:
-        return OmegaConf.to_yaml(OmegaConf.create(self.model_dump()))
+        values = self.model_dump(exclude=set() if self.variants else {"variants"})
+        return OmegaConf.to_yaml(OmegaConf.create(values))
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """A value of an axis: what it is called, its part of a trial's name, and what it changes."""
+
+    axis: str
+    label: str
+    part: str
+    overrides: list[str]
+
+
+def _variant(name: str, values: Mapping[str, Any]) -> _Choice:
+    changed = [_assignment(key, value) for key, value in flatten(values).items()]
+    return _Choice(VARIANT, name, _name_part("name", name), changed)
 
 
 def find_study(source: str) -> Path:
@@ -134,9 +167,14 @@ def _explain(error: Any) -> str:
 
 def _check_keys(study: Study) -> None:
     """Each key is decided in one place: not in two, and not undone by a later whole group."""
-    if "out" in study.axes or "out" in study.overrides:
+    varied = list(
+        dict.fromkeys(key for values in study.variants.values() for key in flatten(values))
+    )
+    if "out" in [*study.axes, *study.overrides, *varied]:
         raise UsageError("out is no key of a study: give out=DIRECTORY on the command line")
-    for first, key in itertools.combinations([*study.overrides, *study.axes], 2):
+    for first, key in itertools.combinations([*study.overrides, *varied, *study.axes], 2):
+        if first == key and key in varied:
+            raise UsageError(f"{key} is changed by variants and elsewhere: drop one of them")
         if first == key:
             raise UsageError(f"{key} is an axis and an override: drop one of them")
         if first.startswith(f"{key}."):

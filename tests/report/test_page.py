@@ -18,7 +18,7 @@ from synthetic import SCHEDULES, lab_run, schedule_study, write_run, write_study
 
 from sodfast import cli
 from sodfast.errors import UsageError
-from sodfast.report.page import write_report
+from sodfast.report.page import write_comparison, write_report
 
 CUT = {"cgtr,seed2": 40, "fixed,seed1": None}
 SHORT = schedule_study(seeds=3, steps=60)
@@ -402,6 +402,78 @@ def test_figures_and_tables_scroll_where_they_do_not_fit(study: Path) -> None:
 
 
 # ---------------------------------------------------------------- refusals
+
+
+# ---------------------------------------------------------------- runs side by side
+
+
+@pytest.fixture
+def two_runs(tmp_path: Path) -> list[Path]:
+    """Another schedule and another seed; the second is not finished."""
+    write_run(tmp_path / "a" / "hard", lab_run("steps=30", "schedule.kind=hard"))
+    write_run(tmp_path / "b" / "gated", lab_run("steps=30", "seed=3"), 20)
+    return [tmp_path / "a" / "hard", tmp_path / "b" / "gated"]
+
+
+def test_runs_stand_side_by_side_with_their_differing_keys_first(
+    two_runs: list[Path], tmp_path: Path
+) -> None:
+    before = {file: file.read_bytes() for run in two_runs for file in run.iterdir()}
+    page = Page(write_comparison(two_runs, tmp_path / "page.html"))
+    assert next(iter(page.tables)) == "keys"
+    assert page.tables["keys"][0] == ["key", "hard", "gated"]
+    keys = page.rows("keys")
+    assert keys["seed"] == {"key": "seed", "hard": "0", "gated": "3"}
+    assert keys["schedule.kind"]["gated"] == '"cgtr"'
+    assert keys["schedule.every"] == {"key": "schedule.every", "hard": "50", "gated": "–"}
+    assert not {"steps", "out", "optimizer.lr"} & keys.keys()
+    for run in two_runs:
+        line = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+        shown = page.rows("lengths")[run.name]["length, end"]
+        lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines()[-5:])
+        assert float(shown) == pytest.approx(sum(one["length/mean"] for one in lines) / 5, abs=0.06)
+        assert line["step"] == (30 if run.name == "hard" else 20)
+    assert "gated is not finished: it stands at step 20 of its 30" in page.text
+    assert "score" in page.figures and "study" not in page.text.lower()
+    assert before == {file: file.read_bytes() for run in two_runs for file in run.iterdir()}
+
+
+def test_runs_of_one_name_are_called_by_their_paths(tmp_path: Path) -> None:
+    for folder in "ab":
+        write_run(tmp_path / folder / "run", lab_run("steps=6"))
+    page = Page(
+        write_comparison([tmp_path / "a" / "run", tmp_path / "b" / "run"], tmp_path / "p.html")
+    )
+    head, *rows = page.tables["keys"]
+    assert head == ["key", str(tmp_path / "a" / "run"), str(tmp_path / "b" / "run")]
+    assert rows == [["none", "–", "–"]]
+
+
+def test_what_cannot_stand_side_by_side(two_runs: list[Path], study: Path, tmp_path: Path) -> None:
+    out = tmp_path / "page.html"
+    (tmp_path / "link.html").symlink_to(tmp_path / "elsewhere.html")
+    for runs, file, match in (
+        ([two_runs[0], two_runs[0]], out, "named twice"),
+        ([two_runs[0], study], out, "is not a run directory"),
+        ([two_runs[0], tmp_path / "no"], out, "is not a run directory"),
+        (two_runs, two_runs[0] / "metrics.jsonl", "name a file of the form"),
+        (two_runs, tmp_path / "link.html", "name a file of the form"),
+        (two_runs, tmp_path / "no" / "folder" / "page.html", "cannot be written"),
+    ):
+        with pytest.raises(UsageError, match=match):
+            write_comparison(runs, file)
+    assert not out.exists() and not (tmp_path / "no").exists()
+
+
+def test_the_command_takes_several_runs(
+    two_runs: list[Path], tmp_path: Path, cli: Callable[..., Any]
+) -> None:
+    out, names = tmp_path / "page.html", list(map(str, two_runs))
+    assert cli("report", *names, "--out", str(out)).out.strip() == str(out)
+    assert out.is_file()
+    for arguments in ([*names, "--baseline", "seed=0"], [names[0], "--out", str(out)]):
+        outcome = cli("report", *arguments)
+        assert outcome.code == 2 and outcome.err.count("\n") == 1
 
 
 def refuse(directory: Path, match: str, baseline: str | None = None) -> None:

@@ -111,6 +111,38 @@ def test_a_run_that_ended_before_its_configuration_is_begun_anew(
     assert "--resume" in refusal(check_out, path)
 
 
+def test_a_fork_that_ended_before_its_configuration_is_begun_anew(tmp_path: Path) -> None:
+    """Nothing of it stays, and without the mark that a fork leaves nothing is taken for its own."""
+    path = tmp_path / "run"
+
+    def begin(run: RunDirectory) -> None:
+        run.append(run.metrics, {"step": 0})
+        (run.checkpoints / "step-0").mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            RunDirectory.create(path, lab(), {}, begin)
+    assert read_lines(path / "metrics.jsonl") == [{"step": 0}]
+    (path / "mine.txt").touch()
+    assert "exists and is not empty" in refusal(check_out, path)
+    (path / "mine.txt").rename(tmp_path / "mine.txt")
+    (path / ".forking").rename(tmp_path / ".forking")
+    assert "exists and is not empty" in refusal(check_out, path)
+    (tmp_path / ".forking").rename(path / ".forking")
+    RunDirectory.create(path, lab(), {}).close()
+    assert {file.name for file in path.iterdir()} == {".lock", "environment.json", "config.yaml"}
+
+
+def test_a_fork_that_ended_after_its_configuration_is_a_run(run: RunDirectory) -> None:
+    run.append(run.metrics, {"step": 0})
+    run.close()
+    (run.path / ".forking").touch()
+    assert "--resume" in refusal(check_out, run.path)
+    RunDirectory.open(run.path).close()
+    assert not (run.path / ".forking").exists() and read_lines(run.metrics) == [{"step": 0}]
+
+
 @pytest.mark.parametrize("path", ["/proc/self/run", "/proc/sodfast/run", "runs/" + "a" * 300])
 def test_an_unwritable_place(path: str) -> None:
     assert refusal(RunDirectory.create, Path(path), lab(), {}).startswith(f"out={path} cannot be ")

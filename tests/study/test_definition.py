@@ -77,6 +77,41 @@ def test_a_base_file_lies_beside_the_study(tmp_path: Path, monkeypatch: pytest.M
     assert trial.config.steps == 11
 
 
+def test_variants_change_several_keys_together(tmp_path: Path) -> None:
+    """They are the first axis, called by their names; the others multiply with them."""
+    variants = {"plain": {}, "long run": {"steps": 9, "optimizer": {"lr": 0.1}}}
+    study = load_study(write(tmp_path, base="lab", axes={"seed": [0, 1]}, variants=variants))
+    assert names(study) == ["plain,seed0", "plain,seed1", "long-run,seed0", "long-run,seed1"]
+    last = study.trials[-1]
+    assert last.point == {"variant": "long run", "seed": "1"}
+    assert (last.config.steps, last.config.optimizer.lr, last.config.seed) == (9, 0.1, 1)
+    assert study.trials[0].config == load_config("lab", ["seed=0"])
+    (tmp_path / "again.yaml").write_text(study.to_yaml())
+    assert load_study(tmp_path / "again.yaml").trials == study.trials
+
+
+@pytest.mark.parametrize(
+    ("variants", "match"),
+    [
+        ({"a": {"seed": 1}}, "seed is changed by variants and elsewhere"),
+        ({"a": {"steps": 1}}, "steps is changed by variants and elsewhere"),
+        ({"a": {"out": "x"}}, "out is no key of a study"),
+        ({"a": {}, "A": {"optimizer.lr": 1}}, "two trials are named"),
+        ({"a": {}, "b": {}}, "have the same configuration"),
+        ({"a": {"stepps": 1}}, "unknown key stepps"),
+        ({"a": 3}, "variants.a"),
+        ([1], "variants"),
+    ],
+)
+def test_variants_that_cannot_be(tmp_path: Path, variants: Any, match: str) -> None:
+    file = write(
+        tmp_path, base="lab", overrides={"steps": 3}, axes={"seed": [0]}, variants=variants
+    )
+    with pytest.raises(UsageError, match=match) as refused:
+        load_study(file)
+    assert "\n" not in str(refused.value)
+
+
 def test_a_later_axis_may_refine_the_group_of_an_earlier_one(tmp_path: Path) -> None:
     axes = {"schedule": [{"kind": "ema"}, {"kind": "trust_region"}], "schedule.rate": [0.1, 0.2]}
     study = load_study(write(tmp_path, axes=axes))
