@@ -326,7 +326,7 @@ def test_a_run_moves_adapters_alone_and_logs_their_drift(
     assert type(trainer.optimizer) is torch.optim.AdamW
     torch.testing.assert_close(flat(teacher.own().values()), phi, rtol=1e-5, atol=1e-6)
     refreshed = bool([line for line in trainer.lines if line.get("teacher/refreshed")])
-    assert refreshed == (kind in ("hard", "cgtr"))
+    assert refreshed == (kind in ("hard", "cgtr", "evidence"))
 
 
 def test_the_first_step_compares_the_base_with_itself(train: Train, tmp_path: Path) -> None:
