@@ -243,6 +243,7 @@ def test_the_environment_is_never_read(text: str, tmp_path: Path) -> None:
         assert "reads the environment" in refusal(source=str(file))
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(st.text(alphabet="\\${}a:.'\" ,[]é", max_size=9), st.sampled_from(["", "${oc.env:HOME}"]))
 def test_a_literal_text_stays_what_it_is(

@@ -114,6 +114,7 @@ def test_trl_is_run_at_the_largest_size_that_fits(monkeypatch: pytest.MonkeyPatc
 # ---------------------------------------------------------------- a run whose lengths are given
 
 
+@pytest.mark.slow
 def test_a_run_writes_no_checkpoint_and_loads_nothing() -> None:
     config = forced_run.EIGHT_B.config(torch.device("cpu"))
     assert (config.model.path, config.model.random) == (None, "Qwen/Qwen3-8B")

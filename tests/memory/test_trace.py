@@ -190,6 +190,7 @@ def test_a_deep_network_is_what_two_depths_of_it_say(
     assert len(network.model.layers) == 8
 
 
+@pytest.mark.slow
 def test_layers_that_are_set_up_otherwise_are_all_measured() -> None:
     """Those that keep their activations are the last ones, the others continue linearly."""
     objective = load_config(None, []).objective
