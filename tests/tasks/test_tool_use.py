@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -292,11 +293,12 @@ def test_no_response_breaks_the_scorer(task: ToolUseTask, response: str) -> None
         assert task.feedback(CAT, text)
 
 
-def test_real_sample() -> None:
+def test_real_sample(tmp_path: Path) -> None:
     if "SODFAST_REAL_DATA" not in os.environ:
         pytest.skip("SODFAST_REAL_DATA is unset: no real data to read")
     sample = Path(os.environ["SODFAST_REAL_DATA"]) / "tool_use" / "sample.jsonl"
-    task = build_task(ToolUseConfig(train=str(sample), test=os.path.relpath(sample)))
+    copy = shutil.copyfile(sample, tmp_path / "test.jsonl")
+    task = build_task(ToolUseConfig(train=str(sample), test=str(copy)))
     assert len(task.train) == 12
     for question in task.train:
         calls = [
