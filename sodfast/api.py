@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from sodfast.config import Config, load_config, read_overrides, validate
 from sodfast.errors import UsageError
 from sodfast.run.directory import stored_config
-from sodfast.run.records import read_events, read_metrics, read_summary
+from sodfast.run.records import read_events, read_metrics, read_summary, require_run
 
 if TYPE_CHECKING:
     from sodfast.trainer import Trainer as Algorithm
@@ -94,8 +94,7 @@ def train(
 def load_run(path: StrPath) -> Run:
     """Open the run directory `path`, finished or running. Raises `UsageError` where it is none."""
     run = Run(Path(path))
-    if not (run.path / "config.yaml").is_file():
-        raise UsageError(f"{path} is not a run directory: it has no config.yaml")
+    require_run(run.path)
     return run
 
 

@@ -26,8 +26,8 @@ from sodfast.config import (
     validate,
 )
 from sodfast.errors import UsageError
-from sodfast.files import read_lines
 from sodfast.rng import Stream, generator
+from sodfast.run.records import read_metrics
 from sodfast.success import Array, Success, fit_success, parse_success
 
 RUNS = 4_000
@@ -254,7 +254,7 @@ def calibrate_source(
         config = load_config(source, overrides)
         return calibrate(config, parse_success(success or "1,1"), None, rate)
     config = validate(read_overrides(file, overrides))
-    lines = read_lines(file.with_name("metrics.jsonl"))
+    lines = read_metrics(file.parent)
     found, lengths = observed(lines, config)
     if isinstance(config.schedule, EvidenceConfig):
         found = observed_probes(lines, config.schedule.probe_samples) or found

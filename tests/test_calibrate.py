@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -260,3 +261,12 @@ def test_evidence_is_calibrated_by_the_command() -> None:
 def test_the_text_warns_of_what_was_not_simulated() -> None:
     text = "\n".join(calibrate_source("lab", ["steps=20"], "0.4", 0.1).text())
     assert "length       not simulated" in text
+
+
+def test_a_damaged_line_of_a_run_is_named(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 900, "reward/mean": "high"}\n')
+    with pytest.raises(UsageError, match=r"metrics\.jsonl:\d+: reward/mean of step 900"):
+        calibrate_source(str(run), [], None, 0.1)

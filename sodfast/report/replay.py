@@ -14,7 +14,7 @@ from typing import Any
 from sodfast.config import Config, ScheduleConfig, read_overrides, validate
 from sodfast.errors import UsageError
 from sodfast.report.templates import template
-from sodfast.run.records import read_events, read_metrics
+from sodfast.run.records import read_events, read_metrics, require_run
 from sodfast.schedule import (
     PROBE_KEYS,
     Decision,
@@ -93,8 +93,7 @@ def replay_run(run: Path, overrides: Sequence[str]) -> Replay:
     for text in overrides:
         if text.partition("=")[0].partition(".")[0] != "schedule":
             raise UsageError(f"replay takes only schedule.key=value; {text!r} needs another run")
-    if not (run / "config.yaml").is_file():
-        raise UsageError(f"{run} is not a run directory: it has no config.yaml")
+    require_run(run)
     config = validate(read_overrides(run / "config.yaml", []))
     other = validate(read_overrides(run / "config.yaml", list(overrides)))
     lines = _training_lines(run, config, other)

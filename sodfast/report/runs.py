@@ -24,6 +24,7 @@ from sodfast.config import (
 )
 from sodfast.errors import UsageError
 from sodfast.report.intervals import Curve, Series, group_curve
+from sodfast.run.records import require_run
 from sodfast.schedule import Schedule, build_schedule
 from sodfast.study.definition import VARIANT, flatten
 from sodfast.study.directory import TrialRun, finished_status, read_records, read_runs
@@ -219,8 +220,7 @@ def load_side_by_side(directories: Sequence[Path], directory: Path) -> Source:
     if len(set(names)) < len(names):
         names = [str(path) for path in paths]
     for path in directories:
-        if not (path / "config.yaml").is_file():
-            raise UsageError(f"{path} is not a run directory: it has no config.yaml")
+        require_run(path)
     runs = [_load_run(path, name) for path, name in zip(directories, names, strict=True)]
     groups = [Group(run.name, [run], [run]) for run in runs]
     return Source(directory, ", ".join(names), runs, groups, None, None, "")

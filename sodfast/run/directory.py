@@ -16,7 +16,7 @@ from sodfast.config import RENAMED, Config, read_overrides, validate
 from sodfast.errors import RunFailed, UsageError
 from sodfast.files import refuse_links, replace_text, try_lock
 from sodfast.run import checkpoint, samples
-from sodfast.run.records import read_events, read_metrics
+from sodfast.run.records import read_events, read_metrics, require_run
 from sodfast.run.samples import Answer
 from sodfast.tasks.files import changed_file, run_files
 
@@ -160,7 +160,7 @@ class RunDirectory:
 
     @classmethod
     def open(cls, path: Path) -> "RunDirectory":
-        _require_config(path)
+        require_run(path)
         names = ("metrics.jsonl", "events.jsonl", "checkpoints", "samples", "tensorboard")
         refuse_links(path, (".lock", *names))
         run = cls(path, _lock(path))
@@ -274,7 +274,7 @@ def stored_config(path: Path, overrides: list[str]) -> Config:
     for text in overrides:
         if not text.startswith("steps="):
             raise UsageError(f"--resume takes only steps=N; {text!r} would make it another run")
-    _require_config(path)
+    require_run(path)
     layer = read_overrides(path / "config.yaml", overrides)
     layer["out"] = str(path)
     config = validate(layer)
@@ -290,14 +290,6 @@ def stored_config(path: Path, overrides: list[str]) -> Config:
         if config.steps < state["step"]:
             raise UsageError(f"steps={config.steps} lies before the checkpoint's {state['step']}")
     return config
-
-
-def _require_config(path: Path) -> None:
-    if not os.path.isfile(path / "config.yaml"):
-        raise UsageError(
-            f"{path} is not a run directory: it has no config.yaml; a run starts with "
-            f"sodfast train out={path}"
-        )
 
 
 def _text(lines: list[dict[str, Any]]) -> str:

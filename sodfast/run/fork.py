@@ -13,7 +13,7 @@ from sodfast.config import Config, parse_overrides, read_overrides, validate
 from sodfast.errors import UsageError
 from sodfast.run import checkpoint
 from sodfast.run.directory import RunDirectory, fingerprint
-from sodfast.run.records import read_events, read_metrics
+from sodfast.run.records import read_events, read_metrics, require_run
 from sodfast.schedule import build_schedule
 from sodfast.tasks.files import run_files
 
@@ -64,8 +64,7 @@ def fork_config(
 
 def source_config(source: Path) -> Config:
     """The configuration of a run that is to be forked; raises `UsageError` where it is none."""
-    if not (source / "config.yaml").is_file():
-        raise UsageError(f"{source} is not a run directory: it has no config.yaml")
+    require_run(source)
     return validate(read_overrides(source / "config.yaml", []))
 
 
@@ -93,8 +92,8 @@ def fork_run(
             f"{source} has no checkpoint of step {step}, only of {kept or 'none'}: choose one of "
             "them, or run it again with checkpoint.every and checkpoint.keep that keep this one"
         )
-    state = checkpoint.load_state(path)
-    if state["fingerprint"] != fingerprint(source_config(source)):
+    state, original = checkpoint.load_state(path), source_config(source)
+    if state["fingerprint"] != fingerprint(original):
         raise UsageError(f"{source}/config.yaml is not what its checkpoints were made with")
     lines = [line for line in read_metrics(source) if line["step"] <= step]
     if len(lines) != step + 1:
@@ -105,7 +104,7 @@ def fork_run(
         last = lines[-1]
         shock, age = last.get("teacher/drift", 0.0), last.get("teacher/age")
         events.append({"step": step, "event": "refresh", "shock": shock, "age": age})
-    same = config.schedule == source_config(source).schedule
+    same = config.schedule == original.schedule
     if not same or refresh == "now":
         if not same:  # its gates are not this schedule's
             events = [event for event in events if event["event"] != "gate"]

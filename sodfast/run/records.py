@@ -4,6 +4,7 @@ Each reader raises `UsageError` with one line that names the file, the place in 
 wrong there, whatever a fault or a hand has made of the file.
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,15 @@ from sodfast.errors import UsageError
 from sodfast.files import read_lines, read_object
 
 _STATUS = ("done", "collapsed", "interrupted", "failed")
+
+
+def require_run(path: Path) -> None:
+    """Raise `UsageError` unless `path` is a run directory."""
+    if not os.path.isfile(path / "config.yaml"):
+        raise UsageError(
+            f"{path} is not a run directory: it has no config.yaml; a run starts with "
+            f"sodfast train out={path}"
+        )
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from sodfast.errors import UsageError
+from sodfast.run.records import require_run
 from sodfast.run.samples import read_samples, sampled_steps, shown_hint
 
 Sort = Literal["reward", "length", "divergence"]
@@ -72,8 +73,7 @@ def chosen_answers(
 
     Raises `UsageError` where there are none, or for a damaged line.
     """
-    if not (run / "config.yaml").is_file():
-        raise UsageError(f"{run} is not a run directory: it has no config.yaml")
+    require_run(run)
     if limit < 1:
         raise UsageError(f"--limit={limit}: show at least 1 answer")
     steps = sampled_steps(run, evaluation)
