@@ -41,6 +41,9 @@ _log = logging.getLogger(__name__)
 PRESETS = Path(__file__).parent / "configs"
 # Keys of earlier releases, each accepted for one release after it was renamed.
 RENAMED = {"optimizer.state": "optimizer.adamw"}
+# What earlier releases did where a key of today was not there yet and its default is something
+# else: a run that they began goes on as it was.
+BEFORE = {"eval.common_draws": False}
 # Groups that are unions, the key that tells their members apart, and its value where it is absent.
 _DISCRIMINATORS = {"schedule": ("kind", "cgtr"), "task": ("name", "arithmetic")}
 
@@ -450,6 +453,9 @@ class EvalConfig(Section):
     temperature: Annotated[NonNegative, AfterValidator(_warm_or_greedy)] = 0.6
     top_p: TopP = 0.95
     top_k: Positive | None = None
+    # The same random numbers in every evaluation, so that two of them differ where the student
+    # does; false: fresh ones at each step.
+    common_draws: bool = True
 
 
 class CheckpointConfig(Section):
@@ -618,8 +624,12 @@ def validate(layer: DictConfig | dict[str, Any]) -> Config:
 
 
 def read_overrides(path: Path, overrides: list[str]) -> DictConfig:
-    """A stored configuration with overrides applied, not yet validated."""
+    """A run's stored configuration with overrides applied, not yet validated. A key that the
+    release which stored it did not have says what that release did (`BEFORE`)."""
     layer = _read(str(path))
+    for key, value in BEFORE.items():
+        if OmegaConf.select(layer, key) is None:
+            _set(layer, key, value)
     for key, value in parse_overrides(overrides):
         _set(layer, key, value)
     return layer

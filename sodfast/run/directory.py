@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from sodfast.config import RENAMED, Config, read_overrides, validate
+from sodfast.config import BEFORE, RENAMED, Config, read_overrides, validate
 from sodfast.errors import RunFailed, UsageError
 from sodfast.files import refuse_links, replace_text, try_lock
 from sodfast.run import checkpoint
@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 _BEGUN = re.compile(r"\.lock|environment\.json|(environment\.json|config\.yaml)\.[0-9a-f]{16}\.tmp")
 _DEEPEST = 255  # folders that Python makes in one call without exhausting its stack
 
-# Keys that release 0.1.0 did not have, with their defaults.
+# Keys that release 0.1.0 did not have, with the values that mean what it did.
 ADDED: dict[str, Any] = {
     "model.random": None,
     "lab.stubborn": 0.0,
@@ -35,6 +35,7 @@ ADDED: dict[str, Any] = {
     "task.system": None,
     "task.request": None,
     "task.scorer": "strict",
+    **BEFORE,
 }
 
 
@@ -43,7 +44,7 @@ def fingerprint(config: Config) -> str:
     `model.kept_layers`: no number of a step depends on these.
 
     The runs of earlier releases go on: a renamed key is hashed under its first name, and one that
-    they did not have (`ADDED`) only where it is not at its default.
+    they did not have (`ADDED`) only where it does not mean what they did.
     """
     values = config.model_dump(mode="json", exclude={"out", "steps", "log", "checkpoint"})
     del values["model"]["attention"], values["model"]["kept_layers"]
