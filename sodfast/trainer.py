@@ -9,6 +9,7 @@ the teacher's context). A step commits as a whole: whatever ends a run before a 
 optimizer update leaves the state of the step before.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
@@ -225,12 +226,13 @@ class Trainer:
         interruption.boundary()
         with self.clock("rollout"):
             rollouts = self._rollout(step)
+        passes = self._passes("rollout/tokens_per_pass")
         updates = self._updates(step, rollouts)
         interruption.boundary()
         with self.clock("teacher"):
             scores = self._score(rollouts, updates)
         interruption.boundary()
-        line: dict[str, Any] = {"step": step, **self._statistics(rollouts)}
+        line: dict[str, Any] = {"step": step, **self._statistics(rollouts), **passes}
 
         with ExitStack() as shield:
             with self.clock("train"):
@@ -465,8 +467,10 @@ class Trainer:
     # ---------------------------------------------------------------- small parts
 
     def _evaluate(self, step: int) -> dict[str, float]:
+        """The `eval/*` keys, and what they took."""
+        start = time.perf_counter()
         with oom_hint("evaluate"):
-            return evaluate(
+            metrics = evaluate(
                 self.model,
                 self.engine,
                 self.task,
@@ -476,6 +480,13 @@ class Trainer:
                 lambda done, total: self.reporter.phase("evaluate", done, total),
                 self.ranks,
             )
+        seconds = time.perf_counter() - start
+        return {**metrics, "time/eval": seconds, **self._passes("rollout/eval_tokens_per_pass")}
+
+    def _passes(self, key: str) -> dict[str, float]:
+        """What the engine counted in its last call, where it counts."""
+        tokens = self.engine.tokens_per_pass
+        return {} if tokens is None else {key: tokens}
 
     @property
     def _budget(self) -> int:

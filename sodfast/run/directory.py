@@ -37,17 +37,20 @@ ADDED: dict[str, Any] = {
     "task.scorer": "strict",
     **BEFORE,
 }
+# What a line says of its evaluation beside `eval/*`.
+ABOUT_EVALUATION = ("time/eval", "rollout/eval_tokens_per_pass")
 
 
 def fingerprint(config: Config) -> str:
-    """A hash of all keys but `out`, `steps`, `log`, `checkpoint`, `model.attention` and
-    `model.kept_layers`: no number of a step depends on these.
+    """A hash of all keys but `out`, `steps`, `log`, `checkpoint`, `model.attention`,
+    `model.kept_layers` and `rollout.speculate`: no number of a step depends on these.
 
     The runs of earlier releases go on: a renamed key is hashed under its first name, and one that
     they did not have (`ADDED`) only where it does not mean what they did.
     """
     values = config.model_dump(mode="json", exclude={"out", "steps", "log", "checkpoint"})
     del values["model"]["attention"], values["model"]["kept_layers"]
+    del values["rollout"]["speculate"]
     for key, default in ADDED.items():
         group, _, name = key.partition(".")
         if name in values[group] and values[group][name] == default:
@@ -192,7 +195,11 @@ class RunDirectory:
             )
         events = [event for event in read_events(self.path) if event["step"] <= step]
         if without_evaluation:
-            lines[-1] = {k: v for k, v in lines[-1].items() if not k.startswith("eval/")}
+            lines[-1] = {
+                key: value
+                for key, value in lines[-1].items()
+                if not key.startswith("eval/") and key not in ABOUT_EVALUATION
+            }
             events = [
                 event for event in events if (event["step"], event.get("reason")) != (step, "eval")
             ]
