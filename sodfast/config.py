@@ -316,9 +316,9 @@ class RolloutConfig(Section):
     # Key-value cache of native and vllm, GiB; null: a share of the free memory. A short budget
     # makes rollouts slower, never shorter.
     cache_gib: Gibibytes | None = None
-    # Drafts of the next tokens that native checks in one pass, K for each sequence; off: none;
-    # auto: as many as pay by load and by how many held so far. No answer depends on it but, on a
-    # GPU, by rounding.
+    # Drafts of the next tokens that native checks in one pass, at most K for each sequence; off:
+    # none; auto: on a CPU as many as pay by load and by how many held so far, on a GPU none. No
+    # answer depends on it but, on a GPU, by rounding.
     speculate: Literal["auto", False, 1, 3, 7, 15] = "auto"  # YAML reads off as false
 
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from sodfast_kernels.speculation.lookup import LONGEST, SHORTEST
+from sodfast_kernels.speculation.key import LONGEST, SHORTEST
 from torch import Tensor
 
 

@@ -47,7 +47,7 @@ from sodfast.rollout.batch import PREFILL_TOKENS, idle_rows, state_bytes
 from sodfast.rollout.cache import Cache
 from sodfast.rollout.decoder import unsupported
 from sodfast.rollout.native import CacheSize, cache_size
-from sodfast.rollout.speculation import MOST_TOKENS, draft_bytes
+from sodfast.rollout.speculation import MOST_TOKENS, draft_bytes, resolved
 from sodfast.schedule import average_rate, student_share
 
 GIB = 2**30
@@ -369,7 +369,7 @@ class Estimate:
         size, _ = self.cache(evaluating)
         rows = size.rows + idle_rows(size.rows, self.on_gpu)
         tokens, drafts = rows, 0  # of a captured step, and bytes
-        if self.config.rollout.speculate is not False:
+        if resolved(self.config.rollout.speculate, "cuda" if self.on_gpu else "cpu") is not False:
             tokens = max(rows, MOST_TOKENS["cuda"])
             drafts = draft_bytes(2 * sequences, self.longest)  # these texts and the last ones
         started += idle_rows(started, self.on_gpu)

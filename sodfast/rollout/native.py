@@ -23,7 +23,7 @@ from sodfast.rollout.admission import Draw, count_fitting, expected_tokens
 from sodfast.rollout.batch import CPU_ROWS, WIDTH_STEP, Batch, idle_rows
 from sodfast.rollout.cache import PAGE, Cache
 from sodfast.rollout.engine import Sample, SampleKey, Sampling, check_prompts
-from sodfast.rollout.speculation import Answers, Drafts, Pace, Setting
+from sodfast.rollout.speculation import Answers, Drafts, Pace, Setting, resolved
 
 # Share of the free memory that the cache may take; the rest is for logits and activations.
 MEMORY_SHARE = {"cuda": 0.85, "cpu": 0.5}
@@ -50,7 +50,8 @@ class NativeEngine:
         speculate: Setting = False,
     ) -> None:
         self.model = model
-        self.pace = Pace(speculate, model.device.type)
+        device = model.device.type
+        self.pace = Pace(resolved(speculate, device), device)
         self.answers = Answers()
         self.max_rows = max_rows
         self.cache_gib = cache_gib
@@ -96,7 +97,8 @@ class NativeEngine:
                 finished |= done
                 progress(len(finished), len(prompts))
         if self.speculates:
-            self.answers.remember(draws, finished)
+            responses = {place: sample.response for place, sample in finished.items()}
+            self.answers.remember(draws, responses)
         return [finished[index] for index in range(len(prompts))]
 
     @property

@@ -11,7 +11,7 @@ the row's own text.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -19,7 +19,6 @@ from sodfast_kernels import find_drafts
 from torch import Tensor
 
 from sodfast.rollout.admission import Draw
-from sodfast.rollout.engine import Sample
 
 Setting = Literal["auto", False, 1, 3, 7, 15]
 # Tokens of a row in one pass. Powers of two, so that a few CUDA graphs cover them and 16 rows of a
@@ -35,6 +34,13 @@ MOST_TOKENS = {"cuda": 256, "cpu": 4096}
 MOST_SOURCES = 64
 # Drafts that count as checked before any was, half of them as right: the first passes try a few.
 PRIOR_CHECKED, PRIOR_RIGHT = 32.0, 16.0
+
+
+def resolved(setting: Setting, device: str) -> Setting:
+    """`auto` is none on a GPU as long as none has measured what drafts cost and bring there; and an
+    answer's last bits would then depend on what was asked before, so on whether a run was resumed.
+    """
+    return False if setting == "auto" and device == "cuda" else setting
 
 
 class Pace:
@@ -90,11 +96,11 @@ class Answers:
     def __init__(self) -> None:
         self.last: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
 
-    def remember(self, draws: Sequence[Draw], samples: dict[int, Sample]) -> None:
+    def remember(self, draws: Sequence[Draw], responses: Mapping[int, Tensor]) -> None:
         """Take a call's answers, by place, in the stead of earlier ones to the same prompts."""
         found = defaultdict(list)
         for draw in draws:
-            found[draw.ids].append((draw.sample, samples[draw.place].response.int()))
+            found[draw.ids].append((draw.sample, responses[draw.place].int()))
         self.last |= found
 
 

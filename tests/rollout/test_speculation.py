@@ -30,6 +30,7 @@ from sodfast.rollout.speculation import (
     Pace,
     Setting,
     draft_bytes,
+    resolved,
 )
 
 SETTINGS: list[Setting] = [1, 3, 7, 15, "auto"]
@@ -188,9 +189,8 @@ def draws(*prompts: tuple[int, ...]) -> list[Draw]:
     return [Draw(place, torch.tensor(ids), place, ids) for place, ids in enumerate(prompts)]
 
 
-def sample(*tokens: int) -> Sample:
-    response = torch.tensor(tokens)
-    return Sample(torch.tensor([0]), response, torch.zeros(1), torch.zeros(1), False)
+def sample(*tokens: int) -> Tensor:
+    return torch.tensor(tokens)
 
 
 def test_the_same_samples_last_answer_comes_first_then_siblings_then_the_others() -> None:
@@ -243,6 +243,11 @@ def test_the_more_rows_and_the_fewer_drafts_hold_the_fewer_there_are() -> None:
         assert queries(Pace(7, device), 16) == 8
         assert all(q * queries(good, q) <= MOST_TOKENS[device] for q in (1, 16, 64, 256))
     assert queries(Pace(15, "cuda"), 64) == 4
+
+
+def test_auto_is_off_on_a_gpu() -> None:
+    assert resolved("auto", "cuda") is False
+    assert resolved(7, "cuda") == 7 and resolved("auto", "cpu") == "auto"
 
 
 def test_what_was_counted_fades() -> None:

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import Configuration, on_device, power_of_two
-from .lookup import LONGEST, NONE, POSITION_BITS, RANK_BITS, SHORTEST
+from .key import LONGEST, NONE, POSITION_BITS, RANK_BITS, SHORTEST
 
 BLOCK, WARPS = 256, 4
 BLOCKS = 16  # of a program

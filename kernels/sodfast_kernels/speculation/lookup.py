@@ -20,13 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import uses_triton
-
-LONGEST = 8
-SHORTEST = 2
-MAX_SOURCES = 64
-MAX_TOKENS = 1 << 21  # of a text
-RANK_BITS, POSITION_BITS = 6, 21
-NONE = -1  # no source, and no draft
+from .key import LONGEST, MAX_SOURCES, MAX_TOKENS, NONE, POSITION_BITS, RANK_BITS, SHORTEST
 
 
 def find_drafts(
