@@ -39,6 +39,7 @@ from sodfast_kernels.launch import Configuration
 from sodfast_kernels.layer import kernel as layer_kernel
 from sodfast_kernels.parameters import adamw_kernels, teacher_kernels
 from sodfast_kernels.sampling import kernel as sampling_kernel
+from sodfast_kernels.speculation import kernel as speculation_kernel
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource
@@ -46,7 +47,7 @@ from triton.compiler import ASTSource
 ARCHITECTURES = (80, 90, 100)
 MODULES = (
     *(teacher_kernels, adamw_kernels, row_launch, sampling_kernel),
-    *(attention_kernel, layer_kernel),
+    *(attention_kernel, layer_kernel, speculation_kernel),
 )
 
 

@@ -28,6 +28,7 @@ from pydantic import (
 )
 
 from sodfast.errors import UsageError
+from sodfast.layers import BEFORE as BEFORE
 from sodfast.layers import PRESETS as PRESETS
 from sodfast.layers import RENAMED as RENAMED
 from sodfast.layers import apply, explain, first_line, literal, read_layer, resolve
@@ -311,6 +312,10 @@ class RolloutConfig(Section):
     # Key-value cache of native and vllm, GiB; null: a share of the free memory. A short budget
     # makes rollouts slower, never shorter.
     cache_gib: Gibibytes | None = None
+    # Drafts of the next tokens that native checks in one pass, at most K for each sequence; off:
+    # none; auto: on a CPU as many as pay by load and by how many held so far, on a GPU none. No
+    # answer depends on it but, on a GPU, by rounding.
+    speculate: Literal["auto", False, 1, 3, 7, 15] = "auto"  # YAML reads off as false
 
 
 class ObjectiveConfig(Section):
@@ -518,6 +523,9 @@ class EvalConfig(Section):
     questions: Positive | None = None  # of each test, evenly spaced; null: all
     # Other tasks whose tests are asked beside the run's own; metrics eval/<name>/mean@k.
     tasks: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,40}$")], TaskConfig] = {}
+    # The same random numbers in every evaluation, so that two of them differ where the student
+    # does; false: fresh ones at each step.
+    common_draws: bool = True
 
 
 class CheckpointConfig(Section):

@@ -31,8 +31,13 @@ def evaluate(
     """`eval.samples` answers per question at the evaluation's temperature and top-p; `keep` is
     called with all of them.
 
-    SampleKey are keyed by (seed, step, sample), apart from training's, so evaluating more often
-    cannot change training. Returns the `eval/*` keys, fractions in [0, 1].
+    Draws are keyed by (seed, sample), apart from training's, so evaluating more often cannot change
+    training; without `eval.common_draws` also by the step. Each draw is distributed as the student
+    says, whatever the key, so mean@k and best@k of one evaluation are unbiased estimates either
+    way. With common draws the errors of two evaluations are correlated: the difference of students
+    that are much alike has a smaller variance, the mean over many evaluations a larger one.
+
+    Returns the `eval/*` keys, fractions in [0, 1].
     """
     count = config.eval.samples
     prompts = [to_ids(model.encode_question(question)) for question in questions]
@@ -40,7 +45,7 @@ def evaluate(
         [prompt for prompt in prompts for _ in range(count)],
         range(len(prompts) * count),
         Sampling.of(config, config.eval),
-        SampleKey(draw_key(config.seed, Stream.EVAL), step),
+        SampleKey(draw_key(config.seed, Stream.EVAL), 0 if config.eval.common_draws else step),
         progress,
     )
     texts = [model.decode(sample.response) for sample in samples]

@@ -29,6 +29,9 @@ _log = logging.getLogger(__name__)
 PRESETS = Path(__file__).parent / "configs"
 # Keys of earlier releases, each accepted for one release after it was renamed.
 RENAMED = {"optimizer.state": "optimizer.adamw"}
+# What earlier releases did where a key of today was not there yet and its default is something
+# else: a run that they began goes on as it was.
+BEFORE = {"eval.common_draws": False}
 # Groups that are unions, the key that tells their members apart, and its value where it is absent.
 DISCRIMINATORS = {"schedule": ("kind", "cgtr"), "task": ("name", "arithmetic")}
 # What a YAML text may hold. libyaml ends the process where nesting exhausts its stack.
@@ -37,8 +40,13 @@ _KEY = re.compile(r"[^.\[\]]+(\.[^.\[\]]+){0,7}")  # of an override
 
 
 def read_overrides(path: Path, overrides: list[str]) -> DictConfig:
-    """A stored configuration with overrides applied, not yet validated."""
-    return apply(overrides, read_layer(str(path)))
+    """A run's stored configuration with overrides applied, not yet validated. A key that the
+    release which stored it did not have says what that release did (`BEFORE`)."""
+    layer = read_layer(str(path))
+    for key, value in BEFORE.items():
+        if OmegaConf.select(layer, key) is None:
+            _set(layer, key, value)
+    return apply(overrides, layer)
 
 
 def apply(

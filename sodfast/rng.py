@@ -14,7 +14,7 @@ class Stream(IntEnum):
 
     PROMPTS = 0  # epoch
     ROLLOUT = 1  # step, sample
-    EVAL = 2  # step, sample
+    EVAL = 2  # step (0 with eval.common_draws), sample
     DEMONSTRATION = 3  # step, sample
     UPDATES = 4  # step
     ROUNDING = 5  # update, element of the parameters

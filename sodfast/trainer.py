@@ -10,6 +10,7 @@ the teacher's context). A step commits as a whole: whatever ends a run before a 
 optimizer update leaves the state of the step before.
 """
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field, replace
@@ -265,6 +266,7 @@ class Trainer:
         interruption.boundary()
         with self.clock("rollout"):
             rollouts = self._rollout(step)
+        passes = self._passes("rollout/tokens_per_pass")
         updates = self._updates(step, rollouts)
         interruption.boundary()
         probed = self._probe(step, rollouts)
@@ -274,7 +276,7 @@ class Trainer:
                 rollouts = replace(rollouts, samples=self._recompute(rollouts.samples))
             scores = self._score(rollouts, updates)
         interruption.boundary()
-        line: dict[str, Any] = {"step": step, **self._statistics(rollouts), **probed}
+        line: dict[str, Any] = {"step": step, **self._statistics(rollouts), **probed, **passes}
 
         with ExitStack() as shield:
             with self.clock("train"):
@@ -549,9 +551,11 @@ class Trainer:
     # ---------------------------------------------------------------- small parts
 
     def _evaluate(self, step: int) -> dict[str, float]:
+        """The `eval/*` keys, and what they took."""
+        start = time.perf_counter()
         progress = partial(self.reporter.phase, "evaluate")
         with oom_hint("evaluate"):
-            return evaluate(
+            metrics = evaluate(
                 self.model,
                 self.engine,
                 self.task,
@@ -564,6 +568,13 @@ class Trainer:
             ) | evaluate_others(
                 self.model, self.engine, self.examinations, step, progress, self.ranks
             )
+        seconds = time.perf_counter() - start
+        return {**metrics, "time/eval": seconds, **self._passes("rollout/eval_tokens_per_pass")}
+
+    def _passes(self, key: str) -> dict[str, float]:
+        """What the engine counted in its last call, where it counts."""
+        tokens = self.engine.tokens_per_pass
+        return {} if tokens is None else {key: tokens}
 
     def _keep(self, step: int, rollouts: Rollouts) -> None:
         count = self.config.rollout.samples_per_prompt

@@ -82,6 +82,16 @@ def pytest_collection_finish() -> None:
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face directory: a Qwen3 of 60 k parameters that has learned the questions of
     `TASK` by heart and gets about every second one wrong."""
+    return _learned(tmp_path_factory.mktemp("tiny-model"), head_dim=24)
+
+
+@pytest.fixture(scope="session")
+def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The like with heads of 32 elements, whose bits do not depend on drafts on a CPU."""
+    return _learned(tmp_path_factory.mktemp("wide-model"), head_dim=32)
+
+
+def _learned(path: Path, head_dim: int) -> Path:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     tokenizer = build_tokenizer()
@@ -94,7 +104,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
             num_hidden_layers=2,
             num_attention_heads=2,
             num_key_value_heads=1,
-            head_dim=24,
+            head_dim=head_dim,
             initializer_range=0.1,
             tie_word_embeddings=True,
             pad_token_id=tokenizer.pad_token_id,
@@ -116,7 +126,6 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    path = tmp_path_factory.mktemp("tiny-model")
     network.eval().save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
@@ -160,7 +169,7 @@ def pair() -> Iterator[Pair]:
 @dataclass(frozen=True)
 class Run:
     """What a run directory says, without what depends on the clock or on being interrupted:
-    `time/*`, `memory/*`, and the events `resume` and `checkpoint`."""
+    `time/*`, `memory/*`, `rollout/*`, and the events `resume` and `checkpoint`."""
 
     lines: list[dict[str, Any]]
     events: list[dict[str, Any]]
@@ -169,7 +178,11 @@ class Run:
 
 def _read_run(path: Path) -> Run:
     lines = [
-        {key: value for key, value in line.items() if not key.startswith(("time/", "memory/"))}
+        {
+            key: value
+            for key, value in line.items()
+            if not key.startswith(("time/", "memory/", "rollout/"))
+        }
         for line in read_lines(path / "metrics.jsonl")
     ]
     events = [

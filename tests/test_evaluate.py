@@ -5,10 +5,12 @@ from itertools import combinations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sodfast_kernels import sample_tokens
 
 from sodfast import evaluate as evaluation
 from sodfast.config import ArithmeticConfig, Config, EvalConfig
@@ -187,5 +189,79 @@ def test_evaluate_scores_every_sample_on_a_stream_of_its_own() -> None:
         }
     )
     evaluation.evaluate(model, Engine(), task, questions, config, step=5)
-    assert calls == [SampleKey(draw_key(5, Stream.EVAL), step) for step in (4, 5)]
+    fresh = config.model_copy(
+        update={"eval": config.eval.model_copy(update={"common_draws": False})}
+    )
+    for step in (4, 5):
+        evaluation.evaluate(model, Engine(), task, questions, fresh, step=step)
+    assert calls == [SampleKey(draw_key(5, Stream.EVAL), step) for step in (0, 0, 4, 5)]
     assert draw_key(5, Stream.EVAL) != draw_key(5, Stream.ROLLOUT)
+
+
+class Guesser:
+    """Answers every prompt by one token, "b" with the probability that it is told to have."""
+
+    name = "fake"
+
+    def __init__(self, right: float) -> None:
+        self.logits_V = torch.tensor([1 - right, right]).log()
+
+    def require(self, tokens: int) -> None: ...
+
+    def generate(
+        self, prompts: Any, samples: Any, sampling: Sampling, key: SampleKey, progress: Any
+    ) -> list[Sample]:
+        sample = torch.tensor(list(samples))
+        drawn = sample_tokens(
+            self.logits_V.expand(len(sample), 2),
+            seed=key.seed,
+            step=key.step,
+            sample=sample,
+            position=torch.zeros_like(sample),
+        )
+        return [
+            Sample(prompt, token[None], torch.zeros(1), torch.zeros(1), False)
+            for prompt, token in zip(prompts, drawn.token, strict=True)
+        ]
+
+
+def test_mean_at_k_is_unbiased_and_common_draws_make_differences_small() -> None:
+    """1,000 seeds of 4 samples of 4 questions, of students that are right with 0.6 and 0.65. Both
+    kinds of draws give each student's mean within 4 standard errors; the variance of a difference
+    is p(1 − p) + q(1 − q) over 16 with fresh draws, and with common ones at most |p − q| over 16,
+    where the draw prefers the same token for both."""
+    questions = [Question(text, "b", None, "1") for text in "abcd"]
+    model: Any = SimpleNamespace(
+        encode_question=lambda question: [1], decode=lambda ids: "ab"[int(ids[0])]
+    )
+    task: Any = SimpleNamespace(
+        score=lambda question, text: float(text == question.answer),
+        feedback=lambda question, text: None,
+        extract=None,
+    )
+
+    def scores(right: float, step: int, common: bool) -> Any:
+        return np.array(
+            [
+                evaluation.evaluate(
+                    model,
+                    Guesser(right),
+                    task,
+                    questions,
+                    Config(seed=seed, eval=EvalConfig(samples=4, common_draws=common)),
+                    step,
+                )["eval/mean@4"]
+                for seed in range(1000)
+            ]
+        )
+
+    variances = {}
+    for common in (True, False):
+        before, after = scores(0.6, 10, common), scores(0.65, 20, common)
+        for found, right in ((before, 0.6), (after, 0.65)):
+            error = (right * (1 - right) / 16 / 1000) ** 0.5
+            assert abs(found.mean() - right) < 4 * error
+        variances[common] = (after - before).var()
+    fresh = (0.6 * 0.4 + 0.65 * 0.35) / 16
+    assert variances[False] == pytest.approx(fresh, rel=0.2)
+    assert variances[True] == pytest.approx((0.05 - 0.05**2) / 16, rel=0.3)

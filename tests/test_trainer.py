@@ -45,6 +45,7 @@ STEP = {
     "optim/lr",
     "teacher/drift",
     "memory/peak_bytes",
+    "rollout/tokens_per_pass",
 }
 COPIES = {"teacher/age", "teacher/refreshed"}
 GATES = {"gate/reward_window", "gate/tail_window"}
@@ -95,11 +96,12 @@ def test_the_lines_hold_the_keys_of_their_schedule(
     train(out, *SCHEDULES[kind], f"model.dtype={dtype}", "steps=5")
     lines = read_lines(out / "metrics.jsonl")
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4, 5]
-    assert lines[0].keys() == {"step"} | EVALUATION
+    evaluation = EVALUATION | {"rollout/eval_tokens_per_pass"}
+    assert lines[0].keys() == {"step", "time/eval"} | evaluation
     for line in lines[1:]:
         step = line["step"]
         expected = set(STEP)
-        expected |= EVALUATION if step in (4, 5) else set()
+        expected |= evaluation if step in (4, 5) else set()
         expected |= COPIES if kind in ("fixed", *COPYING) else set()
         expected |= GATES if kind == "cgtr" and step % 2 == 0 else set()
         if kind == "evidence" and step % 2 == 0:

@@ -17,6 +17,7 @@ from .distillation import (
 from .layer import rope_and_cache, silu_and_mul
 from .parameters import AdamW, ParameterUpdate, copy_teacher_, ema_update_, parameter_distance
 from .sampling import SampledTokens, gumbel_noise, sample_tokens
+from .speculation import find_drafts
 
 __all__ = [
     "AdamW",
@@ -27,6 +28,7 @@ __all__ = [
     "decode_attention",
     "distillation_loss",
     "ema_update_",
+    "find_drafts",
     "gumbel_noise",
     "linear_distillation_loss",
     "linear_scratch_bytes",

@@ -48,6 +48,7 @@ from sodfast.rollout.batch import PREFILL_TOKENS, idle_rows, state_bytes
 from sodfast.rollout.cache import Cache
 from sodfast.rollout.decoder import unsupported
 from sodfast.rollout.native import CacheSize, cache_size
+from sodfast.rollout.speculation import MOST_TOKENS, draft_bytes, resolved
 from sodfast.schedule import average_rate, student_share
 
 GIB = 2**30
@@ -382,7 +383,7 @@ class Estimate:
 
     def _sampling(self, evaluating: bool) -> Items:
         """Cache and activations of the engine."""
-        prompts, copies, _ = self._asked(evaluating)
+        prompts, copies, sequences = self._asked(evaluating)
         started, new_tokens = self.at_once(evaluating), self.config.rollout.max_new_tokens
         if not self.native:
             # All prompts of a batch at once, padded; the cache grows with the answers.
@@ -391,6 +392,10 @@ class Estimate:
             return {"kv_cache": cached, "activations": activations}
         size, _ = self.cache(evaluating)
         rows = size.rows + idle_rows(size.rows, self.on_gpu)
+        tokens, drafts = rows, 0  # of a captured step, and bytes
+        if resolved(self.config.rollout.speculate, "cuda" if self.on_gpu else "cpu") is not False:
+            tokens = max(rows, MOST_TOKENS["cuda"])
+            drafts = draft_bytes(2 * sequences, self.longest)  # these texts and the last ones
         started += idle_rows(started, self.on_gpu)
         packed: list[int] = []
         for prompt in prompts[: -(-started // copies)]:
@@ -400,8 +405,8 @@ class Estimate:
         return {
             "kv_cache": size.bytes,
             # The logits of a captured step; its hidden states are small beside them.
-            "graphs": rows * len(self.head) * 4 if self.on_gpu else 0,
-            "activations": activations + state_bytes(rows, new_tokens),
+            "graphs": tokens * len(self.head) * 4 if self.on_gpu else 0,
+            "activations": activations + state_bytes(rows, new_tokens) + drafts,
         }
 
 

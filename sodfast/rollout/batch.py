@@ -1,8 +1,9 @@
 """The rows of one call of the native engine: which samples they draw, and their next tokens.
 
-The living rows, always the first ones, decode one token at a time. When enough have finished, they
-are moved together and waiting samples take the rows behind them, in order. A prompt runs through
-the model once for all of its samples that start together.
+The living rows, always the first ones, decode one token at a time, or several where drafts of them
+can be checked (speculation.py). When enough have finished, they are moved together and waiting
+samples take the rows behind them, in order. A prompt runs through the model once for all of its
+samples that start together.
 
 A sample starts when the cache has room for what all are expected to become (admission.py). When
 the pages run out nevertheless, the youngest sample gives its pages back, waits as the next one, and
@@ -13,12 +14,14 @@ On a GPU a step is one CUDA graph per power-of-two bucket of rows. The host look
 finished every few steps, with the next ones queued already: a row that has ended since then idles,
 and tokens behind a stop string are dropped. Rows change their places only while nothing is queued.
 
-Shapes: B rows, T packed prompt tokens, N tokens to be read, H hidden, S steps, V vocabulary.
+Shapes: B rows, Q tokens of each in a pass, K = Q − 1 drafts, T packed tokens, N tokens to be read,
+H hidden, S steps, V vocabulary.
 """
 
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +36,7 @@ from sodfast.rollout.cache import Cache, staged
 from sodfast.rollout.decoder import Decoder
 from sodfast.rollout.engine import Sample, SampleKey, Sampling, stop_length
 from sodfast.rollout.graphs import Graphs, beside, mark
+from sodfast.rollout.speculation import MOST_QUERIES, QUERIES, Drafts, Pace
 
 # A CPU works on rows in multiples of this, idle ones or padding added: a matrix product of fewer
 # rows sums in another order, and what does not fill a vector register goes through another exp.
@@ -58,8 +62,9 @@ NOISE_ELEMENTS = 1 << 14
 class Look(NamedTuple):
     """What the host will look at."""
 
-    status_2B: Tensor  # whether each row is done, and its count of tokens
-    event: Any  # what `mark` gave: behind it `status_2B` is there
+    status: Tensor  # whether each row is done, its count of tokens, and what `passed` says
+    steps: int  # those of the batch in front of it
+    event: Any  # what `mark` gave: behind it `status` is there
 
 
 class Batch:
@@ -77,20 +82,27 @@ class Batch:
         memory: Tensor | None = None,
         page: int | None = None,
         pages: int = 0,
+        pace: Pace | None = None,
+        drafts: Drafts | None = None,
     ) -> None:
         self.model, self.sampling, self.key = model, sampling, key
         self.device = model.device
         self.on_gpu = self.device.type == "cuda"
         self.width = width
         self.most = rows
+        self.pace, self.drafts = pace or Pace(False, self.device.type), drafts
         rows = self._bucket(rows)
+        # A pass may reach beyond the longest sequence; what it does there is dropped.
+        reach = width + MOST_QUERIES * (page is not None and drafts is not None)
         self.decoder = Decoder(model.network, width)
-        self.cache = Cache(self.decoder, rows, width, memory, page, pages)
+        self.cache = Cache(self.decoder, rows, reach, memory, page, pages)
         self.eos = torch.tensor(model.eos_ids, device=self.device)
         self.waiting = list(draws)[::-1]  # the next one stands last
         self.rows: list[Draw | None] = []  # None: idle
         self.looks: deque[Look] = deque()
-        self.steps = self.drawn = self.ended = 0  # tokens drawn, and answers ended, as far as known
+        # Positions that a row may have gained since the beginning; tokens drawn, and answers ended,
+        # as far as known.
+        self.steps = self.drawn = self.ended = 0
 
         def state(dtype: torch.dtype, *columns: int) -> Tensor:
             return torch.zeros(rows + CPU_ROWS, *columns, dtype=dtype, device=self.device)
@@ -99,12 +111,16 @@ class Batch:
         self.cached = state(torch.int32)  # positions in the cache
         self.count = state(torch.int64)  # tokens drawn
         self.sample = state(torch.int64)
+        self.place = state(torch.int64)
         self.done = ~state(torch.bool)
         # Idle rows write to the last column, one more than there can be tokens.
         columns = sampling.max_new_tokens + 1
         self.tokens = state(torch.int64, columns)
         self.logprob = state(torch.float32, columns)
         self.entropy = state(torch.float32, columns)
+        # What the passes brought, as `Pace.count` has it: on the device, and as far as known.
+        self.passed = torch.zeros(4, dtype=torch.int64, device=self.device)
+        self.counted = [0] * 4
         self.graphs = Graphs() if self.on_gpu else None
         self.noise_ahead: list[Tensor] = []  # of the coming steps, the next one last
 
@@ -131,7 +147,8 @@ class Batch:
 
     def _too_wide(self) -> bool:
         """Whether fewer rows would do."""
-        return self._bucket(self.alive) < self._bucket(len(self.rows))
+        queries = self._queries(self.alive)
+        return self._bucket(self.alive, queries) < self._bucket(len(self.rows), queries)
 
     def _arrange(self) -> None:
         """Move the living rows together where it pays, and let waiting samples start."""
@@ -168,6 +185,9 @@ class Batch:
         lengths = [len(draw.prompt) for draw in draws]
         self.cached[first:last] = self._put(torch.tensor(lengths, dtype=torch.int32))
         self.sample[first:last] = self._put(torch.tensor([draw.sample for draw in draws]))
+        self.place[first:last] = self._put(torch.tensor([draw.place for draw in draws]))
+        if self.drafts is not None:
+            self.drafts.start(self.place[first:last])
         self.count[first:last] = 0
         self.noise_ahead.clear()
         groups = list(prompt_groups(draws, first))
@@ -201,7 +221,7 @@ class Batch:
             source, target = (self._put(torch.tensor(rows)) for rows in (movers, holes))
             self.cache.move(movers, holes, self._longest())
             for tensor in (
-                *(self.token, self.cached, self.count, self.sample, self.done),
+                *(self.token, self.cached, self.count, self.sample, self.place, self.done),
                 *(self.tokens, self.logprob, self.entropy),
             ):
                 tensor[target] = tensor[source]
@@ -211,11 +231,17 @@ class Batch:
         self.done[alive:] = True
         del self.rows[alive:]
 
-    def _bucket(self, rows: int) -> int:
-        """How many rows are decoded when `rows` are in use."""
+    def _bucket(self, rows: int, queries: int = 1) -> int:
+        """How many rows are decoded when `rows` are in use and each has so many tokens."""
         if self.on_gpu:
             return min(1 << max(0, rows - 1).bit_length(), self.most)
-        return rows + self._padding(rows)
+        return rows + -rows % max(1, CPU_ROWS // queries)
+
+    def _queries(self, alive: int) -> int:
+        """Tokens of each row in the next pass."""
+        if self.drafts is None:
+            return 1
+        return self.pace.queries({q: q * self._bucket(alive, q) for q in QUERIES})
 
     def _padding(self, rows: int) -> int:
         return idle_rows(rows, self.on_gpu)
@@ -229,22 +255,24 @@ class Batch:
     def _queue(self) -> bool:
         """Queue steps and a look behind them. False: the living rows are at their caps or there
         are too few pages, and an earlier look shows which of them have ended."""
-        steps = STEPS_PER_LOOK[self.device.type]
+        steps, queries = STEPS_PER_LOOK[self.device.type], self._queries(self.alive)
         if self.looks and self._at_caps():
             return False
-        while not self._grow(steps):
+        while not self._grow(steps * queries):
             if self.looks:
                 return False
             self._give_up_youngest()
-        rows = self._bucket(len(self.rows))
+        rows = self._bucket(len(self.rows), queries)
         for _ in range(steps):
             if self.graphs is not None:
-                state = [self.token, self.cached, self.count, self.done]
-                self.graphs.run(rows, lambda: self._step(rows, self.width), state)
+                state = [self.token, self.cached, self.count, self.done, self.passed]
+                state += [] if self.drafts is None else [self.drafts.length_N]
+                step = partial(self._step, rows, queries, self.width)
+                self.graphs.run((rows, queries), step, state)
             else:
-                width = self._longest() + 1
-                self._step(rows, min(self.width, width + -width % WIDTH_STEP))
-            self.steps += 1
+                width = self._longest() + queries
+                self._step(rows, queries, min(self.width, width + -width % WIDTH_STEP))
+            self.steps += queries
         self._add_look()
         return True
 
@@ -258,7 +286,7 @@ class Batch:
         return all(draw.start + self.steps >= self._most_cached(draw) for draw in living)
 
     def _grow(self, steps: int) -> bool:
-        """Let each living row hold what it will have after so many steps more."""
+        """Let each living row hold what it will have with so many positions more."""
         if self.cache.whole:
             return True
         positions = {
@@ -273,14 +301,21 @@ class Batch:
 
     def _add_look(self) -> None:
         active = len(self.rows)
-        status_2B = torch.stack([self.done[:active].long(), self.count[:active]])
-        self.looks.append(Look(status_2B, mark(self.device)))
+        status = torch.cat([self.done[:active].long(), self.count[:active], self.passed])
+        self.looks.append(Look(status, self.steps, mark(self.device)))
 
     def _look(self) -> dict[int, Sample]:
         """The samples that had finished at the first of the looks, by place."""
         look = self.looks.popleft()
         with beside(look.event):
-            done, count = look.status_2B.tolist()
+            status = look.status.tolist()
+            active = len(self.rows)
+            done, count, passed = status[:active], status[active:-4], status[-4:]
+            for row, draw in enumerate(self.rows):
+                if draw is not None:
+                    draw.start = len(draw.prompt) + count[row] - 1 - look.steps
+            self.pace.count(*(new - old for new, old in zip(passed, self.counted, strict=True)))
+            self.counted = passed
             ended = self._ended(done, count)
             finished = self._samples(ended) if ended else {}
         if ended:
@@ -329,38 +364,76 @@ class Batch:
 
     # ---------------------------------------------------------------- one step
 
-    def _step(self, rows: int, width: int) -> None:
-        """Feed the last token of the first `rows` rows and draw the next one."""
+    def _step(self, rows: int, queries: int, width: int) -> None:
+        """Feed the last token of the first `rows` rows and so many drafts that there are `queries`;
+        draw the next token behind each and keep those that hold."""
         cached_B, done_B = self.cached[:rows], self.done[:rows]
-        attend = self.cache.decoding(cached_B, done_B, width)
-        hidden_BH = self.decoder.forward(self.token[:rows], cached_B.long(), attend)
-        cached_B += ~done_B
-        self._draw(0, rows, self.decoder.logits(hidden_BH), self._noise(rows))
+        ahead_Q = torch.arange(queries, device=self.device)
+        idle_BQ = self.count[:rows, None] + ahead_Q >= self.sampling.max_new_tokens
+        idle_BQ |= done_B[:, None]
+        token_BQ, draft_BK = self.token[:rows, None], None
+        if queries > 1:
+            assert self.drafts is not None
+            draft_BK = self.drafts.find(self.place[:rows], queries - 1)
+            token_BQ = torch.cat([token_BQ, draft_BK.clamp(min=0)], 1)
+        attend = self.cache.decoding(cached_B, idle_BQ, width)
+        position_BQ = (cached_B.long()[:, None] + ahead_Q).clamp(max=self.width - 1)
+        hidden_TH = self.decoder.forward(token_BQ.flatten(), position_BQ.flatten(), attend)
+        logits_TV, noise_TV = self.decoder.logits(hidden_TH), self._noise(rows, queries)
+        alive = rows - done_B.sum()
+        emitted_B = self._draw(0, rows, logits_TV, noise_TV, draft_BK)
+        cached_B += emitted_B
+        emitted = emitted_B.sum()
+        right, checked = emitted - alive, emitted_B.clamp(max=queries - 1).sum()
+        self.passed += torch.stack([emitted, alive, right, checked])
 
-    def _draw(self, first: int, last: int, logits_BV: Tensor, noise_BV: Tensor | None) -> None:
-        """Draw a token for each of the rows first … last−1 and write it down."""
+    def _draw(
+        self,
+        first: int,
+        last: int,
+        logits_TV: Tensor,
+        noise_TV: Tensor | None,
+        draft_BK: Tensor | None = None,
+    ) -> Tensor:
+        """Draw the tokens of the rows first … last−1 and write down those that are kept: up to the
+        first that is not the draft in its place, that ends the answer or that is at the cap.
+        Returns how many there are of each row [B] int64, 0 where it is done."""
         rows = slice(first, last)
+        queries = len(logits_TV) // (last - first)
+        ahead_Q = torch.arange(queries, device=self.device)
+        position_BQ = self.count[rows, None] + ahead_Q
         drawn = sample_tokens(
-            logits_BV,
+            logits_TV,
             seed=self.key.seed,
             step=self.key.step,
-            sample=self.sample[rows],
-            position=self.count[rows],
+            sample=self.sample[rows].repeat_interleave(queries),
+            position=position_BQ.flatten(),
             temperature=self.sampling.temperature,
             top_p=self.sampling.top_p,
             top_k=self.sampling.top_k,
-            noise=noise_BV,
+            noise=noise_TV,
         )
-        spare = self.sampling.max_new_tokens
-        row_B = torch.arange(first, last, device=self.device)
-        column_B = torch.where(self.done[rows], spare, self.count[rows])
-        self.tokens[row_B, column_B] = drawn.token
-        self.logprob[row_B, column_B] = drawn.logprob
-        self.entropy[row_B, column_B] = drawn.entropy
-        self.token[rows] = drawn.token
-        self.count[rows] += ~self.done[rows]
-        ended_B = (drawn.token[:, None] == self.eos).any(1)
-        self.done[rows] |= ended_B | (self.count[rows] == spare)
+        spare, done_B = self.sampling.max_new_tokens, self.done[rows].clone()
+        token_BQ, logprob_BQ, entropy_BQ = (x.view(-1, queries) for x in drawn)
+        ended_BQ = (token_BQ[..., None] == self.eos).any(2)
+        kept_BQ = ~done_B[:, None]
+        if draft_BK is not None:
+            holds_BK = (token_BQ[:, :-1] == draft_BK) & ~ended_BQ[:, :-1]
+            kept_BQ = torch.cat([kept_BQ, holds_BK], 1).cumprod(1).bool() & (position_BQ < spare)
+        row_B1 = torch.arange(first, last, device=self.device)[:, None]
+        column_BQ = position_BQ.where(kept_BQ, spare)
+        self.tokens[row_B1, column_BQ] = token_BQ
+        self.logprob[row_B1, column_BQ] = logprob_BQ
+        self.entropy[row_B1, column_BQ] = entropy_BQ
+        emitted_B = kept_BQ.sum(1)
+        last_B1 = (emitted_B - 1).clamp(min=0)[:, None]
+        self.token[rows] = token_BQ.gather(1, last_B1)[:, 0]
+        self.count[rows] += emitted_B
+        self.done[rows] |= (ended_BQ & kept_BQ).any(1) | (self.count[rows] == spare)
+        if self.drafts is not None:
+            place_B = self.place[rows].masked_fill(done_B, self.drafts.idle)
+            self.drafts.write(place_B, token_BQ, position_BQ, kept_BQ)
+        return emitted_B
 
     def _prefill(self, pack: Sequence[tuple[Tensor, range]]) -> None:
         """Run prompts, each once, and draw the first token of the rows that share it."""
@@ -379,12 +452,16 @@ class Batch:
         wanted_N = self._put(F.pad(last_N[owner_N], (0, padding)))
         self._draw(first, last + padding, self.decoder.logits(hidden_TH[wanted_N]), None)
 
-    def _noise(self, rows: int) -> Tensor | None:
+    def _noise(self, rows: int, queries: int) -> Tensor | None:
         if self.on_gpu or self.sampling.temperature == 0:
             return None
+        if queries > 1:  # how many of them will be kept is not known: none can be drawn ahead
+            self.noise_ahead.clear()
         if not self.noise_ahead:
             vocabulary = self.decoder.head.shape[0]
-            steps = max(1, NOISE_ELEMENTS // (rows * vocabulary))
+            steps = queries
+            if queries == 1:
+                steps = max(1, NOISE_ELEMENTS // (rows * vocabulary))
             noise_BSV = gumbel_noise(
                 seed=self.key.seed,
                 step=self.key.step,
@@ -392,6 +469,8 @@ class Batch:
                 position=self.count[:rows, None] + torch.arange(steps),
                 vocabulary=vocabulary,
             )
+            if queries > 1:
+                return noise_BSV.flatten(0, 1)
             self.noise_ahead = list(noise_BSV.unbind(1))[::-1]
         return self.noise_ahead.pop()
 

@@ -31,4 +31,4 @@ def build_engine(
         if reason is not None:
             message(f"rollout.engine: hf (slower), since native cannot run this model: {reason}")
         return HFEngine(model, config.batch_size)
-    return NativeEngine(model, config.batch_size, config.cache_gib)
+    return NativeEngine(model, config.batch_size, config.cache_gib, config.speculate)

@@ -10,7 +10,7 @@ is:
 * On a CPU it is as wide as a sequence can get, and row r has page r, with nothing to allocate:
   attention is then a batched product over the pages, without a table.
 
-Shapes: T tokens of any sequences in a row, B rows with one new token each, R rows, P pages, M pages
+Shapes: T tokens of any sequences in a row, B rows with Q new tokens each, R rows, P pages, M pages
 of a sequence at most, W positions of a sequence at most, K key-value heads, D head size.
 """
 
@@ -164,11 +164,12 @@ class Cache:
         Tokens after the last prompt attend to nothing."""
         return _Prefilling(self, lengths, copies)
 
-    def decoding(self, cached_B: Tensor, done_B: Tensor, width: int) -> Attend:
-        """Attention of one new token of each of the first B rows, of whose positions `cached_B`
-        (int32) are in the cache already. Rows that are `done_B` (bool) idle. `width` bounds the
-        lengths after it; small pages, whose kernel reads the lengths themselves, take any."""
-        return _Decoding(self, cached_B, done_B, width)
+    def decoding(self, cached_B: Tensor, idle_BQ: Tensor, width: int) -> Attend:
+        """Attention of Q new tokens of each of the first B rows, of whose positions `cached_B`
+        (int32) are in the cache already. Those that are `idle_BQ` (bool), all or the last ones of a
+        row, are read by nobody. `width` bounds the lengths after it; small pages, whose kernel
+        reads the lengths themselves, take any."""
+        return _Decoding(self, cached_B, idle_BQ, width)
 
 
 class _Prefilling:
@@ -210,28 +211,33 @@ class _Prefilling:
 
 
 class _Decoding:
-    """Implements `Attend`. Rows that are done see no position and write to the scratch page, so
-    that their own pages may have gone to others; whole pages stay theirs."""
+    """Implements `Attend`. Idle tokens write to the scratch page, so that a row's own pages may
+    have gone to others, and rows of them alone see no position; whole pages stay theirs, and the
+    last position of one is nobody's but the longest sequence's last token, which is not cached."""
 
-    def __init__(self, cache: Cache, cached_B: Tensor, done_B: Tensor, width: int) -> None:
+    def __init__(self, cache: Cache, cached_B: Tensor, idle_BQ: Tensor, width: int) -> None:
         self.cache = cache
-        position_B = cached_B.long()
+        rows, queries = idle_BQ.shape
+        ahead_Q = torch.arange(queries, device=cached_B.device)
+        position_BQ = cached_B.long()[:, None] + ahead_Q
         if cache.whole:
-            self.page_B = torch.arange(len(cached_B), device=cached_B.device)
-            self.offset_B = position_B
-            # One position for idle rows, whose own may all lie behind `width`: attention over none
-            # would leave NaN in the cache.
-            self.products = SlotAttention((cached_B + 1).masked_fill(done_B, 1), width)
+            self.page_T = torch.arange(rows, device=cached_B.device).repeat_interleave(queries)
+            self.offset_T = position_BQ.clamp(max=cache.page - 1).flatten()
+            # One position for idle tokens, whose own may lie behind `width`: attention over none
+            # would leave NaN in the cache. One product for each of a row's tokens: a product for
+            # all of them would sum in another order than that of one.
+            used_BQ = (position_BQ + 1).masked_fill(idle_BQ, 1)
+            self.products = [SlotAttention(used_B, width) for used_B in used_BQ.unbind(1)]
             return
-        self.table_BM = cache.table_RM[: len(cached_B)]
-        column_B1 = (position_B // cache.page)[:, None]
-        self.page_B = self.table_BM.gather(1, column_B1)[:, 0].long().masked_fill(done_B, SCRATCH)
-        self.offset_B = position_B % cache.page
-        self.used_B = (cached_B + 1).masked_fill(done_B, 0)
+        self.table_BM = cache.table_RM[:rows]
+        page_BQ = self.table_BM.gather(1, position_BQ // cache.page).long()
+        self.page_T = page_BQ.masked_fill(idle_BQ, SCRATCH).flatten()
+        self.offset_T = (position_BQ % cache.page).flatten()
+        self.used_B = (cached_B + queries).masked_fill(idle_BQ[:, 0], 0)
 
     def place(self, layer: int) -> Place:
-        """Each row's next position."""
-        return Place(*self.cache.layers[layer], self.page_B, self.offset_B)
+        """Each row's next positions."""
+        return Place(*self.cache.layers[layer], self.page_T, self.offset_T)
 
     def __call__(
         self, layer: int, q_TAD: Tensor, k_TKD: Tensor | None, v_TKD: Tensor | None
@@ -239,16 +245,21 @@ class _Decoding:
         keys_PLKD, values_PLKD = self.cache.layers[layer]
         scale, window = self.cache.decoder.scale, self.cache.decoder.layers[layer].window
         if self.cache.whole:
-            return self.products(q_TAD, keys_PLKD, values_PLKD, scale, window)
+            q_BQAD = q_TAD.unflatten(0, (-1, len(self.products)))
+            attended = [
+                attend(q_BAD, keys_PLKD, values_PLKD, scale, window)
+                for attend, q_BAD in zip(self.products, q_BQAD.unbind(1), strict=True)
+            ]
+            return torch.stack(attended, 1).flatten(0, 1)
         return decode_attention(
-            q_TAD[:, None],
+            q_TAD.unflatten(0, (len(self.used_B), -1)),
             keys_PLKD,
             values_PLKD,
             self.table_BM,
             self.used_B,
             scale=scale,
             window=window,
-        )[:, 0]
+        ).flatten(0, 1)
 
 
 def staged(tensor: Tensor, device: torch.device) -> Tensor:

@@ -78,6 +78,11 @@ class Engine(Protocol):
 
     name: str
 
+    @property
+    def tokens_per_pass(self) -> float | None:
+        """Tokens that a sequence got from a pass in the mean of the last call, on this rank; None
+        where that is not counted."""
+
     def require(self, tokens: int) -> None:
         """Raise `UsageError` unless a sequence of so many tokens, prompt and answer, can run."""
 

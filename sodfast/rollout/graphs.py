@@ -10,19 +10,19 @@ from torch import Tensor
 
 
 class Graphs:
-    """The graphs of one call, one for each number of rows, all in one pool of memory: none runs
-    beside another, and what a step leaves lies outside of it."""
+    """The graphs of one call, one for each number of rows and of tokens of a row, all in one pool
+    of memory: none runs beside another, and what a step leaves lies outside of it."""
 
     def __init__(self) -> None:
         self.pool = torch.cuda.graph_pool_handle()
-        self.captured: dict[int, torch.cuda.CUDAGraph] = {}
+        self.captured: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
 
-    def run(self, rows: int, step: Callable[[], None], state: Sequence[Tensor]) -> None:
-        """Queue one `step` of so many rows, captured when it is first asked for. `state`: the
-        tensors that a step advances; what else it writes it may write twice."""
-        if rows not in self.captured:
-            self.captured[rows] = self._capture(step, state)
-        self.captured[rows].replay()
+    def run(self, size: tuple[int, int], step: Callable[[], None], state: Sequence[Tensor]) -> None:
+        """Queue one `step` of this size, rows and tokens of each, captured when it is first asked
+        for. `state`: the tensors that a step advances; what else it writes it may write twice."""
+        if size not in self.captured:
+            self.captured[size] = self._capture(step, state)
+        self.captured[size].replay()
 
     def _capture(self, step: Callable[[], None], state: Sequence[Tensor]) -> torch.cuda.CUDAGraph:
         """The first step compiles, loads and allocates, which a graph cannot hold; it is undone."""

@@ -24,6 +24,7 @@ class HFEngine:
     """transformers' `generate`, `batch_size` sequences at a time; others are tested against it."""
 
     name = "hf"
+    tokens_per_pass = None
 
     def __init__(self, model: LanguageModel, batch_size: int) -> None:
         self.model = model

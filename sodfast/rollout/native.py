@@ -23,9 +23,12 @@ from sodfast.rollout.admission import Draw, count_fitting, expected_tokens
 from sodfast.rollout.batch import CPU_ROWS, WIDTH_STEP, Batch, idle_rows
 from sodfast.rollout.cache import PAGE, Cache
 from sodfast.rollout.engine import Sample, SampleKey, Sampling, check_prompts
+from sodfast.rollout.speculation import Answers, Drafts, Pace, Setting, resolved
 
 # Share of the free memory that the cache may take; the rest is for logits and activations.
 MEMORY_SHARE = {"cuda": 0.85, "cpu": 0.5}
+# On a CPU the bits of smaller heads depend on how wide a pass is (`WIDTH_STEP`), and so on drafts.
+EXACT_HEAD = 32
 
 
 class NativeEngine:
@@ -33,13 +36,23 @@ class NativeEngine:
 
     `max_rows`: sequences decoded at once at most. `cache_gib`: budget of the key-value cache; None:
     a share of what is free when a call begins. A short budget means fewer sequences at once and
-    more time, never a shorter answer.
+    more time, never a shorter answer. `speculate`: how many drafts of the next tokens a pass
+    checks (speculation.py); no answer depends on it.
     """
 
     name = "native"
 
-    def __init__(self, model: LanguageModel, max_rows: int, cache_gib: float | None = None) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        max_rows: int,
+        cache_gib: float | None = None,
+        speculate: Setting = False,
+    ) -> None:
         self.model = model
+        device = model.device.type
+        self.pace = Pace(resolved(speculate, device), device)
+        self.answers = Answers()
         self.max_rows = max_rows
         self.cache_gib = cache_gib
         self.memory: Tensor | None = None
@@ -65,9 +78,14 @@ class NativeEngine:
             Draw(place, prompt, sample, tuple(prompt.tolist()))
             for place, (prompt, sample) in enumerate(zip(prompts, samples, strict=True))
         ]
+        self.pace.begin()
+        drafts = None
+        if self.speculates:
+            device = self.model.device
+            drafts = Drafts(draws, self.answers, sampling.max_new_tokens, device)
         batch = Batch(
             self.model, draws, size.rows, _width(tokens), sampling, key,
-            self.memory, size.page, size.pages,
+            self.memory, size.page, size.pages, self.pace, drafts,
         )  # fmt: skip
         if self.model.device.type == "cpu":
             # A CPU's cache is small, and mapping it anew would take a fifth of a lab's rollout.
@@ -78,7 +96,22 @@ class NativeEngine:
             if done:
                 finished |= done
                 progress(len(finished), len(prompts))
+        if self.speculates:
+            responses = {place: sample.response for place, sample in finished.items()}
+            self.answers.remember(draws, responses)
         return [finished[index] for index in range(len(prompts))]
+
+    @property
+    def tokens_per_pass(self) -> float | None:
+        """See `Engine.tokens_per_pass`. The first token of each answer, which the prompt's pass
+        brings, is left out."""
+        return self.pace.tokens_per_pass
+
+    @property
+    def speculates(self) -> bool:
+        """Whether passes check drafts. Not on a CPU with smaller heads than `EXACT_HEAD`."""
+        small = self.model.network.model.layers[0].self_attn.head_dim < EXACT_HEAD
+        return self.pace.setting is not False and not (small and self.model.device.type == "cpu")
 
     def size(self, tokens: int, sequences: int) -> "CacheSize":
         """The cache of a call with so many sequences of so many tokens, prompt and answer, at most.

@@ -29,6 +29,11 @@ class SharedEngine:
         self.ranks = ranks
         self.whole_weights = whole_weights
 
+    @property
+    def tokens_per_pass(self) -> float | None:
+        """See `Engine.tokens_per_pass`."""
+        return self.engine.tokens_per_pass
+
     def require(self, tokens: int) -> None:
         """See `Engine.require`."""
         self.engine.require(tokens)

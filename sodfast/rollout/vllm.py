@@ -74,6 +74,7 @@ class VLLMEngine:
     """
 
     name = "vllm"
+    tokens_per_pass = None
 
     def __init__(self, model: LanguageModel, config: RolloutConfig) -> None:
         self.llm_class, self.params_class = _import_vllm()

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from sodfast.config import RENAMED, Config, read_overrides, validate
+from sodfast.config import BEFORE, RENAMED, Config, read_overrides, validate
 from sodfast.errors import RunFailed, UsageError
 from sodfast.files import refuse_links, replace_text, try_lock
 from sodfast.run import checkpoint, samples
@@ -30,7 +30,7 @@ _FORKING = ".forking"
 _FORKED = {_FORKING, "metrics.jsonl", "events.jsonl", "checkpoints"}
 _DEEPEST = 255  # folders that Python makes in one call without exhausting its stack
 
-# Keys that release 0.1.0 did not have, with their defaults.
+# Keys that release 0.1.0 did not have, with the values that mean what it did.
 ADDED: dict[str, Any] = {
     "model.random": None,
     "lab.stubborn": 0.0,
@@ -48,21 +48,25 @@ ADDED: dict[str, Any] = {
     "task.system": None,
     "task.request": None,
     "task.scorer": "strict",
+    **BEFORE,
 }
 # Values of `teacher.feedback` that release 0.1.0 had under other names.
 _FEEDBACK_OF_0_1_0 = {"never": False, "always": True}
+# What a line says of its evaluation beside `eval/*`.
+ABOUT_EVALUATION = ("time/eval", "rollout/eval_tokens_per_pass")
 
 
 def fingerprint(config: Config) -> str:
-    """A hash of all keys but `out`, `steps`, `log`, `checkpoint`, `model.attention` and
-    `model.kept_layers`: no number of a step depends on these.
+    """A hash of all keys but `out`, `steps`, `log`, `checkpoint`, `model.attention`,
+    `model.kept_layers` and `rollout.speculate`: no number of a step depends on these.
 
     The runs of earlier releases go on: a renamed key is hashed under its first name, a renamed
-    value as its first one, and a key that they did not have (`ADDED`) only where it is not at its
-    default.
+    value as its first one, and a key that they did not have (`ADDED`) only where it does not mean
+    what they did.
     """
     values = config.model_dump(mode="json", exclude={"out", "steps", "log", "checkpoint"})
     del values["model"]["attention"], values["model"]["kept_layers"]
+    del values["rollout"]["speculate"]
     for key, default in ADDED.items():
         group, _, name = key.partition(".")
         if name in values[group] and values[group][name] == default:
@@ -230,7 +234,11 @@ class RunDirectory:
             )
         events = [event for event in read_events(self.path) if event["step"] <= step]
         if without_evaluation:
-            lines[-1] = {k: v for k, v in lines[-1].items() if not k.startswith("eval/")}
+            lines[-1] = {
+                key: value
+                for key, value in lines[-1].items()
+                if not key.startswith("eval/") and key not in ABOUT_EVALUATION
+            }
             events = [
                 event for event in events if (event["step"], event.get("reason")) != (step, "eval")
             ]

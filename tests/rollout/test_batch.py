@@ -177,7 +177,7 @@ def test_rows_that_are_done_see_nothing_and_write_to_the_page_of_nobody(
     cache.start([0, 1, 2], 20)
     cache.upload()
     cached_B = torch.tensor([20, 31, 20], dtype=torch.int32)
-    attend: Any = cache.decoding(cached_B, torch.tensor([False, True, False]), 32)
+    attend: Any = cache.decoding(cached_B, torch.tensor([[False], [True], [False]]), 32)
     place = attend.place(0)
     assert attend.used_B.tolist() == [21, 0, 21]
     assert place.page_T.tolist() == [cache.held[0][1], SCRATCH, cache.held[2][1]]

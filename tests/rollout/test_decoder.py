@@ -29,7 +29,7 @@ def test_prefill_and_single_tokens_give_the_networks_logits(any_model: LanguageM
     for step in range(9):
         length_B = torch.tensor([start + step for start in starts])
         token_B = torch.stack([ids[at] for ids, at in zip(whole, length_B, strict=True)])
-        attend = cache.decoding(length_B.int(), torch.zeros(3, dtype=torch.bool), 20)
+        attend = cache.decoding(length_B.int(), torch.zeros(3, 1, dtype=torch.bool), 20)
         logits_BV = decoder.logits(decoder.forward(token_B, length_B, attend))
         for rows, row in zip(found, logits_BV, strict=True):
             rows.append(row[None])

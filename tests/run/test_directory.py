@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from sodfast.config import Config, load_config
 from sodfast.errors import UsageError
@@ -345,6 +346,13 @@ def store(run: RunDirectory, step: int, config: Config) -> Path:
     return directory
 
 
+def test_a_run_of_a_release_without_common_draws_goes_on_without_them(run: RunDirectory) -> None:
+    stored = yaml.safe_load((run.path / "config.yaml").read_text())
+    assert stored["eval"].pop("common_draws") is True
+    (run.path / "config.yaml").write_text(yaml.safe_dump(stored))
+    assert stored_config(run.path, []) == lab("eval.common_draws=false", f"out={run.path}")
+
+
 def test_a_stored_configuration_may_only_change_its_steps(run: RunDirectory) -> None:
     store(run, 20, lab())
     assert stored_config(run.path, []) == lab(f"out={run.path}")
@@ -478,8 +486,9 @@ def test_fingerprint(override: str, same: bool) -> None:
 
 
 def test_feedback_has_the_fingerprint_that_0_1_0_gave_it() -> None:
-    assert fingerprint(lab("teacher.feedback=true")) == "cac6a788a0c998c0"
-    assert fingerprint(lab()) == "ec608b379d604fcc"
+    old = "eval.common_draws=false"
+    assert fingerprint(lab("teacher.feedback=true", old)) == "cac6a788a0c998c0"
+    assert fingerprint(lab(old)) == "ec608b379d604fcc"
     assert fingerprint(lab("teacher.feedback=without_solution")) != fingerprint(lab())
 
 
@@ -493,7 +502,9 @@ def test_keys_that_came_later_stay_outside_the_fingerprint_at_their_old_meaning(
     values = json.loads(lab(*task).model_dump_json())["task"]
     assert {"split", "columns", "system", "request", "scorer"} <= values.keys()
     # The hash that 0.1.0 gives this configuration.
+    task = (*task, "eval.common_draws=false")
     assert fingerprint(lab(*task)) == "919ffccc6b9d543c"
+    assert fingerprint(lab(*task, "eval.common_draws=true")) != fingerprint(lab(*task))
     for override in ("task.split=dev", "task.columns.prompt=q", "task.system=s", "task.request=r"):
         assert fingerprint(lab(*task, override)) != fingerprint(lab(*task)), override
     assert fingerprint(lab(*task, "task.scorer=reference")) != fingerprint(lab(*task))
