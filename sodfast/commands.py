@@ -43,6 +43,7 @@ from sodfast.run.fork import fork_config, fork_run, read_fork
 from sodfast.run.interrupt import Interrupted
 from sodfast.run.loggers import require_sinks
 from sodfast.run.records import read_metrics
+from sodfast.run.restore import restore_student
 from sodfast.schedule import build_schedule
 from sodfast.summary import best_step
 from sodfast.tasks.base import Task
@@ -286,7 +287,7 @@ def _student(config: Config, path: Path, device: torch.device) -> LanguageModel:
         return load_model(str(path / "student"), device, getattr(torch, config.model.dtype))
     model = _untrained(config, device)
     stored = checkpoint.load(path)
-    checkpoint.restore_student(model, stored.student, stored.state.get("base"))
+    restore_student(model, stored.student, stored.state.get("base"))
     return model
 
 

@@ -47,6 +47,12 @@ from sodfast.run.directory import RunDirectory, fingerprint
 from sodfast.run.interrupt import Interrupted, Interruption
 from sodfast.run.loggers import Logger
 from sodfast.run.phases import PhaseClock, oom_hint
+from sodfast.run.restore import (
+    optimizer_tensors,
+    require_fitting,
+    restore_optimizer,
+    restore_student,
+)
 from sodfast.schedule import build_schedule
 from sodfast.summary import best_step, summarize
 from sodfast.tasks.base import Grade, Question, Task
@@ -218,17 +224,15 @@ class Trainer:
             self.reporter.message("no checkpoint yet: starting over at step 0")
             return
         stored = checkpoint.load(path)
-        checkpoint.require_fitting(stored, self.model, self.optimizer, self.schedule)
+        require_fitting(stored, self.model, self.optimizer, self.schedule)
         if not stored.hashed:
             self.reporter.message(f"{path} is of an earlier release: it has no hashes to check")
         self.step = stored.step
-        checkpoint.restore_student(
-            self.model, self.weights.loadable(stored.student), stored.state.get("base")
-        )
+        restore_student(self.model, self.weights.loadable(stored.student), stored.state.get("base"))
         own = None if stored.teacher is None else self.weights.shard(stored.teacher)
         self.teacher.load_weights(own)
         moments = self.weights.shard(stored.optimizer)
-        checkpoint.restore_optimizer(self.model.network, self.optimizer, moments)
+        restore_optimizer(self.model.network, self.optimizer, moments)
         self.schedule.load_state_dict(stored.state["schedule"])
         self.collapse.load_state_dict(stored.state["collapse"])
         self.gain.last = stored.state["reward_memory"]
@@ -662,7 +666,7 @@ class Trainer:
         student = self.weights.state_dict()
         same = self.teacher.weights is None
         teacher = None if same else self.weights.gather_full(self.teacher.own())
-        moments = checkpoint.optimizer_tensors(self.model.network, self.optimizer)
+        moments = optimizer_tensors(self.model.network, self.optimizer)
         moments = self.weights.gather_full(moments)
         with self.ranks.together():
             if self.ranks.main:

@@ -31,6 +31,7 @@ from sodfast.model.load import LanguageModel, load_model, trained_parameters
 from sodfast.model.lora import add_adapters, merge_adapters
 from sodfast.model.packing import own_attention
 from sodfast.run import checkpoint
+from sodfast.run.restore import restore_student
 from sodfast.schedule import Decision
 from sodfast.teacher import Teacher
 from sodfast.trainer import Trainer
@@ -409,7 +410,7 @@ def test_adapters_that_are_not_whole_are_refused(finished: tuple[Path, Trainer])
     for name in student:
         rest = {key: tensor for key, tensor in student.items() if key != name}
         with pytest.raises(UsageError, match="another model"):
-            checkpoint.restore_student(trainer.model, rest, trainer.model.base)
+            restore_student(trainer.model, rest, trainer.model.base)
 
 
 def test_export_is_a_plain_model_with_the_same_logits(

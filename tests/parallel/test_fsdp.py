@@ -18,8 +18,8 @@ from sodfast.model.load import LanguageModel, load_model
 from sodfast.optimizer import alignment, build_optimizer, update
 from sodfast.parallel.fsdp import Chunk, ShardedWeights, Weights
 from sodfast.parallel.ranks import Ranks
-from sodfast.run.checkpoint import optimizer_tensors
 from sodfast.run.console import Reporter
+from sodfast.run.restore import optimizer_tensors
 from sodfast.schedule import Decision
 from sodfast.teacher import Teacher
 
