@@ -121,7 +121,7 @@ def build_trainer(
         data, engine = _questions_and_engine(config, model, task, reporter, others)
         if config.teacher.storage == "host" or ranks.size > 1:
             decoder_layers(model.network)  # refused here rather than after the run has begun
-        build_schedule(config.schedule)  # likewise
+        schedule = build_schedule(config.schedule)
     with ranks.together():
         if not ranks.main:
             run = RunDirectory(out, None)
@@ -133,7 +133,7 @@ def build_trainer(
             run = RunDirectory.open(out)
     try:
         exams = _examinations(config, data, others)
-        trainer = Trainer(config, model, engine, task, data, run, reporter, ranks, exams)
+        trainer = Trainer(config, model, engine, task, data, schedule, run, reporter, ranks, exams)
         if resume is not None:
             trainer.resume()
     except BaseException:
