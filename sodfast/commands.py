@@ -19,6 +19,7 @@ from sodfast.errors import UsageError
 from sodfast.evaluate import Examination, evaluate, evaluate_others
 from sodfast.model.attention import describe, require_flash, without_cudnn
 from sodfast.model.chat import require_switches
+from sodfast.model.joined import apart
 from sodfast.model.liger import use_liger
 from sodfast.model.load import (
     LanguageModel,
@@ -209,7 +210,7 @@ def export_model(run: Path, out: Path, best: bool = False) -> None:
             student = _student(config, path, torch.device("cpu"))
             merge_adapters(student.network)
             aside.mkdir(parents=True)
-            student.network.save_pretrained(aside)
+            student.network.save_pretrained(aside, state_dict=apart(student.network.state_dict()))
             student.tokenizer.save_pretrained(aside)
         (aside / "README.md").write_text(card, encoding="utf-8")
         checkpoint.sync(aside)

@@ -73,6 +73,7 @@ def test_equal_bits_give_exactly_nothing(backend, alpha, top_k, add_tail, dtype)
     assert not output.divergence.any() and not gradient.any()
 
 
+@pytest.mark.slow
 def test_equal_logits_keep_the_lower_index(backend):
     rows = [[1.0, 2.0, 2.0, 0.0, 2.0, -0.0], [0.0, -0.0, 0.0, 0.0, 0.0, 0.0]]
     student = torch.tensor(rows, device=DEVICE)
