@@ -37,5 +37,5 @@ class LogConfig(Section):
     project: str = "sodfast"
     """The project's name at wandb and trackio."""
     samples_every: Interval | None = None
-    """Steps from one file of all rollouts in samples/ to the next, some 50 bytes a token; null:
-    those of the steps that are evaluated; 0: none, also not of evaluations."""
+    """Steps from one record of all answers in samples/ to the next, of the rollouts and of an
+    evaluation at that step, about 50 bytes a token; null: every step that is evaluated; 0: none."""
