@@ -529,9 +529,12 @@ class EvalConfig(Section):
 
 
 class CheckpointConfig(Section):
-    # 0: no checkpoint, also not at the end or when interrupted; a resumed run then starts over.
+    # 0: no checkpoint but those of `at`, also not at the end or when interrupted; a run without one
+    # starts over when it is resumed.
     every: Interval = 25
     keep: Positive = 2
+    # Also save, and never delete, the checkpoints of these steps, so that they can be forked.
+    at: tuple[Interval, ...] = ()
     # Also save, and never delete, the checkpoint of the evaluation with the highest mean@k so far.
     best: bool = False
 

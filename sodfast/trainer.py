@@ -201,7 +201,7 @@ class Trainer:
     def _write_end(self, status: Status) -> None:
         self.run.write_summary(self.summary(status))
         if self.ranks.main:  # a run that was killed while it deleted the old ones may be finished
-            checkpoint.prune(self.run.checkpoints, self.config.checkpoint.keep, self._best())
+            checkpoint.prune(self.run.checkpoints, self.config.checkpoint.keep, self._lasting())
 
     def _close_logger(self) -> None:
         if self._logger is not None:
@@ -531,7 +531,7 @@ class Trainer:
             self._keep(step, rollouts)
         self._commit(line, logger)
         every = self.config.checkpoint.every
-        if self.ended or (every and step % every == 0) or (evaluated and step in self._best()):
+        if self.ended or (every and step % every == 0) or step in self._lasting():
             self._save()
 
     def _observe_collapse(self, line: dict[str, Any]) -> None:
@@ -617,16 +617,18 @@ class Trainer:
         collapsed = self.config.collapse.stop and self.collapse.step is not None
         return self.step >= self.config.steps or collapsed
 
-    def _best(self) -> set[int]:
-        """The steps whose checkpoints stay as the best, with checkpoint.best: of all evaluations,
-        and of those that do not depend on where the run ends, which a continued run is left with.
+    def _lasting(self) -> set[int]:
+        """The steps whose checkpoints stay: those of checkpoint.at and, with checkpoint.best, the
+        best of all evaluations, and of those that do not depend on where the run ends, which a
+        continued run is left with.
         """
+        named = set(self.config.checkpoint.at)
         if not self.config.checkpoint.best:
-            return set()
+            return named
         steps = [line["step"] for line in self.lines]
         every = filter(self._due, steps)
         found = (best_step(self.lines, self.config.eval.samples, s) for s in (steps, list(every)))
-        return {step for step in found if step is not None}
+        return named | {step for step in found if step is not None}
 
     def _event(self, step: int, event: str, **fields: Any) -> None:
         self._append(self.run.events, {"step": step, "event": event, **fields})
@@ -653,8 +655,9 @@ class Trainer:
         }
 
     def _save(self) -> None:
-        """Write the checkpoint of `step`, unless it is there or checkpoint.every=0."""
-        if not self.config.checkpoint.every:
+        """Write the checkpoint of `step`, unless it is there, or checkpoint.every=0 and
+        checkpoint.at does not name it."""
+        if not self.config.checkpoint.every and self.step not in self.config.checkpoint.at:
             return
         self.reporter.phase("checkpoint")
         if self.ranks.any(self.step in checkpoint.steps(self.run.checkpoints)):
@@ -676,7 +679,7 @@ class Trainer:
                     moments,
                     self.state,
                     self.config.checkpoint.keep,
-                    self._best(),
+                    self._lasting(),
                 )
         self._event(self.step, "checkpoint")
 

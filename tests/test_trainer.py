@@ -809,6 +809,20 @@ def test_the_best_checkpoint_stays(
     assert cli("eval", "no-run", "--best").code == 2
 
 
+@pytest.mark.parametrize(("every", "kept"), [(0, [0, 2, 5]), (3, [0, 2, 5, 6])])
+def test_the_checkpoints_of_named_steps_stay(
+    build: Build, tmp_path: Path, every: int, kept: list[int]
+) -> None:
+    keys = ("checkpoint.at=[5,0,2]", f"checkpoint.every={every}", "checkpoint.keep=1")
+    trainer = build(tmp_path / "run", *keys, "eval.every=0", "steps=6")
+    trainer.train()
+    trainer.run.close()
+    assert sorted(checkpoint.steps(trainer.run.checkpoints)) == kept
+    again = build(tmp_path / "run", "steps=7")
+    assert again.step == kept[-1]  # it goes on from the newest of them
+    again.run.close()
+
+
 def test_an_evaluation_that_closes_a_run_takes_no_other_best_away(
     build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,7 +17,8 @@ from sodfast.files import read_lines
 from sodfast.report.page import write_report
 from sodfast.report.replay import replay_run
 from sodfast.run import checkpoint
-from sodfast.run.fork import fork_config, fork_run, read_fork
+from sodfast.run.fork import fork_run
+from sodfast.run.fork_keys import fork_config, read_fork, source_config
 
 KEPT = ["steps=8", "checkpoint.every=2", "checkpoint.keep=9", "eval.every=2"]
 GATED = [
@@ -203,7 +204,7 @@ def test_a_fork_is_reported_and_replayed_from_its_fork_on(
         (["step=4", "steps=3"], "lies before"),
         (["step=4", "teacher.refresh=soon"], "choose now or never"),
         (["step=4", "teacher.refresh=never", "schedule.kind=hard"], "leave schedule.kind=hard out"),
-        (["step=4", "lab.seed=3"], "leave lab"),
+        (["step=4", "lab.seed=3"], "no lab"),
         (["step=4", "schedule.length_unit=shard", "schedule.shards=2"], "length/shard_mean"),
         (["step=4", "schedule.knid=hard"], "unknown key"),
     ],
@@ -237,7 +238,8 @@ def test_an_edited_source_and_missing_lines(
     lines = (source / "metrics.jsonl").read_text().splitlines(keepends=True)
     (source / "metrics.jsonl").write_text("".join(lines[:2] + lines[3:]))
     step, refresh, others = read_fork(["step=4"])
-    config = fork_config(source, step, [f"out={tmp_path / 'out'}", *others], refresh)
+    others.append(f"out={tmp_path / 'out'}")
+    config = fork_config(source_config(source), step, others, refresh)
     with pytest.raises(UsageError, match="lacks lines"):
         fork_run(source, step, config, {}, refresh)
     text = (source / "config.yaml").read_text()

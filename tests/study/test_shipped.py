@@ -39,16 +39,17 @@ LARGE = [path for path in FILES if path not in LAB]
 def test_a_study_expands_to_what_it_says(path: Path) -> None:
     study = shipped(path.stem)
     trials = study.trials
-    (steps,) = {trial.config.steps for trial in trials}
-    cost = f"{len(trials)} runs × {steps} steps"
+    (steps,) = {trial.config.steps - (trial.fork.step if trial.fork else 0) for trial in trials}
+    cost = f"{len(trials)} {'forks' if study.fork else 'runs'} × {steps} steps"
     assert LISTED[path.stem] == cost
     comment = " ".join(
         line.removeprefix("# ") for line in path.read_text().splitlines() if line.startswith("# ")
     )
     question, _, rest = comment.partition("? ")
     assert question and "The paper: " in rest and f"Cost: {cost}, " in rest
-    assert "schedule" in study.axes and len(study.axes["seed"]) >= 3
-    for trial in trials:
+    if study.fork is None:
+        assert "schedule" in study.axes and len(study.axes["seed"]) >= 3
+    for trial in [*study.sources, *trials]:
         on_lab = trial.config.model.path is None
         assert on_lab == path.stem.endswith("_lab")
         assert on_lab == isinstance(trial.config.task, ArithmeticConfig)
@@ -57,6 +58,19 @@ def test_a_study_expands_to_what_it_says(path: Path) -> None:
 def test_the_main_study_has_six_schedules_and_five_seeds() -> None:
     axes = shipped("schedules_lab").axes
     assert len(axes["schedule"]) >= 6 and len(axes["seed"]) >= 5
+
+
+def test_the_forks_are_pairs_that_differ_in_the_refresh_alone() -> None:
+    study = shipped("forks_lab")
+    pairs: dict[tuple[str, ...], set[str]] = {}
+    for trial in study.trials:
+        point = dict(trial.point)
+        refresh = point.pop("teacher.refresh")
+        pairs.setdefault((*point.values(), trial.config.to_yaml()), set()).add(refresh)
+    assert len(pairs) == 20 and all(arms == {"now", "never"} for arms in pairs.values())
+    # No fork has the random numbers of its source, and no two sources have the same ones.
+    seeds = [source.config.seed for source in study.sources]
+    assert len({*seeds}) == len(seeds) and not {*seeds} & {t.config.seed for t in study.trials}
 
 
 def test_the_ablation_drops_each_gate_once() -> None:
