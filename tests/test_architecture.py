@@ -24,6 +24,7 @@ FLOORS = [
     {"parallel", "run", "context", "calibrate"},
     {"rollout", "teacher", "optimizer", "rewards"},
     {"objective", "evaluate", "metrics", "answers", "probe"},
+    {"student", "state"},
     {"trainer", "memory", "study"},
     {"commands", "report"},
     {"cli", "api"},
