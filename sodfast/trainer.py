@@ -32,7 +32,7 @@ from sodfast.model.load import LanguageModel, to_ids
 from sodfast.objective import group_advantages
 from sodfast.parallel.ranks import ALONE, Ranks
 from sodfast.probe import is_due, longest_mean, probe
-from sodfast.rewards import grade_answers
+from sodfast.rewards import grade_answers, with_noise
 from sodfast.rng import PromptOrder, Stream, draw_key
 from sodfast.rollout.engine import Engine, SampleKey, Sampling
 from sodfast.rollout.shared import SharedEngine
@@ -92,7 +92,6 @@ class Trainer:
             model.network, config.schedule, config.seed, config.teacher.storage, weights
         )
         self.schedule = schedule
-        self.prompts = PromptOrder(config.seed, len(data.train))
         self.gain = RewardGain()
         self.collapse = CollapseDetector(
             config.collapse, config.rollout.max_new_tokens, config.eval.samples
@@ -252,9 +251,9 @@ class Trainer:
         config = self.config.rollout
         count = config.samples_per_prompt
         cursor = (step - 1) * config.prompts_per_step
-        questions = [
-            self.data.train[index] for index in self.prompts.take(cursor, config.prompts_per_step)
-        ]
+        arrived = [question for question in self.data.train if question.arrival <= step]
+        order = PromptOrder(self.config.seed, len(arrived))
+        questions = [arrived[index] for index in order.take(cursor, config.prompts_per_step)]
         prompts = [to_ids(self.model.encode_question(question)) for question in questions]
         samples = self.engine.generate(
             [prompt for prompt in prompts for _ in range(count)],
@@ -266,6 +265,7 @@ class Trainer:
         texts = [self.model.decode(sample.response) for sample in samples]
         asked = [question for question in questions for _ in range(count)]
         grades = grade_answers(self.config, self.task, asked, texts, self.ranks)
+        grades = with_noise(self.config, step, grades)
         contexts = teacher_prompts(self.config, self.context, step, asked, texts, grades)
         advantages = group_advantages(
             [grade.reward for grade in grades], count, self.config.objective.normalize_advantage

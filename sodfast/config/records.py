@@ -10,8 +10,8 @@ class CheckpointConfig(Section):
     # starts over when it is resumed.
     every: Interval = 25
     keep: Positive = 2
-    # Also save, and never delete, the checkpoints of these steps, so that they can be forked.
     at: tuple[Interval, ...] = ()
+    """The checkpoints of these steps are saved, too, and not deleted: they can be forked."""
     # Also save, and never delete, the checkpoint of the evaluation with the highest mean@k so far.
     best: bool = False
 

@@ -43,9 +43,11 @@ def fork_config(
     if refresh is not None and not schedules:
         overrides = ["schedule.kind=fixed", *overrides]
     config = override(original.model_copy(update={"out": None}), overrides)
-    for name in ("model", "lab", "task"):
+    if config.task != original.task.model_copy(update={"label_noise": config.task.label_noise}):
+        raise UsageError("a fork has the task of its source: no task.* but label_noise here")
+    for name in ("model", "lab"):
         if getattr(config, name) != getattr(original, name):
-            raise UsageError(f"a fork has the student and the task of its source: no {name}.* here")
+            raise UsageError(f"a fork has the student of its source: no {name}.* here")
     if config.steps < step:
         raise UsageError(f"steps={config.steps} lies before the fork's step {step}")
     return config

@@ -32,6 +32,15 @@ def test_never_refuses_a_schedule(schedule: str) -> None:
         fork_config(load_config("lab"), 4, [schedule], "never")
 
 
+def test_student_and_task_are_the_sources() -> None:
+    original = load_config("lab")
+    for text in ("lab.seed=3", "task.test=3", "task.arrival={step: 9}", "model.dtype=bfloat16"):
+        with pytest.raises(UsageError, match=f"no {text.partition('.')[0]}"):
+            fork_config(original, 4, [text, "optimizer.adamw=auto"])
+    noisy = fork_config(original, 4, ["task.label_noise={share: 0.5, first: 5, last: 9}"])
+    assert noisy.task.label_noise is not None and noisy.task.label_noise.last == 9
+
+
 def test_the_configuration_of_a_run_and_of_a_copy(tmp_path: Path) -> None:
     config = load_config("lab", ["seed=3"])
     (tmp_path / "copy.yaml").write_text(config.to_yaml())

@@ -234,8 +234,8 @@ def test_a_run_that_is_there_can_be_forked(tmp_path: Path) -> None:
         ("overrides", {"teacher.refresh": "now"}, "teacher.refresh is an axis and an override"),
         ("axes", {"checkpoint.at": [[1]]}, "checkpoint.at follows from"),
         ("axes", {"teacher.refresh": ["soon"]}, "choose now or never"),
-        ("axes", {"lab.seed": [3]}, "the student and the task of its source: no lab"),
-        ("axes", {"task.test": [3]}, "the student and the task of its source: no task"),
+        ("axes", {"lab.seed": [3]}, "the student of its source: no lab"),
+        ("axes", {"task.test": [3]}, "the task of its source: no task"),
     ],
 )
 def test_forks_that_cannot_be(tmp_path: Path, section: str, value: Any, match: str) -> None:
