@@ -1,8 +1,11 @@
 """A fork goes on from a checkpoint as its source did, but for what it was asked to change."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -160,6 +163,33 @@ def test_arms_do_not_depend_on_those_before_them(
     assert (
         numbers(again)[:8] == numbers(tmp_path / first / "cgtr")[:8] and len(numbers(again)) == 10
     )
+
+
+@pytest.mark.slow
+def test_an_arm_is_that_of_a_process_of_its_own(
+    source_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """After other arms of this process, whatever these have left in it."""
+    source, arm = source_of("hard"), ["step=4", "teacher.refresh=now", "seed=9"]
+    fork(source, tmp_path / "before", "step=4", "teacher.refresh=never", "optimizer.lr=1e-2")
+    here = fork(source, tmp_path / "here", *arm)
+    there = tmp_path / "there"
+    command = [sys.executable, "-m", "sodfast", "fork", str(source), *arm, f"out={there}"]
+    # Sums are split by thread.
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    subprocess.run(command, check=True, capture_output=True, env=os.environ | threads)
+    assert numbers(there) == numbers(here) and same(tensors(there, 8), tensors(here, 8))
+
+
+@pytest.mark.slow
+def test_a_fork_of_a_fork_repeats_it_too(source_of: Callable[[str], Path], tmp_path: Path) -> None:
+    source = source_of("hard")
+    first = fork(source, tmp_path / "first", "step=2", "seed=9")
+    second = fork(first, tmp_path / "second", "step=6")
+    assert numbers(second) == numbers(first) != numbers(source)
+    assert same(tensors(second, 8), tensors(first, 8))
+    back = fork(first, tmp_path / "back", "step=2", "seed=0")
+    assert numbers(back) == numbers(source) and same(tensors(back, 8), tensors(source, 8))
 
 
 def test_a_fork_is_resumed_like_any_run(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from marks import slow
 
-from sodfast.config import ArithmeticConfig
+from sodfast.config import ArithmeticConfig, HardConfig
 from sodfast.study.definition import STUDIES, Study, load_study
 
 FILES = sorted(STUDIES.glob("*.yaml"))
@@ -58,6 +58,29 @@ def test_a_study_expands_to_what_it_says(path: Path) -> None:
 def test_the_main_study_has_six_schedules_and_five_seeds() -> None:
     axes = shipped("schedules_lab").axes
     assert len(axes["schedule"]) >= 6 and len(axes["seed"]) >= 5
+
+
+def test_the_headline_has_ten_runs_a_schedule_on_two_warm_starts() -> None:
+    trials = shipped("headline_lab").trials
+    kinds = [trial.config.schedule.model_dump_json() for trial in trials]
+    assert {kinds.count(kind) for kind in kinds} == {10} and len(set(kinds)) == 7
+    assert {trial.config.lab.seed for trial in trials} == {0, 1}
+    regimes = [
+        study.overrides for study in map(shipped, ("headline_lab", "forks_lab", "burst_lab"))
+    ]
+    keys = ("optimizer.lr", "lab.stubborn", "objective.distill_coef", "task.test", "eval.samples")
+    assert len({tuple(regime[key] for key in keys) for regime in regimes}) == 1
+
+
+def test_a_burst_ends_at_a_tick_of_one_clock_and_of_no_other() -> None:
+    ends = set()
+    for trial in shipped("burst_lab").trials:
+        burst, schedule = trial.config.optimizer.lr_burst, trial.config.schedule
+        if burst is not None and isinstance(schedule, HardConfig):
+            inside = [s for s in range(burst.first, burst.last + 1) if s % schedule.every == 0]
+            assert inside in ([], [burst.last])
+            ends |= {(schedule.every, step) for step in inside}
+    assert ends == {(50, 100)}
 
 
 def test_the_forks_are_pairs_that_differ_in_the_refresh_alone() -> None:
