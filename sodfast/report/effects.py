@@ -27,7 +27,7 @@ CUTS = ("age", "drift", "tail")  # what the pairs of forks are cut into thirds b
 
 FORK_KEYS = (
     *("run", "regime", "step", "seed", "lab_seed"),
-    *("age", "drift", "tail", "steps", "reward", "length", "score"),
+    *("age", "drift", "tail", "reward", "length", "score"),
 )
 EFFECT_KEYS = (
     *("regime", "by", "from", "to", "n"),
@@ -101,8 +101,8 @@ def fork_rows(groups: Iterable[Group]) -> list[Line]:
     """A row per pair of finished forks of one run at one step and with one seed, of which one
     began with a refresh and the other without.
 
-    `age`, `drift` (‖θ − φ‖₂) and `tail` are those at the fork. `reward` and `length` are means over
-    the steps up to `HORIZON` that both have of now − never; `score` compares the last test scores.
+    `age`, `drift` (‖θ − φ‖₂) and `tail` are those at the fork. `reward` and `length`: mean over the
+    `HORIZON` steps after it of now, minus that of never; `score`: the same of the last test scores.
     """
     arms: dict[tuple[Any, ...], dict[bool, tuple[Run, Group, Line]]] = {}
     for group in groups:
@@ -138,30 +138,29 @@ def _forked(run: Run) -> tuple[Line, Line | None] | None:
 
 def _effect(now: Run, never: Run, refresh: Line) -> dict[str, Any]:
     step = refresh["step"]
-    others = {line["step"]: line for line in never.lines}
-    both = [
-        (line, others[line["step"]])
-        for line in now.lines
-        if step < line["step"] <= step + HORIZON and line["step"] in others
-    ]
     tail = now.tail()
     before = tail.values[tail.steps <= step]
-    scores = [run.scores for run in (now, never)]
-    same = all(s.steps.size and s.steps[-1] > step for s in scores)
+    both = [_after(run, step) for run in (now, never)]
+    ends = [run.scores.values[-1:] for run in (now, never) if run.scores.steps[-1:] > step]
     return {
         "age": refresh["age"],
         "drift": refresh["shock"],
         "tail": float(before[-1]) if before.size else None,
-        "steps": len(both),
-        "reward": _mean(a["reward/mean"] - b["reward/mean"] for a, b in both),
-        "length": _mean(log(a["length/mean"] / b["length/mean"]) for a, b in both),
-        "score": float(scores[0].values[-1] - scores[1].values[-1]) if same else None,
+        "reward": both[0]["reward"] - both[1]["reward"],
+        "length": log(both[0]["length"] / both[1]["length"]),
+        "score": float(ends[0][0] - ends[1][0]) if len(ends) == 2 else None,
     }
 
 
-def _mean(values: Iterator[float]) -> float | None:
-    known = [*values]
-    return float(np.mean(known)) if known else None
+def _after(run: Run, step: int) -> dict[str, float]:
+    """Mean reward and length of the `HORIZON` steps after a fork, or of those that there are."""
+    found = {}
+    for name in ("reward", "length"):
+        series = run.series(f"{name}/mean")
+        found[name] = float(
+            series.values[(series.steps > step) & (series.steps <= step + HORIZON)].mean()
+        )
+    return found
 
 
 def fork_effects(rows: Sequence[Line]) -> Iterator[Line]:

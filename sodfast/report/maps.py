@@ -27,23 +27,23 @@ def phase_figure(
 ) -> str:
     """Regimes as rows, schedules as columns: the mean final score as colour and number, below it in
     how many of the runs the student collapsed. Framed: the highest of a regime, dashed where an
-    interval of `comparisons` does not separate another from it."""
+    interval of `comparisons` does not separate another from it. Colours range over the groups in
+    which a run survived, as they would hardly differ otherwise."""
     regimes, schedules = (
         list(dict.fromkeys(r[k] for r in results)) for k in ("regime", "schedule")
     )
-    scores = [row["final_mean"] for row in results if row["final_mean"] is not None]
-    low, high = min(scores), max(scores)
+    scored = [row for row in results if row["final_mean"] is not None]
+    survived = [row["final_mean"] for row in scored if row["collapsed"] < row["n"]]
+    low, high = min(survived, default=0.0), max(survived, default=1.0)
     highest = {row["regime"]: row["highest"] for row in comparisons}
     level = {(r["regime"], r["other"]) for r in comparisons if not (r["difference_low"] or 0) > 0}
     doubtful = {regime for regime, _ in level}
-    height = 0.52 * len(regimes) + 0.75
+    height = 0.52 * len(regimes) + 0.55
     with canvas.new_figure(name, WIDTH, height) as figure:
-        axes = canvas.add_axes(figure, left=1.9, right=0.1, top=0.1, bottom=0.65)
-        for row in results:
-            if row["final_mean"] is None:
-                continue
+        axes = canvas.add_axes(figure, left=1.9, right=0.1, top=0.05, bottom=0.5)
+        for row in scored:
             x, y = schedules.index(row["schedule"]), regimes.index(row["regime"])
-            shade = (row["final_mean"] - low) / ((high - low) or 1.0)
+            shade = max(0.0, (row["final_mean"] - low) / ((high - low) or 1.0))
             color = colormaps["cividis"](shade)
             axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fc=color, ec="white", lw=1.5))
             ink: dict[str, Any] = {"color": "black" if shade > 0.5 else "white", "ha": "center"}

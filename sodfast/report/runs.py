@@ -35,7 +35,12 @@ from sodfast.summary import spike_ratios
 GATES = EvidenceConfig().gates  # CGTR's among them
 REPLICATES = ("seed", "lab.seed")  # axes whose values repeat a trial: groups are over them
 STUDY = "study"  # the axis of several studies that are read as one
-_INSIDE = ("schedule", "fork.step", "teacher.refresh")  # axes that are varied inside of a regime
+_INSIDE = (
+    "schedule",
+    "fork.from",
+    "fork.step",
+    "teacher.refresh",
+)  # axes that are varied inside of a regime
 
 Line = Mapping[str, Any]
 

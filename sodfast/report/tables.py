@@ -123,6 +123,13 @@ MEASURES: dict[str, dict[str, Value]] = {
 }
 
 
+# Tables without the groups in whose runs there is nothing of their kind.
+_ABOUT: dict[str, Callable[[Run], object]] = {
+    "blocked": lambda run: run.checks,
+    "attribution": lambda run: run.refreshes or run.collapse_step,
+}
+
+
 def build_tables(groups: Sequence[Group], found: Forecast | None) -> dict[str, Table]:
     """Every table but those of the curves, by the name of its CSV."""
     more = {"results": _outcome, "teacher": _moves, "attribution": effects.attributed}
@@ -130,7 +137,7 @@ def build_tables(groups: Sequence[Group], found: Forecast | None) -> dict[str, T
     tables = {}
     for name, measures in MEASURES.items():
         # Only CGTR and evidence have gates that can block, and only the latter one for the tail.
-        members = [g for g in groups if name != "blocked" or any(run.checks for run in g.used)]
+        members = [g for g in groups if name not in _ABOUT or any(map(_ABOUT[name], g.used))]
         if name == "blocked" and not any("tail" in check["gates"] for check in checks):
             measures = {key: value for key, value in measures.items() if key != "blocked_tail"}
         tables[name] = _by_group(members, measures, more.get(name, lambda group: {}))
