@@ -482,7 +482,7 @@ def test_forks_are_answered_by_their_effect(tmp_path: Path) -> None:
     runs = [run for group in groups for run in group.runs]
     source = Source(tmp_path, "forks", runs, groups, None, None, "base: lab")
     page = Page(_write_report(source, tmp_path))
-    assert "One refresh raises the reward and has no effect on the length of answers" in page.text
+    assert "one refresh raises the reward and has no effect on the length of answers" in page.text
     assert "reward +0.100 [+0.100, +0.100]" in page.text and "(3 pairs of forks" in page.text
     assert "ends highest" not in page.text and "forks" in page.figures
     rows = read_table(tmp_path, "forks")
