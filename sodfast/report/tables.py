@@ -269,7 +269,7 @@ def _trial(run: Run) -> Iterator[Line]:
         "start": _start(run),
         "final": final(run),
         "peak": peak(run),
-        "collapsed": int(run.collapse_step is not None),
+        "collapsed": int(run.collapse_step is not None) if run.lines else None,
         "collapse_step": run.collapse_step,
         "origin": collapse_origin(run.lines, run.events),
         "length": metric("length/mean", run, part=_END),

@@ -430,7 +430,7 @@ def test_the_page_says_where_it_cannot_tell(tmp_path: Path) -> None:
         in page.text
     )
     single = answer(tmp_path / "one", {"fixed": (0.1,), "cgtr": (0.9,)})
-    assert "cannot tell which ends highest: no two groups have two seeds" in single.text
+    assert "Cannot tell which ends highest: no two groups have two seeds" in single.text
     assert "CGTR ends highest" not in single.text
 
 
@@ -482,7 +482,7 @@ def test_forks_are_answered_by_their_effect(tmp_path: Path) -> None:
     runs = [run for group in groups for run in group.runs]
     source = Source(tmp_path, "forks", runs, groups, None, None, "base: lab")
     page = Page(_write_report(source, tmp_path))
-    assert "one refresh raises the reward and has no effect on the length of answers" in page.text
+    assert "One refresh raises the reward and has no effect on the length of answers" in page.text
     assert "reward +0.100 [+0.100, +0.100]" in page.text and "(3 pairs of forks" in page.text
     assert "ends highest" not in page.text and "forks" in page.figures
     rows = read_table(tmp_path, "forks")
