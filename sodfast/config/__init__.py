@@ -45,6 +45,7 @@ from sodfast.config.schedules import (
 )
 from sodfast.config.tasks import (
     ArithmeticConfig,
+    ArrivalConfig,
     CodeConfig,
     EvalConfig,
     MathConfig,
@@ -73,6 +74,7 @@ __all__ = [
     "PRESETS",
     "RENAMED",
     "ArithmeticConfig",
+    "ArrivalConfig",
     "BurstConfig",
     "CGTRConfig",
     "CheckpointConfig",

@@ -7,10 +7,12 @@ from sodfast.config.types import Fraction, Interval, Positive, Section
 
 class CheckpointConfig(Section):
     every: Interval = 25
-    """Steps from one checkpoint to the next; 0: none, also not at the end or when interrupted, so
-    that a resumed run starts over."""
+    """Steps from one checkpoint to the next; 0: none but those of `at`, also not at the end or when
+    interrupted; a resumed run without one starts over."""
     keep: Positive = 2
     """The newest so many checkpoints are kept."""
+    at: tuple[Interval, ...] = ()
+    """The checkpoints of these steps are saved, too, and not deleted: they can be forked."""
     best: bool = False
     """Whether the checkpoint of the evaluation with the highest mean@k so far is saved, too, and
     not deleted."""

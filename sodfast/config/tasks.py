@@ -3,10 +3,12 @@
 import os
 from typing import Annotated, Any, Literal, Union
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from sodfast.config.types import (
+    MOST,
     AboveZero,
+    Fraction,
     Interval,
     PathText,
     Positive,
@@ -20,10 +22,39 @@ Scorer = Literal["strict", "reference"]
 Subject = Literal["biology", "chemistry", "material", "physics"]
 
 
+class NoiseConfig(Section):
+    """Rewards that say the opposite (`sodfast.rewards.with_noise`)."""
+
+    share: Fraction
+    """Share of the rewards r of training that are 1 − r instead, each by chance."""
+    first: Positive = 1
+    """The first step with such rewards."""
+    last: Positive = MOST
+    """The last step with such rewards."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "NoiseConfig":
+        if self.first > self.last:
+            raise ValueError(f"task.label_noise: first={self.first} comes after last={self.last}")
+        return self
+
+
+class ArrivalConfig(Section):
+    """Questions that training does not ask before a step."""
+
+    step: Positive
+    """The first step that may ask them."""
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Share of the left factors, the largest ones, whose questions they are."""
+
+
 class _TaskConfig(Section):
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Texts that end an answer, with the token that completes one, as the model's end token
     does."""
+    label_noise: NoiseConfig | None = None
+    """Rewards that are wrong on purpose, such as `{share: 0.3, first: 96, last: 100}` for a drift
+    that passes; rewards must lie in [0, 1]. Evaluations have the right ones."""
 
 
 class ArithmeticConfig(_TaskConfig):
@@ -33,6 +64,8 @@ class ArithmeticConfig(_TaskConfig):
     """Questions to train on."""
     test: Positive = 64
     """Questions of the test."""
+    arrival: ArrivalConfig | None = None
+    """A later phase of the task: the products of the largest left factors, from a step on."""
 
 
 class SplitConfig(Section):

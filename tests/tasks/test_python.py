@@ -293,6 +293,7 @@ def run(trainer: Trainer) -> None:
         trainer.run.close()
 
 
+@pytest.mark.slow
 def test_arithmetic_written_by_a_user_is_the_built_in_run_bit_for_bit(
     tiny_run: list[str], train: Callable[..., Any], read_run: Any, rows: Path
 ) -> None:
