@@ -231,6 +231,21 @@ def test_a_limit_leaves_nothing_behind() -> None:
     time.sleep(0.05)  # no signal comes late
 
 
+def test_a_call_in_another_thread_is_not_ended() -> None:
+    """Signals reach the main thread alone, and docs/tasks.md says so."""
+    ended: list[bool] = []
+
+    def call() -> None:
+        with time_limit(0.01):
+            time.sleep(0.05)
+        ended.append(True)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+    assert ended == [True]
+
+
 # ---------------------------------------------------------------- classes
 
 
