@@ -229,6 +229,8 @@ def test_a_run_that_is_there_can_be_forked(tmp_path: Path) -> None:
         ("fork", {"from": {"sed": 1}, "step": [4], "further": 3}, "trial source: unknown key sed"),
         ("fork", {"from": {"steps": 9}, "step": [4], "further": 3}, "steps follows from"),
         ("fork", {"from": {"optimizer.lr": 1}, "step": [4], "further": 3}, "by fork.from and else"),
+        ("fork", {"from": {"lab": {3: 4}}, "step": [4], "further": 3}, "unknown key lab.3"),
+        ("fork", {"from": {}, "step": [10**30], "further": 3}, "trial source: "),
         ("fork", None, "unknown key teacher.refresh"),
         ("overrides", {"steps": 9}, "steps follows from fork.step and fork.further"),
         ("overrides", {"teacher.refresh": "now"}, "teacher.refresh is an axis and an override"),
