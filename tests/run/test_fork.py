@@ -106,6 +106,7 @@ def test_with_nothing_changed_it_repeats_its_source(
     assert files(source) == before
 
 
+@pytest.mark.slow
 def test_a_refresh_now_differs_in_the_teacher_alone(
     source_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -202,6 +203,7 @@ def test_a_fork_is_resumed_like_any_run(
     assert numbers(cut) == numbers(whole) and same(tensors(cut, 8), tensors(whole, 8))
 
 
+@pytest.mark.slow
 def test_an_own_schedule_may_follow_a_refresh_now(
     source_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -213,6 +215,7 @@ def test_an_own_schedule_may_follow_a_refresh_now(
     assert [line["teacher/age"] for line in numbers(out)[5:]] == [1, 2, 3, 1]
 
 
+@pytest.mark.slow
 def test_a_fork_is_reported_and_replayed_from_its_fork_on(
     source_of: Callable[[str], Path], tmp_path: Path
 ) -> None:

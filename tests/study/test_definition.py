@@ -293,6 +293,7 @@ def test_every_value_arrives_unchanged_and_every_name_is_a_distinct_folder(
             assert found == value
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @given(st.lists(st.integers(0, 99), min_size=1, max_size=4, unique=True), st.integers(100, 200))
 def test_more_values_leave_the_names_of_the_others(seeds: list[int], more: int) -> None:

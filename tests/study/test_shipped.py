@@ -53,6 +53,7 @@ def test_a_study_expands_to_what_it_says(path: Path) -> None:
         on_lab = trial.config.model.path is None
         assert on_lab == path.stem.endswith("_lab")
         assert on_lab == isinstance(trial.config.task, ArithmeticConfig)
+        assert on_lab or (trial.config.log.samples_every or 0) >= 100  # a gigabyte in each run
 
 
 def test_the_main_study_has_six_schedules_and_five_seeds() -> None:

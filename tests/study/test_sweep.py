@@ -83,6 +83,7 @@ def test_every_trial_runs_once_and_a_second_sweep_runs_none(
     assert capsys.readouterr().out == "3 trials: 3 done\n"
 
 
+@pytest.mark.slow
 def test_the_stored_study_is_the_sweep(stand_in: Write, tmp_path: Path) -> None:
     """Without the files it was made from, the study directory still says what it is."""
     base = tmp_path / "base.yaml"
@@ -153,6 +154,7 @@ def test_forks_are_resumed_and_fail_with_their_source(stand_in: Write, tmp_path:
     assert f"$ sodfast fork {run_path(out, 'source')} step=3 " in log
 
 
+@pytest.mark.slow
 def test_out_defaults_to_the_studys_name(
     stand_in: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,6 +194,7 @@ def test_crashes_are_retried_where_they_happened_and_the_sweep_goes_on(
     assert statuses(out)["project-crash-4"] == "done"
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_it_could_be_resumed_starts_anew(
     stand_in: Write, tmp_path: Path
 ) -> None:
@@ -229,6 +232,7 @@ def test_a_damaged_summary_is_written_anew(stand_in: Write, tmp_path: Path, text
     assert (starts(out, "seed0"), starts(out, "seed1")) == (2, 1)
 
 
+@pytest.mark.slow
 def test_a_damaged_trial_is_in_the_table_and_takes_no_other(
     stand_in: Write, tmp_path: Path
 ) -> None:
@@ -242,6 +246,7 @@ def test_a_damaged_trial_is_in_the_table_and_takes_no_other(
     assert starts(out, "seed1") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["directory.replace_text", "sweep.mark_failed"])
 def test_a_disk_that_is_full_later_is_one_line(
     stand_in: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
@@ -264,6 +269,7 @@ def test_a_disk_that_is_full_later_is_one_line(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bytes_", [0, 20])
 def test_a_full_disk_ends_the_command_in_one_line(
     stand_in: Write, tmp_path: Path, bytes_: int
@@ -454,6 +460,7 @@ def test_an_interrupted_sweep_saves_and_continues(
     assert steps(out, "project-slow,seed0") == [0, 1, 2, 3, 4, 5]
 
 
+@pytest.mark.slow
 def test_a_second_driver_is_refused(stand_in: Write, driver: Driver, tmp_path: Path) -> None:
     study, out = stand_in(project=["slow"]), tmp_path / "out"
     process = driver(study, out)
@@ -497,6 +504,7 @@ def test_a_live_trial_never_runs_twice_under_any_kills(
         assert steps(out, name) == [0, 1, 2, 3, 4, 5]
 
 
+@pytest.mark.slow
 def test_a_trial_gets_its_slots_environment(stand_in: Write, tmp_path: Path) -> None:
     run(stand_in(threads=[3]), tmp_path / "out")
     assert (run_path(tmp_path / "out", "threads3") / "starts").read_text() == "3\n"
