@@ -65,7 +65,8 @@ class ArithmeticConfig(_TaskConfig):
     test: Positive = 64
     """Questions of the test."""
     arrival: ArrivalConfig | None = None
-    """A later phase of the task: the products of the largest left factors, from a step on."""
+    """A later phase of the task: the products of the largest left factors, from a step on; null:
+    all from the start."""
 
 
 class SplitConfig(Section):
