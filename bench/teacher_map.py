@@ -18,10 +18,10 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from sodfast.report.effects import HORIZON
 from sodfast.report.intervals import paired_difference, wilson_interval
 from sodfast.report.page import write_studies
 from sodfast.report.templates import number, template
+from sodfast.summary import NEXT_STEPS
 
 PAGE = Path(__file__).parent.parent / "docs" / "when_should_the_teacher_move.md"
 SCHEDULES = (
@@ -134,7 +134,7 @@ def _leads(schedule: str, regimes: Mapping[str, Sequence[Row]]) -> str:
 
 def forks(data: Data) -> str:
     words: Any = template("findings.html.j2").module
-    found = [words.of_forks(row, HORIZON) for row in data["effects"] if row["by"] == "all"]
+    found = [words.of_forks(row, NEXT_STEPS) for row in data["effects"] if row["by"] == "all"]
     figure = image("forks", "Effect of one refresh by step, age, drift and tail")
     return f"{_bullets(found)}\n\n{figure}\n\n{table('effects', data['effects'])}"
 

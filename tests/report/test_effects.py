@@ -9,8 +9,9 @@ import pytest
 from synthetic import lab_run
 
 from sodfast.commands import train_fork
-from sodfast.report.effects import HORIZON, attributed, fork_effects, fork_rows, mean_with_interval
+from sodfast.report.effects import attributed, fork_effects, fork_rows, mean_with_interval
 from sodfast.report.runs import Group, Run, load
+from sodfast.summary import NEXT_STEPS
 
 FORKS = ["steps=6", "eval.every=6", "checkpoint.every=0"]
 
@@ -30,7 +31,8 @@ def run_of(
         reward = 0.5 + noise + jump * late
         length = 10.0 * (1 + noise) * (growth if late else 1.0)
         lines.append({"step": step, "reward/mean": reward, "length/mean": length})
-        lines[-1] |= {"length/max": 3 * length, "teacher/refreshed": 0}
+        lines[-1] |= {"length/max": 3 * length, "length/tail_ratio": 3.0, "teacher/refreshed": 0}
+        lines[-1] |= {"teacher/age": 9, "teacher/drift": 0.7}
     lines[-1]["eval/mean@16"] = 0.6 + jump
     config = lab_run("steps=120", f"seed={seed}", f"lab.seed={lab}")
     return Run(name, Path(name), config, "done", {}, lines, list(events))
@@ -109,14 +111,14 @@ def test_forks_are_paired_by_source_step_and_seeds() -> None:
     assert [row["reward"] for row in rows] == pytest.approx([0.1, 0.1, 0.2, 0.3])
     assert rows[0]["length"] == pytest.approx(math.log(1.2)) and rows[0]["score"] > 0
     assert (rows[0]["age"], rows[0]["drift"]) == (9, 0.7)
-    assert rows[0]["tail"] == pytest.approx(3, abs=0.1)
+    assert rows[0]["tail"] == 3.0
 
 
 def test_an_effect_is_over_the_steps_that_follow() -> None:
     """Later steps do not count, and neither does a refresh that the source had made before."""
     now, never = pair(0.1)
     for line in now.lines:
-        if line["step"] > 60 + HORIZON:
+        if line["step"] > 60 + NEXT_STEPS:
             line["reward/mean"] = 0.0
     (row,) = fork_rows([group(now), group(never)])
     assert row["reward"] == pytest.approx(0.1)
