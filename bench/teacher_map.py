@@ -1,10 +1,11 @@
-"""Data, figures and numbers of docs/when_should_the_teacher_move.md, from study directories.
+"""Data, figures and numbers of docs/when_should_the_teacher_move.md, and of the README's few
+sentences of it, from study directories.
 
     python bench/teacher_map.py studies/B3 studies/A --forks studies/forks_B3
 
 Each study is a regime under the name of its directory. The report of them all is computed as
 `sodfast report … --out` does; its CSVs and figures that the page needs go to the page's folder, and
-what stands on the page between <!-- NAME --> and <!-- end --> is written anew from these CSVs.
+what stands between <!-- NAME --> and <!-- end --> is written anew from these CSVs.
 Without studies only the last is done. Everything said with an interval stands between such marks.
 """
 
@@ -16,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from sodfast.report.intervals import paired_difference, wilson_interval
@@ -23,7 +25,8 @@ from sodfast.report.page import write_studies
 from sodfast.report.templates import number, template
 from sodfast.summary import NEXT_STEPS
 
-PAGE = Path(__file__).parent.parent / "docs" / "when_should_the_teacher_move.md"
+ROOT = Path(__file__).parent.parent
+PAGE, README = ROOT / "docs" / "when_should_the_teacher_move.md", ROOT / "README.md"
 SCHEDULES = (
     *("tables/runs.csv", "tables/results.csv", "tables/comparisons.csv", "tables/attribution.csv"),
     *("tables/forecast.csv", "tables/curve_score.csv", "tables/curve_length.csv"),
@@ -101,15 +104,26 @@ def _value(cell: str) -> Any:
 def answers(data: Data) -> str:
     """First where CGTR and our own schedule lead, then each regime's answer."""
     words: Any = template("findings.html.j2").module
+    regimes = _by_regime(data)
+    leads = [_leads(schedule, regimes) for schedule in ("CGTR", "evidence")]
+    return "\n\n".join([*leads, _bullets([words.of_schedules(rows) for rows in regimes.values()])])
+
+
+def summary(data: Data) -> str:
+    """The README's: the figure, where CGTR and our own schedule lead, and the first regime."""
+    words: Any = template("findings.html.j2").module
+    regimes = _by_regime(data)
+    leads = [_leads(schedule, regimes) for schedule in ("CGTR", "evidence")]
+    sentences = " ".join([*leads, _line(words.of_schedules(next(iter(regimes.values()))))])
+    figure = f"{_phase(f'docs/{PAGE.stem}')}\n\n" if data.get("results") else ""
+    return figure + "\n".join(wrap(sentences, 100, break_long_words=False))
+
+
+def _by_regime(data: Data) -> dict[str, list[Row]]:
     regimes: dict[str, list[Row]] = {}
     for row in data["comparisons"]:
         regimes.setdefault(row["regime"], []).append(row)
-    return "\n\n".join(
-        [
-            *(_leads(schedule, regimes) for schedule in ("CGTR", "evidence")),
-            _bullets([words.of_schedules(rows) for rows in regimes.values()]),
-        ]
-    )
+    return regimes
 
 
 def _leads(schedule: str, regimes: Mapping[str, Sequence[Row]]) -> str:
@@ -126,10 +140,10 @@ def _leads(schedule: str, regimes: Mapping[str, Sequence[Row]]) -> str:
         if rows[0]["highest"] == schedule and all((row["difference_low"] or 0) > 0 for row in rows)
     ]
     if not measured:
-        return f"{schedule} has not been measured over several seeds in any regime."
-    count = f"{len(led) or 'none'} of the {len(measured)} regimes it was measured in"
+        return f"`{schedule}` has not been measured over several seeds in any regime."
     names = f": {'; '.join(led)}" if led else ""
-    return f"{schedule} ends above every other schedule in {count}{names}."
+    count = f"{len(led)} of {len(measured)} regime{'s' if len(measured) > 1 else ''}"
+    return f"`{schedule}` ends above every other schedule in {count} with several seeds{names}."
 
 
 def forks(data: Data) -> str:
@@ -140,8 +154,7 @@ def forks(data: Data) -> str:
 
 
 def schedules(data: Data) -> str:
-    figure = image("phase", "Mean final score of each schedule in each regime, and collapses")
-    return f"{figure}\n\n{table('results', data['results'])}"
+    return f"{_phase()}\n\n{table('results', data['results'])}"
 
 
 def attribution(data: Data) -> str:
@@ -151,8 +164,12 @@ def attribution(data: Data) -> str:
     return f"{image('attribution', 'Effect of each refresh beside its trend')}\n\n{found}"
 
 
-def image(name: str, text: str) -> str:
-    return f"![{text}]({PAGE.stem}/{name}.svg)"
+def _phase(folder: str = PAGE.stem) -> str:
+    return image("phase", "Mean final score of each schedule in each regime, and collapses", folder)
+
+
+def image(name: str, text: str, folder: str = PAGE.stem) -> str:
+    return f"![{text}]({folder}/{name}.svg)"
 
 
 def table(name: str, rows: Sequence[Row]) -> str:
@@ -248,6 +265,7 @@ def sources(data: Data) -> str:
 
 BLOCKS: dict[str, tuple[str, Callable[[Data], str]]] = {  # mark → the CSV it needs, what writes it
     "sources": ("runs", sources),
+    "summary": ("comparisons", summary),
     "answers": ("comparisons", answers),
     "schedules": ("results", schedules),
     "claims": ("runs", claims),
@@ -277,7 +295,8 @@ def main() -> None:
     for studies, names in ((arguments.studies, SCHEDULES), (arguments.forks, FORKS)):
         if studies:
             collect(studies, names, folder)
-    PAGE.write_text(fill(PAGE.read_text(), with_earlier(read(folder))))
+    for page in (PAGE, README):
+        page.write_text(fill(page.read_text(), with_earlier(read(folder))))
 
 
 if __name__ == "__main__":
