@@ -14,15 +14,18 @@ import csv
 import re
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
+from sodfast.files import to_csv
 from sodfast.report.intervals import paired_difference, wilson_interval
 from sodfast.report.page import write_studies
 from sodfast.report.templates import number, template
+from sodfast.run.environment import describe
 from sodfast.summary import NEXT_STEPS
 
 ROOT = Path(__file__).parent.parent
@@ -41,14 +44,22 @@ Data = Mapping[str, Sequence[Row]]  # the CSVs by name
 
 
 def collect(studies: Sequence[Path], names: Sequence[str], folder: Path) -> None:
-    """Copy these files of the studies' report into `folder`; a figure that there is not is left
-    out."""
+    """Copy these files of the studies' report into `folder`, but for a figure that there is not.
+
+    made_NAME.csv says of each study NAME on what machine, with which versions and at which commit
+    how many of its runs were made.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         report = write_studies(studies, Path(scratch)).parent
         folder.mkdir(exist_ok=True)
         for name in names:
             if (report / name).exists():
                 shutil.copyfile(report / name, folder / Path(name).name)
+    for study in studies:
+        made = Counter(filter(None, map(describe, sorted((study / "runs").iterdir()))))
+        rows = [("study", "runs", "environment")]
+        rows += [(study.name, count, text) for text, count in made.items()]
+        (folder / f"made_{study.name}.csv").write_text(to_csv(rows))
 
 
 def read(folder: Path) -> Data:
@@ -260,6 +271,8 @@ def sources(data: Data) -> str:
             f"{regime}: {len(ended)} of {len(own)} runs have finished, of {steps} steps, over "
             f"{len(seeds)} seeds on {len(labs)} warm start{'s' if len(labs) != 1 else ''}."
         )
+    made = [row for name, rows in data.items() if name.startswith("made_") for row in rows]
+    lines += [f"{row['study']}, {row['runs']} runs: {row['environment']}." for row in made]
     return _bullets(lines)
 
 
