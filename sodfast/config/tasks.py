@@ -53,9 +53,8 @@ class _TaskConfig(Section):
     """Texts that end an answer, with the token that completes one, as the model's end token
     does."""
     label_noise: NoiseConfig | None = None
-    """Rewards of training that are wrong on purpose, such as `{share: 0.3, first: 96, last: 100}`
-    for a drift that passes, where all rewards lie in [0, 1]; evaluations keep theirs; null:
-    none."""
+    """Rewards in [0, 1] that are wrong on purpose, but for evaluations; `{share: 0.3, first: 96,
+    last: 100}` makes a drift that passes."""
 
 
 class ArithmeticConfig(_TaskConfig):

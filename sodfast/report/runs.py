@@ -75,9 +75,9 @@ class Run:
 
     @property
     def regime(self) -> str:
-        """The values of the axes along which schedules are not compared; empty without any."""
+        """The values of the axes beside the schedule, or beside a fork's; empty without any."""
         labels = _labels(self)
-        if STUDY not in labels and "schedule" not in labels:
+        if not labels.keys() & {STUDY, *_INSIDE}:
             return ""
         return ", ".join(text for axis, text in labels.items() if axis not in _INSIDE)
 
