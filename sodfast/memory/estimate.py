@@ -44,10 +44,11 @@ from sodfast.model.random_weights import shape, shipped_shapes
 from sodfast.optimizer import build_optimizer
 from sodfast.parallel.fsdp import Weights
 from sodfast.parallel.offload import SLOTS, block_bytes, blocks, pinned_bytes
-from sodfast.rollout.batch import PREFILL_TOKENS, idle_rows, state_bytes
+from sodfast.rollout.batch import PREFILL_TOKENS
 from sodfast.rollout.cache import Cache
 from sodfast.rollout.decoder import unsupported
 from sodfast.rollout.native import CacheSize, cache_size
+from sodfast.rollout.passes import idle_rows, state_bytes
 from sodfast.rollout.speculation import MOST_TOKENS, draft_bytes, resolved
 from sodfast.schedule import average_rate, student_share
 

@@ -29,6 +29,12 @@ from sodfast.rollout.decoder import Attend, Decoder, Place
 
 # Positions of a page by kind of device; None: as many as a sequence can have.
 PAGE: dict[str, int | None] = {"cuda": 64, "cpu": None}
+# Attention on a CPU covers the longest sequence rounded up to a multiple of this: what lies behind
+# a sequence then changes no bit of it either (with MKL, from a head size of 32 on; smaller ones
+# keep their tokens, not all their bits).
+WIDTH_STEP = 16
+# Rows whose keys and values stay in a CPU's own cache while several of their tokens attend.
+ROWS_TOGETHER = 32
 # Where idle rows write, so that every entry of a table names a page that exists.
 SCRATCH = 0
 
@@ -164,12 +170,15 @@ class Cache:
         Tokens after the last prompt attend to nothing."""
         return _Prefilling(self, lengths, copies)
 
-    def decoding(self, cached_B: Tensor, idle_BQ: Tensor, width: int) -> Attend:
+    def decoding(
+        self, cached_B: Tensor, idle_BQ: Tensor, width: int, chosen_T: Tensor | None = None
+    ) -> Attend:
         """Attention of Q new tokens of each of the first B rows, of whose positions `cached_B`
         (int32) are in the cache already. Those that are `idle_BQ` (bool), all or the last ones of a
         row, are read by nobody. `width` bounds the lengths after it; small pages, whose kernel
-        reads the lengths themselves, take any."""
-        return _Decoding(self, cached_B, idle_BQ, width)
+        reads the lengths themselves, take any. `chosen_T` (int64) are the B·Q tokens that
+        `forward` is given; None: all."""
+        return _Decoding(self, cached_B, idle_BQ, width, chosen_T)
 
 
 class _Prefilling:
@@ -215,25 +224,35 @@ class _Decoding:
     have gone to others, and rows of them alone see no position; whole pages stay theirs, and the
     last position of one is nobody's but the longest sequence's last token, which is not cached."""
 
-    def __init__(self, cache: Cache, cached_B: Tensor, idle_BQ: Tensor, width: int) -> None:
-        self.cache = cache
-        rows, queries = idle_BQ.shape
+    def __init__(
+        self,
+        cache: Cache,
+        cached_B: Tensor,
+        idle_BQ: Tensor,
+        width: int,
+        chosen_T: Tensor | None,
+    ) -> None:
+        self.cache, self.shape, self.chosen_T = cache, idle_BQ.shape, chosen_T
+        rows, queries = self.shape
         ahead_Q = torch.arange(queries, device=cached_B.device)
         position_BQ = cached_B.long()[:, None] + ahead_Q
         if cache.whole:
-            self.page_T = torch.arange(rows, device=cached_B.device).repeat_interleave(queries)
-            self.offset_T = position_BQ.clamp(max=cache.page - 1).flatten()
+            row_B1 = torch.arange(rows, device=cached_B.device)[:, None]
+            page_BQ = row_B1.expand(-1, queries)
+            offset_BQ = position_BQ.clamp(max=cache.page - 1)
             # One position for idle tokens, whose own may lie behind `width`: attention over none
-            # would leave NaN in the cache. One product for each of a row's tokens: a product for
-            # all of them would sum in another order than that of one.
+            # would leave NaN in the cache.
             used_BQ = (position_BQ + 1).masked_fill(idle_BQ, 1)
-            self.products = [SlotAttention(used_B, width) for used_B in used_BQ.unbind(1)]
-            return
-        self.table_BM = cache.table_RM[:rows]
-        page_BQ = self.table_BM.gather(1, position_BQ // cache.page).long()
-        self.page_T = page_BQ.masked_fill(idle_BQ, SCRATCH).flatten()
-        self.offset_T = (position_BQ % cache.page).flatten()
-        self.used_B = (cached_B + queries).masked_fill(idle_BQ[:, 0], 0)
+            self.products = _products(used_BQ, idle_BQ, width)
+        else:
+            self.table_BM = cache.table_RM[:rows]
+            page_BQ = self.table_BM.gather(1, position_BQ // cache.page).long()
+            page_BQ = page_BQ.masked_fill(idle_BQ, SCRATCH)
+            offset_BQ = position_BQ % cache.page
+            self.used_B = (cached_B + queries).masked_fill(idle_BQ[:, 0], 0)
+        self.page_T, self.offset_T = page_BQ.flatten(), offset_BQ.flatten()
+        if chosen_T is not None:
+            self.page_T, self.offset_T = self.page_T[chosen_T], self.offset_T[chosen_T]
 
     def place(self, layer: int) -> Place:
         """Each row's next positions."""
@@ -242,24 +261,56 @@ class _Decoding:
     def __call__(
         self, layer: int, q_TAD: Tensor, k_TKD: Tensor | None, v_TKD: Tensor | None
     ) -> Tensor:
+        if self.chosen_T is None:
+            return self._attended(layer, q_TAD.unflatten(0, self.shape)).flatten(0, 1)
+        q_BQAD = q_TAD.new_zeros(self.shape.numel(), *q_TAD.shape[1:])
+        q_BQAD = q_BQAD.index_copy_(0, self.chosen_T, q_TAD).unflatten(0, self.shape)
+        return self._attended(layer, q_BQAD).flatten(0, 1)[self.chosen_T]
+
+    def _attended(self, layer: int, q_BQAD: Tensor) -> Tensor:
         keys_PLKD, values_PLKD = self.cache.layers[layer]
         scale, window = self.cache.decoder.scale, self.cache.decoder.layers[layer].window
         if self.cache.whole:
-            q_BQAD = q_TAD.unflatten(0, (-1, len(self.products)))
-            attended = [
-                attend(q_BAD, keys_PLKD, values_PLKD, scale, window)
-                for attend, q_BAD in zip(self.products, q_BQAD.unbind(1), strict=True)
-            ]
-            return torch.stack(attended, 1).flatten(0, 1)
+            out_BQAD = torch.empty_like(q_BQAD)
+            for rows, query, attend in self.products:
+                out_BQAD[rows, query] = attend(
+                    q_BQAD[rows, query], keys_PLKD[rows], values_PLKD[rows], scale, window
+                )
+            return out_BQAD
         return decode_attention(
-            q_TAD.unflatten(0, (len(self.used_B), -1)),
+            q_BQAD,
             keys_PLKD,
             values_PLKD,
             self.table_BM,
             self.used_B,
             scale=scale,
             window=window,
-        ).flatten(0, 1)
+        )
+
+
+def _products(
+    used_BQ: Tensor, idle_BQ: Tensor, width: int
+) -> list[tuple[slice, int, SlotAttention]]:
+    """The products that make up attention over whole pages: rows, which of their tokens, and how
+    it attends.
+
+    Each of a row's tokens has a product of its own, since one product for all of them would sum in
+    another order than that of one. So that the keys and values of a row are read from memory once
+    for all of them, several tokens are taken ROWS_TOGETHER rows at a time, and no wider than these
+    rows need.
+    """
+    rows, queries = idle_BQ.shape
+    if queries == 1:
+        return [(slice(0, rows), 0, SlotAttention(used_BQ[:, 0], width))]
+    depth_B, found = (~idle_BQ).sum(1).tolist(), []
+    longest_B = used_BQ.amax(1).tolist()
+    for first in range(0, rows, ROWS_TOGETHER):
+        part = slice(first, first + ROWS_TOGETHER)
+        needed = max(longest_B[part])
+        needed = min(width, needed + -needed % WIDTH_STEP)
+        for query in range(max(depth_B[part])):
+            found.append((part, query, SlotAttention(used_BQ[part, query], needed)))
+    return found
 
 
 def staged(tensor: Tensor, device: torch.device) -> Tensor:

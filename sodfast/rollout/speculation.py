@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 from sodfast_kernels import find_drafts
 from torch import Tensor
@@ -25,15 +26,25 @@ Setting = Literal["auto", False, 1, 3, 7, 15]
 # CPU's products are filled.
 QUERIES = (1, 2, 4, 8, 16)
 MOST_QUERIES = QUERIES[-1]
-# A pass costs as much as 1 + tokens / RIDGE passes of none: on a GPU the weights are read once
-# whatever the number of tokens, on a CPU operators are called as often.
-RIDGE = {"cuda": 256, "cpu": 32}
-# Tokens of a pass with drafts at most, which bounds the memory of its logits.
-MOST_TOKENS = {"cuda": 256, "cpu": 4096}
+# Tokens of a pass with drafts at most: on a GPU, about as many as cost what one costs; on a CPU, as
+# many as its own cache holds activations of.
+MOST_TOKENS = {"cuda": 256, "cpu": 512}
 # Texts that a row searches, its own among them.
 MOST_SOURCES = 64
-# Drafts that count as checked before any was, half of them as right: the first passes try a few.
-PRIOR_CHECKED, PRIOR_RIGHT = 32.0, 16.0
+# Before a call has asked for drafts, so many rows count as having asked and so many drafts as
+# checked, with this share found and right: enough for a few passes to try some.
+PRIOR_COUNT, PRIOR_SHARE = 32.0, 0.75
+# What the call before of the same kind has found counts for so much of that.
+KEPT = 0.75
+# Rows that start before the first drafts of a call were checked, at most.
+FIRST_ROWS = 64
+# A pass with drafts must promise so much more than one without.
+LEAST_GAIN = 1.05
+# What a pass costs for itself, for each row and for each token, before passes were timed: in tokens.
+# On a GPU the weights are read once, whatever the number of tokens.
+PRIOR_COST = {"cuda": (256.0, 0.0, 1.0), "cpu": (40.0, 0.4, 1.0)}
+# Passes that the prior stands for, and the share of its weight that a timed pass keeps at the next.
+PRIOR_PASSES, MEMORY = 4.0, 0.99
 
 
 def resolved(setting: Setting, device: str) -> Setting:
@@ -43,50 +54,104 @@ def resolved(setting: Setting, device: str) -> Setting:
     return False if setting == "auto" and device == "cuda" else setting
 
 
+class Cost:
+    """Seconds of a pass as a sum: its own, those of each row and those of each token.
+
+    Least squares of the relative errors of the passes that were timed, older ones fading; the prior
+    keeps what no pass has told apart.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.prior = np.array(PRIOR_COST[device])
+        self.squares, self.sums = np.zeros((3, 3)), np.zeros(3)
+        self.weights = self.prior  # until a pass was timed, in tokens
+
+    def observe(self, rows: int, tokens: int, seconds: float) -> None:
+        """A pass of so many rows and tokens took so long."""
+        parts = self.prior * (1, rows, tokens) / seconds
+        self.squares = MEMORY * self.squares + np.outer(parts, parts)
+        self.sums = MEMORY * self.sums + parts
+        scale = self.sums.sum() / self.squares.sum()  # the prior's unit in seconds
+        strength = PRIOR_PASSES / scale**2
+        factor = np.linalg.solve(self.squares + strength * np.eye(3), self.sums + strength * scale)
+        self.weights = self.prior * factor.clip(min=scale / 10)
+
+    def __call__(self, rows: int, tokens: float) -> float:
+        return float(self.weights @ (1, rows, tokens))
+
+
 class Pace:
     """How many tokens a row has in the next pass, and what the passes so far brought.
 
-    `right` of `checked` drafts were what was drawn; one that was not there counts as wrong. With a
-    share a of right ones, Q tokens of a row bring (1 − a^Q) / (1 − a), as many as come before the
-    first wrong one, and that one's draw.
+    A row finds drafts in a share f of the passes that ask for some. `right` of `checked` drafts,
+    those up to the first wrong one, were what was drawn. With a share a of right ones, a row with Q
+    tokens gets 1 + f·((1 − a^Q) / (1 − a) − 1) of a pass and has 1 + f·(Q − 1) in it.
     """
 
-    def __init__(self, setting: Setting, device: str) -> None:
-        self.setting = setting
-        self.ridge, self.most = RIDGE[device], MOST_TOKENS[device]
-        self.right, self.checked = PRIOR_RIGHT, PRIOR_CHECKED
+    def __init__(self, setting: Setting, device: str, cost: Cost | None = None) -> None:
+        self.setting, self.device = setting, device
+        self.most, self.cost = MOST_TOKENS[device], cost or Cost(device)
+        self.right = self.found = PRIOR_SHARE * PRIOR_COUNT
+        self.checked = self.asked = PRIOR_COUNT
         self.emitted = self.passes = 0  # tokens, and rows that were alive, summed over the passes
+        self.tried = False
 
     def begin(self) -> None:
         """A call begins: what was counted before fades, so that drafts that once were bad are tried
         again."""
-        self.right = (self.right + PRIOR_RIGHT) / 2
-        self.checked = (self.checked + PRIOR_CHECKED) / 2
+        share, found = self.right / self.checked, self.found / self.asked
+        self.right = PRIOR_COUNT * (KEPT * share + (1 - KEPT) * PRIOR_SHARE)
+        self.found = PRIOR_COUNT * (KEPT * found + (1 - KEPT) * PRIOR_SHARE)
+        self.checked = self.asked = PRIOR_COUNT
         self.emitted = self.passes = 0
+        self.tried = False
 
-    def count(self, emitted: int, passes: int, right: int, checked: int) -> None:
+    def count(
+        self, emitted: int, passes: int, asked: int, found: int, right: int, checked: int
+    ) -> None:
         self.emitted += emitted
         self.passes += passes
+        self.asked += asked
+        self.found += found
         self.right += right
         self.checked += checked
+        self.tried |= asked > 0
 
     @property
     def tokens_per_pass(self) -> float:
         """Tokens that a row that was alive got from a pass, in the mean of this call."""
         return self.emitted / max(1, self.passes)
 
-    def queries(self, tokens: dict[int, int]) -> int:
-        """How many tokens of each row pay best; `tokens`: for each number that is possible, the
-        tokens of the whole pass, idle ones among them."""
-        possible = [q for q, count in tokens.items() if q == 1 or count <= self.most]
+    def rows(self, wanted: int) -> int:
+        """How many rows pay best where `wanted` could be drawn at once. A GPU reads the weights
+        once for all rows, so all of them."""
+        if self.setting is False or self.device != "cpu":
+            return wanted
+        if not self.tried:
+            wanted = min(wanted, FIRST_ROWS)
+        sizes = {q: min(wanted, self.most // q) for q in self._allowed()}
+        return sizes[self._best(sizes)]
+
+    def queries(self, rows: int) -> int:
+        """How many tokens of each of so many rows pay best, idle rows among them."""
+        return self._best({q: rows for q in self._allowed() if q == 1 or q * rows <= self.most})
+
+    def _allowed(self) -> tuple[int, ...]:
+        return QUERIES if self.setting == "auto" else (1, self.setting + 1)
+
+    def _best(self, sizes: Mapping[int, int]) -> int:
+        """Which number of tokens pays best; `sizes`: for each, how many rows there would be."""
         if self.setting != "auto":
-            return max(queries for queries in possible if queries <= self.setting + 1)
-        share = min(self.right / self.checked, 0.999)
+            return max(sizes)
+        share, found = min(self.right / self.checked, 0.999), self.found / self.asked
 
         def speed(queries: int) -> float:
-            return (1 - share**queries) / (1 - share) / (1 + tokens[queries] / self.ridge)
+            rows = sizes[queries]
+            gained = 1 + found * ((1 - share**queries) / (1 - share) - 1)
+            tokens = rows * (1 + found * (queries - 1))
+            return rows * gained / self.cost(rows, tokens) / (LEAST_GAIN if queries > 1 else 1)
 
-        return max(possible, key=lambda queries: (speed(queries), -queries))
+        return max(sizes, key=lambda queries: (speed(queries), -queries))
 
 
 class Answers:
