@@ -31,7 +31,7 @@ from torch import Tensor
 from sodfast.errors import RunFailed
 from sodfast.model.load import LanguageModel
 from sodfast.rollout.admission import Draw, count_fitting, expected_tokens, prompt_groups
-from sodfast.rollout.cache import WIDTH_STEP, Cache
+from sodfast.rollout.cache import Cache, up_to_step
 from sodfast.rollout.decoder import Decoder
 from sodfast.rollout.engine import Sample, SampleKey, Sampling, stop_length
 from sodfast.rollout.graphs import Graphs, beside, mark
@@ -43,8 +43,8 @@ STEPS_PER_LOOK = {"cuda": 8, "cpu": 1}
 # Looks that are queued before the host waits for the first of them, each behind its steps.
 QUEUED_LOOKS = {"cuda": 2, "cpu": 1}
 # Waiting samples start when they will be this share of all living rows: a prefill costs about a
-# step.
-REFILL_SHARE = 1 / 8
+# step. On a CPU, where rows that idle cost next to nothing, they wait for company longer.
+REFILL_SHARE = {"cuda": 1 / 8, "cpu": 1 / 4}
 # Prompt tokens of one packed forward, which bounds the memory of its activations.
 PREFILL_TOKENS = 16_384
 
@@ -139,13 +139,13 @@ class Batch:
         if count and not self.cache.whole:
             expected = expected_tokens(self.sampling.max_new_tokens, self.drawn, self.ended)
             free = len(self.cache.free) - sum(
-                self.cache.missing(row, len(draw.prompt) + max(expected, draw.drawn))
+                self.cache.missing(row, len(draw.ids) + max(expected, draw.drawn))
                 for row, draw in enumerate(self.rows)
                 if draw is not None
             )
             wanted = [(draw.ids, len(draw.ids), max(expected, draw.drawn)) for draw in following]
             count = max(count_fitting(wanted, free, self.cache.page), not alive)
-        enough = min(len(self.waiting), REFILL_SHARE * (alive + count))
+        enough = min(len(self.waiting), REFILL_SHARE[self.device.type] * (alive + count))
         return count if count >= enough else 0
 
     def _admit(self, draws: Sequence[Draw]) -> None:
@@ -153,7 +153,7 @@ class Batch:
         first = len(self.rows)
         self.rows += draws
         for draw in draws:
-            draw.start = len(draw.prompt) - self.steps
+            draw.start = len(draw.ids) - self.steps
         self.passes.start(first, draws)
         groups = list(prompt_groups(draws, first))
         for prompt, rows in groups:
@@ -224,7 +224,7 @@ class Batch:
             else:
                 width = self._longest() + queries
                 start = time.perf_counter()
-                self.passes.step(rows, queries, min(self.width, width + -width % WIDTH_STEP))
+                self.passes.step(rows, queries, min(self.width, up_to_step(width)))
                 if self.speculates:
                     seconds = time.perf_counter() - start
                     self.pace.cost.observe(self.alive, self.passes.ran, seconds)
@@ -234,7 +234,7 @@ class Batch:
 
     def _most_cached(self, draw: Draw) -> int:
         """Positions at the cap: the last token's keys and values are never cached."""
-        return len(draw.prompt) + self.sampling.max_new_tokens - 1
+        return len(draw.ids) + self.sampling.max_new_tokens - 1
 
     def _at_caps(self) -> bool:
         """Whether no row would be alive after what is queued."""
@@ -267,7 +267,7 @@ class Batch:
             done, count, passed = status[:active], status[active : 2 * active], status[2 * active :]
             for row, draw in enumerate(self.rows):
                 if draw is not None:
-                    draw.start = len(draw.prompt) + count[row] - 1 - look.steps
+                    draw.start = len(draw.ids) + count[row] - 1 - look.steps
             self.pace.count(*(new - old for new, old in zip(passed, self.counted, strict=True)))
             self.counted = passed
             ended = self._ended(done, count)

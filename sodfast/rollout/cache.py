@@ -34,7 +34,7 @@ PAGE: dict[str, int | None] = {"cuda": 64, "cpu": None}
 # keep their tokens, not all their bits).
 WIDTH_STEP = 16
 # Rows whose keys and values stay in a CPU's own cache while several of their tokens attend.
-ROWS_TOGETHER = 32
+ROWS_TOGETHER = 16
 # Where idle rows write, so that every entry of a table names a page that exists.
 SCRATCH = 0
 
@@ -243,7 +243,18 @@ class _Decoding:
             # One position for idle tokens, whose own may lie behind `width`: attention over none
             # would leave NaN in the cache.
             used_BQ = (position_BQ + 1).masked_fill(idle_BQ, 1)
-            self.products = _products(used_BQ, idle_BQ, width)
+            if queries == 1:
+                self.attend = SlotAttention(used_BQ[:, 0], width)
+            else:
+                depth_B, longest_B = (~idle_BQ).sum(1).tolist(), used_BQ.amax(1).tolist()
+                self.parts = [
+                    _Together(
+                        slice(first, first + ROWS_TOGETHER),
+                        used_BQ[:, : max(depth_B[first : first + ROWS_TOGETHER])],
+                        min(width, up_to_step(max(longest_B[first : first + ROWS_TOGETHER]))),
+                    )
+                    for first in range(0, rows, ROWS_TOGETHER)
+                ]
         else:
             self.table_BM = cache.table_RM[:rows]
             page_BQ = self.table_BM.gather(1, position_BQ // cache.page).long()
@@ -271,12 +282,11 @@ class _Decoding:
         keys_PLKD, values_PLKD = self.cache.layers[layer]
         scale, window = self.cache.decoder.scale, self.cache.decoder.layers[layer].window
         if self.cache.whole:
-            out_BQAD = torch.empty_like(q_BQAD)
-            for rows, query, attend in self.products:
-                out_BQAD[rows, query] = attend(
-                    q_BQAD[rows, query], keys_PLKD[rows], values_PLKD[rows], scale, window
-                )
-            return out_BQAD
+            if self.shape[1] == 1:
+                attended_BAD = self.attend(q_BQAD[:, 0], keys_PLKD, values_PLKD, scale, window)
+                return attended_BAD.unsqueeze(1)
+            parts = [part(q_BQAD, keys_PLKD, values_PLKD, scale, window) for part in self.parts]
+            return torch.cat(parts)
         return decode_attention(
             q_BQAD,
             keys_PLKD,
@@ -288,29 +298,62 @@ class _Decoding:
         )
 
 
-def _products(
-    used_BQ: Tensor, idle_BQ: Tensor, width: int
-) -> list[tuple[slice, int, SlotAttention]]:
-    """The products that make up attention over whole pages: rows, which of their tokens, and how
-    it attends.
+class _Together:
+    """Attention of several tokens of each of some rows over whole pages.
 
-    Each of a row's tokens has a product of its own, since one product for all of them would sum in
-    another order than that of one. So that the keys and values of a row are read from memory once
-    for all of them, several tokens are taken ROWS_TOGETHER rows at a time, and no wider than these
-    rows need.
+    Each token has products of its own, since one for all of a row's would sum in another order than
+    that of one; but they follow each other so closely that the keys and values are read from memory
+    once. So few rows are no wider than they need.
     """
-    rows, queries = idle_BQ.shape
-    if queries == 1:
-        return [(slice(0, rows), 0, SlotAttention(used_BQ[:, 0], width))]
-    depth_B, found = (~idle_BQ).sum(1).tolist(), []
-    longest_B = used_BQ.amax(1).tolist()
-    for first in range(0, rows, ROWS_TOGETHER):
-        part = slice(first, first + ROWS_TOGETHER)
-        needed = max(longest_B[part])
-        needed = min(width, needed + -needed % WIDTH_STEP)
-        for query in range(max(depth_B[part])):
-            found.append((part, query, SlotAttention(used_BQ[part, query], needed)))
-    return found
+
+    def __init__(self, rows: slice, used_BQ: Tensor, width: int) -> None:
+        self.rows, self.used_BQ, self.width = rows, used_BQ[rows], width
+        self.biases: dict[int | None, Tensor] = {}
+
+    def __call__(
+        self,
+        q_BQAD: Tensor,
+        keys_PLKD: Tensor,
+        values_PLKD: Tensor,
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        """Attended values [B, Q, A, D] of these rows; zeros for tokens that idle in all of them."""
+        q_BQAD, (count, queries) = q_BQAD[self.rows], self.used_BQ.shape
+        kv_heads, size = keys_PLKD.shape[2:]
+        out_BQAD = torch.zeros_like(q_BQAD)
+        if queries == 0:
+            return out_BQAD
+        keys_NDW = keys_PLKD[self.rows, : self.width].permute(0, 2, 3, 1).flatten(0, 1)
+        values_NWD = values_PLKD[self.rows, : self.width].transpose(1, 2).flatten(0, 1)
+        q_QBAD = q_BQAD[:, :queries].transpose(0, 1)
+        q_QNGD = q_QBAD.reshape(queries, count * kv_heads, -1, size)
+        bias_QN1W = self._bias(window, kv_heads, q_BQAD.dtype)
+        scores_QNGW = q_QNGD.new_empty(*q_QNGD.shape[:3], self.width)
+        for bias, query, scores in zip(bias_QN1W, q_QNGD, scores_QNGW, strict=True):
+            torch.baddbmm(bias, query, keys_NDW, alpha=scale, out=scores)
+        attended_QNGD = torch.empty_like(q_QNGD)
+        for weights, attended in zip(scores_QNGW.softmax(-1), attended_QNGD, strict=True):
+            torch.bmm(weights, values_NWD, out=attended)
+        out_BQAD[:, :queries] = attended_QNGD.view(queries, count, -1, size).transpose(0, 1)
+        return out_BQAD
+
+    def _bias(self, window: int | None, kv_heads: int, dtype: torch.dtype) -> Tensor:
+        """What makes each token [Q, B·K, 1] see the positions that it may."""
+        if window not in self.biases:
+            position_W = torch.arange(self.width)
+            used_QB1 = self.used_BQ.t()[..., None]
+            seen_QBW = position_W < used_QB1
+            if window is not None:
+                seen_QBW &= position_W >= used_QB1 - window
+            bias_QBW = torch.zeros(seen_QBW.shape, dtype=dtype).masked_fill_(~seen_QBW, -torch.inf)
+            self.biases[window] = bias_QBW.repeat_interleave(kv_heads, 1)[:, :, None]
+        return self.biases[window]
+
+
+def up_to_step(positions: int) -> int:
+    """The next multiple of WIDTH_STEP."""
+    return positions + -positions % WIDTH_STEP
 
 
 def staged(tensor: Tensor, device: torch.device) -> Tensor:

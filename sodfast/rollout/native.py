@@ -21,7 +21,7 @@ from sodfast.errors import UsageError
 from sodfast.model.load import LanguageModel
 from sodfast.rollout.admission import Draw, count_fitting, expected_tokens
 from sodfast.rollout.batch import Batch
-from sodfast.rollout.cache import PAGE, WIDTH_STEP, Cache
+from sodfast.rollout.cache import PAGE, Cache, up_to_step
 from sodfast.rollout.engine import Sample, SampleKey, Sampling, check_prompts
 from sodfast.rollout.passes import CPU_ROWS, idle_rows
 from sodfast.rollout.speculation import Answers, Cost, Drafts, Pace, Setting, resolved
@@ -91,7 +91,7 @@ class NativeEngine:
         if self.speculates:
             drafts = Drafts(draws, self.answers, sampling.max_new_tokens, device)
         batch = Batch(
-            self.model, draws, size.rows, _width(tokens), sampling, key,
+            self.model, draws, size.rows, up_to_step(tokens), sampling, key,
             self.memory, size.page, size.pages, self.pace, drafts,
         )  # fmt: skip
         if device.type == "cpu":
@@ -168,7 +168,7 @@ def cache_size(
     kind = "cuda" if on_gpu else "cpu"
     budget = max(0, int(free * MEMORY_SHARE[kind] if cache_gib is None else cache_gib * 2**30))
     page = PAGE[kind]
-    positions = _width(tokens) if page is None else page
+    positions = up_to_step(tokens) if page is None else page
     each = positions * Cache.bytes_per_token(network)
     longest = -(-tokens // positions)  # pages of the longest sequence
     # Small pages: one more than the sequences', where idle rows write.
@@ -188,10 +188,6 @@ def cache_size(
         pages = min(pages, rows * longest + spare)
         rows = min(rows, pages - spare)
     return CacheSize(rows, page, pages, pages * each)
-
-
-def _width(tokens: int) -> int:
-    return tokens + -tokens % WIDTH_STEP
 
 
 def _free_bytes(device: torch.device) -> int:

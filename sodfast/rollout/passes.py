@@ -78,7 +78,7 @@ class Passes:
     def start(self, first: int, draws: Sequence[Draw]) -> None:
         """Give the rows from `first` on to new samples; `prefill` draws their first tokens."""
         rows = slice(first, first + len(draws))
-        lengths = [len(draw.prompt) for draw in draws]
+        lengths = [len(draw.ids) for draw in draws]
         self.cached[rows] = self.put(torch.tensor(lengths, dtype=torch.int32))
         self.sample[rows] = self.put(torch.tensor([draw.sample for draw in draws]))
         self.place[rows] = self.put(torch.tensor([draw.place for draw in draws]))

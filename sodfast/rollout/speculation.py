@@ -16,8 +16,10 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from sodfast_kernels import find_drafts
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from sodfast.rollout.admission import Draw
 
@@ -28,7 +30,7 @@ QUERIES = (1, 2, 4, 8, 16)
 MOST_QUERIES = QUERIES[-1]
 # Tokens of a pass with drafts at most: on a GPU, about as many as cost what one costs; on a CPU, as
 # many as its own cache holds activations of.
-MOST_TOKENS = {"cuda": 256, "cpu": 512}
+MOST_TOKENS = {"cuda": 256, "cpu": 1024}
 # Texts that a row searches, its own among them.
 MOST_SOURCES = 64
 # Before a call has asked for drafts, so many rows count as having asked and so many drafts as
@@ -40,7 +42,7 @@ KEPT = 0.75
 FIRST_ROWS = 64
 # A pass with drafts must promise so much more than one without.
 LEAST_GAIN = 1.05
-# What a pass costs for itself, for each row and for each token, before passes were timed: in tokens.
+# What a pass costs for itself, for each row and for each token, in tokens: before any was timed.
 # On a GPU the weights are read once, whatever the number of tokens.
 PRIOR_COST = {"cuda": (256.0, 0.0, 1.0), "cpu": (40.0, 0.4, 1.0)}
 # Passes that the prior stands for, and the share of its weight that a timed pass keeps at the next.
@@ -177,19 +179,18 @@ class Drafts:
         self, draws: Sequence[Draw], earlier: Answers, max_new_tokens: int, device: torch.device
     ) -> None:
         asked = {draw.ids: earlier.last.get(draw.ids, []) for draw in draws}
+        prompts = {ids: torch.tensor(ids, dtype=torch.int32) for ids in asked}
         first = dict.fromkeys(asked, 0)  # the text of its first earlier answer
-        texts = [draw.prompt.int() for draw in draws]
+        texts = [prompts[draw.ids] for draw in draws]
         texts.append(torch.zeros(0, dtype=torch.int32))
         self.idle = len(draws)
         for ids, answers in asked.items():
             first[ids] = len(texts)
-            prompt = torch.tensor(ids, dtype=torch.int32)
-            texts += [torch.cat([prompt, answer]) for _, answer in answers]
+            texts += [torch.cat([prompts[ids], answer]) for _, answer in answers]
         # The last column is one more than a text can have: what is not kept is written there.
-        columns = max(max(map(len, asked)) + max_new_tokens, max(map(len, texts))) + 1
-        tokens_NC = torch.zeros(len(texts), columns, dtype=torch.int32)
-        for row, text in zip(tokens_NC, texts, strict=True):
-            row[: len(text)] = text
+        longest = max(map(len, texts))
+        columns = max(max(map(len, asked)) + max_new_tokens, longest) + 1
+        tokens_NC = F.pad(pad_sequence(texts, batch_first=True), (0, columns - longest))
         self.tokens_NC = tokens_NC.to(device)
         self.length_N = torch.tensor([len(text) for text in texts], dtype=torch.int32).to(device)
         self.prompt_N = self.length_N[: self.idle + 1].long()
