@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from sodfast_kernels import decode_attention
 from torch import Tensor
 
@@ -34,7 +35,7 @@ PAGE: dict[str, int | None] = {"cuda": 64, "cpu": None}
 # keep their tokens, not all their bits).
 WIDTH_STEP = 16
 # Rows whose keys and values stay in a CPU's own cache while several of their tokens attend.
-ROWS_TOGETHER = 16
+ROWS_TOGETHER = 32
 # Where idle rows write, so that every entry of a table names a page that exists.
 SCRATCH = 0
 
@@ -247,13 +248,17 @@ class _Decoding:
                 self.attend = SlotAttention(used_BQ[:, 0], width)
             else:
                 depth_B, longest_B = (~idle_BQ).sum(1).tolist(), used_BQ.amax(1).tolist()
+                parts = [
+                    slice(first, min(first + ROWS_TOGETHER, rows))
+                    for first in range(0, rows, ROWS_TOGETHER)
+                ]
                 self.parts = [
                     _Together(
-                        slice(first, first + ROWS_TOGETHER),
-                        used_BQ[:, : max(depth_B[first : first + ROWS_TOGETHER])],
-                        min(width, up_to_step(max(longest_B[first : first + ROWS_TOGETHER]))),
+                        part,
+                        used_BQ[part, : max(depth_B[part])],
+                        min(width, up_to_step(max(longest_B[part]))),
                     )
-                    for first in range(0, rows, ROWS_TOGETHER)
+                    for part in parts
                 ]
         else:
             self.table_BM = cache.table_RM[:rows]
@@ -307,8 +312,8 @@ class _Together:
     """
 
     def __init__(self, rows: slice, used_BQ: Tensor, width: int) -> None:
-        self.rows, self.used_BQ, self.width = rows, used_BQ[rows], width
-        self.biases: dict[int | None, Tensor] = {}
+        self.rows, self.used_BQ, self.width = rows, used_BQ, width
+        self.biases: dict[int | None, tuple[Tensor, ...]] = {}
 
     def __call__(
         self,
@@ -319,27 +324,34 @@ class _Together:
         window: int | None,
     ) -> Tensor:
         """Attended values [B, Q, A, D] of these rows; zeros for tokens that idle in all of them."""
-        q_BQAD, (count, queries) = q_BQAD[self.rows], self.used_BQ.shape
-        kv_heads, size = keys_PLKD.shape[2:]
-        out_BQAD = torch.zeros_like(q_BQAD)
+        count, queries = self.used_BQ.shape
+        q_BQAD = q_BQAD[self.rows]
         if queries == 0:
-            return out_BQAD
+            return torch.zeros_like(q_BQAD)
+        kv_heads, size = keys_PLKD.shape[2:]
         keys_NDW = keys_PLKD[self.rows, : self.width].permute(0, 2, 3, 1).flatten(0, 1)
         values_NWD = values_PLKD[self.rows, : self.width].transpose(1, 2).flatten(0, 1)
         q_QBAD = q_BQAD[:, :queries].transpose(0, 1)
         q_QNGD = q_QBAD.reshape(queries, count * kv_heads, -1, size)
-        bias_QN1W = self._bias(window, kv_heads, q_BQAD.dtype)
-        scores_QNGW = q_QNGD.new_empty(*q_QNGD.shape[:3], self.width)
-        for bias, query, scores in zip(bias_QN1W, q_QNGD, scores_QNGW, strict=True):
-            torch.baddbmm(bias, query, keys_NDW, alpha=scale, out=scores)
-        attended_QNGD = torch.empty_like(q_QNGD)
-        for weights, attended in zip(scores_QNGW.softmax(-1), attended_QNGD, strict=True):
-            torch.bmm(weights, values_NWD, out=attended)
-        out_BQAD[:, :queries] = attended_QNGD.view(queries, count, -1, size).transpose(0, 1)
-        return out_BQAD
+        scores_QNGW = torch.stack(
+            [
+                torch.baddbmm(bias_N1W, q_NGD, keys_NDW, alpha=scale)
+                for bias_N1W, q_NGD in zip(
+                    self._bias(window, kv_heads, q_BQAD.dtype), q_QNGD.unbind(), strict=True
+                )
+            ]
+        )
+        weights = scores_QNGW.softmax(-1).unbind()
+        attended_BQKGD = (
+            torch.stack([torch.bmm(weights_NGW, values_NWD) for weights_NGW in weights], 1)
+            .unflatten(0, (count, kv_heads))
+            .transpose(1, 2)
+        )
+        attended_BQAD = attended_BQKGD.flatten(2, 3)
+        return F.pad(attended_BQAD, (0, 0, 0, 0, 0, q_BQAD.shape[1] - queries))
 
-    def _bias(self, window: int | None, kv_heads: int, dtype: torch.dtype) -> Tensor:
-        """What makes each token [Q, B·K, 1] see the positions that it may."""
+    def _bias(self, window: int | None, kv_heads: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Of each query, what makes it see the positions that it may [B·K, 1, W]."""
         if window not in self.biases:
             position_W = torch.arange(self.width)
             used_QB1 = self.used_BQ.t()[..., None]
@@ -347,7 +359,8 @@ class _Together:
             if window is not None:
                 seen_QBW &= position_W >= used_QB1 - window
             bias_QBW = torch.zeros(seen_QBW.shape, dtype=dtype).masked_fill_(~seen_QBW, -torch.inf)
-            self.biases[window] = bias_QBW.repeat_interleave(kv_heads, 1)[:, :, None]
+            bias_QN1W = bias_QBW.repeat_interleave(kv_heads, 1)[:, :, None]
+            self.biases[window] = bias_QN1W.unbind()
         return self.biases[window]
 
 

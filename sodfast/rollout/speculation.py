@@ -203,15 +203,21 @@ class Drafts:
         first: dict[tuple[int, ...], int],
     ) -> Tensor:
         """The texts that each place searches, the preferred ones first."""
-        siblings = defaultdict(list)
+        siblings: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        rank = {}  # of each place among its siblings
         for draw in draws:
+            rank[draw.place] = len(siblings[draw.ids])
             siblings[draw.ids].append(draw.place)
+        last = {
+            ids: {number: first[ids] + i for i, (number, _) in enumerate(answers)}
+            for ids, answers in asked.items()
+        }
         rows = []
         for draw in draws:
-            texts = [(number, first[draw.ids] + i) for i, (number, _) in enumerate(asked[draw.ids])]
-            same = [text for number, text in texts if number == draw.sample]
-            others = [text for number, text in texts if number != draw.sample]
-            beside = [place for place in siblings[draw.ids] if place != draw.place]
+            texts, places = last[draw.ids], siblings[draw.ids]
+            same = [texts[draw.sample]] if draw.sample in texts else []
+            others = [text for text in texts.values() if text not in same]
+            beside = places[: rank[draw.place]] + places[rank[draw.place] + 1 :]
             rows.append([*(same + beside + others)[: MOST_SOURCES - 1], draw.place])
         width = max(map(len, rows))
         rows.append([])
