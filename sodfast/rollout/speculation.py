@@ -31,6 +31,10 @@ MOST_QUERIES = QUERIES[-1]
 # Tokens of a pass with drafts at most: on a GPU, about as many as cost what one costs; on a CPU, as
 # many as its own cache holds activations of.
 MOST_TOKENS = {"cuda": 256, "cpu": 1024}
+# Tokens of earlier answers that are remembered on the host, at most: 4 bytes each. A prompt's own
+# count eight times, for they are Python's integers, and an answer counts for some more, since its
+# tensor has a head.
+REMEMBERED, ANSWER_OVERHEAD = 1 << 26, 100
 # Texts that a row searches, its own among them.
 MOST_SOURCES = 64
 # Before a call has asked for drafts, so many rows count as having asked and so many drafts as
@@ -45,8 +49,8 @@ LEAST_GAIN = 1.05
 # What a pass costs for itself, for each row and for each token, in tokens: before any was timed.
 # On a GPU the weights are read once, whatever the number of tokens.
 PRIOR_COST = {"cuda": (256.0, 0.0, 1.0), "cpu": (40.0, 0.4, 1.0)}
-# Passes that the prior stands for, and the share of its weight that a timed pass keeps at the next.
-PRIOR_PASSES, MEMORY = 4.0, 0.99
+# The prior's weight beside a pass that is timed, and what share of that is left at the next one.
+PRIOR_WEIGHT, MEMORY = 0.1, 0.99
 
 
 def resolved(setting: Setting, device: str) -> Setting:
@@ -74,7 +78,7 @@ class Cost:
         self.squares = MEMORY * self.squares + np.outer(parts, parts)
         self.sums = MEMORY * self.sums + parts
         scale = self.sums.sum() / self.squares.sum()  # the prior's unit in seconds
-        strength = PRIOR_PASSES / scale**2
+        strength = PRIOR_WEIGHT / scale**2
         factor = np.linalg.solve(self.squares + strength * np.eye(3), self.sums + strength * scale)
         self.weights = self.prior * factor.clip(min=scale / 10)
 
@@ -158,17 +162,36 @@ class Pace:
 
 class Answers:
     """What each prompt was last answered, on the host: the last call's answers with the last
-    epoch's. `samples` are the numbers of its answers in their key."""
+    epoch's. Of each answer, its number in the key of its draw and its tokens.
+
+    No more than REMEMBERED tokens are kept; the answers that go first are those to the prompts that
+    were asked least recently.
+    """
 
     def __init__(self) -> None:
         self.last: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
+        self.tokens = 0  # of all prompts and answers
 
     def remember(self, draws: Sequence[Draw], responses: Mapping[int, Tensor]) -> None:
         """Take a call's answers, by place, in the stead of earlier ones to the same prompts."""
         found = defaultdict(list)
         for draw in draws:
             found[draw.ids].append((draw.sample, responses[draw.place].int()))
-        self.last |= found
+        for ids, answers in found.items():
+            self._forget(ids)
+            self.last[ids] = answers
+            self.tokens += _held(ids, answers)
+        while self.tokens > REMEMBERED:
+            self._forget(next(iter(self.last)))
+
+    def _forget(self, ids: tuple[int, ...]) -> None:
+        if ids in self.last:
+            self.tokens -= _held(ids, self.last.pop(ids))
+
+
+def _held(ids: tuple[int, ...], answers: Sequence[tuple[int, Tensor]]) -> int:
+    """What counts against REMEMBERED: a prompt's tokens are Python integers in a tuple."""
+    return 8 * len(ids) + sum(len(answer) + ANSWER_OVERHEAD for _, answer in answers)
 
 
 class Drafts:

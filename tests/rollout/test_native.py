@@ -14,7 +14,7 @@ from sodfast.errors import UsageError
 from sodfast.model.load import LanguageModel, trained_parameters
 from sodfast.model.lora import add_adapters
 from sodfast.model.random_weights import shape
-from sodfast.rollout import native, passes
+from sodfast.rollout import batch, native, passes
 from sodfast.rollout.cache import Cache
 from sodfast.rollout.decoder import Decoder, unsupported
 from sodfast.rollout.engine import SampleKey, Sampling
