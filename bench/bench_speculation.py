@@ -16,6 +16,7 @@ suite_8b_speculation.py, run by bench_8b.py.
 """
 
 import argparse
+import gc
 import json
 import sys
 import tempfile
@@ -33,7 +34,7 @@ from torch import Tensor
 from sodfast.api import Trainer
 from sodfast.config import load_config
 from sodfast.model.load import LanguageModel, to_ids
-from sodfast.rng import Stream, draw_key
+from sodfast.rng import PromptOrder, Stream, draw_key
 from sodfast.rollout.engine import Sample, SampleKey, Sampling
 from sodfast.rollout.native import NativeEngine
 from sodfast.rollout.speculation import Answers, Cost, Setting
@@ -82,10 +83,9 @@ class Lab:
     def training(self, step: int) -> dict[str, Any]:
         """The rollout of a step, both ways."""
         rollout = self.config.rollout
-        order = self.trainer.prompts.take(
-            (step - 1) * rollout.prompts_per_step, rollout.prompts_per_step
-        )
-        questions = [self.trainer.data.train[index] for index in order]
+        train, count = self.trainer.data.train, rollout.prompts_per_step
+        order = PromptOrder(self.config.seed, len(train)).take((step - 1) * count, count)
+        questions = [train[index] for index in order]
         prompts = self.prompts(questions, rollout.samples_per_prompt)
         sampling = Sampling.of(self.config, rollout)
         key = SampleKey(draw_key(self.config.seed, Stream.ROLLOUT), step)
@@ -127,6 +127,7 @@ def lab(steps: int, rounds: int) -> dict[str, Any]:
     training, evaluations = [], {}
     with tempfile.TemporaryDirectory() as folder:
         lab = Lab(steps, f"{folder}/run")
+        gc.freeze()  # a look at all that was imported would hit one way or the other by chance
         with lab.run:
             for step in range(1, steps + 1):
                 training.append(lab.training(step))

@@ -48,7 +48,7 @@ FIRST_ROWS = 64
 LEAST_GAIN = 1.05
 # What a pass costs for itself, for each row and for each token, in tokens: before any was timed.
 # On a GPU the weights are read once, whatever the number of tokens.
-PRIOR_COST = {"cuda": (256.0, 0.0, 1.0), "cpu": (40.0, 0.4, 1.0)}
+PRIOR_COST = {"cuda": (256.0, 0.0, 1.0), "cpu": (100.0, 1.5, 1.0)}
 # The prior's weight beside a pass that is timed, and what share of that is left at the next one.
 PRIOR_WEIGHT, MEMORY = 0.1, 0.99
 
