@@ -94,11 +94,13 @@ class Scenario:
 def scenarios(world: Path) -> dict[str, Scenario]:
     """The commands, on real runs that this makes: `one` ends at step 2, `study` has two trials."""
     schedule = ["schedule.kind=hard", "schedule.every=2", "eval.every=2", "checkpoint.keep=1"]
-    run = [*TINY_LAB[:-3], *schedule, f"model.path={world / 'model'}", "out=run"]
+    kept = [*schedule, "log.samples_every=1", f"model.path={world / 'model'}", "out=run"]
+    run = [*TINY_LAB[:-3], *kept]
     for folder in ("empty", "one", "study"):
         (world / folder).mkdir()
     _command(world, "train", "lab", *TINY_LAB, "steps=1", "out=lab-run")
     _command(world, "export", "lab-run", "model")
+    forked.load(world / "model")
     _command(world / "one", "train", "lab", *run, "steps=2")
     study = {"base": "lab", "overrides": {"steps": 4}, "axes": {"seed": [0, 1]}}
     write_study(world / "study" / "swept", study)

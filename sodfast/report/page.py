@@ -6,6 +6,7 @@ The same runs give the same bytes: nothing on the page depends on the clock. Onl
 (done or collapsed) enter a mean; the others are listed, and drawn as thin lines.
 """
 
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from sodfast.config import CGTRConfig
-from sodfast.errors import UsageError
+from sodfast.errors import RunFailed, UsageError
 from sodfast.files import refuse_links, replace_text
 from sodfast.report import canvas, plots, tables
 from sodfast.report.answers import Shown, compare
@@ -45,7 +46,8 @@ def write_report(directory: Path, baseline: str | None = None) -> Path:
     """Write `directory`/report.html, tables/*.csv and figures/*.svg; returns the page's path.
 
     `baseline`: AXIS=LABEL of a study, the value that the others are compared with. Raises
-    `UsageError`, before anything is written, where there is nothing to report or compare.
+    `UsageError`, before anything is written, where there is nothing to report or compare, or
+    something is in the way; `RunFailed` where the disk refuses.
     """
     source = load(directory, baseline)
     page, rows, figures = _build(source)
@@ -60,7 +62,7 @@ def write_comparison(directories: Sequence[Path], out: Path) -> Path:
     """Write `out`, one page that shows several runs side by side, the keys that differ first.
 
     Raises `UsageError`, before anything is written, where one is no run, or `out` is a name that
-    is not of the form *.html, or of a link or a directory.
+    is not of the form *.html, or of a link or a directory; `RunFailed` where the disk refuses.
     """
     if out.suffix != ".html" or out.is_symlink() or out.is_dir():
         raise UsageError(f"--out {out} cannot be used: name a file of the form NAME.html")
@@ -78,13 +80,22 @@ def _build(source: Source) -> tuple[str, Tables, dict[str, str]]:
 
 
 def _write(directory: Path, files: Mapping[str, str]) -> None:
-    """Replace files, by their names from `directory`; raises `UsageError` where that fails."""
+    """Replace files, by their names from `directory`. Raises `UsageError`, with nothing replaced,
+    where something is in the way, and `RunFailed` where the disk refuses."""
+    texts = {directory / name: text for name, text in files.items()}
+    for file in texts:
+        folder = file.parent
+        usable = folder.is_dir() if os.path.lexists(folder) else folder.parent.is_dir()
+        if not usable or file.is_dir():
+            raise UsageError(
+                f"{file} cannot be written: {'a directory' if usable else 'no folder'}"
+            )
     try:
-        for name, text in files.items():
-            (directory / name).parent.mkdir(exist_ok=True)
-            replace_text(directory / name, text)
+        for file, text in texts.items():
+            file.parent.mkdir(exist_ok=True)
+            replace_text(file, text)
     except OSError as error:
-        raise UsageError(f"{directory} cannot be written: {error.strerror}") from error
+        raise RunFailed(f"{directory} cannot be written: {error.strerror}") from error
 
 
 def _draw(source: Source, rows: Tables, found: Forecast | None) -> dict[str, str]:
