@@ -43,6 +43,7 @@ from sodfast.run.fork import fork_config, fork_run, read_fork
 from sodfast.run.interrupt import Interrupted
 from sodfast.run.loggers import require_sinks
 from sodfast.run.records import read_metrics
+from sodfast.run.restore import restore_student
 from sodfast.schedule import build_schedule
 from sodfast.summary import best_step
 from sodfast.tasks.base import Task
@@ -120,7 +121,7 @@ def build_trainer(
         data, engine = _questions_and_engine(config, model, task, reporter, others)
         if config.teacher.storage == "host" or ranks.size > 1:
             decoder_layers(model.network)  # refused here rather than after the run has begun
-        build_schedule(config.schedule)  # likewise
+        schedule = build_schedule(config.schedule)
     with ranks.together():
         if not ranks.main:
             run = RunDirectory(out, None)
@@ -132,7 +133,7 @@ def build_trainer(
             run = RunDirectory.open(out)
     try:
         exams = _examinations(config, data, others)
-        trainer = Trainer(config, model, engine, task, data, run, reporter, ranks, exams)
+        trainer = Trainer(config, model, engine, task, data, schedule, run, reporter, ranks, exams)
         if resume is not None:
             trainer.resume()
     except BaseException:
@@ -286,7 +287,7 @@ def _student(config: Config, path: Path, device: torch.device) -> LanguageModel:
         return load_model(str(path / "student"), device, getattr(torch, config.model.dtype))
     model = _untrained(config, device)
     stored = checkpoint.load(path)
-    checkpoint.restore_student(model, stored.student, stored.state.get("base"))
+    restore_student(model, stored.student, stored.state.get("base"))
     return model
 
 

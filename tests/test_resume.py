@@ -220,7 +220,8 @@ def test_a_signal_never_tears_a_step_apart(
     """Before the first update of step 5 the signal drops the step, later the step is finished."""
     out = tmp_path / "run"
     trainer = build(out, *SETTINGS, *SCHEDULES["cgtr"], f"steps={STEPS}", "checkpoint.every=99")
-    original = getattr(trainer, place)
+    owner = trainer.student if place == "_accumulate_gradients" else trainer
+    original = getattr(owner, place)
 
     def interrupted(*arguments: Any) -> Any:
         result = original(*arguments)
@@ -228,7 +229,7 @@ def test_a_signal_never_tears_a_step_apart(
             os.kill(os.getpid(), number)
         return result
 
-    setattr(trainer, place, interrupted)
+    setattr(owner, place, interrupted)
     handler = signal.getsignal(number)
     assert trainer.train() == "interrupted"
     trainer.run.close()

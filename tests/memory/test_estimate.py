@@ -76,7 +76,7 @@ def started(untrained: Path, tmp_path: Path) -> Callable[..., Trainer]:
 
 def measured(trainer: Trainer, phase: Callable[[], Any], *others: Tensor) -> tuple[Any, int]:
     """What a phase returns, and the most bytes of tensors there were at once in it."""
-    states = [s for state in trainer.optimizer.state.values() for s in state.values()]
+    states = [s for state in trainer.student.optimizer.state.values() for s in state.values()]
     kept = [trainer.engine.memory, *states, *trainer.teacher.network.parameters(), *others]
     tracker = Tracker()
     tracker.track_external(
@@ -112,12 +112,14 @@ def test_each_phases_peak_is_the_plans_within_five_percent(
     trainer = started(*overrides)
     peaks = {}
     rollouts, peaks["rollout"] = measured(trainer, lambda: trainer._rollout(2))
-    updates = trainer._updates(2, rollouts)
+    updates = trainer.student.plan(2, rollouts)
     scores, peaks["teacher"] = measured(trainer, lambda: trainer._score(rollouts, updates))
     hidden = [rows for rows in scores.hidden if rows is not None]
     line, peaks["train"] = measured(
         trainer,
-        lambda: trainer._update(2, rollouts, updates, scores, lambda: None),
+        lambda: trainer.student.update(
+            2, rollouts, updates, scores, trainer.teacher.prepare_update
+        ),
         *hidden,
         scores.head,
     )
