@@ -1,7 +1,6 @@
 """From a configuration to a finished command: builds the parts and hands them to each other."""
 
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -17,6 +16,7 @@ from sodfast.config import Config, load_config, read_overrides, validate
 from sodfast.context import Questions, fitting_questions
 from sodfast.errors import UsageError
 from sodfast.evaluate import Examination, evaluate, evaluate_others
+from sodfast.files import whole_folder
 from sodfast.model.attention import describe, require_flash, without_cudnn
 from sodfast.model.chat import require_switches
 from sodfast.model.liger import use_liger
@@ -199,26 +199,24 @@ def export_model(run: Path, out: Path, best: bool = False) -> None:
     step, path = _chosen(run, best)
     config = validate(read_overrides(run / "config.yaml", []))
     card = model_card(run, config, step)
-    aside = out.with_name(f"{out.name}.{secrets.token_hex(8)}.tmp")
+    student = None
+    if config.model.lora is None:
+        checkpoint.verify(path, "student/")
+    else:
+        disable_progress_bar()
+        student = _student(config, path, torch.device("cpu"))
+        merge_adapters(student.network)
     try:
-        if config.model.lora is None:
-            checkpoint.verify(path, "student/")
-            shutil.copytree(path / "student", aside)
-        else:
-            disable_progress_bar()
-            student = _student(config, path, torch.device("cpu"))
-            merge_adapters(student.network)
-            aside.mkdir(parents=True)
-            student.network.save_pretrained(aside)
-            student.tokenizer.save_pretrained(aside)
-        (aside / "README.md").write_text(card, encoding="utf-8")
-        checkpoint.sync(aside)
         # It gets its name only when it is whole, so that a full disk or a kill is in nobody's way.
-        os.rename(aside, out)
+        with whole_folder(out) as aside:
+            if student is None:
+                shutil.copytree(path / "student", aside, dirs_exist_ok=True)
+            else:
+                student.network.save_pretrained(aside)
+                student.tokenizer.save_pretrained(aside)
+            (aside / "README.md").write_text(card, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise UsageError(f"{out} cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def build_model(

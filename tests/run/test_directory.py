@@ -108,6 +108,7 @@ def test_a_run_that_ended_before_its_configuration_is_begun_anew(
     for resume in (RunDirectory.open, lambda path: stored_config(path, [])):
         assert f"sodfast train out={path}" in refusal(resume, path)
     RunDirectory.create(path, lab(), {}).close()
+    assert sorted(files(path)) == sorted(["config.yaml", ".lock", "environment.json"])
     assert load_config(str(path / "config.yaml"), []) == lab()
     assert "--resume" in refusal(check_out, path)
 
