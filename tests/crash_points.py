@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import forked
-from fuzz.readers import TINY_LAB
+from fuzz.world import TINY_LAB
 from synthetic import write_study
 
 OPERATIONS = ("rename", "replace", "fsync", "link", "unlink", "rmdir", "mkdir")

@@ -19,7 +19,7 @@ from random import Random
 
 import forked
 from crash_points import Files, contents, fresh
-from fuzz.readers import TINY_LAB
+from fuzz.world import TINY_LAB
 
 KILLS_OF_A_RUN = 5  # at most: after these it is let go to its end
 _RUN = [

@@ -20,7 +20,8 @@ from random import Random
 
 import forked
 from fuzz.mutations import damage_file
-from fuzz.readers import READERS, TEXTS, build_world
+from fuzz.readers import READERS, TEXTS
+from fuzz.world import build_world
 
 Snapshot = dict[str, tuple[int, ...]]
 
