@@ -39,7 +39,8 @@ from sodfast.run.card import model_card
 from sodfast.run.console import Reporter, Screen, build_reporter, print_run
 from sodfast.run.directory import RunDirectory, check_out, default_out, require_usable
 from sodfast.run.environment import environment
-from sodfast.run.fork import fork_config, fork_run, read_fork
+from sodfast.run.fork import fork_run
+from sodfast.run.fork_keys import fork_config, read_fork, source_config
 from sodfast.run.interrupt import Interrupted
 from sodfast.run.loggers import require_sinks
 from sodfast.run.records import read_metrics
@@ -76,7 +77,7 @@ def train_fork(source: Path, overrides: list[str]) -> None:
     `step` and `teacher.refresh` are the fork's own; all others are keys of the configuration.
     """
     step, refresh, others = read_fork(overrides)
-    config = fork_config(source, step, others, refresh)
+    config = fork_config(source_config(source), step, others, refresh)
     out = config.out or default_out(config)
     config = config.model_copy(update={"out": out})
     found = environment(torch.get_num_threads(), str(pick_device(config.device)), 1)

@@ -32,7 +32,7 @@ from sodfast.model.load import LanguageModel, to_ids
 from sodfast.objective import group_advantages
 from sodfast.parallel.ranks import ALONE, Ranks
 from sodfast.probe import is_due, longest_mean, probe
-from sodfast.rewards import grade_answers
+from sodfast.rewards import grade_answers, with_noise
 from sodfast.rng import PromptOrder, Stream, draw_key
 from sodfast.rollout.engine import Engine, SampleKey, Sampling
 from sodfast.rollout.shared import SharedEngine
@@ -92,7 +92,6 @@ class Trainer:
             model.network, config.schedule, config.seed, config.teacher.storage, weights
         )
         self.schedule = schedule
-        self.prompts = PromptOrder(config.seed, len(data.train))
         self.gain = RewardGain()
         self.collapse = CollapseDetector(
             config.collapse, config.rollout.max_new_tokens, config.eval.samples
@@ -169,7 +168,7 @@ class Trainer:
     def _write_end(self, status: Status) -> None:
         self.run.write_summary(self.summary(status))
         if self.ranks.main:  # a run that was killed while it deleted the old ones may be finished
-            checkpoint.prune(self.run.checkpoints, self.config.checkpoint.keep, self._best())
+            checkpoint.prune(self.run.checkpoints, self.config.checkpoint.keep, self._lasting())
 
     def _close_logger(self) -> None:
         if self._logger is not None:
@@ -252,9 +251,9 @@ class Trainer:
         config = self.config.rollout
         count = config.samples_per_prompt
         cursor = (step - 1) * config.prompts_per_step
-        questions = [
-            self.data.train[index] for index in self.prompts.take(cursor, config.prompts_per_step)
-        ]
+        arrived = [question for question in self.data.train if question.arrival <= step]
+        order = PromptOrder(self.config.seed, len(arrived))
+        questions = [arrived[index] for index in order.take(cursor, config.prompts_per_step)]
         prompts = [to_ids(self.model.encode_question(question)) for question in questions]
         samples = self.engine.generate(
             [prompt for prompt in prompts for _ in range(count)],
@@ -266,6 +265,7 @@ class Trainer:
         texts = [self.model.decode(sample.response) for sample in samples]
         asked = [question for question in questions for _ in range(count)]
         grades = grade_answers(self.config, self.task, asked, texts, self.ranks)
+        grades = with_noise(self.config, step, grades)
         contexts = teacher_prompts(self.config, self.context, step, asked, texts, grades)
         advantages = group_advantages(
             [grade.reward for grade in grades], count, self.config.objective.normalize_advantage
@@ -363,7 +363,7 @@ class Trainer:
             )
         self._commit(line, logger)
         every = self.config.checkpoint.every
-        if self.ended or (every and step % every == 0) or (evaluated and step in self._best()):
+        if self.ended or (every and step % every == 0) or step in self._lasting():
             self._save()
 
     def _observe_collapse(self, line: dict[str, Any]) -> None:
@@ -429,16 +429,18 @@ class Trainer:
         collapsed = self.config.collapse.stop and self.collapse.step is not None
         return self.step >= self.config.steps or collapsed
 
-    def _best(self) -> set[int]:
-        """The steps whose checkpoints stay as the best, with checkpoint.best: of all evaluations,
-        and of those that do not depend on where the run ends, which a continued run is left with.
+    def _lasting(self) -> set[int]:
+        """The steps whose checkpoints stay: those of checkpoint.at and, with checkpoint.best, the
+        best of all evaluations, and of those that do not depend on where the run ends, which a
+        continued run is left with.
         """
+        named = set(self.config.checkpoint.at)
         if not self.config.checkpoint.best:
-            return set()
+            return named
         steps = [line["step"] for line in self.lines]
         every = filter(self._due, steps)
         found = (best_step(self.lines, self.config.eval.samples, s) for s in (steps, list(every)))
-        return {step for step in found if step is not None}
+        return named | {step for step in found if step is not None}
 
     def _event(self, step: int, event: str, **fields: Any) -> None:
         self._append(self.run.events, {"step": step, "event": event, **fields})
@@ -448,11 +450,12 @@ class Trainer:
             self.run.append(file, line)
 
     def _save(self) -> None:
-        """Write the checkpoint of `step`, unless it is there or checkpoint.every=0."""
-        if not self.config.checkpoint.every:
+        """Write the checkpoint of `step`, unless it is there, or checkpoint.every=0 and
+        checkpoint.at does not name it."""
+        if not self.config.checkpoint.every and self.step not in self.config.checkpoint.at:
             return
         self.reporter.phase("checkpoint")
-        if self.state.save(self._best()):
+        if self.state.save(self._lasting()):
             self._event(self.step, "checkpoint")
 
     def summary(self, status: Status) -> dict[str, Any]:

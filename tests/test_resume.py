@@ -168,6 +168,7 @@ def test_a_kill_while_a_finished_run_is_reopened_loses_no_evaluation(
     assert replaced == 3  # configuration, metrics, events
 
 
+@pytest.mark.slow
 def test_a_run_that_now_ends_at_its_checkpoint_gets_its_last_evaluation(
     train: Train, tmp_path: Path
 ) -> None:

@@ -97,6 +97,7 @@ def test_recomputed_old_log_probs_are_those_of_training(
     assert lines["recompute"]["policy/sampler_ratio_max"] == pytest.approx(ratio, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_nan_in_a_later_update_of_a_step_keeps_the_checkpoint_before(
     build: Build, train: Train, tmp_path: Path
 ) -> None:

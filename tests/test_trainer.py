@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import SCHEDULES
+from marks import slow
 from transformers import AutoModelForCausalLM
 
 from sodfast.commands import build_trainer, evaluate_model, export_model
@@ -85,7 +86,11 @@ def assert_close(left: list[dict[str, Any]], right: list[dict[str, Any]]) -> Non
 
 
 @pytest.mark.parametrize(
-    ("kind", "dtype"), [*((kind, "float32") for kind in SCHEDULES), ("cgtr", "bfloat16")]
+    ("kind", "dtype"),
+    [
+        ("cgtr", "float32"),
+        *slow(("cgtr", "bfloat16"), *((k, "float32") for k in SCHEDULES if k != "cgtr")),
+    ],
 )
 def test_the_lines_hold_the_keys_of_their_schedule(
     train: Train, tmp_path: Path, kind: str, dtype: str
@@ -200,6 +205,7 @@ def test_shards_are_logged_where_the_gate_reads_them(runs: Train) -> None:
     assert run.lines[2]["gate/tail_window"] == pytest.approx(tail)
 
 
+@pytest.mark.slow
 def test_a_question_visited_again_has_a_gain(runs: Train) -> None:
     run = runs("task.train=8", "steps=6")
     assert not any("reward/snr" in line for line in run.lines[:3])
@@ -209,7 +215,7 @@ def test_a_question_visited_again_has_a_gain(runs: Train) -> None:
 # ---------------------------------------------------------------- what is switched off
 
 
-@pytest.mark.parametrize("stop", ["false", "true"])
+@pytest.mark.parametrize("stop", ["false", *slow("true")])
 def test_a_run_without_evaluation_and_checkpoints(
     train: Train, runs: Train, tmp_path: Path, stop: str
 ) -> None:
@@ -230,6 +236,7 @@ def test_a_run_without_evaluation_and_checkpoints(
         export_model(out, tmp_path / "model")
 
 
+@pytest.mark.slow
 def test_a_run_without_evaluation_is_continued(train: Train, runs: Train, tmp_path: Path) -> None:
     out = tmp_path / "run"
     train(out, "eval.every=0", "steps=3")
@@ -277,9 +284,14 @@ def test_a_run_says_which_attention_it_takes(
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("eval.every=1", "checkpoint.every=1", "checkpoint.keep=1"),
-        ("eval.every=99", "checkpoint.every=99", "log.sinks=[tensorboard]"),
         ("eval.samples=1", "eval.temperature=2.0"),
+        *(
+            pytest.param(overrides, marks=pytest.mark.slow)
+            for overrides in (
+                ("eval.every=1", "checkpoint.every=1", "checkpoint.keep=1"),
+                ("eval.every=99", "checkpoint.every=99", "log.sinks=[tensorboard]"),
+            )
+        ),
     ],
 )
 def test_evaluation_checkpoints_and_sinks_change_nothing(
@@ -364,6 +376,34 @@ def test_layers_are_recomputed_where_the_key_says_so(build: Build, tmp_path: Pat
     assert counts[1] > counts[0] > 0
 
 
+@pytest.mark.slow
+def test_noise_begins_at_its_step_and_none_changes_no_bit(runs: Train) -> None:
+    plain = runs("steps=4").lines
+    assert runs("steps=4", "task.label_noise={share: 0.0}").lines == plain
+    later = runs("steps=4", "task.label_noise={share: 1.0, first: 3, last: 3}").lines
+    assert later[:3] == plain[:3]
+    key = "reward/mean"
+    # The rollouts of step 3 are the same, and each of their rewards is the opposite one.
+    assert later[3][key] == pytest.approx(1 - plain[3][key])
+    assert later[3]["length/mean"] == plain[3]["length/mean"] and later[4] != plain[4]
+
+
+@pytest.mark.slow
+def test_a_later_phase_is_asked_from_its_step_on(build: Build, tmp_path: Path) -> None:
+    plain = build(tmp_path / "plain", "task.train=40")
+    trainer = build(tmp_path / "run", "task.train=40", "task.arrival={step: 3}")
+    asked = {}
+    for step in range(1, 30):
+        asked[step] = {question.id for question in trainer._rollout(step).questions}
+        if step == 4:  # as if all had been there from the start
+            assert asked[step] == {question.id for question in plain._rollout(step).questions}
+    for each in (plain, trainer):
+        each.run.close()
+    late = {question.id for question in trainer.data.train if question.arrival}
+    assert late and not (asked[1] | asked[2]) & late
+    assert set().union(*asked.values()) >= late
+
+
 def test_the_seed_matters(runs: Train) -> None:
     assert runs("steps=3").lines[1] != runs("steps=3", "seed=1").lines[1]
 
@@ -388,6 +428,7 @@ def test_a_bf16_run_repeats_itself(
     assert train(tmp_path / "run", "model.dtype=bfloat16", *overrides, "steps=3") == first
 
 
+@pytest.mark.slow
 def test_a_bf16_run_is_bf16_everywhere(build: Build, tmp_path: Path) -> None:
     """Weights, teacher, what is stored, exported and evaluated; rotary frequencies stay fp32."""
     out = tmp_path / "run"
@@ -422,13 +463,18 @@ def test_a_bf16_run_is_bf16_everywhere(build: Build, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("objective.alpha=0.0",),
-        ("objective.alpha=1.0", "objective.ratio_cap=null"),
         ("objective.top_k=5", "objective.add_tail=false"),
-        ("objective.policy_coef=0.0",),
-        ("objective.normalize_advantage=true",),
-        ("rollout.temperature=0.7", "rollout.top_p=0.9"),
         ("teacher.context=none", "schedule.kind=ema"),
+        *(
+            pytest.param(overrides, marks=pytest.mark.slow)
+            for overrides in (
+                ("objective.alpha=0.0",),
+                ("objective.alpha=1.0", "objective.ratio_cap=null"),
+                ("objective.policy_coef=0.0",),
+                ("objective.normalize_advantage=true",),
+                ("rollout.temperature=0.7", "rollout.top_p=0.9"),
+            )
+        ),
     ],
 )
 def test_every_objective_trains(runs: Train, overrides: tuple[str, ...]) -> None:
@@ -507,7 +553,7 @@ def test_several_updates_per_step(runs: Train, updates: int) -> None:
 # ---------------------------------------------------------------- how a run ends
 
 
-@pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize("where", ["gradient", *slow("loss")])
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     [("hard", "float32"), pytest.param("ema", "bfloat16", marks=pytest.mark.slow)],
@@ -605,6 +651,7 @@ def test_weights_that_are_not_finite_name_their_step(
     assert all(tensor.isfinite().all() for tensor in stored.student.values())
 
 
+@pytest.mark.slow
 def test_runaway_length_collapses(runs: Train) -> None:
     collapse = ("collapse.length_fraction=0.1", "collapse.length_steps=2")
     stopped = runs(*collapse, "collapse.stop=true", "steps=5")
@@ -620,12 +667,14 @@ def test_runaway_length_collapses(runs: Train) -> None:
     assert [event for event in carried_on.events if event["event"] == "collapse"] == [event]
 
 
+@pytest.mark.slow
 def test_the_last_step_counts_once_towards_a_streak(runs: Train) -> None:
     collapse = ("collapse.length_fraction=0.1", "collapse.length_steps=4", "eval.every=99")
     assert runs(*collapse, "steps=3").summary["status"] == "done"
     assert runs(*collapse, "steps=4").summary["collapse_step"] == 4
 
 
+@pytest.mark.slow
 def test_a_lost_score_collapses(
     build: Build, read_run: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -663,6 +712,7 @@ def test_stopping_at_a_collapse_is_final(train: Train, tmp_path: Path) -> None:
 # ---------------------------------------------------------------- more than one examination
 
 
+@pytest.mark.slow
 def test_other_tasks_are_asked_beside_the_runs_own(runs: Train) -> None:
     """The same task under another name gives the same numbers, and training is not touched."""
     plain = runs("steps=4")
@@ -690,6 +740,7 @@ def test_a_fixed_number_of_questions_is_asked(build: Build, tmp_path: Path) -> N
 # ---------------------------------------------------------------- the best checkpoint
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_stays(
     build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Any
 ) -> None:
@@ -726,6 +777,21 @@ def test_the_best_checkpoint_stays(
     assert cli("eval", "no-run", "--best").code == 2
 
 
+@pytest.mark.parametrize(("every", "kept"), [(0, [0, 2, 5]), (3, [0, 2, 5, 6])])
+def test_the_checkpoints_of_named_steps_stay(
+    build: Build, tmp_path: Path, every: int, kept: list[int]
+) -> None:
+    keys = ("checkpoint.at=[5,0,2]", f"checkpoint.every={every}", "checkpoint.keep=1")
+    trainer = build(tmp_path / "run", *keys, "eval.every=0", "steps=6")
+    trainer.train()
+    trainer.run.close()
+    assert sorted(checkpoint.steps(trainer.run.checkpoints)) == kept
+    again = build(tmp_path / "run", "steps=7")
+    assert again.step == kept[-1]  # it goes on from the newest of them
+    again.run.close()
+
+
+@pytest.mark.slow
 def test_an_evaluation_that_closes_a_run_takes_no_other_best_away(
     build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

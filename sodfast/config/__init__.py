@@ -45,6 +45,7 @@ from sodfast.config.schedules import (
 )
 from sodfast.config.tasks import (
     ArithmeticConfig,
+    ArrivalConfig,
     CodeConfig,
     EvalConfig,
     MathConfig,
@@ -73,6 +74,7 @@ __all__ = [
     "PRESETS",
     "RENAMED",
     "ArithmeticConfig",
+    "ArrivalConfig",
     "BurstConfig",
     "CGTRConfig",
     "CheckpointConfig",
@@ -128,24 +130,42 @@ _REFUSED_ADAMW = {
 
 class Config(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    out: NewPath | None = None  # the run directory itself; None: a new folder under runs/
+    """What every random number of the run is drawn from, but those of the lab's start model."""
+    out: NewPath | None = None
+    """The run directory itself; null: a new folder under runs/."""
     steps: Positive = 150
-    threads: Positive | None = None  # CPU threads of the run; None: torch's choice
+    """Training steps of the whole run."""
+    threads: Positive | None = None
+    """CPU threads of the run; null: torch's choice."""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,2})?)$")] = "auto"
-    # What a GPU's allocator may hand out, GiB; null: all of it. `sodfast plan` then assumes 78.
+    """Where the run computes: `cpu`, `cuda`, `cuda:N`, or auto, a GPU where there is one."""
     memory_gib: Gibibytes | None = None
+    """What a GPU's allocator may hand out, in GiB; null: all of it, for which `sodfast plan`
+    assumes 78."""
     model: ModelConfig = ModelConfig()
+    """The model that is trained."""
     lab: LabConfig = LabConfig()
+    """The lab's own model, which is built where `model` names none, and its warm start."""
     task: TaskConfig = ArithmeticConfig()
+    """What is asked, and how answers are scored."""
     rollout: RolloutConfig = RolloutConfig()
+    """How the student answers the questions of a step."""
     objective: ObjectiveConfig = ObjectiveConfig()
+    """The loss."""
     teacher: TeacherConfig = TeacherConfig()
+    """What the teacher is shown, and where it lies."""
     schedule: ScheduleConfig = CGTRConfig()
+    """When the teacher moves."""
     optimizer: OptimizerConfig = OptimizerConfig()
+    """How the student's weights follow the gradient."""
     eval: EvalConfig = EvalConfig()
+    """The examinations during a run, and the sampling of `sodfast eval`."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    """What a run can be resumed from."""
     collapse: CollapseConfig = CollapseConfig()
+    """When a run counts as collapsed, where the paper gives no thresholds and these are ours."""
     log: LogConfig = LogConfig()
+    """What is written beside metrics.jsonl, which always is."""
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "Config":

@@ -6,28 +6,38 @@ from sodfast.config.types import Fraction, Interval, Positive, Section
 
 
 class CheckpointConfig(Section):
-    # 0: no checkpoint, also not at the end or when interrupted; a resumed run then starts over.
     every: Interval = 25
+    """Steps from one checkpoint to the next; 0: none but those of `at`, also not at the end or when
+    interrupted; a resumed run without one starts over."""
     keep: Positive = 2
-    # Also save, and never delete, the checkpoint of the evaluation with the highest mean@k so far.
+    """The newest so many checkpoints are kept."""
+    at: tuple[Interval, ...] = ()
+    """The checkpoints of these steps are saved, too, and not deleted: they can be forked."""
     best: bool = False
+    """Whether the checkpoint of the evaluation with the highest mean@k so far is saved, too, and
+    not deleted."""
 
 
 class CollapseConfig(Section):
-    """When a run counts as collapsed; the paper leaves it undefined, these are our readings."""
-
     stop: bool = False
-    length_fraction: Fraction = 0.9  # mean length / cap that counts as runaway ...
-    length_steps: Positive = 5  # ... when it lasts this many steps in a row
-    eval_floor: float = 0.01  # test mean@k below this, or below ...
-    eval_fraction: Fraction = 0.1  # ... this share of the best so far
+    """Whether a run ends where it has collapsed."""
+    length_fraction: Fraction = 0.9
+    """Answers whose mean length is at least this share of `rollout.max_new_tokens` count as
+    runaway."""
+    length_steps: Positive = 5
+    """Steps in a row with runaway answers after which a run counts as collapsed."""
+    eval_floor: float = 0.01
+    """A test mean@k below this counts as collapsed where the run had 0.05 before; below 0, for
+    rewards of your own that are negative, wherever it stands after the start."""
+    eval_fraction: Fraction = 0.1
+    """A test mean@k below this share of the best so far counts as collapsed."""
 
 
 class LogConfig(Section):
-    """What is written beside metrics.jsonl, which always is: sinks, and answers in samples/."""
-
     sinks: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Where metrics go as well."""
     project: str = "sodfast"
-    # Every how many steps all answers go to samples/; null: where the run is evaluated; 0: never.
-    # Those of an evaluation are kept unless it is 0.
+    """The project's name at wandb and trackio."""
     samples_every: Interval | None = None
+    """Steps from one record of all answers in samples/ to the next, of the rollouts and of an
+    evaluation at that step, about 50 bytes a token; null: every step that is evaluated; 0: none."""

@@ -54,6 +54,11 @@ SourceText = Annotated[str, AfterValidator(_names_an_object)]  # of the user's o
 
 
 class Section(BaseModel):
-    """A group of keys: it cannot be changed, and refuses unknown keys, NaN and infinity."""
+    """A group of keys: it cannot be changed, and refuses unknown keys, NaN and infinity.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    The text below a key says what it does, and its unit; reference.py makes a page of them.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )

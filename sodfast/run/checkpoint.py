@@ -159,9 +159,9 @@ def save(
     optimizer: dict[str, Tensor],
     state: dict[str, Any],
     keep: int,
-    best: Container[int] = (),
+    lasting: Container[int] = (),
 ) -> Path:
-    """Write checkpoint `step` and delete all but the last `keep` and the `best`.
+    """Write checkpoint `step` and delete all but the last `keep` and the `lasting` steps.
 
     `student`: the state dict of `model`'s network; `teacher`: its own parameters by name, None
     while it equals the student; `optimizer`: as `restore.optimizer_tensors` gives it.
@@ -190,7 +190,7 @@ def save(
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise RunFailed(f"checkpoint of step {step} could not be written: {error}") from error
-    prune(directory, keep, best)
+    prune(directory, keep, lasting)
     return final
 
 
@@ -202,15 +202,15 @@ def write_state(path: Path, state: dict[str, Any]) -> None:
     (path / "state.json").write_text(text, encoding="utf-8")
 
 
-def prune(directory: Path, keep: int, best: Container[int] = ()) -> None:
-    """Delete all checkpoints but the last `keep` and those of the steps `best`, and what a process
-    that was killed has left.
+def prune(directory: Path, keep: int, lasting: Container[int] = ()) -> None:
+    """Delete all checkpoints but the last `keep` and those of the steps `lasting`, and what a
+    process that was killed has left.
 
     A checkpoint loses its name before its files. Raises `RunFailed` when the disk refuses.
     """
     try:
         for old in sorted(steps(directory))[:-keep]:
-            if old in best:
+            if old in lasting:
                 continue
             aside = directory / f".step-{old}.tmp"
             if aside.exists():

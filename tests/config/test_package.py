@@ -363,6 +363,15 @@ def test_its_siblings_differ_in_one_key(preset: str, path: str, top_k: int | Non
     assert config == load_config("qwen3_8b_80gb", same)
 
 
+@pytest.mark.parametrize("preset", sorted(path.stem for path in PRESETS.glob("*qwen3*.yaml")))
+def test_a_large_model_keeps_the_answers_of_few_steps(preset: str) -> None:
+    """3,360 answers of an evaluation, a thousand tokens and more each, at 50 bytes a token."""
+    config = load_config(preset, [])
+    every = config.log.samples_every
+    assert every is not None and every >= 10 * config.eval.every > 0
+    assert config.steps % every == every % config.eval.every == 0  # the last evaluation's stay
+
+
 # ---------------------------------------------------------------- values from Python
 
 

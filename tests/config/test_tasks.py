@@ -37,3 +37,17 @@ def test_other_tasks_are_tasks(tmp_path: Path) -> None:
     again = tmp_path / "again.yaml"
     again.write_text(config.to_yaml())
     assert load_config(str(again)) == config
+
+
+def test_noise_and_later_phases_are_bounded() -> None:
+    assert "first=9 comes after last=3" in refusal(
+        "task.label_noise={share: 0.1, first: 9, last: 3}"
+    )
+    for text in ("{share: 1.1}", "{share: 0.1, first: 0}", "{first: 3}"):
+        assert refusal(f"task.label_noise={text}").startswith("task.label_noise.")
+    for text in ("{step: 0}", "{step: 3, share: 0.0}", "{step: 3, share: 1.0}"):
+        assert refusal(f"task.arrival={text}").startswith("task.arrival.")
+    assert load_config("lab", ["task.arrival.step=3"]).task.arrival.share == 0.5  # type: ignore[union-attr]
+    assert "unknown key task.arrival" in refusal(
+        "task.name=math", "task.train=a.jsonl", "model.path=m", "task.arrival={step: 3}"
+    )

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import gemma, qwen
+from marks import slow
 from torch import Tensor
 from torch.distributed._tools.mem_tracker import MemTracker
 
@@ -87,6 +88,7 @@ def measured(trainer: Trainer, phase: Callable[[], Any], *others: Tensor) -> tup
     return result, tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -233,6 +235,7 @@ def test_the_cache_is_the_pages_that_its_budget_holds(by_hand: Callable[..., Est
     assert (whole.at_once(False), tight.at_once(False)) == (64, 20)
 
 
+@pytest.mark.slow
 def test_a_cpu_keeps_its_cache_and_takes_sequences_in_sixteens(
     by_hand: Callable[..., Estimate],
 ) -> None:
@@ -264,6 +267,7 @@ def test_scoring_has_a_budget_of_its_own(by_hand: Callable[..., Estimate]) -> No
     assert long_peaks["teacher"] <= peaks["teacher"] and long_peaks["train"] == peaks["train"]
 
 
+@pytest.mark.slow
 def test_auto_keeps_the_layers_that_fit_and_each_takes_more(
     by_hand: Callable[..., Estimate],
 ) -> None:
@@ -356,7 +360,7 @@ def test_a_run_of_random_weights_is_planned_as_the_shape_itself() -> None:
         architecture(load_config(None, ["model.random=Qwen/Qwen9"]))
 
 
-@pytest.mark.parametrize("engine", ["native", "hf"])
+@pytest.mark.parametrize("engine", ["native", *slow("hf")])
 def test_a_run_without_evaluation_takes_no_memory_for_it(engine: str) -> None:
     overrides = ["model.random=sodfast/tiny", "device=cpu", f"rollout.engine={engine}"]
     phases = Estimate(load_config(None, overrides)).phases

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import SCHEDULES, Command
+from marks import slow
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -298,7 +299,7 @@ def test_stored_adapters_are_the_teacher_again(model: LanguageModel) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", SCHEDULES)
+@pytest.mark.parametrize("kind", ["cgtr", *slow(*(k for k in SCHEDULES if k != "cgtr"))])
 def test_a_run_moves_adapters_alone_and_logs_their_drift(
     build: Build, tmp_path: Path, kind: str, dtype: str
 ) -> None:
@@ -332,6 +333,7 @@ def test_a_run_moves_adapters_alone_and_logs_their_drift(
     assert refreshed == (kind in ("hard", "cgtr", "evidence"))
 
 
+@pytest.mark.slow
 def test_the_first_step_compares_the_base_with_itself(train: Train, tmp_path: Path) -> None:
     """Without a demonstration teacher and student are equal: no divergence in step 1, some later;
     and the rollouts of step 1 are those of full fine-tuning."""
@@ -344,6 +346,7 @@ def test_the_first_step_compares_the_base_with_itself(train: Train, tmp_path: Pa
         assert lines[1][key] == pytest.approx(full[1][key], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_recomputed_layers_change_nothing(train: Train, tmp_path: Path) -> None:
     expected = train(tmp_path / "kept", *LORA, "steps=3")
     again = train(tmp_path / "recomputed", *LORA, "model.gradient_checkpointing=true", "steps=3")
@@ -445,6 +448,7 @@ def test_eval_repeats_the_runs_last_evaluation(finished: tuple[Path, Trainer]) -
     assert evaluate_model(str(out), []) == {"step": 4, **last}
 
 
+@pytest.mark.slow
 def test_another_base_at_the_same_path_is_noticed(
     tiny_model: Path, train: Train, cli: Command, tmp_path: Path
 ) -> None:

@@ -104,6 +104,7 @@ def test_a_kill_while_old_ones_are_deleted_leaves_none_in_part(
     assert [path.name for path in tmp_path.iterdir()] == ["step-3"]
 
 
+@pytest.mark.slow
 def test_a_finished_run_that_is_resumed_deletes_what_was_left(
     train: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -206,6 +207,7 @@ def optimizer_tensors(model: LanguageModel, optimizer: torch.optim.Optimizer) ->
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [300_000, *slow(300, 20_000)])
 def test_a_full_disk_while_training(
     build: Callable[..., Trainer], read_run: Callable[..., Any], tmp_path: Path, limit: int
@@ -427,6 +429,7 @@ def test_nothing_in_the_package_unpickles() -> None:
                 assert name not in {"torch.load", "numpy.load", "np.load"}, file
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_without_unpickling(
     train: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
