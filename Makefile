@@ -42,11 +42,14 @@ test-oldest:
 bench: .venv/ready
 	$(BIN)/pytest -q bench --benchmark-only
 
-# Every command killed at every point, then damaged files for MINUTES; tables of what was tried.
+# Every command killed at every point, runs of every kind killed KILLS times at random moments, then
+# damaged files for MINUTES; tables of what was tried.
 MINUTES ?= 60
+KILLS ?= 332
 FUZZ := cd tests && OMP_NUM_THREADS=1 PYTHONPATH=. ../$(BIN)/python -m
 fuzz: .venv/ready
 	$(FUZZ) crash_points
+	$(FUZZ) random_kills --kills $(KILLS)
 	$(FUZZ) fuzz.campaign --minutes $(MINUTES)
 
 lint: .venv/ready

@@ -143,7 +143,7 @@ def _print_report(directory: Path) -> None:
 
     try:
         _print(f"report: {write_report(directory)}")
-    except UsageError as error:
+    except (UsageError, RunFailed) as error:
         _print(f"no report: {error}")
 
 
