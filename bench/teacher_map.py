@@ -63,7 +63,7 @@ def collect(studies: Sequence[Path], names: Sequence[str], folder: Path) -> None
 
 
 def read(folder: Path) -> Data:
-    """Every CSV of the folder by its name, with numbers as numbers and None for an empty cell."""
+    """Every CSV of the folder by its name: numbers and truth values as such, empty cells None."""
     return {
         file.stem: [
             {key: _value(cell) for key, cell in row.items()}
@@ -101,6 +101,8 @@ def with_earlier(data: Data, folder: Path = EARLIER) -> Data:
 
 
 def _value(cell: str) -> Any:
+    if cell in ("True", "False"):
+        return cell == "True"
     for kind in (int, float):
         try:
             return kind(cell)
