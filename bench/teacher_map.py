@@ -123,13 +123,19 @@ def answers(data: Data) -> str:
 
 
 def summary(data: Data) -> str:
-    """The README's: the figure, where CGTR and our own schedule lead, and the first regime."""
+    """The README's: where CGTR and our own schedule lead, and the first regime with intervals, with
+    the figure once that is one of this page's own."""
     words: Any = template("findings.html.j2").module
     regimes = _by_regime(data)
     leads = [_leads(schedule, regimes) for schedule in ("CGTR", "evidence")]
-    sentences = " ".join([*leads, _line(words.of_schedules(next(iter(regimes.values()))))])
-    figure = f"{_phase(f'docs/{PAGE.stem}')}\n\n" if data.get("results") else ""
+    first = next(name for name, rows in regimes.items() if _has_intervals(rows))
+    sentences = " ".join([*leads, _line(words.of_schedules(regimes[first]))])
+    figure = "" if first == SHIPPED else f"{_phase(f'docs/{PAGE.stem}')}\n\n"
     return figure + "\n".join(wrap(sentences, 100, break_long_words=False))
+
+
+def _has_intervals(rows: Sequence[Row]) -> bool:
+    return any(row["difference_low"] is not None for row in rows)
 
 
 def _by_regime(data: Data) -> dict[str, list[Row]]:
@@ -145,7 +151,7 @@ def _leads(schedule: str, regimes: Mapping[str, Sequence[Row]]) -> str:
         name: rows
         for name, rows in regimes.items()
         if schedule in (rows[0]["highest"], *(row["other"] for row in rows))
-        and any(row["difference_low"] is not None for row in rows)
+        and _has_intervals(rows)
     }
     led = [
         name
