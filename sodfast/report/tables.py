@@ -16,6 +16,7 @@ from sodfast.report.intervals import (
     Curve,
     Difference,
     mean_and_error,
+    mean_of,
     paired_difference,
     wilson_interval,
 )
@@ -74,11 +75,6 @@ def _last_of(kind: str, run: Run) -> float | None:
     return metric(f"eval/{kind}@{max(sizes)}", run, part=_LAST) if sizes else None
 
 
-def _mean(values: Iterable[float]) -> float | None:
-    found = mean_and_error([*values])
-    return found and found.value
-
-
 def _blocked(gate: str, run: Run) -> float | None:
     passed = [check["gates"][gate]["pass"] for check in run.checks if gate in check["gates"]]
     return passed.count(False) if passed else None
@@ -92,8 +88,8 @@ MEASURES: dict[str, dict[str, Value]] = {
     "teacher": {
         "refreshes": lambda run: len(run.refreshes) if run.copies else None,
         "age": partial(metric, "teacher/age"),
-        "shock": lambda run: _mean(event["shock"] for event in run.refreshes),
-        "spike": lambda run: _mean(run.spikes.values()),
+        "shock": lambda run: mean_of(event["shock"] for event in run.refreshes),
+        "spike": lambda run: mean_of(run.spikes.values()),
     },
     # which refreshes did good or harm, and what collapses came from
     "attribution": {},
@@ -155,7 +151,9 @@ def build_tables(groups: Sequence[Group], found: Forecast | None) -> dict[str, T
     forks = effects.fork_rows(groups)
     tables["forks"] = Table(effects.FORK_KEYS, forks)
     tables["effects"] = Table(effects.EFFECT_KEYS, [*effects.fork_effects(forks)])
-    tables["comparisons"] = Table(COMPARISON, [] if forks else [*_comparisons(groups)])
+    tables["comparisons"] = Table(
+        COMPARISON, [] if forks else [*_comparisons(groups, tables["results"])]
+    )
     if found is not None:
         rows = [one.row for one in found.diagnostics]
         tables["forecast"] = Table(list(rows[0]) if rows else ["diagnostic"], rows)
@@ -223,16 +221,14 @@ def _difference(group: Group, other: Group | None) -> dict[str, Any]:
     }
 
 
-def _comparisons(groups: Sequence[Group]) -> Iterator[Line]:
-    """In each regime the group with the highest mean final score against each other, the nearest
-    first."""
+def _comparisons(groups: Sequence[Group], results: Table) -> Iterator[Line]:
+    """In each regime the group with the highest mean final score against each other, from above."""
+    means = [row["final_mean"] for row in results.rows]
+    pairs = [(m, group) for m, group in zip(means, groups, strict=True) if m is not None]
     for regime in dict.fromkeys(group.regime for group in groups):
-        members = [group for group in groups if group.regime == regime]
-        means = [(_mean(v for v in map(final, group.used) if v is not None)) for group in members]
-        scored = [pair for pair in zip(means, members, strict=True) if pair[0] is not None]
-        scored.sort(key=lambda pair: -(pair[0] or 0.0))
-        for _, other in scored[1:]:
-            best = scored[0][1]
+        own = sorted((p for p in pairs if p[1].regime == regime), key=lambda p: p[0], reverse=True)
+        for _, other in own[1:]:
+            best = own[0][1]
             names = {"regime": regime, "highest": best.called, "other": other.called}
             yield {**names, **_difference(best, other)}
 
