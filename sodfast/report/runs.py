@@ -108,7 +108,9 @@ class Run:
 
     @cached_property
     def effects(self) -> list[RefreshEffect]:
-        return refresh_effects(self.lines, self.refreshes)
+        """What each refresh did; nothing is said of those after a collapse."""
+        end = self.collapse_step or self.last_step
+        return refresh_effects([x for x in self.lines if x["step"] <= end], self.refreshes)
 
     @cached_property
     def scores(self) -> Series:
