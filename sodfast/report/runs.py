@@ -116,6 +116,11 @@ class Run:
     def scores(self) -> Series:
         return self.series(f"eval/mean@{self.config.eval.samples}")
 
+    @property
+    def final(self) -> float | None:
+        """The last test score."""
+        return float(self.scores.values[-1]) if self.scores.values.size else None
+
     def series(self, key: str) -> Series:
         """A metric at the steps that carry it."""
         return Series.of([(line["step"], line[key]) for line in self.lines if key in line])

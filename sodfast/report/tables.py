@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -60,7 +61,7 @@ def metric(
     return float(how(values)) if values.size else None
 
 
-final, peak = partial(metric, "", part=_LAST), partial(metric, "", how=np.max)
+peak = partial(metric, "", how=np.max)
 
 
 def _start(run: Run) -> float | None:
@@ -83,7 +84,7 @@ def _blocked(gate: str, run: Run) -> float | None:
 # The tables with a row per group, like those of the paper; the page shows them in this order.
 MEASURES: dict[str, dict[str, Value]] = {
     # Tables 1, 3, 5 and 6
-    "results": {"start": _start, "final": final, "peak": peak},
+    "results": {"start": _start, "final": attrgetter("final"), "peak": peak},
     # Table 3: when the teacher moved, how far, and what it did to the KL
     "teacher": {
         "refreshes": lambda run: len(run.refreshes) if run.copies else None,
@@ -207,8 +208,8 @@ def _difference(group: Group, other: Group | None) -> dict[str, Any]:
     """By how much the final score differs from another group's, over the seeds that both have."""
     found: Difference | None = None
     if other is not None:
-        finals = {run.replicate: final(run) for run in other.used}
-        both = [(final(run), finals.get(run.replicate)) for run in group.used]
+        finals = {run.replicate: run.final for run in other.used}
+        both = [(run.final, finals.get(run.replicate)) for run in group.used]
         pairs = [(own, its) for own, its in both if own is not None and its is not None]
         found = paired_difference([own for own, _ in pairs], [its for _, its in pairs])
     bounds = found.interval if found else None
@@ -263,7 +264,7 @@ def _trial(run: Run) -> Iterator[Line]:
         "step": run.last_step if run.lines else None,
         "steps": run.config.steps,
         "start": _start(run),
-        "final": final(run),
+        "final": run.final,
         "peak": peak(run),
         "collapsed": int(run.collapse_step is not None) if run.lines else None,
         "collapse_step": run.collapse_step,
