@@ -47,13 +47,13 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def build_trainer(kind: str, model: Path | str, out: Path, **changed: Any) -> Any:
-    """A trainer of `kind`, sdpo or sdft."""
+def build_trainer(kind: str, model: Any, out: Path, **changed: Any) -> Any:
+    """A trainer of `kind`, sdpo or sdft. model: a folder or a network."""
     from trl.experimental.sdft import SDFTConfig, SDFTTrainer
     from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
 
     rows = [{"prompt": f"{left}*{left + 1}+3="} for left in range(16)]
-    built = changed.pop("model", str(model))  # a network in place of a folder
+    built = str(model) if isinstance(model, Path) else model
     given = {"output_dir": str(out), **SETTINGS, **changed}
     with quiet():
         if kind == "sdpo":

@@ -27,12 +27,15 @@ class Projection(NamedTuple):
     head: Tensor
 
 
-def use_fused_loss(trainer: Any) -> None:
+def use_fused_loss(trainer: Any, *, max_scratch_bytes: int | None = None) -> None:
     """Let TRL's `SDPOTrainer` or `SDFTTrainer` compute its loss by the fused kernels.
 
     Losses and gradients are TRL's to rounding, for `distillation_mode` "full_logits" and
     "topk_logits", with whatever the other settings are: alpha, tail, importance clipping, skipped
     tokens, and under SDPO the policy loss. Call it once, before `train`.
+
+    Args:
+        max_scratch_bytes: bound on temporary memory, as in `linear_distillation_loss`.
 
     Raises:
         UsageError: TRL or the trainer is not what `known` knows; another mode;
@@ -58,7 +61,7 @@ def use_fused_loss(trainer: Any) -> None:
             f"{name} has importance_sampling_level={trainer.importance_sampling_level!r}: the "
             "fused policy loss has a ratio for each token; set it to 'token'"
         )
-    fused = _FusedLoss(trainer)
+    fused = _FusedLoss(trainer, max_scratch_bytes)
     fused.require_plain_head()
     trainer._forward_logits = fused.project
     trainer._compute_self_distillation_loss = fused.distillation_loss
@@ -69,8 +72,9 @@ def use_fused_loss(trainer: Any) -> None:
 class _FusedLoss:
     """The four functions of a trainer that make logits or take them."""
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: Any, max_scratch_bytes: int | None) -> None:
         self.trainer = trainer
+        self.max_scratch_bytes = max_scratch_bytes
         config = trainer.model.config.get_text_config()
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
 
@@ -105,6 +109,7 @@ class _FusedLoss:
         kept_BT = mask_BT.bool()
         old_BT, cap = inputs.get("old_per_token_logps"), args.distillation_is_clip
         off_policy = old_BT is not None and cap is not None
+        mask_BT = mask_BT.to(_statistics_dtype(student))
         weight_BT = mask_BT / mask_BT.sum(-1, keepdim=True).clamp(min=1.0) / len(mask_BT)
         output = self._evaluate(
             student,
@@ -113,7 +118,7 @@ class _FusedLoss:
             alpha=args.distillation_alpha,
             top_k=args.distillation_topk if args.distillation_mode == "topk_logits" else None,
             add_tail=args.distillation_add_tail,
-            distill_weight=weight_BT[kept_BT].float(),
+            distill_weight=weight_BT[kept_BT],
             target_ids=states.completion_ids[kept_BT] if off_policy else None,
             old_logprob=old_BT[kept_BT] if off_policy else None,
             ratio_cap=cap if off_policy else None,
@@ -129,7 +134,8 @@ class _FusedLoss:
 
     def policy_loss(self, inputs: Any, student: Projection) -> Tensor:
         """The clipped policy loss of SDPO, under each `loss_type`."""
-        trainer, mask_BT = self.trainer, inputs["completion_mask"]
+        trainer = self.trainer
+        mask_BT = inputs["completion_mask"].to(_statistics_dtype(student))
         kept_BT = mask_BT.bool()
         if trainer.loss_type == "grpo":
             count = mask_BT.sum(-1, keepdim=True).clamp(min=1.0) * len(mask_BT)
@@ -138,14 +144,16 @@ class _FusedLoss:
         else:  # bnpo and dapo
             count = mask_BT.sum().clamp(min=1.0)
         old_BT = inputs.get("old_per_token_logps")
+        advantage_BT = inputs["advantages"].unsqueeze(1).expand_as(mask_BT)
+        weight_N = (mask_BT / count)[kept_BT]
         output = self._evaluate(
             student,
             student,
             kept_BT,
-            distill_weight=torch.zeros_like(mask_BT[kept_BT], dtype=torch.float32),
+            distill_weight=torch.zeros_like(weight_N),  # which leaves the teacher's side unread
             target_ids=inputs["completion_ids"][kept_BT],
-            advantage=inputs["advantages"].unsqueeze(1).expand_as(mask_BT)[kept_BT].float(),
-            policy_weight=(mask_BT / count)[kept_BT].float(),
+            advantage=advantage_BT[kept_BT].to(weight_N.dtype),
+            policy_weight=weight_N,
             old_logprob=None if old_BT is None else old_BT[kept_BT],
             clip_range=(trainer.epsilon_low, trainer.epsilon_high),
         )
@@ -165,29 +173,34 @@ class _FusedLoss:
         """Log-probs [B, T] of the sampled tokens, 0 outside of the answers; None where a step
         trains on its own answers alone, so that they are those that training computes."""
         args = self.trainer.args
-        if args.gradient_accumulation_steps % (args.steps_per_generation * args.num_iterations):
-            student = self.project(
-                self.trainer.model,
-                torch.cat([prompt_ids, completion_ids], 1),
-                torch.cat([prompt_mask, completion_mask], 1),
-                completion_ids.shape[1],
-            )
-            kept_BT = completion_mask.bool()
-            ones_N = torch.ones_like(completion_ids[kept_BT], dtype=torch.float32)
-            output = self._evaluate(
-                student,
-                student,
-                kept_BT,
-                distill_weight=torch.zeros_like(ones_N),
-                target_ids=completion_ids[kept_BT],
-                advantage=torch.zeros_like(ones_N),
-                policy_weight=ones_N,
-            )
-            assert output.student_logprob is not None
-            found_BT = torch.zeros(kept_BT.shape, device=kept_BT.device)
-            found_BT[kept_BT] = output.student_logprob
-            return found_BT
-        return None
+        if (
+            args.gradient_accumulation_steps % (args.steps_per_generation * args.num_iterations)
+            == 0
+        ):
+            return None
+        student = self.project(
+            self.trainer.model,
+            torch.cat([prompt_ids, completion_ids], 1),
+            torch.cat([prompt_mask, completion_mask], 1),
+            completion_ids.shape[1],
+        )
+        kept_BT = completion_mask.bool()
+        found_BT = torch.zeros(
+            kept_BT.shape, dtype=_statistics_dtype(student), device=kept_BT.device
+        )
+        zeros_N = torch.zeros_like(found_BT[kept_BT])
+        output = self._evaluate(
+            student,
+            student,
+            kept_BT,
+            distill_weight=zeros_N,
+            target_ids=completion_ids[kept_BT],
+            advantage=zeros_N,
+            policy_weight=torch.ones_like(zeros_N),  # tokens without a weight have no statistics
+        )
+        assert output.student_logprob is not None
+        found_BT[kept_BT] = output.student_logprob
+        return found_BT
 
     def require_plain_head(self) -> None:
         """Raise `UsageError` unless the model's logits are hidden @ headᵀ, capped or not."""
@@ -241,5 +254,10 @@ class _FusedLoss:
                 teacher.head,
                 temperature=self.trainer.temperature,
                 softcap=self.softcap,
+                max_scratch_bytes=self.max_scratch_bytes,
                 **objective,
             )
+
+
+def _statistics_dtype(states: Projection) -> torch.dtype:
+    return torch.promote_types(states.hidden.dtype, torch.float32)

@@ -35,7 +35,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
         "options": {"patience": 3},
     },
 }
-MOVES = {"hard": 6, "ema": 20, "cgtr": 5, "python": 0}
+MOVES = {"hard": 6, "ema": 20, "cgtr": 3, "python": 3}
 
 
 class Watch(TrainerCallback):  # type: ignore[misc]

@@ -1,7 +1,7 @@
 """TRL's loss by our kernels: the same losses and gradients, and no logits of a batch."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -30,7 +30,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "sdpo, top-k": ("sdpo", TOP_K),
     "sdpo, top-k and tail": ("sdpo", TAIL),
     "sdpo, forward KL": ("sdpo", {**FULL, "distillation_alpha": 0.0}),
-    "sdpo, reverse KL at T 0.7": ("sdpo", {**TAIL, "distillation_alpha": 1.0, "temperature": 0.7}),
+    "sdpo, reverse KL of top-k and tail at T 0.7": (
+        "sdpo",
+        {**TAIL, "distillation_alpha": 1.0, "temperature": 0.7},
+    ),
     "sdpo, off policy": ("sdpo", {**FULL, **OFF_POLICY}),
     "sdpo, off policy, ratios uncapped": (
         "sdpo",
@@ -47,16 +50,44 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+class Compared(NamedTuple):
+    """A loss of ours, TRL's, and the norms of the gradients' difference and of TRL's."""
+
+    found: float
+    expected: float
+    error: float
+    norm: float
+
+
+def distance(
+    found: dict[str, Tensor | None], wanted: dict[str, Tensor | None]
+) -> tuple[float, float]:
+    assert {name for name in found if found[name] is None} == {
+        name for name in wanted if wanted[name] is None
+    }
+    pairs = [(one, wanted[name]) for name, one in found.items() if one is not None]
+    error = sum(float((one - other).double().square().sum()) for one, other in pairs)
+    norm = sum(float(other.double().square().sum()) for _, other in pairs)
+    return error**0.5, norm**0.5
+
+
+def hold(compared: list[Compared], tolerance: float) -> None:
+    """Equal to rounding."""
+    for one in compared:
+        assert one.found == pytest.approx(one.expected, rel=tolerance, abs=tolerance)
+        assert one.error <= tolerance * (one.norm + 0.1)
+
+
 def gradients(model: torch.nn.Module) -> dict[str, Tensor | None]:
     found = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad()
     return found
 
 
-def beside_trl(trainer: Any) -> list[tuple[Tensor, Tensor]]:
+def beside_trl(trainer: Any) -> list[Compared]:
     """Let every loss of `trainer` be computed by its class, too, and hold the two against each
     other; returns what has been compared, as it goes on."""
-    compared: list[tuple[Tensor, Tensor]] = []
+    compared: list[Compared] = []
     kind = type(trainer)
     own = {name: value for name, value in vars(trainer).items() if hasattr(kind, name)}
 
@@ -71,9 +102,8 @@ def beside_trl(trainer: Any) -> list[tuple[Tensor, Tensor]]:
         # The log-probs at sampling, too, are equal to rounding.
         found = kind.compute_loss(trainer, model, inputs, **given)
         found.backward(retain_graph=True)
-        for name, gradient in gradients(model).items():
-            torch.testing.assert_close(gradient, wanted[name], rtol=2e-4, atol=2e-6)
-        compared.append((found.detach(), expected.detach()))
+        error = distance(gradients(model), wanted)
+        compared.append(Compared(float(found), float(expected), *error))
         for name, p in model.named_parameters():
             p.grad = earlier[name]
         return found
@@ -83,19 +113,38 @@ def beside_trl(trainer: Any) -> list[tuple[Tensor, Tensor]]:
     return compared
 
 
+LONG = ("sdpo, full", "sdpo, top-k", "sdpo, top-k and tail", "sdft, full", "sdft, top-k and tail")
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_losses_and_gradients_are_trls_over_twenty_steps(
+def test_losses_and_gradients_are_trls(case: str, tiny_model: Path, tmp_path: Path) -> None:
+    """In fp64 the two differ by its rounding; where there is a tail, by the 1e-7 that is the least
+    mass that TRL gives it."""
+    compared = compare(case, 4, torch.float64, tiny_model, tmp_path)
+    hold(compared, 1e-7 if "tail" in case else 1e-9)
+    assert sum(one.norm > 1e-4 for one in compared) >= 4
+
+
+@pytest.mark.parametrize("case", LONG)
+def test_over_twenty_steps_in_fp32_they_are_trls(
     case: str, tiny_model: Path, tmp_path: Path
 ) -> None:
+    """To the rounding of fp32. TRL's formula for a tail, log(1 − Σp), keeps three digits where the
+    tail holds a ten-thousandth of the mass."""
+    compared = compare(case, 20, torch.float32, tiny_model, tmp_path)
+    hold(compared, 1e-3 if "tail" in case else 2e-5)
+    assert sum(one.norm > 1e-4 for one in compared) >= 20
+
+
+def compare(case: str, steps: int, dtype: torch.dtype, model: Path, out: Path) -> list[Compared]:
     kind, changed = CASES[case]
-    trainer = build_trainer(kind, tiny_model, tmp_path, max_steps=20, **changed)
+    given = {"max_steps": steps, "model_init_kwargs": {"dtype": dtype}, **changed}
+    trainer = build_trainer(kind, model, out, **given)
     use_fused_loss(trainer)
     compared = beside_trl(trainer)
     run(trainer)
-    assert len(compared) == 40
-    for found, expected in compared:
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
-    assert sum(float(expected.abs()) > 1e-6 for _, expected in compared) >= 20
+    assert len(compared) == 2 * steps
+    return compared
 
 
 @pytest.mark.parametrize("kind", ["sdpo", "sdft"])
@@ -114,15 +163,15 @@ def test_a_run_logs_what_trls_own_logs(kind: str, tiny_model: Path, tmp_path: Pa
 
 
 class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that any operation returns."""
+    """The bytes of the largest storage that any operation returns."""
 
-    elements = 0
+    bytes = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore
         returned = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(returned):
             if isinstance(leaf, Tensor):
-                self.elements = max(self.elements, leaf.numel())
+                self.bytes = max(self.bytes, leaf.untyped_storage().nbytes())
         return returned
 
 
@@ -130,15 +179,14 @@ class Largest(TorchDispatchMode):
 def test_no_operation_returns_the_logits_of_a_batch(
     weight: float, tiny_model: Path, tmp_path: Path
 ) -> None:
-    """The fused op itself works within its bound on scratch memory, which its own tests hold."""
     largest = {}
     for fused in (False, True):
-        changed = {**OFF_POLICY, "distillation_weight": weight, "max_completion_length": 24}
+        changed = {**OFF_POLICY, "distillation_weight": weight, "max_completion_length": 64}
         trainer = build_trainer("sdpo", wide_vocabulary(tmp_path), tmp_path, **changed)
         if fused:
             use_fused_loss(trainer)
         trainer.model.train()
-        rows = [trainer.train_dataset[i // 4] for i in range(16)]
+        rows = [trainer.train_dataset[i // 4] for i in range(32)]
         batch = trainer._prepare_training_batch(rows)
         with Largest() as watch:
             old = trainer._compute_rollout_logps(
@@ -147,11 +195,10 @@ def test_no_operation_returns_the_logits_of_a_batch(
             )
             trainer.current_gradient_accumulation_steps = 1
             trainer.compute_loss(trainer.model, {**batch, "old_per_token_logps": old}).backward()
-        largest[fused] = watch.elements
-    tokens, vocabulary = batch["completion_ids"].numel(), trainer.model.config.vocab_size
-    assert largest[False] >= tokens * vocabulary
-    # Nothing is larger than the weights of the embedding.
-    assert largest[True] < tokens * vocabulary / 4
+        largest[fused] = watch.bytes
+    logits = batch["completion_ids"].numel() * trainer.model.config.vocab_size * 4
+    assert largest[False] >= logits
+    assert largest[True] < logits / 10
 
 
 def wide_vocabulary(folder: Path) -> str:
@@ -191,8 +238,7 @@ def test_a_model_with_capped_logits(tmp_path: Path) -> None:
     use_fused_loss(trainer)
     compared = beside_trl(trainer)
     run(trainer)
-    for found, expected in compared:
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+    hold(compared, 2e-5)
     mixed = build_trainer("sdpo", saved("gemma2", tmp_path), tmp_path, max_steps=3)
     use_fused_loss(mixed)
     mixed.add_callback(TeacherScheduleCallback({"kind": "trust_region"}))
@@ -246,12 +292,11 @@ def test_adapters_are_trained_by_it_too(tiny_model: Path, tmp_path: Path) -> Non
         AutoModelForCausalLM.from_pretrained(tiny_model),
         peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2, task_type="CAUSAL_LM"),
     )
-    trainer = build_trainer("sdpo", tiny_model, tmp_path, max_steps=3, model=model)
+    trainer = build_trainer("sdpo", model, tmp_path, max_steps=3)
     use_fused_loss(trainer)
     compared = beside_trl(trainer)
     run(trainer)
-    for found, expected in compared:
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+    hold(compared, 2e-5)
 
 
 @pytest.mark.parametrize(
