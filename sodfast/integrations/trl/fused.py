@@ -173,10 +173,8 @@ class _FusedLoss:
         """Log-probs [B, T] of the sampled tokens, 0 outside of the answers; None where a step
         trains on its own answers alone, so that they are those that training computes."""
         args = self.trainer.args
-        if (
-            args.gradient_accumulation_steps % (args.steps_per_generation * args.num_iterations)
-            == 0
-        ):
+        generate_every = args.steps_per_generation * args.num_iterations
+        if args.gradient_accumulation_steps % generate_every == 0:
             return None
         student = self.project(
             self.trainer.model,
