@@ -21,6 +21,7 @@ def untimed(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+@pytest.mark.slow
 def test_a_notebook(tiny_run: list[str], tmp_path: Path) -> None:
     """Train five steps, look at metrics and events, go on: the run of the command line."""
     hard = {"kind": "hard", "every": 2}
@@ -111,6 +112,7 @@ def test_what_cannot_be_opened_or_resumed(tmp_path: Path) -> None:
 PLATEAU = Path(__file__).parent.parent / "examples" / "plateau_schedule.py"
 
 
+@pytest.mark.slow
 def test_an_own_schedule_resumes_exactly_and_refuses_to_after_an_edit(
     tiny_run: list[str], tmp_path: Path, cli: Any
 ) -> None:

@@ -124,6 +124,13 @@ def test_the_changelog_sends_importers_to_modules_that_exist() -> None:
             assert find_spec(name), f"CHANGELOG.md names {name}"
 
 
+def test_no_list_of_an_extra_is_written_twice() -> None:
+    extras = read_project(".")["optional-dependencies"]
+    lists = [tuple(sorted(needed)) for needed in extras.values()]
+    assert len(set(lists)) == len(lists)
+    assert extras["hub"] == ["sodfast[datasets]"]
+
+
 def test_versions_agree() -> None:
     """Of both distributions it is in kernels/VERSION; tests/test_wheels.py holds what they get."""
     version = (ROOT / "kernels" / "VERSION").read_text().strip()

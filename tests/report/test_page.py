@@ -207,6 +207,7 @@ def test_the_same_runs_give_the_same_bytes(study: Path, tmp_path: Path) -> None:
     assert len(files(study)) >= 15
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tables", *slow("figures")])
 def test_a_link_is_not_followed(study: Path, tmp_path: Path, name: str) -> None:
     linked, elsewhere = tmp_path / study.name, tmp_path / "elsewhere"
@@ -320,6 +321,7 @@ def test_a_trained_run_is_reported_by_the_command(
     assert float(row["peak_mean"]) == found.summary["peak"]
 
 
+@pytest.mark.slow
 def test_a_damaged_trial_is_named_and_left_out(tmp_path: Path) -> None:
     """The page is that of a study to which the trial has not come yet, but for its name."""
     study = {"base": "lab", "overrides": {"steps": 9}, "axes": {"seed": [0, 1, 2]}}
@@ -335,7 +337,7 @@ def test_a_damaged_trial_is_named_and_left_out(tmp_path: Path) -> None:
         assert found.tables[name] == expected.tables[name]
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"threads": 1}'])
+@pytest.mark.parametrize("text", ["{", *slow("[]", '{"threads": 1}')])
 def test_a_damaged_environment_is_no_obstacle(tmp_path: Path, text: str) -> None:
     write_run(tmp_path / "run", lab_run("steps=4"))
     (tmp_path / "run" / "environment.json").write_text(text)
@@ -344,6 +346,7 @@ def test_a_damaged_environment_is_no_obstacle(tmp_path: Path, text: str) -> None
     assert ("versions unknown" in page.text) == (text == '{"threads": 1}')
 
 
+@pytest.mark.slow
 def test_lines_may_lack_what_others_have(tmp_path: Path) -> None:
     """A release may stop to record a metric, or record one that a name cannot be read from."""
     write_run(tmp_path / "run", lab_run("steps=6"))
@@ -368,6 +371,7 @@ def scored(directory: Path, finals: dict[str, float]) -> Page:
     return Page(write_report(directory))
 
 
+@pytest.mark.slow
 def test_a_gated_teacher_that_never_moved_is_called_a_fixed_one(tmp_path: Path) -> None:
     fixed = {"fixed,seed0": 0.5, "fixed,seed1": 0.5}
     page = scored(tmp_path / "s", {**fixed, "cgtr,seed0": 0.7, "cgtr,seed1": 0.8})
@@ -384,6 +388,7 @@ def test_a_teacher_that_moved_is_not(study: Path) -> None:
     assert "Highest mean final score" in text and "hard, every 1 (never" not in text
 
 
+@pytest.mark.slow
 def test_intervals_around_zero_detect_no_difference(tmp_path: Path) -> None:
     fixed = {"fixed,seed0": 0.5, "fixed,seed1": 0.6}
     page = scored(tmp_path / "s", {**fixed, "cgtr,seed0": 0.6, "cgtr,seed1": 0.5})
@@ -438,6 +443,7 @@ def test_runs_stand_side_by_side_with_their_differing_keys_first(
     assert before == {file: file.read_bytes() for run in two_runs for file in run.iterdir()}
 
 
+@pytest.mark.slow
 def test_runs_of_one_name_are_called_by_their_paths(tmp_path: Path) -> None:
     for folder in "ab":
         write_run(tmp_path / folder / "run", lab_run("steps=6"))
@@ -449,6 +455,7 @@ def test_runs_of_one_name_are_called_by_their_paths(tmp_path: Path) -> None:
     assert rows == [["none", "–", "–"]]
 
 
+@pytest.mark.slow
 def test_what_cannot_stand_side_by_side(two_runs: list[Path], study: Path, tmp_path: Path) -> None:
     out = tmp_path / "page.html"
     (tmp_path / "link.html").symlink_to(tmp_path / "elsewhere.html")
@@ -465,6 +472,7 @@ def test_what_cannot_stand_side_by_side(two_runs: list[Path], study: Path, tmp_p
     assert not out.exists() and not (tmp_path / "no").exists()
 
 
+@pytest.mark.slow
 def test_the_command_takes_several_runs(
     two_runs: list[Path], tmp_path: Path, cli: Callable[..., Any]
 ) -> None:
@@ -515,9 +523,11 @@ def test_a_baseline_that_is_not_in_the_study(study: Path) -> None:
     ("line", "match"),
     [
         ("not JSON", r"metrics.jsonl:2: not JSON"),
-        ("[1, 2]", r"metrics.jsonl:2: no object with a step"),
-        ('{"reward/mean": 0.5}', r"metrics.jsonl:2: no object with a step"),
-        ('{"step": 1, "reward/mean": NaN}', r"reward/mean of step 1 is not finite"),
+        *slow(
+            ("[1, 2]", r"metrics.jsonl:2: no object with a step"),
+            ('{"reward/mean": 0.5}', r"metrics.jsonl:2: no object with a step"),
+            ('{"step": 1, "reward/mean": NaN}', r"reward/mean of step 1 is not finite"),
+        ),
     ],
 )
 def test_a_damaged_line(tmp_path: Path, line: str, match: str) -> None:
