@@ -63,7 +63,7 @@ class TeacherScheduleCallback(TrainerCallback):  # type: ignore[misc]  # untyped
 
     def __init__(self, schedule: Mapping[str, Any]) -> None:
         require_trl()
-        self.config: ScheduleConfig = load_config(schedule=dict(schedule)).schedule
+        self.config: ScheduleConfig = load_config(schedule=schedule).schedule
         if isinstance(self.config, EvidenceConfig):
             raise UsageError(
                 "schedule.kind=evidence decides by probes, answers of both teachers to the same "
