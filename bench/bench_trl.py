@@ -12,6 +12,8 @@ tokens, bf16.
 """
 
 import argparse
+import ctypes
+import gc
 import json
 import tempfile
 import time
@@ -35,7 +37,7 @@ MODES: dict[str, dict[str, Any]] = {
         "distillation_add_tail": True,
     },
 }
-ROUNDS = 5
+ROUNDS = 3
 
 
 class Size(NamedTuple):
@@ -108,6 +110,7 @@ def turn(trainer: Any, batch: dict[str, Tensor], device: torch.device) -> dict[s
     """Seconds, the CPU's seconds, and the peak in bytes above what was held before, which is the
     weights: gradients count."""
     trainer.model.zero_grad(set_to_none=True)
+    gc.collect()
     held = start_memory(device)
     cpu, start = time.process_time(), clock(device)
     loss = trainer.compute_loss(trainer.model, batch)
@@ -119,7 +122,7 @@ def turn(trainer: Any, batch: dict[str, Tensor], device: torch.device) -> dict[s
         "seconds": seconds,
         "cpu_seconds": cpu,
         "peak_bytes": peak,
-        "loss": float(loss),
+        "loss": float(loss.detach()),
         "gradient_norm": float(sum(squares)) ** 0.5,
     }
 
@@ -130,6 +133,7 @@ def start_memory(device: torch.device) -> int:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier turns have freed
     Path("/proc/self/clear_refs").write_text("5")  # the peak of resident memory begins anew
     return resident("VmRSS")
 
