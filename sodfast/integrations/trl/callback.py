@@ -128,12 +128,14 @@ class TeacherScheduleCallback(TrainerCallback):  # type: ignore[misc]  # untyped
                 self.trainer._metrics["train"][key].append(value)
         if state.is_world_process_zero:
             self._write(line, decision)
+            if control.should_save:  # what an earlier run has left there belongs to another student
+                (self._checkpoint(step) / _STATE).unlink(missing_ok=True)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Put the teacher and the schedule into the checkpoint that has just been written."""
         if not state.is_world_process_zero:
             return
-        folder = self.folder / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        folder = self._checkpoint(state.global_step)
         weights = {name: p.detach().contiguous() for name, p in self.teacher.named_parameters()}
         save_file(weights, folder / _WEIGHTS)
         stored = {
@@ -142,6 +144,9 @@ class TeacherScheduleCallback(TrainerCallback):  # type: ignore[misc]  # untyped
             "latest": self.latest,
         }
         replace_text(folder / _STATE, json.dumps(stored))  # last: it says that both are whole
+
+    def _checkpoint(self, step: int) -> Path:
+        return self.folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
 
     def _take_over(self) -> None:
         """Make the teacher ours, and stop what moves it in TRL."""
@@ -175,7 +180,7 @@ class TeacherScheduleCallback(TrainerCallback):  # type: ignore[misc]  # untyped
     def _load(self, checkpoint: Path) -> None:
         try:
             stored = read_object(checkpoint / _STATE)
-            weights = load_file(checkpoint / _WEIGHTS, device=str(self._device))
+            weights = load_file(checkpoint / _WEIGHTS)
         except (FileNotFoundError, SafetensorError) as error:
             raise UsageError(
                 f"{checkpoint} has no whole teacher ({_WEIGHTS}, {_STATE}), because it was saved "
@@ -187,16 +192,16 @@ class TeacherScheduleCallback(TrainerCallback):  # type: ignore[misc]  # untyped
                 f"{checkpoint} was saved under the schedule {json.dumps(stored['config'])}: resume "
                 "it with that one"
             )
-        own = dict(self.teacher.named_parameters())
-        if weights.keys() != own.keys():
-            raise UsageError(f"{checkpoint / _WEIGHTS} belongs to another model")
-        copy_teacher_(own.values(), [weights[name] for name in own])
+        shapes = {name: weight.shape for name, weight in weights.items()}
+        if shapes != {name: p.shape for name, p in self.teacher.named_parameters()}:
+            raise UsageError(
+                f"{checkpoint / _WEIGHTS} belongs to another model: resume with its own"
+            )
+        with torch.no_grad():
+            for name, p in self.teacher.named_parameters():
+                p.copy_(weights[name])
         self.schedule.load_state_dict(stored["state"])
         self.latest = stored["latest"]
-
-    @property
-    def _device(self) -> torch.device:
-        return next(self.teacher.parameters()).device
 
     def _seen(self) -> dict[str, float]:
         """What the schedule is told of the step's answers."""

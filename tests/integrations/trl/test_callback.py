@@ -76,7 +76,7 @@ def test_the_teacher_moves_exactly_when_a_replay_of_the_metrics_says_so(
     run(trainer)
     lines = read_metrics(tmp_path)
     assert [line["step"] for line in lines] == list(range(1, 21))
-    decisions = replay(build_schedule(trainer_config(SCHEDULES[name])), lines)
+    decisions = replay(build_schedule(SCHEDULES[name]), lines)
     before = start
     for decision, teacher, student in zip(decisions, watch.teachers, watch.students, strict=True):
         if decision.action == "keep":
@@ -96,12 +96,6 @@ def test_the_teacher_moves_exactly_when_a_replay_of_the_metrics_says_so(
     assert copied == ([] if name == "ema" else moved)
     for event in refreshes:
         assert event["shock"] == lines[event["step"] - 1]["teacher/drift"] > 0
-
-
-def trainer_config(schedule: dict[str, Any]) -> Any:
-    from sodfast.config import load_config
-
-    return load_config(schedule=schedule).schedule
 
 
 def test_gates_rewards_and_lengths_are_the_trainers_own(tiny_model: Path, tmp_path: Path) -> None:
@@ -312,6 +306,25 @@ def test_a_checkpoint_without_a_whole_teacher_is_refused(tiny_model: Path, tmp_p
     trainer = scheduled("sdpo", tiny_model, tmp_path / "out", schedule, **given)
     with pytest.raises(UsageError, match="no whole teacher"):
         run(trainer, resume_from_checkpoint=str(checkpoint))
+
+
+def test_a_process_that_ends_within_a_save_leaves_no_other_runs_teacher(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second run overwrites the student of the first one's checkpoint, and no more."""
+    given = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    run(scheduled("sdpo", tiny_model, tmp_path, SCHEDULES["hard"], **given))
+    second = scheduled("sdpo", tiny_model, tmp_path, SCHEDULES["hard"], **given)
+
+    def end(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(TeacherScheduleCallback, "on_save", end)
+        run(second)
+    third = scheduled("sdpo", tiny_model, tmp_path, SCHEDULES["hard"], **given)
+    with pytest.raises(UsageError, match="no whole teacher"):
+        run(third, resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
 def test_weights_that_are_not_finite_end_the_run(tiny_model: Path, tmp_path: Path) -> None:
