@@ -20,6 +20,7 @@ PAGES = (
     "SECURITY.md",
     "docs/schedules_lab.md",
     "docs/tasks.md",
+    "docs/when_should_the_teacher_move.md",
     "sodfast/configs/studies/README.md",
 )
 FOLDERS = ("sodfast", "kernels", "tests", "bench", "docs", ".ci", ".github")
