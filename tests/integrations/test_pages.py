@@ -36,7 +36,9 @@ def test_the_schedule_in_a_loop_of_ones_own() -> None:
     start = float(workers.ref_module.weight.detach())
     left["train"](teacher, workers, range(1, 4), [])
     assert len(published) == 3
-    assert float(workers.ref_module.weight.detach()) == pytest.approx((start / 4 + 1) / 2 + 1.5)
+    assert float(workers.ref_module.weight.detach()) == pytest.approx(
+        start / 8 + 1 / 8 + 2 / 4 + 3 / 2
+    )
 
 
 def test_trl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
