@@ -29,7 +29,9 @@ class Block(NamedTuple):
 
     @property
     def file(self) -> str | None:
-        """The file that the block is written to."""
+        """The file that the block is written to, None for one that is not."""
+        if self.language.startswith("{"):
+            return None
         return next((word for word in self.words if "." in word and "=" not in word), None)
 
 
