@@ -70,7 +70,7 @@ def test_own_schedule(tiny_model: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_kernels_in_your_loop(tmp_path: Path) -> None:
-    lines = run("kernels_in_your_loop.py", ["160"], tmp_path).splitlines()
-    assert [line.split()[:2] for line in lines] == [["step", str(s)] for s in (1, 40, 80, 120, 160)]
+    lines = run("kernels_in_your_loop.py", ["80"], tmp_path).splitlines()
+    assert [line.split()[:2] for line in lines] == [["step", str(s)] for s in (1, 40, 80)]
     divergences = [float(line.split("divergence")[1].split()[0]) for line in lines]
-    assert divergences[-1] < divergences[0] / 2
+    assert divergences[-1] < 0.75 * divergences[0]
