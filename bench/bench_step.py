@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from sodfast import trainer as trainer_module
+from sodfast import student as student_module
 from sodfast.commands import build_trainer
 from sodfast.config import load_config
 from sodfast.run.console import Reporter
@@ -81,15 +81,15 @@ def measure(directory: Path, progress: Callable[[str], None]) -> dict[str, Any]:
     ledger.wrap(run.engine, "generate", "generation")
     ledger.wrap(run.model.network.base_model, "forward", "forward")
     ledger.wrap(torch.Tensor, "backward", "backward")
-    ledger.wrap(trainer_module, "micro_batch_loss", "objective")
+    ledger.wrap(student_module, "micro_batch_loss", "objective")
     steps: list[dict[str, float]] = []
     finish = run._finish
 
-    def book_step(line: dict[str, Any], logger: Any) -> None:
+    def book_step(*arguments: Any) -> None:
         ledger._book()
         steps.append(dict(ledger.seconds))
         ledger.seconds.clear()
-        finish(line, logger)
+        finish(*arguments)
         ledger._book()
         ledger.seconds.clear()
 

@@ -25,8 +25,10 @@ from sodfast.rollout.native import NativeEngine
 from sodfast.run.console import Reporter
 from sodfast.run.directory import RunDirectory
 from sodfast.run.environment import environment
+from sodfast.schedule import build_schedule
+from sodfast.student import Rollouts
 from sodfast.tasks.base import Question
-from sodfast.trainer import Rollouts, Trainer
+from sodfast.trainer import Trainer
 
 
 class ForcedBatch(Batch):
@@ -161,7 +163,9 @@ def start(setting: Setting, device: torch.device, folder: Path) -> Trainer:
     data = Questions(task.train, task.test, 0, setting.prompt_words)
     found = environment(torch.get_num_threads(), str(device))
     run = RunDirectory.create(folder / "run", config, found)
-    return Trainer(config, model, engine, task, data, run, Reporter())
+    return Trainer(
+        config, model, engine, task, data, build_schedule(config.schedule), run, Reporter()
+    )
 
 
 def lengths_of(rollouts: Rollouts) -> list[Lengths]:

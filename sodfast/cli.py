@@ -286,13 +286,20 @@ def report_directories(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Page of several runs; default: comparison.html."),
+        typer.Option(
+            metavar="PATH",
+            help="Page of several runs, by default comparison.html; or directory for studies.",
+        ),
     ] = None,
 ) -> None:
-    """Write report.html, a page with every figure, and tables/*.csv into a run or a study; or one
+    """Write report.html, a page with every figure, and tables/*.csv into a run or a study; for
+    studies with --out DIRECTORY into that, each study a regime called as its directory; or one
     page that shows several runs side by side, the keys that differ first."""
-    from sodfast.report.page import write_comparison, write_report
+    from sodfast.report.page import write_comparison, write_report, write_studies
 
+    if out is not None and all((path / "study.yaml").is_file() for path in directories):
+        _print(str(write_studies(directories, out, baseline)))
+        return
     if len(directories) > 1:
         if baseline is not None:
             raise UsageError("--baseline is for a study: leave it out, or name one directory")

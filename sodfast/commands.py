@@ -39,10 +39,12 @@ from sodfast.run.card import model_card
 from sodfast.run.console import Reporter, Screen, build_reporter, print_run
 from sodfast.run.directory import RunDirectory, check_out, default_out, require_usable
 from sodfast.run.environment import environment
-from sodfast.run.fork import fork_config, fork_run, read_fork
+from sodfast.run.fork import fork_run
+from sodfast.run.fork_keys import fork_config, read_fork, source_config
 from sodfast.run.interrupt import Interrupted
 from sodfast.run.loggers import require_sinks
 from sodfast.run.records import read_metrics
+from sodfast.run.restore import restore_student
 from sodfast.schedule import build_schedule
 from sodfast.summary import best_step
 from sodfast.tasks.base import Task
@@ -75,7 +77,7 @@ def train_fork(source: Path, overrides: list[str]) -> None:
     `step` and `teacher.refresh` are the fork's own; all others are keys of the configuration.
     """
     step, refresh, others = read_fork(overrides)
-    config = fork_config(source, step, others, refresh)
+    config = fork_config(source_config(source), step, others, refresh)
     out = config.out or default_out(config)
     config = config.model_copy(update={"out": out})
     found = environment(torch.get_num_threads(), str(pick_device(config.device)), 1)
@@ -120,7 +122,7 @@ def build_trainer(
         data, engine = _questions_and_engine(config, model, task, reporter, others)
         if config.teacher.storage == "host" or ranks.size > 1:
             decoder_layers(model.network)  # refused here rather than after the run has begun
-        build_schedule(config.schedule)  # likewise
+        schedule = build_schedule(config.schedule)
     with ranks.together():
         if not ranks.main:
             run = RunDirectory(out, None)
@@ -132,7 +134,7 @@ def build_trainer(
             run = RunDirectory.open(out)
     try:
         exams = _examinations(config, data, others)
-        trainer = Trainer(config, model, engine, task, data, run, reporter, ranks, exams)
+        trainer = Trainer(config, model, engine, task, data, schedule, run, reporter, ranks, exams)
         if resume is not None:
             trainer.resume()
     except BaseException:
@@ -286,7 +288,7 @@ def _student(config: Config, path: Path, device: torch.device) -> LanguageModel:
         return load_model(str(path / "student"), device, getattr(torch, config.model.dtype))
     model = _untrained(config, device)
     stored = checkpoint.load(path)
-    checkpoint.restore_student(model, stored.student, stored.state.get("base"))
+    restore_student(model, stored.student, stored.state.get("base"))
     return model
 
 

@@ -11,76 +11,45 @@ optimizer update leaves the state of the step before.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch import OutOfMemoryError, Tensor
+from torch import OutOfMemoryError
 
-from sodfast import optimizer
 from sodfast.answers import AnswerLog
 from sodfast.collapse import CollapseDetector, SignalWatch
 from sodfast.config import Config
-from sodfast.context import Hint, Questions, TeacherContext, teacher_prompts
+from sodfast.context import Questions, TeacherContext, teacher_prompts
 from sodfast.errors import RunFailed
 from sodfast.evaluate import Examination, evaluate, evaluate_others
-from sodfast.metrics import RewardGain, TokenTotals, length_metrics, mean_entropy, reward_metrics
+from sodfast.metrics import RewardGain, length_metrics, mean_entropy, reward_metrics
 from sodfast.model.load import LanguageModel, to_ids
-from sodfast.model.packing import micro_batches, response_hidden
-from sodfast.objective import group_advantages, micro_batch_loss, sequence_weights
-from sodfast.parallel.fsdp import ShardedWeights, Weights
+from sodfast.objective import group_advantages
 from sodfast.parallel.ranks import ALONE, Ranks
 from sodfast.probe import is_due, longest_mean, probe
-from sodfast.rewards import grade_answers
-from sodfast.rng import PromptOrder, Stream, draw_key, generator
-from sodfast.rollout.engine import Engine, Sample, SampleKey, Sampling
-from sodfast.rollout.scores import recompute
+from sodfast.rewards import grade_answers, with_noise
+from sodfast.rng import PromptOrder, Stream, draw_key
+from sodfast.rollout.engine import Engine, SampleKey, Sampling
 from sodfast.rollout.shared import SharedEngine
 from sodfast.run import checkpoint
 from sodfast.run.console import Reporter
-from sodfast.run.directory import RunDirectory, fingerprint
+from sodfast.run.directory import RunDirectory
 from sodfast.run.interrupt import Interrupted, Interruption
 from sodfast.run.loggers import Logger
 from sodfast.run.phases import PhaseClock, oom_hint
-from sodfast.schedule import build_schedule
+from sodfast.schedule import Schedule
+from sodfast.state import RunState
+from sodfast.student import Rollouts, Student, Update
 from sodfast.summary import best_step, summarize
-from sodfast.tasks.base import Grade, Question, Task
-from sodfast.tasks.files import run_files
+from sodfast.tasks.base import Task
 from sodfast.teacher import Teacher, TeacherScores
 
 Status = Literal["done", "collapsed", "interrupted", "failed", "paused"]
-
-
-@dataclass(frozen=True)
-class Rollouts:
-    """One step's rollouts, groups of `samples_per_prompt` one after the other."""
-
-    questions: list[Question]  # one per group
-    samples: list[Sample]
-    texts: list[str]
-    grades: list[Grade]
-    contexts: list[Hint | None]  # what the teacher is shown; None: nothing to distil (m_i = 0)
-    # Index of a rollout → D_t [L] fp32 as the updates' loss gives it; filled where it is kept.
-    divergences: dict[int, Tensor] = field(default_factory=dict)
-
-    @property
-    def rewards(self) -> list[float]:
-        return [grade.reward for grade in self.grades]
-
-
-@dataclass(frozen=True)
-class Update:
-    """One optimizer update: the rollouts (indices) that have a gradient and that this rank runs,
-    their weights (distill, policy, advantage), and how many passes each rank makes for its part."""
-
-    rows: list[int]
-    weights: list[tuple[float, float, float]]
-    passes: int
 
 
 class Trainer:
@@ -97,6 +66,7 @@ class Trainer:
         engine: Engine,
         task: Task,
         data: Questions,
+        schedule: Schedule,
         run: RunDirectory,
         reporter: Reporter,
         ranks: Ranks = ALONE,
@@ -107,34 +77,31 @@ class Trainer:
         self.model = model
         self.engine = engine
         self.ranks = ranks
-        self.weights = Weights(model.network)
+        self.answers = AnswerLog(config, model, run.write_samples, ranks)
+        self.student = Student(config, model, ranks, self.answers.wanted)
+        weights = self.student.weights
         if ranks.size > 1:
-            alignment = optimizer.alignment(config.optimizer, model.head.dtype)
-            self.weights = ShardedWeights(model.network, ranks, alignment)
-            self.engine = SharedEngine(engine, ranks, self.weights.whole)
+            self.engine = SharedEngine(engine, ranks, weights.whole)
         self.task = task
-        self.task_files = run_files(config)
         self.run = run
         self.reporter = reporter
         self.context = TeacherContext(config.teacher, model)
         self.data = data
 
         self.teacher = Teacher(
-            model.network, config.schedule, config.seed, config.teacher.storage, self.weights
+            model.network, config.schedule, config.seed, config.teacher.storage, weights
         )
-        self.optimizer = optimizer.build_optimizer(config.optimizer, self.weights, config.seed)
-        self.schedule = build_schedule(config.schedule)
-        self.prompts = PromptOrder(config.seed, len(data.train))
+        self.schedule = schedule
         self.gain = RewardGain()
         self.collapse = CollapseDetector(
             config.collapse, config.rollout.max_new_tokens, config.eval.samples
         )
         self.signal = SignalWatch(config.steps)
-        self.answers = AnswerLog(config, model, run.write_samples, ranks)
         self.lines: list[dict[str, Any]] = []
         self.step = 0
-        self.moved = False  # whether the weights may differ from those after `step`
-        self.state = self._state()
+        self.state = RunState(
+            config, self.student, self.teacher, schedule, self.collapse, self.gain, run
+        )
         self.clock = PhaseClock(model.device)
         self._logger: Logger | None = None  # open from the first step to the run's end
 
@@ -147,10 +114,11 @@ class Trainer:
         nothing but the lines of the steps is written then, and another call goes on.
 
         Raises `RunFailed` when a loss or gradient is not finite, memory runs out or the disk
-        refuses, and summary.json says "failed". The state before the step is checkpointed first.
-        The last checkpoint stands instead with checkpoint.every=0, where an update of the step has
-        already moved the weights, and where one of several ranks has run out of memory, since the
-        others then wait for it at another point.
+        refuses, and summary.json says "failed". The last finished step is checkpointed first: that
+        before the step which failed or, where only its evaluation did, the step itself, and a
+        resume evaluates it. The last checkpoint stands instead with checkpoint.every=0, where an
+        update of a step that is not finished has already moved the weights, and where one of
+        several ranks has run out of memory, since the others then wait for it at another point.
         """
         if self._logger is None:
             self._logger = Logger(self.config, self.run.path)
@@ -178,11 +146,11 @@ class Trainer:
             status = "interrupted"
         except RunFailed as error:
             failed = RunFailed(f"step {step}: {error}")
-            failed.alone = self.ranks.size > 1 and isinstance(error.__cause__, OutOfMemoryError)
+            failed.alone = self._alone(error)
             with suppress(RunFailed):  # a full disk refuses these, too
                 with nullcontext() if failed.alone else self.ranks.together():
                     self.run.write_summary(self.summary("failed"))
-                if self.lines and not self.moved and not failed.alone:
+                if self.lines and not self.student.moved and not failed.alone:
                     self._save()
             raise failed from error
         finally:
@@ -201,7 +169,7 @@ class Trainer:
     def _write_end(self, status: Status) -> None:
         self.run.write_summary(self.summary(status))
         if self.ranks.main:  # a run that was killed while it deleted the old ones may be finished
-            checkpoint.prune(self.run.checkpoints, self.config.checkpoint.keep, self._best())
+            checkpoint.prune(self.run.checkpoints, self.config.checkpoint.keep, self._lasting())
 
     def _close_logger(self) -> None:
         if self._logger is not None:
@@ -217,31 +185,19 @@ class Trainer:
             self.run.clear()
             self.reporter.message("no checkpoint yet: starting over at step 0")
             return
-        stored = checkpoint.load(path)
-        checkpoint.require_fitting(stored, self.model, self.optimizer, self.schedule)
+        stored = self.state.restore(path)
+        self.step = stored.step
         if not stored.hashed:
             self.reporter.message(f"{path} is of an earlier release: it has no hashes to check")
-        self.step = stored.step
-        checkpoint.restore_student(
-            self.model, self.weights.loadable(stored.student), stored.state.get("base")
-        )
-        own = None if stored.teacher is None else self.weights.shard(stored.teacher)
-        self.teacher.load_weights(own)
-        moments = self.weights.shard(stored.optimizer)
-        checkpoint.restore_optimizer(self.model.network, self.optimizer, moments)
-        self.schedule.load_state_dict(stored.state["schedule"])
-        self.collapse.load_state_dict(stored.state["collapse"])
-        self.gain.last = stored.state["reward_memory"]
         closing = self._due_at_the_end(self.step)
         self.lines = self.run.rewind(
             self.step, self.config, without_evaluation=closing and not self.ended
         )
-        self.state = self._state()
-        if closing and self.ended:
+        if self._due(self.step) or (closing and self.ended):
             kept = {k: v for k, v in self.lines[-1].items() if k.startswith("eval/")}
-            if kept:
+            if kept:  # the state may be from before it; seen twice, it says the same
                 self.collapse.observe({"step": self.step, **kept})
-            else:  # the run went on when this step was made, and `steps` now ends it here
+            else:  # it failed, or the run went on at this step, at which `steps` now ends it
                 evaluation = self._evaluate(self.step)
                 self.lines[-1] |= evaluation
                 self._observe_collapse({"step": self.step, **evaluation})
@@ -254,7 +210,7 @@ class Trainer:
             line |= self._evaluate(0)
         with interruption.shielded():
             self.collapse.observe(line)
-            self.state = self._state()
+            self.state.take(0)
             self._commit(line, logger)
             self._save()
 
@@ -262,37 +218,32 @@ class Trainer:
 
     def _train_step(self, step: int, interruption: Interruption, logger: Logger) -> None:
         self.clock.reset()
-        self.moved = False
+        self.student.moved = False
         interruption.boundary()
         with self.clock("rollout"):
             rollouts = self._rollout(step)
         passes = self._passes("rollout/tokens_per_pass")
-        updates = self._updates(step, rollouts)
+        updates = self.student.plan(step, rollouts)
         interruption.boundary()
         probed = self._probe(step, rollouts)
         interruption.boundary()
         with self.clock("teacher"):
             if self.config.objective.old_logprob == "recompute":
-                rollouts = replace(rollouts, samples=self._recompute(rollouts.samples))
+                rollouts = replace(rollouts, samples=self.student.recompute(rollouts.samples))
             scores = self._score(rollouts, updates)
         interruption.boundary()
         line: dict[str, Any] = {"step": step, **self._statistics(rollouts), **probed, **passes}
 
+        def before_first() -> None:  # from here on a step is finished, or it never happened
+            shield.enter_context(interruption.shielded())
+            self.teacher.prepare_update()
+
         with ExitStack() as shield:
             with self.clock("train"):
-                # Shielded from the first update on: a step is finished or it never happened.
-                line |= self._update(
-                    step,
-                    rollouts,
-                    updates,
-                    scores,
-                    before_first=lambda: shield.enter_context(interruption.shielded()),
-                )
+                progress = partial(self.reporter.phase, "train")
+                line |= self.student.update(step, rollouts, updates, scores, before_first, progress)
             del scores
-            group = self.config.rollout.samples_per_prompt
-            rewards = rollouts.rewards
-            means = [sum(rewards[i : i + group]) / group for i in range(0, len(rewards), group)]
-            gain = self.gain.observe([q.id for q in rollouts.questions], means)
+            gain = self.gain.observe([q.id for q in rollouts.questions], rollouts.group_means)
             line |= self._move_teacher(step, line | gain) | gain
             line |= self.clock.metrics(sum(len(sample.response) for sample in rollouts.samples))
             self._finish(line, rollouts, logger)
@@ -301,22 +252,26 @@ class Trainer:
         config = self.config.rollout
         count = config.samples_per_prompt
         cursor = (step - 1) * config.prompts_per_step
-        questions = [
-            self.data.train[index] for index in self.prompts.take(cursor, config.prompts_per_step)
-        ]
+        arrived = [question for question in self.data.train if question.arrival <= step]
+        order = PromptOrder(self.config.seed, len(arrived))
+        questions = [arrived[index] for index in order.take(cursor, config.prompts_per_step)]
         prompts = [to_ids(self.model.encode_question(question)) for question in questions]
         samples = self.engine.generate(
             [prompt for prompt in prompts for _ in range(count)],
             range(len(prompts) * count),
             Sampling.of(self.config, config),
             SampleKey(draw_key(self.config.seed, Stream.ROLLOUT), step),
-            lambda done, total: self.reporter.phase("rollout", done, total),
+            partial(self.reporter.phase, "rollout"),
         )
         texts = [self.model.decode(sample.response) for sample in samples]
         asked = [question for question in questions for _ in range(count)]
         grades = grade_answers(self.config, self.task, asked, texts, self.ranks)
+        grades = with_noise(self.config, step, grades)
         contexts = teacher_prompts(self.config, self.context, step, asked, texts, grades)
-        return Rollouts(questions, samples, texts, grades, contexts)
+        advantages = group_advantages(
+            [grade.reward for grade in grades], count, self.config.objective.normalize_advantage
+        )
+        return Rollouts(questions, samples, texts, grades, contexts, advantages)
 
     def _probe(self, step: int, rollouts: Rollouts) -> dict[str, float]:
         """What the schedule wants to know of both possible teachers; only `evidence` asks."""
@@ -333,55 +288,9 @@ class Trainer:
                 [None if hint is None else hint.prompt for hint in rollouts.contexts],
                 step,
                 self.ranks,
-                lambda done, total: self.reporter.phase("probe", done, total),
+                partial(self.reporter.phase, "probe"),
             )
         return {**measured, "probe/longest": longest_mean(rollouts.samples)}
-
-    def _updates(self, step: int, rollouts: Rollouts) -> list[Update]:
-        """The step's prompts are cut into `updates_per_step` equal parts in an order keyed by
-        (seed, step); each part is one update with denominators of its own."""
-        config = self.config
-        count = config.rollout.samples_per_prompt
-        advantages = self._advantages(rollouts)
-        groups = len(rollouts.questions)
-        order = generator(config.seed, Stream.UPDATES, step).permutation(groups).tolist()
-        size = groups // config.optimizer.updates_per_step
-        updates = []
-        for start in range(0, groups, size):
-            rows = [
-                group * count + sample
-                for group in sorted(order[start : start + size])
-                for sample in range(count)
-            ]
-            weights = sequence_weights(
-                config.objective,
-                [len(rollouts.samples[row].response) for row in rows],
-                [rollouts.contexts[row] is not None for row in rows],
-                [advantages[row] for row in rows],
-            )
-            trained = [index for index in range(len(rows)) if weights.matters(index)]
-            lengths = [rollouts.samples[rows[index]].length for index in trained]
-            shares = self.ranks.deal(lengths)
-            passes = [
-                len(list(micro_batches([lengths[i] for i in share], self._budget)))
-                for share in shares
-            ]
-            own = [trained[i] for i in shares[self.ranks.rank]]
-            updates.append(
-                Update([rows[i] for i in own], [weights.of(i) for i in own], max(passes))
-            )
-        return updates
-
-    def _recompute(self, samples: list[Sample]) -> list[Sample]:
-        """The samples with the log-probs of training's forward pass, each by one of the ranks."""
-        with self.weights.whole():
-            own = recompute(
-                self.model,
-                self.ranks.share(samples),
-                self.config.rollout.temperature,
-                self._budget,
-            )
-        return [sample for part in self.ranks.gather(own) for sample in part]
 
     def _score(self, rollouts: Rollouts, updates: Sequence[Update]) -> TeacherScores:
         self.reporter.phase("teacher")
@@ -401,96 +310,11 @@ class Trainer:
         config = self.config
         shown = [context is not None for context in rollouts.contexts]
         return {
-            **reward_metrics(
-                rollouts.rewards,
-                config.rollout.samples_per_prompt,
-                config.teacher.success_reward,
-            ),
+            **reward_metrics(rollouts.rewards, rollouts.group_size, config.teacher.success_reward),
             **length_metrics(rollouts.samples, config.length_shards),
             "distill/reprompt_fraction": sum(shown) / len(shown),
             "policy/entropy": mean_entropy(rollouts.samples),
         }
-
-    def _update(
-        self,
-        step: int,
-        rollouts: Rollouts,
-        updates: Sequence[Update],
-        scores: TeacherScores,
-        before_first: Callable[[], object],
-    ) -> dict[str, float]:
-        """All updates of a step; `before_first` runs when the student is about to move."""
-        config = self.config
-        lr = optimizer.learning_rate(config.optimizer, step)
-        totals = TokenTotals(self.model.device, config.objective.clip_range)
-        norms = []
-        for number, update in enumerate(updates):
-            self.reporter.phase("train", number, len(updates))
-            loss = self._accumulate_gradients(update, rollouts, scores, totals)
-            norm = self.weights.gradient_norm()
-            totals.sampled_by_these_weights = False
-            if number == 0:
-                before_first()
-                self.teacher.prepare_update()
-            self.moved = True
-            try:
-                clip_norm = config.optimizer.clip_norm
-                norms.append(optimizer.update(self.optimizer, lr, clip_norm, loss, norm))
-            except RunFailed:
-                self.moved = number > 0  # only the updates before this one were made
-                raise
-        return {
-            **totals.over(self.ranks).metrics(),
-            "optim/loss": float(totals.loss) / len(norms),
-            "optim/grad_norm": sum(norms) / len(norms),
-            "optim/lr": lr,
-        }
-
-    def _accumulate_gradients(
-        self,
-        update: Update,
-        rollouts: Rollouts,
-        scores: TeacherScores,
-        totals: TokenTotals,
-    ) -> Tensor:
-        """Gradients of one update, micro-batch by micro-batch; returns its loss over all ranks."""
-        config = self.config
-        samples = [rollouts.samples[row] for row in update.rows]
-        teacher = [scores.hidden[row] for row in update.rows]
-        loss = torch.zeros((), device=self.model.device)
-        batches = list(micro_batches([sample.length for sample in samples], self._budget))
-        for batch in batches:
-            part = [samples[index] for index in batch]
-            hidden_NH = response_hidden(
-                self.model.network,
-                [sample.prompt for sample in part],
-                [sample.response for sample in part],
-            )
-            output = micro_batch_loss(
-                config.objective,
-                config.rollout.temperature,
-                self.model.softcap,
-                hidden_NH,
-                self.model.head,
-                [teacher[index] for index in batch],
-                scores.head,
-                part,
-                [update.weights[index] for index in batch],
-            )
-            output.loss.backward()
-            loss += output.loss.detach()
-            distilled = [teacher[index] is not None for index in batch]
-            totals.add(output, part, distilled)
-            if self.answers.wanted:
-                lengths = [len(sample.response) for sample in part]
-                parts = output.divergence.clone().split(lengths)  # without the other statistics
-                found = zip(batch, distilled, parts, strict=True)
-                rollouts.divergences.update((update.rows[i], d) for i, m, d in found if m)
-        for _ in range(update.passes - len(batches)):
-            self.weights.idle_pass()
-        loss = self.ranks.sum(loss)
-        totals.loss += loss
-        return loss
 
     def _move_teacher(self, step: int, line: dict[str, Any]) -> dict[str, Any]:
         """Let the schedule decide and the teacher follow; write the events, return the metrics."""
@@ -500,7 +324,7 @@ class Trainer:
         with oom_hint("refresh"):
             moved = self.teacher.apply(decision, step)
             drift = None if moved is None else float(moved)
-        finite = self.weights.finite() if drift is None else isfinite(drift)
+        finite = self.student.weights.finite() if drift is None else isfinite(drift)
         if self.ranks.any(not finite):
             raise RunFailed("the update made weights that are not finite: lower optimizer.lr")
         copied = decision.action == "copy"
@@ -515,24 +339,50 @@ class Trainer:
         return metrics
 
     def _finish(self, line: dict[str, Any], rollouts: Rollouts, logger: Logger) -> None:
-        """Evaluate where due, detect a collapse, write answers and line, checkpoint where due."""
+        """Evaluate where due, detect a collapse, write answers and line, checkpoint where due.
+
+        Where an evaluation fails the step is kept all the same, and a resume makes up for it.
+        """
         step = line["step"]
-        evaluated = self._due(step)
+        evaluated, failed = self._due(step), None
         if evaluated:
-            line |= self._evaluate(step)
+            failed = self._examine(line)
         self._observe_collapse(line)
         self.step = step
-        self.state = self._state()  # before a closing evaluation: see `_due_at_the_end`
+        self.state.take(step)  # before a closing evaluation: see `_due_at_the_end`
         if self.ended and self._due_at_the_end(step):
-            evaluated, evaluation = True, self._evaluate(step)
-            line |= evaluation
-            self._observe_collapse({"step": step, **evaluation})
+            evaluated, closing = True, {"step": step}
+            failed = self._examine(closing)
+            line |= closing
+            self._observe_collapse(closing)
         if self.answers.due(step, evaluated):
-            self._keep(step, rollouts)
+            self.answers.keep_rollouts(
+                step,
+                rollouts.asked,
+                rollouts.samples,
+                rollouts.texts,
+                rollouts.grades,
+                rollouts.contexts,
+                rollouts.advantages,
+                rollouts.divergences,
+            )
         self._commit(line, logger)
         every = self.config.checkpoint.every
-        if self.ended or (every and step % every == 0) or (evaluated and step in self._best()):
+        if self.ended or (every and step % every == 0) or step in self._lasting():
             self._save()
+        if failed is not None:
+            self.student.moved = False  # from the step that stands: `train` saves it
+            raise failed
+
+    def _examine(self, line: dict[str, Any]) -> RunFailed | None:
+        """Add the evaluation of its step to a line; returns why that failed, if it did."""
+        try:
+            line |= self._evaluate(line["step"])
+        except RunFailed as error:
+            if self._alone(error):
+                raise
+            return error
+        return None
 
     def _observe_collapse(self, line: dict[str, Any]) -> None:
         reason = self.collapse.observe(line)
@@ -565,7 +415,8 @@ class Trainer:
                 progress,
                 self.ranks,
                 partial(self.answers.keep_evaluation, step),
-            ) | evaluate_others(
+            )
+            metrics |= evaluate_others(
                 self.model, self.engine, self.examinations, step, progress, self.ranks
             )
         seconds = time.perf_counter() - start
@@ -576,26 +427,9 @@ class Trainer:
         tokens = self.engine.tokens_per_pass
         return {} if tokens is None else {key: tokens}
 
-    def _keep(self, step: int, rollouts: Rollouts) -> None:
-        count = self.config.rollout.samples_per_prompt
-        self.answers.keep_rollouts(
-            step,
-            [question for question in rollouts.questions for _ in range(count)],
-            rollouts.samples,
-            rollouts.texts,
-            rollouts.grades,
-            rollouts.contexts,
-            self._advantages(rollouts),
-            rollouts.divergences,
-        )
-
-    def _advantages(self, rollouts: Rollouts) -> list[float]:
-        count = self.config.rollout.samples_per_prompt
-        return group_advantages(rollouts.rewards, count, self.config.objective.normalize_advantage)
-
-    @property
-    def _budget(self) -> int:
-        return self.config.optimizer.micro_batch_tokens
+    def _alone(self, error: RunFailed) -> bool:
+        """Whether one of several ranks has failed without the others, which wait for it."""
+        return self.ranks.size > 1 and isinstance(error.__cause__, OutOfMemoryError)
 
     def _due(self, step: int) -> bool:
         """Whether a step is evaluated no matter where the run ends."""
@@ -617,16 +451,18 @@ class Trainer:
         collapsed = self.config.collapse.stop and self.collapse.step is not None
         return self.step >= self.config.steps or collapsed
 
-    def _best(self) -> set[int]:
-        """The steps whose checkpoints stay as the best, with checkpoint.best: of all evaluations,
-        and of those that do not depend on where the run ends, which a continued run is left with.
+    def _lasting(self) -> set[int]:
+        """The steps whose checkpoints stay: those of checkpoint.at and, with checkpoint.best, the
+        best of all evaluations, and of those that do not depend on where the run ends, which a
+        continued run is left with.
         """
+        named = set(self.config.checkpoint.at)
         if not self.config.checkpoint.best:
-            return set()
+            return named
         steps = [line["step"] for line in self.lines]
         every = filter(self._due, steps)
         found = (best_step(self.lines, self.config.eval.samples, s) for s in (steps, list(every)))
-        return {step for step in found if step is not None}
+        return named | {step for step in found if step is not None}
 
     def _event(self, step: int, event: str, **fields: Any) -> None:
         self._append(self.run.events, {"step": step, "event": event, **fields})
@@ -635,50 +471,14 @@ class Trainer:
         with self.ranks.together():
             self.run.append(file, line)
 
-    def _state(self) -> dict[str, Any]:
-        """The JSON half of a checkpoint, as of the last finished step.
-
-        Every random stream is keyed by (seed, step, ...), so its counter is the step.
-        """
-        return {
-            "fingerprint": fingerprint(self.config),
-            "task_files": self.task_files,
-            "base": self.model.base,
-            "schedule": self.schedule.state_dict(),
-            "collapse": self.collapse.state_dict(),
-            "reward_memory": dict(self.gain.last),
-            "cursor": self.step * self.config.rollout.prompts_per_step,
-            "streams": {"seed": self.config.seed, "step": self.step},
-            "teacher_is_student": self.teacher.weights is None,
-        }
-
     def _save(self) -> None:
-        """Write the checkpoint of `step`, unless it is there or checkpoint.every=0."""
-        if not self.config.checkpoint.every:
+        """Write the checkpoint of `step`, unless it is there, or checkpoint.every=0 and
+        checkpoint.at does not name it."""
+        if not self.config.checkpoint.every and self.step not in self.config.checkpoint.at:
             return
         self.reporter.phase("checkpoint")
-        if self.ranks.any(self.step in checkpoint.steps(self.run.checkpoints)):
-            return
-        student = self.weights.state_dict()
-        same = self.teacher.weights is None
-        teacher = None if same else self.weights.gather_full(self.teacher.own())
-        moments = checkpoint.optimizer_tensors(self.model.network, self.optimizer)
-        moments = self.weights.gather_full(moments)
-        with self.ranks.together():
-            if self.ranks.main:
-                self.run.sync()
-                checkpoint.save(
-                    self.run.checkpoints,
-                    self.step,
-                    self.model,
-                    student,
-                    teacher,
-                    moments,
-                    self.state,
-                    self.config.checkpoint.keep,
-                    self._best(),
-                )
-        self._event(self.step, "checkpoint")
+        if self.state.save(self._lasting()):
+            self._event(self.step, "checkpoint")
 
     def summary(self, status: Status) -> dict[str, Any]:
         return {

@@ -17,13 +17,13 @@ ROOT = Path(__file__).parents[1]
 # From the ground up; a module imports from its own floor and from those before it.
 FLOORS = [
     {"errors", "rng", "files", "source", "success"},
-    {"layers"},
     {"config"},
     {"tasks", "schedule", "collapse", "summary", "attribution"},
     {"model", "lab"},
     {"parallel", "run", "context", "calibrate"},
     {"rollout", "teacher", "optimizer", "rewards"},
     {"objective", "evaluate", "metrics", "answers", "probe"},
+    {"student", "state"},
     {"trainer", "memory", "study"},
     {"commands", "report"},
     {"cli", "api"},

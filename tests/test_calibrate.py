@@ -194,6 +194,7 @@ def test_the_simulated_probes_are_the_schedule_on_each_run(overrides: list[str])
         assert [one.action == "copy" for one in decisions] == refreshes[run].tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "success", [Success(2, 3), *slow((Success(0.4, math.inf),), (Success(9, 1),))]
 )

@@ -150,6 +150,7 @@ def test_a_model_that_cannot_be_streamed_is_refused_before_the_run(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_run_says_how_many_layers_keep_their_activations(
     build: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -225,6 +225,7 @@ class Guesser:
         ]
 
 
+@pytest.mark.slow
 def test_mean_at_k_is_unbiased_and_common_draws_make_differences_small() -> None:
     """1,000 seeds of 4 samples of 4 questions, of students that are right with 0.6 and 0.65. Both
     kinds of draws give each student's mean within 4 standard errors; the variance of a difference

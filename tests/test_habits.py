@@ -20,6 +20,7 @@ PAGES = (
     "SECURITY.md",
     "docs/schedules_lab.md",
     "docs/tasks.md",
+    "docs/when_should_the_teacher_move.md",
     "sodfast/configs/studies/README.md",
 )
 FOLDERS = ("sodfast", "kernels", "tests", "bench", "docs", ".ci", ".github")
@@ -122,6 +123,13 @@ def test_the_changelog_sends_importers_to_modules_that_exist() -> None:
     for _, now in rows:
         for name in re.findall(r"`(sodfast\.[a-z_.]+)`", now):
             assert find_spec(name), f"CHANGELOG.md names {name}"
+
+
+def test_no_list_of_an_extra_is_written_twice() -> None:
+    extras = read_project(".")["optional-dependencies"]
+    lists = [tuple(sorted(needed)) for needed in extras.values()]
+    assert len(set(lists)) == len(lists)
+    assert extras["hub"] == ["sodfast[datasets]"]
 
 
 def test_versions_agree() -> None:

@@ -168,6 +168,7 @@ def test_a_kill_while_a_finished_run_is_reopened_loses_no_evaluation(
     assert replaced == 3  # configuration, metrics, events
 
 
+@pytest.mark.slow
 def test_a_run_that_now_ends_at_its_checkpoint_gets_its_last_evaluation(
     train: Train, tmp_path: Path
 ) -> None:
@@ -220,7 +221,8 @@ def test_a_signal_never_tears_a_step_apart(
     """Before the first update of step 5 the signal drops the step, later the step is finished."""
     out = tmp_path / "run"
     trainer = build(out, *SETTINGS, *SCHEDULES["cgtr"], f"steps={STEPS}", "checkpoint.every=99")
-    original = getattr(trainer, place)
+    owner = trainer.student if place == "_accumulate_gradients" else trainer
+    original = getattr(owner, place)
 
     def interrupted(*arguments: Any) -> Any:
         result = original(*arguments)
@@ -228,7 +230,7 @@ def test_a_signal_never_tears_a_step_apart(
             os.kill(os.getpid(), number)
         return result
 
-    setattr(trainer, place, interrupted)
+    setattr(owner, place, interrupted)
     handler = signal.getsignal(number)
     assert trainer.train() == "interrupted"
     trainer.run.close()

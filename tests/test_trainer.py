@@ -3,13 +3,13 @@
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import SCHEDULES
+from marks import slow
 from transformers import AutoModelForCausalLM
 
 from sodfast.commands import build_trainer, evaluate_model, export_model
@@ -17,7 +17,6 @@ from sodfast.config import load_config
 from sodfast.errors import RunFailed, UsageError
 from sodfast.files import read_lines
 from sodfast.model.load import decoder_layers
-from sodfast.rollout.engine import Sample
 from sodfast.run import checkpoint
 from sodfast.run.console import Reporter
 from sodfast.run.interrupt import Interrupted
@@ -87,7 +86,11 @@ def assert_close(left: list[dict[str, Any]], right: list[dict[str, Any]]) -> Non
 
 
 @pytest.mark.parametrize(
-    ("kind", "dtype"), [*((kind, "float32") for kind in SCHEDULES), ("cgtr", "bfloat16")]
+    ("kind", "dtype"),
+    [
+        ("cgtr", "float32"),
+        *slow(("cgtr", "bfloat16"), *((k, "float32") for k in SCHEDULES if k != "cgtr")),
+    ],
 )
 def test_the_lines_hold_the_keys_of_their_schedule(
     train: Train, tmp_path: Path, kind: str, dtype: str
@@ -202,6 +205,7 @@ def test_shards_are_logged_where_the_gate_reads_them(runs: Train) -> None:
     assert run.lines[2]["gate/tail_window"] == pytest.approx(tail)
 
 
+@pytest.mark.slow
 def test_a_question_visited_again_has_a_gain(runs: Train) -> None:
     run = runs("task.train=8", "steps=6")
     assert not any("reward/snr" in line for line in run.lines[:3])
@@ -211,7 +215,7 @@ def test_a_question_visited_again_has_a_gain(runs: Train) -> None:
 # ---------------------------------------------------------------- what is switched off
 
 
-@pytest.mark.parametrize("stop", ["false", "true"])
+@pytest.mark.parametrize("stop", ["false", *slow("true")])
 def test_a_run_without_evaluation_and_checkpoints(
     train: Train, runs: Train, tmp_path: Path, stop: str
 ) -> None:
@@ -232,6 +236,7 @@ def test_a_run_without_evaluation_and_checkpoints(
         export_model(out, tmp_path / "model")
 
 
+@pytest.mark.slow
 def test_a_run_without_evaluation_is_continued(train: Train, runs: Train, tmp_path: Path) -> None:
     out = tmp_path / "run"
     train(out, "eval.every=0", "steps=3")
@@ -279,9 +284,14 @@ def test_a_run_says_which_attention_it_takes(
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("eval.every=1", "checkpoint.every=1", "checkpoint.keep=1"),
-        ("eval.every=99", "checkpoint.every=99", "log.sinks=[tensorboard]"),
         ("eval.samples=1", "eval.temperature=2.0"),
+        *(
+            pytest.param(overrides, marks=pytest.mark.slow)
+            for overrides in (
+                ("eval.every=1", "checkpoint.every=1", "checkpoint.keep=1"),
+                ("eval.every=99", "checkpoint.every=99", "log.sinks=[tensorboard]"),
+            )
+        ),
     ],
 )
 def test_evaluation_checkpoints_and_sinks_change_nothing(
@@ -347,7 +357,7 @@ def test_a_streamed_teacher_passes_by_once_a_scoring_budget(
     seen: list[int] = []
     layer = decoder_layers(trainer.teacher.network)[0]
     layer.mlp.register_forward_pre_hook(lambda *_: seen.append(1))  # type: ignore[union-attr,operator]
-    updates = trainer._updates(1, rollouts)
+    updates = trainer.student.plan(1, rollouts)
     trainer._score(rollouts, updates)
     trainer.run.close()
     assert len(seen) == passes
@@ -364,6 +374,34 @@ def test_layers_are_recomputed_where_the_key_says_so(build: Build, tmp_path: Pat
         run.run.close()
         counts.append(len(passes))
     assert counts[1] > counts[0] > 0
+
+
+@pytest.mark.slow
+def test_noise_begins_at_its_step_and_none_changes_no_bit(runs: Train) -> None:
+    plain = runs("steps=4").lines
+    assert runs("steps=4", "task.label_noise={share: 0.0}").lines == plain
+    later = runs("steps=4", "task.label_noise={share: 1.0, first: 3, last: 3}").lines
+    assert later[:3] == plain[:3]
+    key = "reward/mean"
+    # The rollouts of step 3 are the same, and each of their rewards is the opposite one.
+    assert later[3][key] == pytest.approx(1 - plain[3][key])
+    assert later[3]["length/mean"] == plain[3]["length/mean"] and later[4] != plain[4]
+
+
+@pytest.mark.slow
+def test_a_later_phase_is_asked_from_its_step_on(build: Build, tmp_path: Path) -> None:
+    plain = build(tmp_path / "plain", "task.train=40")
+    trainer = build(tmp_path / "run", "task.train=40", "task.arrival={step: 3}")
+    asked = {}
+    for step in range(1, 30):
+        asked[step] = {question.id for question in trainer._rollout(step).questions}
+        if step == 4:  # as if all had been there from the start
+            assert asked[step] == {question.id for question in plain._rollout(step).questions}
+    for each in (plain, trainer):
+        each.run.close()
+    late = {question.id for question in trainer.data.train if question.arrival}
+    assert late and not (asked[1] | asked[2]) & late
+    assert set().union(*asked.values()) >= late
 
 
 def test_the_seed_matters(runs: Train) -> None:
@@ -390,6 +428,7 @@ def test_a_bf16_run_repeats_itself(
     assert train(tmp_path / "run", "model.dtype=bfloat16", *overrides, "steps=3") == first
 
 
+@pytest.mark.slow
 def test_a_bf16_run_is_bf16_everywhere(build: Build, tmp_path: Path) -> None:
     """Weights, teacher, what is stored, exported and evaluated; rotary frequencies stay fp32."""
     out = tmp_path / "run"
@@ -418,54 +457,24 @@ def test_a_bf16_run_is_bf16_everywhere(build: Build, tmp_path: Path) -> None:
         assert theirs.dtype == torch.bfloat16 and torch.equal(ours, theirs)
 
 
-def gradient(build: Build, out: Path, rollouts: Any, *overrides: str) -> torch.Tensor:
-    """The first step's gradient on given rollouts."""
-    trainer = build(out, *overrides)
-    trainer.run.close()
-    accumulate, grads = trainer._accumulate_gradients, []
-
-    def stop(*arguments: Any) -> torch.Tensor:
-        loss = accumulate(*arguments)
-        found = [p.grad for p in trainer.model.network.parameters()]
-        assert all(grad.dtype == trainer.model.head.dtype for grad in found)
-        grads.append(torch.cat([grad.double().flatten() for grad in found]))
-        return loss
-
-    trainer._accumulate_gradients = stop  # type: ignore[method-assign]
-    updates = trainer._updates(1, rollouts)
-    scores = trainer._score(rollouts, updates)
-    trainer._update(1, rollouts, updates, scores, before_first=lambda: None)
-    return grads[0]
-
-
-def test_bf16_gradients_point_where_fp32_ones_do(build: Build, tmp_path: Path) -> None:
-    """However a step is cut: each of the 16 sums over micro-batches rounds at 2⁻⁹."""
-    trainer = build(tmp_path / "rollouts")
-    trainer.run.close()
-    rollouts = trainer._rollout(1)
-    exact = gradient(build, tmp_path / "fp32", rollouts)
-    bf16 = ("model.dtype=bfloat16",)
-    whole = gradient(build, tmp_path / "bf16", rollouts, *bf16)
-    cut = gradient(build, tmp_path / "cut", rollouts, *bf16, "optimizer.micro_batch_tokens=1")
-    for ours, oracle, bound in ((whole, exact, 0.99), (cut, exact, 0.99), (cut, whole, 0.999)):
-        cosine = torch.cosine_similarity(ours, oracle, dim=0)
-        assert cosine > bound
-        assert ours.norm() == pytest.approx(float(oracle.norm()), rel=0.03)
-
-
 # ---------------------------------------------------------------- the objective's switches
 
 
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("objective.alpha=0.0",),
-        ("objective.alpha=1.0", "objective.ratio_cap=null"),
         ("objective.top_k=5", "objective.add_tail=false"),
-        ("objective.policy_coef=0.0",),
-        ("objective.normalize_advantage=true",),
-        ("rollout.temperature=0.7", "rollout.top_p=0.9"),
         ("teacher.context=none", "schedule.kind=ema"),
+        *(
+            pytest.param(overrides, marks=pytest.mark.slow)
+            for overrides in (
+                ("objective.alpha=0.0",),
+                ("objective.alpha=1.0", "objective.ratio_cap=null"),
+                ("objective.policy_coef=0.0",),
+                ("objective.normalize_advantage=true",),
+                ("rollout.temperature=0.7", "rollout.top_p=0.9"),
+            )
+        ),
     ],
 )
 def test_every_objective_trains(runs: Train, overrides: tuple[str, ...]) -> None:
@@ -482,33 +491,6 @@ def test_without_distillation_no_divergence_is_reported(runs: Train) -> None:
     assert all("distill/divergence" not in line for line in run.lines)
     assert all(line["optim/grad_norm"] > 0 for line in run.lines[1:])
     assert all(0 < line["distill/reprompt_fraction"] <= 1 for line in run.lines[1:])
-
-
-def test_recomputed_old_log_probs_are_those_of_training(
-    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An engine whose numerics are off by a quarter nat: as π_old it is the ratio of every token;
-    recomputed, the ratio is 1 and the difference weighs as the sampler's."""
-    lines = {}
-    for kind in ("engine", "recompute"):
-        keys = (f"objective.old_logprob={kind}", "steps=1", "eval.every=0")
-        trainer = build(tmp_path / kind, *keys)
-        generate = trainer.engine.generate
-
-        def off(*arguments: Any, generate: Any = generate, **keywords: Any) -> list[Sample]:
-            return [replace(s, logprob=s.logprob - 0.25) for s in generate(*arguments, **keywords)]
-
-        monkeypatch.setattr(trainer.engine, "generate", off)
-        trainer.train()
-        trainer.run.close()
-        lines[kind] = trainer.lines[1]
-    ratio = math.exp(0.25)
-    assert lines["engine"]["policy/ratio_mean"] == pytest.approx(ratio, rel=1e-4)
-    assert {k: v for k, v in lines["engine"].items() if "sampler" in k} == {
-        k: pytest.approx(v) for k, v in lines["recompute"].items() if "sampler" in k
-    }
-    assert lines["recompute"]["policy/ratio_mean"] == pytest.approx(1, rel=1e-5)
-    assert lines["recompute"]["policy/sampler_ratio_max"] == pytest.approx(ratio, rel=1e-4)
 
 
 def test_merging_the_tail_can_only_lower_the_divergence(runs: Train) -> None:
@@ -571,7 +553,7 @@ def test_several_updates_per_step(runs: Train, updates: int) -> None:
 # ---------------------------------------------------------------- how a run ends
 
 
-@pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize("where", ["gradient", *slow("loss")])
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     [("hard", "float32"), pytest.param("ema", "bfloat16", marks=pytest.mark.slow)],
@@ -581,7 +563,7 @@ def test_a_nan_names_its_step_and_the_last_good_state_is_saved(
 ) -> None:
     overrides = [*SCHEDULES[kind], f"model.dtype={dtype}", "steps=5"]
     trainer = build(tmp_path / "run", *overrides, "checkpoint.every=99")
-    accumulate = trainer._accumulate_gradients
+    accumulate = trainer.student._accumulate_gradients
 
     def poisoned(*arguments: Any) -> torch.Tensor:
         loss = accumulate(*arguments)
@@ -592,7 +574,7 @@ def test_a_nan_names_its_step_and_the_last_good_state_is_saved(
         next(iter(trainer.model.network.parameters())).grad.view(-1)[7] = torch.nan
         return loss
 
-    trainer._accumulate_gradients = poisoned  # type: ignore[method-assign]
+    trainer.student._accumulate_gradients = poisoned  # type: ignore[method-assign]
     with pytest.raises(RunFailed, match=r"^step 3: .*nan"):
         trainer.train()
     trainer.run.close()
@@ -602,25 +584,6 @@ def test_a_nan_names_its_step_and_the_last_good_state_is_saved(
     assert [line["step"] for line in read_lines(out / "metrics.jsonl")] == [0, 1, 2]
     # The state is that of step 2: from there on, all is as if nothing had happened.
     assert train(out) == runs(*overrides)
-
-
-def test_a_nan_in_a_later_update_of_a_step_keeps_the_checkpoint_before(
-    build: Build, train: Train, tmp_path: Path
-) -> None:
-    out = tmp_path / "run"
-    trainer = build(out, "optimizer.updates_per_step=2", "steps=5", "checkpoint.every=2")
-    accumulate, calls = trainer._accumulate_gradients, []
-
-    def poisoned(*arguments: Any) -> torch.Tensor:
-        calls.append(trainer.step)
-        return accumulate(*arguments) * (torch.nan if calls.count(2) == 2 else 1)
-
-    trainer._accumulate_gradients = poisoned  # type: ignore[method-assign]
-    with pytest.raises(RunFailed, match=r"^step 3: .*nan"):
-        trainer.train()
-    trainer.run.close()
-    assert sorted(checkpoint.steps(out / "checkpoints")) == [0, 2]
-    assert train(out).summary["status"] == "done"
 
 
 @pytest.mark.slow
@@ -643,7 +606,7 @@ def test_a_lack_of_memory_names_its_phase_and_the_key(
     owner, name = {
         "rollout": (trainer.engine, "generate"),
         "teacher": (trainer.teacher, "score"),
-        "train": (trainer, "_accumulate_gradients"),
+        "train": (trainer.student, "_accumulate_gradients"),
         "refresh": (trainer.teacher, "apply"),
         "evaluate": (trainer.engine, "generate"),
     }[phase]
@@ -688,6 +651,7 @@ def test_weights_that_are_not_finite_name_their_step(
     assert all(tensor.isfinite().all() for tensor in stored.student.values())
 
 
+@pytest.mark.slow
 def test_runaway_length_collapses(runs: Train) -> None:
     collapse = ("collapse.length_fraction=0.1", "collapse.length_steps=2")
     stopped = runs(*collapse, "collapse.stop=true", "steps=5")
@@ -703,12 +667,14 @@ def test_runaway_length_collapses(runs: Train) -> None:
     assert [event for event in carried_on.events if event["event"] == "collapse"] == [event]
 
 
+@pytest.mark.slow
 def test_the_last_step_counts_once_towards_a_streak(runs: Train) -> None:
     collapse = ("collapse.length_fraction=0.1", "collapse.length_steps=4", "eval.every=99")
     assert runs(*collapse, "steps=3").summary["status"] == "done"
     assert runs(*collapse, "steps=4").summary["collapse_step"] == 4
 
 
+@pytest.mark.slow
 def test_a_lost_score_collapses(
     build: Build, read_run: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -746,6 +712,7 @@ def test_stopping_at_a_collapse_is_final(train: Train, tmp_path: Path) -> None:
 # ---------------------------------------------------------------- more than one examination
 
 
+@pytest.mark.slow
 def test_other_tasks_are_asked_beside_the_runs_own(runs: Train) -> None:
     """The same task under another name gives the same numbers, and training is not touched."""
     plain = runs("steps=4")
@@ -773,6 +740,7 @@ def test_a_fixed_number_of_questions_is_asked(build: Build, tmp_path: Path) -> N
 # ---------------------------------------------------------------- the best checkpoint
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_stays(
     build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Any
 ) -> None:
@@ -809,6 +777,21 @@ def test_the_best_checkpoint_stays(
     assert cli("eval", "no-run", "--best").code == 2
 
 
+@pytest.mark.parametrize(("every", "kept"), [(0, [0, 2, 5]), (3, [0, 2, 5, 6])])
+def test_the_checkpoints_of_named_steps_stay(
+    build: Build, tmp_path: Path, every: int, kept: list[int]
+) -> None:
+    keys = ("checkpoint.at=[5,0,2]", f"checkpoint.every={every}", "checkpoint.keep=1")
+    trainer = build(tmp_path / "run", *keys, "eval.every=0", "steps=6")
+    trainer.train()
+    trainer.run.close()
+    assert sorted(checkpoint.steps(trainer.run.checkpoints)) == kept
+    again = build(tmp_path / "run", "steps=7")
+    assert again.step == kept[-1]  # it goes on from the newest of them
+    again.run.close()
+
+
+@pytest.mark.slow
 def test_an_evaluation_that_closes_a_run_takes_no_other_best_away(
     build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,6 @@ What is read is compared with the sizes in state.json each time, and with the ha
 loaded; whatever has changed since is refused. Release 0.1.0 wrote neither.
 """
 
-import copy
 import hashlib
 import json
 import os
@@ -26,19 +25,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import sodfast_kernels
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from sodfast_kernels.parameters import empty_state
-from torch import Tensor, nn
+from torch import Tensor
 
 from sodfast.errors import RunFailed, UsageError
 from sodfast.files import read_object
-from sodfast.model.load import LanguageModel, trained_parameters
-from sodfast.model.lora import peft_name, save_adapters
-from sodfast.schedule import Schedule
+from sodfast.model.load import LanguageModel
+from sodfast.model.lora import save_adapters
 
 _STEP = re.compile(r"step-(0|[1-9]\d{0,17})")
 
@@ -164,12 +159,12 @@ def save(
     optimizer: dict[str, Tensor],
     state: dict[str, Any],
     keep: int,
-    best: Container[int] = (),
+    lasting: Container[int] = (),
 ) -> Path:
-    """Write checkpoint `step` and delete all but the last `keep` and the `best`.
+    """Write checkpoint `step` and delete all but the last `keep` and the `lasting` steps.
 
     `student`: the state dict of `model`'s network; `teacher`: its own parameters by name, None
-    while it equals the student; `optimizer`: as `optimizer_tensors` gives it.
+    while it equals the student; `optimizer`: as `restore.optimizer_tensors` gives it.
     Raises `RunFailed` when the disk refuses; earlier checkpoints are untouched then.
     """
     final = directory / f"step-{step}"
@@ -195,7 +190,7 @@ def save(
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise RunFailed(f"checkpoint of step {step} could not be written: {error}") from error
-    prune(directory, keep, best)
+    prune(directory, keep, lasting)
     return final
 
 
@@ -207,15 +202,15 @@ def write_state(path: Path, state: dict[str, Any]) -> None:
     (path / "state.json").write_text(text, encoding="utf-8")
 
 
-def prune(directory: Path, keep: int, best: Container[int] = ()) -> None:
-    """Delete all checkpoints but the last `keep` and those of the steps `best`, and what a process
-    that was killed has left.
+def prune(directory: Path, keep: int, lasting: Container[int] = ()) -> None:
+    """Delete all checkpoints but the last `keep` and those of the steps `lasting`, and what a
+    process that was killed has left.
 
     A checkpoint loses its name before its files. Raises `RunFailed` when the disk refuses.
     """
     try:
         for old in sorted(steps(directory))[:-keep]:
-            if old in best:
+            if old in lasting:
                 continue
             aside = directory / f".step-{old}.tmp"
             if aside.exists():
@@ -255,7 +250,7 @@ def load_state(path: Path) -> dict[str, Any]:
                 raise ValueError("state.json has been changed")
             _require_sizes(path, head.files or {})
     except (UsageError, OSError, ValueError) as error:
-        raise _damaged(path, error) from error
+        raise damaged(path, error) from error
     return state
 
 
@@ -284,7 +279,7 @@ def verify(path: Path, folder: str = "") -> dict[str, Any]:
             if found != files[name]["sha256"]:
                 raise ValueError(f"{name} has been changed")
     except (OSError, ValueError) as error:
-        raise _damaged(path, error) from error
+        raise damaged(path, error) from error
     return state
 
 
@@ -310,10 +305,11 @@ def load(path: Path) -> Checkpoint:
             state=state,
         )
     except (OSError, SafetensorError, ValueError) as error:
-        raise _damaged(path, error) from error
+        raise damaged(path, error) from error
 
 
-def _damaged(path: Path, error: Exception) -> UsageError:
+def damaged(path: Path, error: Exception) -> UsageError:
+    """The error that names a checkpoint as damaged, and why."""
     reason = str(error)
     if isinstance(error, ValidationError):
         first = error.errors()[0]
@@ -341,109 +337,6 @@ def _hashes(files: list[Path]) -> list[str]:
 
 def _digest(state: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-
-
-# ---------------------------------------------------------------- into the parts of a run
-
-
-def require_fitting(
-    stored: Checkpoint, model: LanguageModel, optimizer: torch.optim.Optimizer, schedule: Schedule
-) -> None:
-    """Raise `UsageError` unless a checkpoint's teacher, moments and schedule are those of such a
-    run: no tensor missing, none extra, and each of its shape. (`restore_student` looks at the
-    student's.) Before the first step there are no moments, and after it all."""
-    try:
-        copy.deepcopy(schedule).load_state_dict(stored.state["schedule"])
-    except (KeyError, ValueError) as error:
-        reason = ValueError(f"its schedule is not {type(schedule).__name__}")
-        raise _damaged(stored.path, reason) from error
-    trained = trained_parameters(model.network)
-    try:
-        if stored.teacher is not None:
-            _require_like("teacher", stored.teacher, {n: p.shape for n, p in trained.items()})
-        moments = {
-            f"{name}.{moment}": empty.shape
-            for name, parameter in (trained.items() if stored.step else ())
-            for moment, empty in _moments(optimizer, parameter).items()
-        }
-        _require_like("optimizer", stored.optimizer, moments)
-    except ValueError as error:
-        raise _damaged(stored.path, error) from error
-
-
-def _moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
-    """The optimizer's state of a whole parameter after a step, without values."""
-    like = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
-    if isinstance(optimizer, sodfast_kernels.AdamW):
-        return empty_state(like, optimizer.param_groups[0]["state"])
-    return {"step": torch.empty((), device="meta"), "exp_avg": like, "exp_avg_sq": like}
-
-
-def _require_like(
-    part: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]
-) -> None:
-    """Raise `ValueError` that names the first tensor that is missing, extra or misshapen."""
-    for name in sorted(tensors.keys() | shapes.keys()):
-        if name not in tensors:
-            raise ValueError(f"its {part} has no {name}")
-        if name not in shapes:
-            raise ValueError(f"its {part} has {name}, which the model has not")
-        if tensors[name].shape != shapes[name]:
-            found, wanted = tuple(tensors[name].shape), tuple(shapes[name])
-            raise ValueError(f"{name} of its {part} has the shape {found}, not {wanted}")
-
-
-def restore_student(
-    model: LanguageModel, tensors: dict[str, Tensor], base: str | None = None
-) -> None:
-    """Copy stored weights in; what is frozen or tied to another may be absent, nothing else.
-
-    `base`: the `model.base` that adapters were stored with. Raises `UsageError` where the model's
-    is another one.
-    """
-    if base != model.base:
-        raise UsageError(
-            "the checkpoint's adapters belong to other base weights than the present ones: let "
-            "model.path and model.dtype give what the run began with"
-        )
-    trained = trained_parameters(model.network)
-    own = {peft_name(name): name for name in trained}
-    named = {own.get(name, name): tensor for name, tensor in tensors.items()}
-    shapes = {name: tensor.shape for name, tensor in model.network.state_dict().items()}
-    extra = named.keys() - shapes.keys()
-    tied = set(getattr(model.network, "all_tied_weights_keys", {}) or {})
-    frozen = {name for name, _ in model.network.named_parameters()} - trained.keys()
-    missing = shapes.keys() - named.keys() - tied - frozen
-    misshapen = {n for n in named.keys() & shapes.keys() if named[n].shape != shapes[n]}
-    if extra or missing or misshapen:
-        raise UsageError(
-            f"the checkpoint's student is another model: missing {sorted(missing)}, "
-            f"extra {sorted(extra)}, of another shape {sorted(misshapen)}"
-        )
-    model.network.load_state_dict(named, strict=False)
-
-
-def optimizer_tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state by NAME.MOMENT."""
-    names = list(trained_parameters(network))
-    return {
-        f"{names[index]}.{key}": value.contiguous()
-        for index, moments in optimizer.state_dict()["state"].items()
-        for key, value in moments.items()
-    }
-
-
-def restore_optimizer(
-    network: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
-) -> None:
-    indices = {name: index for index, name in enumerate(trained_parameters(network))}
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        name, _, moment = key.rpartition(".")
-        state.setdefault(indices[name], {})[moment] = value
-    optimizer.load_state_dict(
-        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
-    )
 
 
 def sync(directory: Path) -> None:

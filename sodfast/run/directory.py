@@ -48,6 +48,8 @@ ADDED: dict[str, Any] = {
     "task.system": None,
     "task.request": None,
     "task.scorer": "strict",
+    "task.label_noise": None,
+    "task.arrival": None,
     **BEFORE,
 }
 # Values of `teacher.feedback` that release 0.1.0 had under other names.

@@ -85,6 +85,7 @@ def test_the_correctness_checks_hold_on_a_cpu(bench: Any) -> None:
     assert [row["met"] for row in rows] == [True] * 3, rows
 
 
+@pytest.mark.slow
 def test_a_sampler_that_looks_at_its_batch_is_found(
     bench: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -130,6 +130,7 @@ def test_an_update_that_moves_one_element_wrongly_is_a_miss(
     assert not [check for check in found if check.startswith("average")]
 
 
+@pytest.mark.slow
 def test_moments_that_differ_are_a_miss(monkeypatch: pytest.MonkeyPatch) -> None:
     class Wrong(suite_state.AdamW):  # type: ignore[misc]
         def step(self, *given: Any, **named: Any) -> Any:

@@ -47,7 +47,7 @@ WEIGHTS = [(0.0, 1.0), (0.7, 0.3), (0.6, 0.0)]
 @pytest.mark.parametrize("shift", [False, True])
 @pytest.mark.parametrize("shape", [(B, T), (B * T,)], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none", "batchmean"])
-@pytest.mark.parametrize("temperature", [1.0, 1.7])
+@pytest.mark.parametrize("temperature", [1.7, *slow(1.0)])
 def test_values_and_gradients_in_fp64(shift, shape, reduction, temperature):
     divergences = itertools.cycle([(0.5, None), (0.0, None), (0.3, 4), (1.0, None), (0.5, 4)])
     for biases, padding, (hard, soft) in itertools.product(BIASES, PADDINGS, WEIGHTS):
@@ -68,8 +68,8 @@ FLOOR = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 3e-3}
 # Temperature, top_k, reduction, type, and the rows of both heads.
 CASES = [
     (1.0, None, "mean", torch.float32, (PADDED, V)),
-    (1.7, 4, "none", torch.float32, (V, PADDED)),
     *slow(
+        (1.7, 4, "none", torch.float32, (V, PADDED)),
         (1.7, None, "mean", torch.bfloat16, (PADDED, V)),
         (1.0, 4, "none", torch.bfloat16, (V, V)),
         (1.7, None, "batchmean", torch.float16, (V, PADDED)),
@@ -130,7 +130,7 @@ def test_all_labels_ignored_give_no_loss_and_no_gradient(backend, reduction):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("temperature", [2.0, *slow(1.0)])
 def test_ignored_rows_may_hold_anything(backend, temperature):
     clean = arguments(dtype=torch.float32)
     broken = clean | {
@@ -240,6 +240,7 @@ def test_compiled(backend, reduction):
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.slow
 @pytest.mark.triton
 def test_a_label_outside_the_vocabulary_is_nan_where_it_cannot_be_checked(monkeypatch):
     """As on a GPU, where looking at it would stall."""
@@ -369,6 +370,7 @@ def bf16_errors(loss_of: Any, given: dict[str, Any], exact: list[Tensor]) -> lis
     return [float((found.double() - wanted).norm() / wanted.norm()) for found, wanted in pairs]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("peer", ["eager", "liger"])
 @pytest.mark.parametrize("temperature", [1.7, *slow(1.0)])

@@ -101,6 +101,7 @@ def demonstrated(data: WarmStartData, batches: int) -> list[tuple[tuple[int, int
     return found
 
 
+@pytest.mark.slow
 def test_a_stubborn_misconception_survives_its_demonstration() -> None:
     """Wrong as often as without one; all others are cured; answers are no longer for it."""
     tables = {share: WarmStartData(LabConfig(stubborn=share)) for share in (0.0, 0.5, 1.0)}

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import gemma, qwen
+from marks import slow
 from torch import Tensor
 from torch.distributed._tools.mem_tracker import MemTracker
 
@@ -76,7 +77,7 @@ def started(untrained: Path, tmp_path: Path) -> Callable[..., Trainer]:
 
 def measured(trainer: Trainer, phase: Callable[[], Any], *others: Tensor) -> tuple[Any, int]:
     """What a phase returns, and the most bytes of tensors there were at once in it."""
-    states = [s for state in trainer.optimizer.state.values() for s in state.values()]
+    states = [s for state in trainer.student.optimizer.state.values() for s in state.values()]
     kept = [trainer.engine.memory, *states, *trainer.teacher.network.parameters(), *others]
     tracker = Tracker()
     tracker.track_external(
@@ -87,6 +88,7 @@ def measured(trainer: Trainer, phase: Callable[[], Any], *others: Tensor) -> tup
     return result, tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -112,12 +114,14 @@ def test_each_phases_peak_is_the_plans_within_five_percent(
     trainer = started(*overrides)
     peaks = {}
     rollouts, peaks["rollout"] = measured(trainer, lambda: trainer._rollout(2))
-    updates = trainer._updates(2, rollouts)
+    updates = trainer.student.plan(2, rollouts)
     scores, peaks["teacher"] = measured(trainer, lambda: trainer._score(rollouts, updates))
     hidden = [rows for rows in scores.hidden if rows is not None]
     line, peaks["train"] = measured(
         trainer,
-        lambda: trainer._update(2, rollouts, updates, scores, lambda: None),
+        lambda: trainer.student.update(
+            2, rollouts, updates, scores, trainer.teacher.prepare_update
+        ),
         *hidden,
         scores.head,
     )
@@ -231,6 +235,7 @@ def test_the_cache_is_the_pages_that_its_budget_holds(by_hand: Callable[..., Est
     assert (whole.at_once(False), tight.at_once(False)) == (64, 20)
 
 
+@pytest.mark.slow
 def test_a_cpu_keeps_its_cache_and_takes_sequences_in_sixteens(
     by_hand: Callable[..., Estimate],
 ) -> None:
@@ -262,6 +267,7 @@ def test_scoring_has_a_budget_of_its_own(by_hand: Callable[..., Estimate]) -> No
     assert long_peaks["teacher"] <= peaks["teacher"] and long_peaks["train"] == peaks["train"]
 
 
+@pytest.mark.slow
 def test_auto_keeps_the_layers_that_fit_and_each_takes_more(
     by_hand: Callable[..., Estimate],
 ) -> None:
@@ -354,7 +360,7 @@ def test_a_run_of_random_weights_is_planned_as_the_shape_itself() -> None:
         architecture(load_config(None, ["model.random=Qwen/Qwen9"]))
 
 
-@pytest.mark.parametrize("engine", ["native", "hf"])
+@pytest.mark.parametrize("engine", ["native", *slow("hf")])
 def test_a_run_without_evaluation_takes_no_memory_for_it(engine: str) -> None:
     overrides = ["model.random=sodfast/tiny", "device=cpu", f"rollout.engine={engine}"]
     phases = Estimate(load_config(None, overrides)).phases

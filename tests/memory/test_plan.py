@@ -127,6 +127,7 @@ def test_a_cache_too_small_for_one_sequence_is_said(small: Config) -> None:
     assert changes(tight) == ["rollout.cache_gib=null"]
 
 
+@pytest.mark.slow
 def test_where_nothing_helps_there_are_no_changes(cli: Command, small: Config) -> None:
     outcome = cli(
         "plan",

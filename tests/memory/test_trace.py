@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import gemma, qwen
+from marks import slow
 from sodfast_kernels import linear_distillation_loss, linear_scratch_bytes
 from sodfast_kernels.distillation import torch_path
 from sodfast_kernels.distillation.arguments import Call, Settings, Sides, Tokens
@@ -81,7 +82,7 @@ def test_the_objectives_buffers_on_a_cpu_are_bounded(
 @pytest.mark.parametrize(
     ("triton", "dtype"),
     # Off a GPU, products of 16-bit matrices copy them into fp32.
-    [(False, torch.float32), (False, torch.bfloat16), (True, torch.float32)],
+    [(False, torch.float32), *slow((False, torch.bfloat16)), (True, torch.float32)],
 )
 def test_a_bound_holds_with_labels_biases_and_padding(
     dtype: torch.dtype, top_k: int | None, triton: bool
@@ -167,6 +168,7 @@ def test_the_kernels_run_again_after_a_trace() -> None:
 # ---------------------------------------------------------------- networks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("contents", "recompute", "tokens"),
     [(qwen(), False, 8), pytest.param(gemma(), True, 60, marks=pytest.mark.slow)],

@@ -97,6 +97,7 @@ def test_a_teacher_scores_as_each_sequence_alone(name: str, storage: Any) -> Non
     assert scores.head.equal(output_head(network))
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(
     st.sampled_from(["qwen3", "gemma2"]),

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import slow
 
 from sodfast.commands import build_trainer, evaluate_model
 from sodfast.config import load_config
@@ -57,7 +58,7 @@ def test_a_token_is_a_byte(text: str) -> None:
     assert tokenizer.decode([*ids, 256, 300], skip_special_tokens=True) == text
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", *slow("bfloat16")])
 def test_a_run_trains_random_weights(
     dtype: str, tmp_path: Path, read_run: Callable[[Path], Any]
 ) -> None:

@@ -18,8 +18,8 @@ from sodfast.model.load import LanguageModel, load_model
 from sodfast.optimizer import alignment, build_optimizer, update
 from sodfast.parallel.fsdp import Chunk, ShardedWeights, Weights
 from sodfast.parallel.ranks import Ranks
-from sodfast.run.checkpoint import optimizer_tensors
 from sodfast.run.console import Reporter
+from sodfast.run.restore import optimizer_tensors
 from sodfast.schedule import Decision
 from sodfast.teacher import Teacher
 
@@ -101,18 +101,18 @@ def held(ranks: Ranks, out: Path, overrides: list[str]) -> dict[str, tuple[int, 
     trainer = build_trainer(config, None, Reporter(), ranks)
     network = trainer.model.network
     gradients: list[tuple[int, int]] = []
-    measure = trainer.weights.gradient_norm
+    measure = trainer.student.weights.gradient_norm
 
     def gradient_norm() -> Tensor | None:
         registered = [p.grad for p in network.parameters()]
         gradients.append(sizes(registered))
         return measure()
 
-    trainer.weights.gradient_norm = gradient_norm  # type: ignore[method-assign]
+    trainer.student.weights.gradient_norm = gradient_norm  # type: ignore[method-assign]
     trainer.train()
     trainer.run.close()
     own = trainer.teacher.own()
-    state = [t for s in trainer.optimizer.state.values() for t in s.values() if t.dim()]
+    state = [t for s in trainer.student.optimizer.state.values() for t in s.values() if t.dim()]
     return {
         "weights": sizes(network.parameters()),
         "gradients": gradients[0],

@@ -19,7 +19,7 @@ from pair import Pair
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sodfast import trainer as trainer_module
+from sodfast import student as student_module
 from sodfast.commands import build_trainer, export_model
 from sodfast.config import load_config
 from sodfast.errors import RunFailed, UsageError
@@ -271,7 +271,7 @@ def fail(ranks: Ranks, out: Path, overrides: list[str], what: str) -> str:
     """A run in which something happens to one rank only, in its second step; how it ends here."""
     trainer = build(ranks, out, overrides)
     engine = trainer.engine.engine  # type: ignore[attr-defined]
-    generate, batch_loss = engine.generate, trainer_module.micro_batch_loss
+    generate, batch_loss = engine.generate, student_module.micro_batch_loss
 
     def broken_generate(*arguments: Any) -> Any:
         if what == "engine" and trainer.step == 1:
@@ -296,13 +296,13 @@ def fail(ranks: Ranks, out: Path, overrides: list[str], what: str) -> str:
     else:
         engine.generate = broken_generate
         if what == "nan":
-            trainer_module.micro_batch_loss = broken_loss
+            student_module.micro_batch_loss = broken_loss
     try:
         return trainer.train()
     except RunFailed as error:
         return str(error)
     finally:
-        trainer_module.micro_batch_loss = batch_loss
+        student_module.micro_batch_loss = batch_loss
         trainer.run.close()
 
 
@@ -382,15 +382,15 @@ def test_errors_and_signals_are_shared(pair: Pair) -> None:
 
 SCRIPT = """
 import os
-from sodfast import trainer
+from sodfast import student
 from sodfast.cli import main
 
 if os.environ["RANK"] == os.environ.get("BREAKS"):
-    whole = trainer.micro_batch_loss
+    whole = student.micro_batch_loss
     def broken(*arguments):
         output = whole(*arguments)
         return output._replace(loss=output.loss * float("nan"))
-    trainer.micro_batch_loss = broken
+    student.micro_batch_loss = broken
 main()
 """
 

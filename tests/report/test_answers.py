@@ -61,6 +61,7 @@ def test_only_the_first_questions_of_an_evaluation_are_read(run: Path) -> None:
     assert list(compare(run, evaluation=True)) == [f"q-{i}" for i in range(QUESTIONS)]
 
 
+@pytest.mark.slow
 def test_long_answers_are_cut(run: Path) -> None:
     write_samples(run, 1, [answer(1, ["ab "] * (TOKENS + 9), prompt="x" * 9999)])
     (shown,) = compare(run)["question-0"]

@@ -299,6 +299,7 @@ def test_auc_is_the_mann_whitney_statistic(collapsed: list[float], stable: list[
 HEIGHTS = st.lists(st.integers(1, 6).map(float), min_size=1, max_size=6)
 
 
+@pytest.mark.slow
 @given(HEIGHTS, HEIGHTS)
 def test_the_roc_rises_and_its_area_is_the_auc(high: list[float], low: list[float]) -> None:
     found = judged(

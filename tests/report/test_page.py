@@ -14,11 +14,12 @@ from xml.etree import ElementTree
 
 import pytest
 from marks import slow
-from synthetic import SCHEDULES, lab_run, schedule_study, write_run, write_study
+from synthetic import SCHEDULES, lab_run, schedule_study, simulate, write_run, write_study
 
 from sodfast import cli
 from sodfast.errors import UsageError
-from sodfast.report.page import write_comparison, write_report
+from sodfast.report.page import _write_report, write_comparison, write_report
+from sodfast.report.runs import Group, Run, Source
 
 CUT = {"cgtr,seed2": 40, "fixed,seed1": None}
 SHORT = schedule_study(seeds=3, steps=60)
@@ -207,6 +208,7 @@ def test_the_same_runs_give_the_same_bytes(study: Path, tmp_path: Path) -> None:
     assert len(files(study)) >= 15
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tables", *slow("figures")])
 def test_a_link_is_not_followed(study: Path, tmp_path: Path, name: str) -> None:
     linked, elsewhere = tmp_path / study.name, tmp_path / "elsewhere"
@@ -320,6 +322,7 @@ def test_a_trained_run_is_reported_by_the_command(
     assert float(row["peak_mean"]) == found.summary["peak"]
 
 
+@pytest.mark.slow
 def test_a_damaged_trial_is_named_and_left_out(tmp_path: Path) -> None:
     """The page is that of a study to which the trial has not come yet, but for its name."""
     study = {"base": "lab", "overrides": {"steps": 9}, "axes": {"seed": [0, 1, 2]}}
@@ -335,7 +338,7 @@ def test_a_damaged_trial_is_named_and_left_out(tmp_path: Path) -> None:
         assert found.tables[name] == expected.tables[name]
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"threads": 1}'])
+@pytest.mark.parametrize("text", ["{", *slow("[]", '{"threads": 1}')])
 def test_a_damaged_environment_is_no_obstacle(tmp_path: Path, text: str) -> None:
     write_run(tmp_path / "run", lab_run("steps=4"))
     (tmp_path / "run" / "environment.json").write_text(text)
@@ -344,6 +347,7 @@ def test_a_damaged_environment_is_no_obstacle(tmp_path: Path, text: str) -> None
     assert ("versions unknown" in page.text) == (text == '{"threads": 1}')
 
 
+@pytest.mark.slow
 def test_lines_may_lack_what_others_have(tmp_path: Path) -> None:
     """A release may stop to record a metric, or record one that a name cannot be read from."""
     write_run(tmp_path / "run", lab_run("steps=6"))
@@ -368,6 +372,7 @@ def scored(directory: Path, finals: dict[str, float]) -> Page:
     return Page(write_report(directory))
 
 
+@pytest.mark.slow
 def test_a_gated_teacher_that_never_moved_is_called_a_fixed_one(tmp_path: Path) -> None:
     fixed = {"fixed,seed0": 0.5, "fixed,seed1": 0.5}
     page = scored(tmp_path / "s", {**fixed, "cgtr,seed0": 0.7, "cgtr,seed1": 0.8})
@@ -384,11 +389,124 @@ def test_a_teacher_that_moved_is_not(study: Path) -> None:
     assert "Highest mean final score" in text and "hard, every 1 (never" not in text
 
 
+@pytest.mark.slow
 def test_intervals_around_zero_detect_no_difference(tmp_path: Path) -> None:
     fixed = {"fixed,seed0": 0.5, "fixed,seed1": 0.6}
     page = scored(tmp_path / "s", {**fixed, "cgtr,seed0": 0.6, "cgtr,seed1": 0.5})
     assert "Against fixed, no difference of the final score is detectable" in page.text
     assert "above zero for none" not in page.text
+
+
+def answer(directory: Path, finals: dict[str, tuple[float, ...]], lab_seeds: int = 1) -> Page:
+    """The page of a study of one regime, from the final scores of each schedule's seeds."""
+    kinds = {"fixed": {"kind": "fixed"}, "ema": {"kind": "ema"}, "cgtr": {"kind": "cgtr"}}
+    count = len(next(iter(finals.values()))) // lab_seeds
+    axes: dict[str, Any] = {"schedule": [kinds[name] for name in finals]}
+    axes |= {"lab.seed": list(range(lab_seeds)), "seed": list(range(count))}
+    write_study(directory, {"base": "lab", "overrides": {"steps": 9}, "axes": axes})
+    for name, scores in finals.items():
+        for index, score in enumerate(scores):
+            trial = f"{name},lab.seed{index // count},seed{index % count}"
+            file = directory / "runs" / trial / "metrics.jsonl"
+            lines = [json.loads(line) for line in file.read_text().splitlines()]
+            lines[-1]["eval/mean@16"] = score
+            file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return Page(write_report(directory))
+
+
+def test_the_page_says_which_schedule_ends_highest_and_by_how_much(tmp_path: Path) -> None:
+    """Pairs are over both seeds: the labs differ by more than the schedules do."""
+    cgtr, fixed = (0.30, 0.32, 0.70, 0.72), (0.20, 0.20, 0.60, 0.60)
+    page = answer(tmp_path / "s", {"fixed": fixed, "cgtr": cgtr}, lab_seeds=2)
+    assert (
+        "CGTR ends highest, above fixed (+0.110 [+0.100, +0.120]). Mean paired differences over 4 "
+        "seeds, each 95 % interval for itself." in page.text
+    )
+    (row,) = read_table(tmp_path / "s", "comparisons")
+    assert (row["highest"], row["other"], row["pairs"]) == ("CGTR", "fixed", "4")
+
+
+def test_the_page_says_where_it_cannot_tell(tmp_path: Path) -> None:
+    level = {"fixed": (0.1, 0.1), "ema": (0.5, 0.6), "cgtr": (0.7, 0.5)}
+    page = answer(tmp_path / "s", level)
+    assert (
+        "Not apart: CGTR; EMA 0.04. CGTR has the highest mean, but no interval separates it from "
+        "EMA 0.04 (+0.050 [−0.100, +0.200]). It ends above fixed (+0.500 [+0.400, +0.600])."
+        in page.text
+    )
+    single = answer(tmp_path / "one", {"fixed": (0.1,), "cgtr": (0.9,)})
+    assert "Cannot tell which ends highest: no two groups have two seeds" in single.text
+    assert "CGTR ends highest" not in single.text
+
+
+def test_studies_become_one_report_with_a_regime_each(
+    tmp_path: Path, cli: Callable[..., Any]
+) -> None:
+    for name, better in (("A", "cgtr"), ("B", "fixed")):
+        finals = {kind: (0.8, 0.9) if kind == better else (0.2, 0.1) for kind in ("fixed", "cgtr")}
+        answer(tmp_path / name, finals)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    out = tmp_path / "map"
+    studies = [str(tmp_path / "A"), str(tmp_path / "B")]
+    assert cli("report", *studies, "--out", str(out)).out.strip() == str(out / "report.html")
+    page = Page(out / "report.html")
+    assert "In A: CGTR ends highest, above fixed (+0.700 [+0.600, +0.800])" in page.text
+    assert "In B: fixed ends highest, above CGTR" in page.text
+    assert "phase" in page.figures and (out / "figures" / "phase.svg").is_file()
+    rows = read_table(out, "runs")
+    assert [(row["regime"], row["schedule"], row["seed"]) for row in rows[:3]] == [
+        ("A", "fixed", "0"),
+        ("A", "fixed", "1"),
+        ("A", "CGTR", "0"),
+    ]
+    assert {row["final"] for row in rows} == {"0.8", "0.9", "0.2", "0.1"}
+    assert before == {path: path.read_bytes() for path in before}
+    outcome = cli("report", *studies)
+    assert outcome.code == 2 and outcome.err.count("\n") == 1
+    (tmp_path / "file").write_text("")
+    assert cli("report", *studies, "--out", str(tmp_path / "file")).code == 2
+
+
+def test_forks_are_answered_by_their_effect(tmp_path: Path) -> None:
+    groups = []
+    for arm in ("now", "never"):
+        runs = []
+        for seed in range(3):
+            config = lab_run("steps=60", f"seed={seed}", "schedule.kind=fixed")
+            lines, _ = simulate(config, 60)
+            events: list[dict[str, Any]] = [{"event": "fork", "step": 20, "source": "/runs/one"}]
+            if arm == "now":
+                events.append({"event": "refresh", "step": 20, "shock": 0.1, "age": 20})
+                for line in lines[21:]:
+                    line["reward/mean"] += 0.1
+                    line["length/mean"] *= 1 + 0.1 * (seed - 1)
+            name = f"{arm},{seed}"
+            point = {"fork.step": "20", "teacher.refresh": arm}
+            runs.append(Run(name, tmp_path, config, "done", point, lines, events))
+        groups.append(Group(f"refresh {arm}", runs, runs))
+    runs = [run for group in groups for run in group.runs]
+    source = Source(tmp_path, "forks", runs, groups, None, None, "base: lab")
+    page = Page(_write_report(source, tmp_path))
+    assert "One refresh raises the reward and has no effect on the length of answers" in page.text
+    assert "reward +0.100 [+0.100, +0.100]" in page.text and "(3 pairs of forks" in page.text
+    assert "ends highest" not in page.text and "forks" in page.figures
+    rows = read_table(tmp_path, "forks")
+    assert [(row["run"], row["step"], row["seed"]) for row in rows] == [
+        ("one", "20", seed) for seed in "012"
+    ]
+    assert page.rows("effects")["step 20"]["pairs"] == "3"
+
+
+def test_refreshes_and_collapses_are_attributed(study: Path) -> None:
+    page = Page(study / "report.html")
+    rows = read_table(study, "refreshes")
+    verdicts = [row["verdict"] for row in rows if row["group"] == "hard, every 50"]
+    assert len(verdicts) == 3 and set(verdicts) <= {"corrective", "neutral", "contaminating"}
+    row = {row["group"]: row for row in read_table(study, "attribution")}["hard, every 50"]
+    assert int(row["judged"]) == sum(int(row[one]) for one in set(verdicts)) == 3
+    shown = page.rows("attribution")["hard, every 50"]
+    assert shown["judged"] == "3 of 3" and "[" in shown["effect on reward"]
+    assert "attribution" in page.figures
 
 
 def test_figures_and_tables_scroll_where_they_do_not_fit(study: Path) -> None:
@@ -438,6 +556,7 @@ def test_runs_stand_side_by_side_with_their_differing_keys_first(
     assert before == {file: file.read_bytes() for run in two_runs for file in run.iterdir()}
 
 
+@pytest.mark.slow
 def test_runs_of_one_name_are_called_by_their_paths(tmp_path: Path) -> None:
     for folder in "ab":
         write_run(tmp_path / folder / "run", lab_run("steps=6"))
@@ -449,6 +568,7 @@ def test_runs_of_one_name_are_called_by_their_paths(tmp_path: Path) -> None:
     assert rows == [["none", "–", "–"]]
 
 
+@pytest.mark.slow
 def test_what_cannot_stand_side_by_side(two_runs: list[Path], study: Path, tmp_path: Path) -> None:
     out = tmp_path / "page.html"
     (tmp_path / "link.html").symlink_to(tmp_path / "elsewhere.html")
@@ -465,6 +585,7 @@ def test_what_cannot_stand_side_by_side(two_runs: list[Path], study: Path, tmp_p
     assert not out.exists() and not (tmp_path / "no").exists()
 
 
+@pytest.mark.slow
 def test_the_command_takes_several_runs(
     two_runs: list[Path], tmp_path: Path, cli: Callable[..., Any]
 ) -> None:
@@ -515,9 +636,11 @@ def test_a_baseline_that_is_not_in_the_study(study: Path) -> None:
     ("line", "match"),
     [
         ("not JSON", r"metrics.jsonl:2: not JSON"),
-        ("[1, 2]", r"metrics.jsonl:2: no object with a step"),
-        ('{"reward/mean": 0.5}', r"metrics.jsonl:2: no object with a step"),
-        ('{"step": 1, "reward/mean": NaN}', r"reward/mean of step 1 is not finite"),
+        *slow(
+            ("[1, 2]", r"metrics.jsonl:2: no object with a step"),
+            ('{"reward/mean": 0.5}', r"metrics.jsonl:2: no object with a step"),
+            ('{"step": 1, "reward/mean": NaN}', r"reward/mean of step 1 is not finite"),
+        ),
     ],
 )
 def test_a_damaged_line(tmp_path: Path, line: str, match: str) -> None:

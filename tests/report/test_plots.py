@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from marks import slow
 from synthetic import lab_run
 
 from sodfast.report.canvas import OVERLAID, style_of, swatch
@@ -46,7 +47,7 @@ def shapes(svg: str, color: str) -> int:
     return len(re.findall(f"(?:stroke|fill): {color.lower()}", svg))
 
 
-@pytest.mark.parametrize("count", [1, 2, OVERLAID, OVERLAID + 1, PANELS, PANELS + 1, 60])
+@pytest.mark.parametrize("count", [1, 2, OVERLAID, OVERLAID + 1, *slow(PANELS, PANELS + 1, 60)])
 def test_every_group_is_named_in_every_layout(count: int) -> None:
     found = texts(curve_figure("f", "label", curves(count), 20))
     assert "label" in found and "step" in found

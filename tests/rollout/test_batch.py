@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import slow
 from rollouts import answer, equal_bits, ragged, same_tokens, tiny
 from torch import Tensor
 
@@ -99,6 +100,7 @@ def test_pages_answer_as_whole_slots_do(
     assert not events["given up"]
 
 
+@pytest.mark.slow
 def test_when_pages_run_out_the_youngest_waits_and_is_answered_with_the_same_bits(
     model: LanguageModel, in_pages: None, events: dict[str, list[Any]]
 ) -> None:
@@ -116,7 +118,7 @@ def test_when_pages_run_out_the_youngest_waits_and_is_answered_with_the_same_bit
         assert max(events["alive"]) > 1  # and not one after the other, for fear of it
 
 
-@pytest.mark.parametrize(("steps", "queued"), [(8, 1), (8, 2), (3, 3)])
+@pytest.mark.parametrize(("steps", "queued"), [(3, 3), *slow((8, 1), (8, 2))])
 def test_queueing_ahead_changes_no_bit(
     steps: int,
     queued: int,
@@ -130,6 +132,7 @@ def test_queueing_ahead_changes_no_bit(
         assert equal_bits(answer(NativeEngine(model, rows), PROMPTS, CAP), whole)
 
 
+@pytest.mark.slow
 def test_tokens_behind_a_stop_string_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the host sees the string up to 16 tokens late, as where it sees it at once."""
 
@@ -202,6 +205,7 @@ def test_no_step_is_queued_behind_the_caps(
     assert len(steps) == 16
 
 
+@pytest.mark.slow
 def test_idle_rows_of_a_model_with_a_window_leave_nothing_behind() -> None:
     """A row that ended far behind the others would see no position within their width; what it
     wrote then was NaN, which the next sample of its slot met."""

@@ -174,6 +174,7 @@ def test_adapters_are_heard(any_model: LanguageModel) -> None:
         move_adapters(model, seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [4, *slow(1, 5)])
 def test_adapters_answer_the_same_in_other_company(rank: int) -> None:
     model, prompts = with_adapters(tiny("qwen3"), rank), ragged(20)

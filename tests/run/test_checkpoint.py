@@ -8,67 +8,25 @@ import resource
 import shutil
 import signal
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from checkpoints import STATE, equal, save, tensors, update
 from marks import slow
 from safetensors import SafetensorError
 from torch import Tensor
 
 import sodfast
-from sodfast.config import CGTRConfig, FixedConfig, OptimizerConfig
+from sodfast.config import OptimizerConfig
 from sodfast.errors import RunFailed, UsageError
 from sodfast.model.load import LanguageModel, load_model
 from sodfast.optimizer import build_optimizer
 from sodfast.parallel.fsdp import Weights
 from sodfast.run import checkpoint
-from sodfast.schedule import build_schedule
+from sodfast.run.restore import restore_optimizer, restore_student
 from sodfast.trainer import Trainer
-
-STATE: dict[str, Any] = {
-    "fingerprint": "f",
-    "schedule": {
-        "window": [{"step": 1, "reward_mean": 0.1, "length_mean": 7.5, "length_max": 9}],
-        "last_copy": 0,
-        "reward_reference": None,
-    },
-    "collapse": {"long_steps": 0, "best_eval": 0.1, "step": None},
-    "reward_memory": {"a": 0.5},
-}
-
-
-def update(model: LanguageModel, optimizer: torch.optim.Optimizer, seed: int) -> None:
-    torch.manual_seed(seed)
-    for parameter in model.network.parameters():
-        parameter.grad = torch.randn_like(parameter)
-    optimizer.step()
-
-
-def save(
-    directory: Path,
-    step: int,
-    model: LanguageModel,
-    optimizer: torch.optim.Optimizer,
-    **options: Any,
-) -> Path:
-    teacher = options.pop("teacher", None)
-    state = {**STATE, "teacher_is_student": teacher is None}
-    student = model.network.state_dict()
-    moments = checkpoint.optimizer_tensors(model.network, optimizer)
-    return checkpoint.save(
-        directory, step, model, student, teacher, moments, state, **{"keep": 9, **options}
-    )
-
-
-def tensors(network: Any) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in network.named_parameters()}
-
-
-def equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    return left.keys() == right.keys() and all(left[name].equal(right[name]) for name in left)
 
 
 @pytest.fixture
@@ -91,8 +49,8 @@ def test_a_round_trip_is_exact(
     other = load_model(str(tiny_model), torch.device("cpu"))
     other_optimizer = build_optimizer(OptimizerConfig(lr=1e-2), Weights(other.network))
     assert not equal(tensors(other.network), tensors(model.network))
-    checkpoint.restore_student(other, stored.student)
-    checkpoint.restore_optimizer(other.network, other_optimizer, stored.optimizer)
+    restore_student(other, stored.student)
+    restore_optimizer(other.network, other_optimizer, stored.optimizer)
     assert equal(tensors(other.network), tensors(model.network))
     mine, theirs = optimizer.state_dict()["state"], other_optimizer.state_dict()["state"]
     assert all(equal(mine[index], theirs[index]) for index in mine) and len(mine) == len(theirs)
@@ -117,7 +75,7 @@ def test_the_student_is_a_hugging_face_directory(
 def test_an_untouched_optimizer_can_be_stored(model: LanguageModel, tmp_path: Path) -> None:
     fresh = build_optimizer(OptimizerConfig(), Weights(model.network))
     stored = checkpoint.load(save(tmp_path, 0, model, fresh))
-    checkpoint.restore_optimizer(model.network, fresh, stored.optimizer)
+    restore_optimizer(model.network, fresh, stored.optimizer)
     assert fresh.state_dict()["state"] == {}
 
 
@@ -146,6 +104,7 @@ def test_a_kill_while_old_ones_are_deleted_leaves_none_in_part(
     assert [path.name for path in tmp_path.iterdir()] == ["step-3"]
 
 
+@pytest.mark.slow
 def test_a_finished_run_that_is_resumed_deletes_what_was_left(
     train: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -248,6 +207,7 @@ def optimizer_tensors(model: LanguageModel, optimizer: torch.optim.Optimizer) ->
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [300_000, *slow(300, 20_000)])
 def test_a_full_disk_while_training(
     build: Callable[..., Trainer], read_run: Callable[..., Any], tmp_path: Path, limit: int
@@ -300,7 +260,7 @@ def test_a_damaged_checkpoint_is_named(
     if damage == "missing":
         file.unlink()
     with pytest.raises(UsageError) as error:
-        checkpoint.restore_student(model, checkpoint.load(path).student)
+        restore_student(model, checkpoint.load(path).student)
     assert "\n" not in str(error.value)
 
 
@@ -445,61 +405,10 @@ def test_a_checkpoint_without_hashes_is_read(
     assert not stored.hashed and equal(stored.student, checkpoint.load(path).student)
 
 
-def change(tensors: dict[str, Tensor], how: str) -> dict[str, Tensor]:
-    first = min(tensors)
-    rest = {name: tensor for name, tensor in tensors.items() if name != first}
-    return {
-        "empty": {},
-        "missing": rest,
-        "extra": {**tensors, "more.exp_avg": torch.zeros(2)},
-        "misshapen": {**rest, first: torch.zeros(3, 5)},
-    }[how]
-
-
-@pytest.mark.parametrize("how", ["empty", "missing", "extra", "misshapen"])
-@pytest.mark.parametrize("part", ["teacher", "optimizer"])
-@pytest.mark.parametrize("adamw", ["torch", "fp32"])
-def test_tensors_that_do_not_fit_are_named(
-    model: LanguageModel, tmp_path: Path, adamw: Any, part: str, how: str
-) -> None:
-    """The hashes are right, as in a file that somebody has made."""
-    optimizer = build_optimizer(OptimizerConfig(lr=1e-2, adamw=adamw), Weights(model.network))
-    schedule = build_schedule(CGTRConfig())
-    assert checkpoint.load(save(tmp_path, 0, model, optimizer)).optimizer == {}
-    update(model, optimizer, 0)
-    stored = checkpoint.load(save(tmp_path, 1, model, optimizer, teacher=tensors(model.network)))
-    checkpoint.require_fitting(stored, model, optimizer, schedule)
-    changed: Any = {part: change(getattr(stored, part), how)}
-    stored = replace(stored, **changed)
-    with pytest.raises(UsageError, match=rf"step-1 is damaged \(.*its {part}"):
-        checkpoint.require_fitting(stored, model, optimizer, schedule)
-
-
-def test_moments_before_the_first_step_and_another_schedule_do_not_fit(
-    model: LanguageModel, optimizer: torch.optim.Optimizer, tmp_path: Path
-) -> None:
-    schedule = build_schedule(CGTRConfig())
-    stored = checkpoint.load(save(tmp_path, 0, model, optimizer))
-    with pytest.raises(UsageError, match="its optimizer has"):
-        checkpoint.require_fitting(stored, model, optimizer, schedule)
-    stored = checkpoint.load(save(tmp_path, 1, model, optimizer))
-    with pytest.raises(UsageError, match="its schedule is not Fixed"):
-        checkpoint.require_fitting(stored, model, optimizer, build_schedule(FixedConfig()))
-
-
 @pytest.mark.parametrize("name", ["step-01", "step-" + "9" * 5000, "step-x", "step--1"])
 def test_a_name_that_no_checkpoint_gets_is_passed_over(tmp_path: Path, name: str) -> None:
     (tmp_path / name[:200]).mkdir()
     assert checkpoint.latest(tmp_path) is None
-
-
-def test_a_student_of_another_shape_is_refused(
-    model: LanguageModel, optimizer: torch.optim.Optimizer, tmp_path: Path
-) -> None:
-    stored = checkpoint.load(save(tmp_path, 1, model, optimizer)).student
-    for changed in ({**stored, "extra": torch.zeros(1)}, {}, change(stored, "misshapen")):
-        with pytest.raises(UsageError, match="another model"):
-            checkpoint.restore_student(model, changed)
 
 
 # ---------------------------------------------------------------- nothing is unpickled
@@ -520,6 +429,7 @@ def test_nothing_in_the_package_unpickles() -> None:
                 assert name not in {"torch.load", "numpy.load", "np.load"}, file
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_without_unpickling(
     train: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from marks import slow
 
 from sodfast.errors import UsageError
 from sodfast.files import is_held
@@ -193,7 +194,11 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize(
-    ("file", "damage"), [(file, damage) for file, all_ in DAMAGE.items() for damage in all_]
+    ("file", "damage"),
+    [
+        *((file, each[0]) for file, each in DAMAGE.items()),
+        *slow(*((file, damage) for file, each in DAMAGE.items() for damage in each[1:])),
+    ],
 )
 def test_a_damaged_trial_is_named_and_takes_no_other(
     directory: Path, fill: Fill, file: str, damage: bytes

@@ -57,6 +57,7 @@ def test_a_trial_says_how_it_ended_and_its_log_how_it_began(
     assert int(lock_path(out, only.name).read_text()) > 1  # of the last process
 
 
+@pytest.mark.slow
 def test_arguments_that_cannot_be_used_are_tried_once(
     trial: Callable[[str], tuple[Path, Trial]],
 ) -> None:

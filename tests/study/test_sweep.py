@@ -83,6 +83,7 @@ def test_every_trial_runs_once_and_a_second_sweep_runs_none(
     assert capsys.readouterr().out == "3 trials: 3 done\n"
 
 
+@pytest.mark.slow
 def test_the_stored_study_is_the_sweep(stand_in: Write, tmp_path: Path) -> None:
     """Without the files it was made from, the study directory still says what it is."""
     base = tmp_path / "base.yaml"
@@ -102,6 +103,58 @@ def test_the_stored_study_is_the_sweep(stand_in: Write, tmp_path: Path) -> None:
     assert starts(out, "seed0") == 1
 
 
+def forks(source: str = "fine", step: tuple[int, ...] = (2, 3)) -> dict[str, Any]:
+    return {"from": {"log.project": source}, "step": [*step], "further": 2}
+
+
+@pytest.mark.slow
+def test_forks_run_when_their_source_has_ended(stand_in: Write, tmp_path: Path) -> None:
+    axes: dict[str, Any] = {"teacher.refresh": ["now", "never"]}
+    study, out = stand_in(fork=forks(), **axes), tmp_path / "out"
+    rows = run(study, out)
+    names = [f"step{step},refresh-{arm}" for step in (2, 3) for arm in ("now", "never")]
+    assert [(row["name"], row["status"], row["steps"]) for row in rows] == [
+        (name, "done", str(int(name[4]) + 2)) for name in names
+    ]
+    assert {row["fork.step"] for row in rows} == {"2", "3"} and rows[0]["reward_next30"] == "0.5"
+    assert steps(out, "source") == [0, 1, 2, 3] and steps(out, names[0]) == [0, 1, 2, 3, 4]
+    assert [starts(out, name) for name in ["source", *names]] == [1] * 5
+    run(study, out)
+    assert [starts(out, name) for name in ["source", *names]] == [1] * 5
+    # A later step would need a longer source, which the directory does not have.
+    with pytest.raises(UsageError, match="trial source: steps was 3, is 4"):
+        run(stand_in(fork=forks(step=(2, 3, 4)), **axes), out)
+
+
+def test_a_run_to_fork_must_be_there(stand_in: Write, tmp_path: Path) -> None:
+    plan = {"from": "nowhere", "step": [2], "further": 2}
+    study = stand_in(fork=plan, **{"teacher.refresh": ["now"]})
+    for base in ("base: lab\n", ""):
+        study.write_text(study.read_text().replace("base: lab\n", base))
+        with pytest.raises(UsageError, match="nowhere is not a run directory"):
+            run(study, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_forks_are_resumed_and_fail_with_their_source(stand_in: Write, tmp_path: Path) -> None:
+    axes: dict[str, Any] = {"teacher.refresh": ["now", "never"]}
+    out = tmp_path / "out"
+    with pytest.raises(RunFailed, match="3 of 3 trials failed"):
+        run(stand_in(fork=forks("usage", (2,)), **axes), out)
+    failure = failure_path(out, "step2,refresh-now").read_text()
+    assert failure == "source, of which it is a fork, failed\n"
+    assert not run_path(out, "step2,refresh-now").exists()
+    out = tmp_path / "again"
+    run(stand_in(fork=forks("crash 1", (3,)), **axes), out)
+    # The source crashes once, and goes on where it was; its forks wait for that.
+    for name, last in (("source", 3), ("step3,refresh-now", 5), ("step3,refresh-never", 5)):
+        assert steps(out, name) == [*range(last + 1)]
+    log = log_path(out, "step3,refresh-now").read_text()
+    assert f"$ sodfast fork {run_path(out, 'source')} step=3 " in log
+
+
+@pytest.mark.slow
 def test_out_defaults_to_the_studys_name(
     stand_in: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,6 +194,7 @@ def test_crashes_are_retried_where_they_happened_and_the_sweep_goes_on(
     assert statuses(out)["project-crash-4"] == "done"
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_it_could_be_resumed_starts_anew(
     stand_in: Write, tmp_path: Path
 ) -> None:
@@ -178,6 +232,7 @@ def test_a_damaged_summary_is_written_anew(stand_in: Write, tmp_path: Path, text
     assert (starts(out, "seed0"), starts(out, "seed1")) == (2, 1)
 
 
+@pytest.mark.slow
 def test_a_damaged_trial_is_in_the_table_and_takes_no_other(
     stand_in: Write, tmp_path: Path
 ) -> None:
@@ -191,6 +246,7 @@ def test_a_damaged_trial_is_in_the_table_and_takes_no_other(
     assert starts(out, "seed1") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["directory.replace_text", "sweep.mark_failed"])
 def test_a_disk_that_is_full_later_is_one_line(
     stand_in: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
@@ -213,6 +269,7 @@ def test_a_disk_that_is_full_later_is_one_line(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bytes_", [0, 20])
 def test_a_full_disk_ends_the_command_in_one_line(
     stand_in: Write, tmp_path: Path, bytes_: int
@@ -403,6 +460,7 @@ def test_an_interrupted_sweep_saves_and_continues(
     assert steps(out, "project-slow,seed0") == [0, 1, 2, 3, 4, 5]
 
 
+@pytest.mark.slow
 def test_a_second_driver_is_refused(stand_in: Write, driver: Driver, tmp_path: Path) -> None:
     study, out = stand_in(project=["slow"]), tmp_path / "out"
     process = driver(study, out)
@@ -446,6 +504,7 @@ def test_a_live_trial_never_runs_twice_under_any_kills(
         assert steps(out, name) == [0, 1, 2, 3, 4, 5]
 
 
+@pytest.mark.slow
 def test_a_trial_gets_its_slots_environment(stand_in: Write, tmp_path: Path) -> None:
     run(stand_in(threads=[3]), tmp_path / "out")
     assert (run_path(tmp_path / "out", "threads3") / "starts").read_text() == "3\n"

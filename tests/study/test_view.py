@@ -127,6 +127,7 @@ def test_the_live_table_shows_what_matters_of_200_trials(
     assert shown == ["seed150", "seed60", "seed49", "seed48", "seed47", "seed46"]
 
 
+@pytest.mark.slow
 def test_plain_lines_are_sparse(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_inputs import attend_paged, attention_by_hand, paged_cache
+from marks import slow
 from sodfast_kernels.attention import kernel as attention_kernel
 
 
@@ -35,7 +36,7 @@ def test_any_shape(used, queries, group, page, window, softcap, heads_first):
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize("splits", [1, 2, 3, 5])
+@pytest.mark.parametrize("splits", [3, *slow(1, 2, 5)])
 @pytest.mark.parametrize("window", [None, 70])
 def test_any_number_of_splits_and_some_of_them_empty(monkeypatch, splits, window):
     monkeypatch.setattr(attention_kernel, "count_splits", lambda *_: splits)
@@ -58,6 +59,7 @@ def test_scratch_that_no_split_wrote_is_never_read(monkeypatch):
     agree(cache)
 
 
+@pytest.mark.slow
 @pytest.mark.triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_same_bits_twice(dtype):

@@ -30,7 +30,7 @@ def compare(student, teacher, backend, **given):
     return actual, gradient
 
 
-@pytest.mark.parametrize("alpha", [0, 1, *slow(0.3, 0.5)])
+@pytest.mark.parametrize("alpha", [1, *slow(0, 0.3, 0.5)])
 @pytest.mark.parametrize("top_k, softcap", [(None, None), (4, None), (None, 3.0)])
 def test_masked_broken_and_overflowed_logits(backend, alpha, top_k, softcap):
     generator = torch.Generator().manual_seed(0)
@@ -60,7 +60,7 @@ def test_masked_broken_and_overflowed_logits(backend, alpha, top_k, softcap):
         assert output.divergence[2].isinf() == (alpha == 1)
 
 
-@pytest.mark.parametrize("alpha", [0, 0.5, *slow(0.3, 1)])
+@pytest.mark.parametrize("alpha", [0.5, *slow(0, 0.3, 1)])
 @pytest.mark.parametrize("top_k, add_tail", [(None, True), (5, True), (5, False)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_equal_bits_give_exactly_nothing(backend, alpha, top_k, add_tail, dtype):

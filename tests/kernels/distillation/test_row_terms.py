@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from kernel_inputs import BACKENDS, DEVICE
+from marks import slow
 from sodfast_kernels import distillation_loss
 from sodfast_kernels.distillation import row_terms
 
@@ -88,7 +89,7 @@ def policy_by_hand(ratio, advantage, dual):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dual", [None, DUAL])
-@pytest.mark.parametrize("form", ["full", "top_k", "stored", "without a teacher"])
+@pytest.mark.parametrize("form", ["full", *slow("top_k", "stored"), "without a teacher"])
 def test_the_dual_clip_bounds_negative_advantages_alone(backend, dual, form):
     generator = torch.Generator().manual_seed(3)
     cases = [(r, a) for a in (1.5, -1.5) for r in LOG_RATIOS]

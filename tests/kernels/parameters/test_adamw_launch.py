@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from kernel_inputs import DEVICE
+from marks import slow
 from sodfast_kernels import AdamW
 from sodfast_kernels.parameters import adamw, adamw_launch, items
 from sodfast_kernels.parameters.items import Table
@@ -146,16 +147,18 @@ def add_group(optimizer: AdamW, params: list[nn.Parameter]) -> None:
     "change",
     [
         swap_weight,
-        shorten,
-        reinterpret,
-        swap_moment,
         replace_moment,
-        drop_state,
-        replace_count,
-        take_back_one_count,
-        load,
-        move_in_the_stream,
         add_group,
+        *slow(
+            shorten,
+            reinterpret,
+            swap_moment,
+            drop_state,
+            replace_count,
+            take_back_one_count,
+            load,
+            move_in_the_stream,
+        ),
     ],
 )
 def test_launches_are_made_anew_when_anything_else_has_changed(change: Callable[..., None], made):
@@ -210,6 +213,7 @@ def test_a_weight_of_another_dtype_keeps_its_gradient(made):
     assert len(made) == 2
 
 
+@pytest.mark.slow
 def test_gradients_may_lie_and_be_anything_that_they_may_be(made):
     """Absent, at an odd address, not contiguous."""
     optimizers = []
@@ -281,7 +285,7 @@ def capture(monkeypatch: pytest.MonkeyPatch, optimizer: AdamW, norm: Tensor) -> 
         optimizer.step(norm=norm)
 
 
-@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("state", ["exact", *slow("fp32", "8bit")])
 def test_a_recorded_step_reads_what_advance_writes(state, graph, monkeypatch):
     """As in a CUDA graph, whose launches have the same arguments at every replay."""
     norm = torch.ones((), device=DEVICE)

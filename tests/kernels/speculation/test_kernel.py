@@ -3,6 +3,7 @@
 import pytest
 from drafts import case, long_case, plain_search
 from kernel_inputs import DEVICE
+from marks import slow
 from sodfast_kernels import find_drafts
 from sodfast_kernels.speculation import kernel
 
@@ -12,7 +13,7 @@ def found(arguments, count):
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize("count", [1, 3, 15])
+@pytest.mark.parametrize("count", [3, *slow(1, 15)])
 def test_drafts_are_those_of_a_plain_search(count):
     for seed in range(3):
         arguments = case(seed, vocabulary=2 + seed)

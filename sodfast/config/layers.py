@@ -3,8 +3,9 @@
 A file may be built on another: its key `base` names the preset or file (from its own folder) whose
 values hold where it gives none. Two groups are unions told apart by a key: `schedule` by `kind` and
 `task` by `name`. A layer that changes that key starts the group afresh, because the keys of one
-kind mean nothing to another. What the values may be is said in config.py, which this module does
-not know; every function raises `UsageError` with one line for a text that cannot be used.
+kind mean nothing to another. What the values may be is said by the models in the files beside this
+one, none of which it imports; every function raises `UsageError` with one line for a text that
+cannot be used.
 """
 
 import difflib
@@ -26,7 +27,7 @@ from sodfast.errors import UsageError
 
 _log = logging.getLogger(__name__)
 
-PRESETS = Path(__file__).parent / "configs"
+PRESETS = Path(__file__).parents[1] / "configs"
 # Keys of earlier releases, each accepted for one release after it was renamed.
 RENAMED = {"optimizer.state": "optimizer.adamw"}
 # What earlier releases did where a key of today was not there yet and its default is something

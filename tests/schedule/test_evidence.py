@@ -289,6 +289,7 @@ def keys_of(run: Path) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_a_fork_goes_on_and_one_of_a_clock_begins_without_evidence(
     source: Path, train: Callable[..., Any], tmp_path: Path, read_run: Callable[[Path], Any]
 ) -> None:
