@@ -14,6 +14,7 @@ import typer
 from typer.cli import get_docs_for_click
 
 from sodfast.cli import app as command_line
+from sodfast.config.reference import keys_reference
 
 project = "sodfast"
 copyright = "the authors of sodfast, Apache-2.0"
@@ -54,16 +55,19 @@ def commands_reference() -> str:
     """Every command with its arguments and options, as `--help` prints them."""
     group = typer.main.get_command(command_line)
     text: str = get_docs_for_click(obj=group, ctx=typer.Context(group), name="sodfast")
-    return text.partition("\n")[2]  # without its title
+    return text
 
 
-# What these pages go on with, after the words that stand in the file.
-GENERATED: dict[str, Callable[[], str]] = {"docs/reference/commands": commands_reference}
+# What these pages go on with after the words in their files, but for its title.
+GENERATED: dict[str, Callable[[], str]] = {
+    "docs/reference/commands": commands_reference,
+    "docs/reference/keys": keys_reference,
+}
 
 
 def add_generated(app: Any, page: str, source: list[str]) -> None:
     if page in GENERATED:
-        source[0] += "\n" + GENERATED[page]()
+        source[0] += GENERATED[page]().partition("\n")[2]
 
 
 def mark_code(app: Any, kind: str, name: str, value: Any, options: Any, lines: list[str]) -> None:

@@ -20,6 +20,7 @@ import sodfast.api
 import sodfast.config
 from sodfast.cli import app
 from sodfast.config import load_config
+from sodfast.study.definition import find_study, load_study
 
 SMALL = [
     "steps=6",
@@ -56,7 +57,7 @@ def shrunk(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def parse(words: list[str]) -> None:
     """Let the command line read a command without running it. A configuration that `train` names
-    is resolved, too, where all that it names is here."""
+    is resolved, too, and a study that `sweep` names is expanded."""
     group = typer.main.get_command(app)
     context = group.make_context("sodfast", list(words))
     name, command, rest = group.resolve_command(context, [*context._protected_args, *context.args])
@@ -66,6 +67,9 @@ def parse(words: list[str]) -> None:
     if name == "train" and "--resume" not in rest:
         source = arguments.pop(0) if arguments and "=" not in arguments[0] else None
         load_config(source, arguments)
+    if name == "sweep":
+        others = [word for word in arguments if "=" in word and not word.startswith("out=")]
+        load_study(find_study(arguments[0]), others)
 
 
 def unlaunched(words: list[str]) -> list[str]:
