@@ -55,19 +55,20 @@ def commands_reference() -> str:
     """Every command with its arguments and options, as `--help` prints them."""
     group = typer.main.get_command(command_line)
     text: str = get_docs_for_click(obj=group, ctx=typer.Context(group), name="sodfast")
-    return text
+    # The list on top cuts its sentences short, and each command's page has them whole.
+    return text[text.index("\n## ") :].replace(" <list[str]>", "")
 
 
-# What these pages go on with after the words in their files, but for its title.
+# What these pages go on with after the words in their files; their titles stand there.
 GENERATED: dict[str, Callable[[], str]] = {
     "docs/reference/commands": commands_reference,
-    "docs/reference/keys": keys_reference,
+    "docs/reference/keys": lambda: keys_reference().partition("\n")[2],
 }
 
 
 def add_generated(app: Any, page: str, source: list[str]) -> None:
     if page in GENERATED:
-        source[0] += GENERATED[page]().partition("\n")[2]
+        source[0] += GENERATED[page]()
 
 
 def mark_code(app: Any, kind: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
