@@ -18,10 +18,8 @@ PAGES = (
     "README.md",
     "CONTRIBUTING.md",
     "SECURITY.md",
-    "docs/schedules_lab.md",
-    "docs/tasks.md",
-    "docs/when_should_the_teacher_move.md",
     "sodfast/configs/studies/README.md",
+    *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").rglob("*.md")),
 )
 FOLDERS = ("sodfast", "kernels", "tests", "bench", "docs", ".ci", ".github")
 TEMPLATES = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").iterdir())
