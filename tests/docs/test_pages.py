@@ -160,6 +160,7 @@ def test_commands_of_the_readme_are_parsed(tmp_path: Path, monkeypatch: pytest.M
     for name in ("train.jsonl", "test.jsonl"):
         (tmp_path / name).write_text('{"prompt": "1+1=", "answer": "2"}\n')
     (tmp_path / "my.yaml").write_text("base: lab\n")
+    (tmp_path / "study.yaml").write_text("base: lab\naxes: {seed: [0, 1]}\n")
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     found = re.findall(r"^    (sodfast (?:.*\\\n)*.*)$", text, re.MULTILINE)
     assert len(found) > 20
