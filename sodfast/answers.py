@@ -47,7 +47,8 @@ class AnswerLog:
         return self.every != 0
 
     def due(self, step: int, evaluated: bool) -> bool:
-        """Whether a step's rollouts are kept; `evaluated`: whether an evaluation follows it."""
+        """Whether the answers of a step are kept, its rollouts and those of the evaluation that may
+        follow it; `evaluated`: whether one does."""
         if self.every is None:
             return evaluated
         return self.every > 0 and step % self.every == 0
@@ -60,10 +61,10 @@ class AnswerLog:
         texts: Sequence[str],
         grades: Sequence[Grade],
     ) -> None:
-        """Write the answers of an evaluation, unless none are kept; the arguments have an entry for
+        """Write the answers of an evaluation where they are due; the arguments have an entry for
         each. Raises `RunFailed` when the disk refuses."""
         with self.ranks.together():
-            if self.ranks.main and self.wanted:
+            if self.ranks.main and self.due(step, evaluated=True):
                 found = zip(questions, samples, texts, grades, strict=True)
                 lines = [Answer(**self._line(step, *answer, None, None)) for answer in found]
                 self.write(step, lines, True)

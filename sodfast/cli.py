@@ -143,7 +143,7 @@ def _print_report(directory: Path) -> None:
 
     try:
         _print(f"report: {write_report(directory)}")
-    except UsageError as error:
+    except (UsageError, RunFailed) as error:
         _print(f"no report: {error}")
 
 
@@ -182,13 +182,26 @@ def export(
     run: Annotated[Path, typer.Argument(metavar="RUN_DIR")],
     out: Annotated[Path, typer.Argument(metavar="OUT_DIR")],
     best: Best = False,
+    upload: Annotated[
+        str | None,
+        typer.Option(
+            "--push",
+            metavar="ORG/NAME",
+            help="Upload it to the Hugging Face hub, too; a new repository is private.",
+        ),
+    ] = None,
 ) -> None:
     """Write a run's newest student as a Hugging Face directory: safetensors, tokenizer and a model
     card that says how it was trained."""
     from sodfast.commands import export_model
+    from sodfast.run.hub import push, require_hub
 
+    if upload is not None:
+        require_hub(upload)
     export_model(run, out, best)
     _print(f"wrote {out}")
+    if upload is not None:
+        _print(f"uploaded to {push(out, upload)}")
 
 
 @app.command("replay")
@@ -273,13 +286,20 @@ def report_directories(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Page of several runs; default: comparison.html."),
+        typer.Option(
+            metavar="PATH",
+            help="Page of several runs, by default comparison.html; or directory for studies.",
+        ),
     ] = None,
 ) -> None:
-    """Write report.html, a page with every figure, and tables/*.csv into a run or a study; or one
+    """Write report.html, a page with every figure, and tables/*.csv into a run or a study; for
+    studies with --out DIRECTORY into that, each study a regime called as its directory; or one
     page that shows several runs side by side, the keys that differ first."""
-    from sodfast.report.page import write_comparison, write_report
+    from sodfast.report.page import write_comparison, write_report, write_studies
 
+    if out is not None and all((path / "study.yaml").is_file() for path in directories):
+        _print(str(write_studies(directories, out, baseline)))
+        return
     if len(directories) > 1:
         if baseline is not None:
             raise UsageError("--baseline is for a study: leave it out, or name one directory")

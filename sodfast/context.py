@@ -259,6 +259,8 @@ def fitting_questions(
         dropped = len(questions) - len(kept[key])
         if dropped:
             reporter.message(f"{key}: dropped {dropped} of {len(questions)} prompts as too long")
+    if all(question.arrival > 1 for question in kept["task.train"]):
+        raise UsageError("task.train: no question arrives by step 1: raise task.train")
     _require_solutions(config.teacher.context, kept["task.train"], reporter)
     positions = model.network.config.max_position_embeddings
     if longest + config.rollout.max_new_tokens > positions:

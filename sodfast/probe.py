@@ -12,7 +12,7 @@ from torch import Tensor
 from sodfast.config import Config, EvidenceConfig
 from sodfast.model.load import LanguageModel
 from sodfast.parallel.ranks import Ranks
-from sodfast.rewards import grade_answers
+from sodfast.rewards import grade_answers, with_noise
 from sodfast.rng import Stream, draw_key
 from sodfast.rollout.engine import Engine, Sample, SampleKey, Sampling
 from sodfast.tasks.base import Question, Task
@@ -67,6 +67,7 @@ def probe(
     samples = drawn[0] + drawn[1]
     texts = [model.decode(sample.response) for sample in samples]
     grades = grade_answers(config, task, asked * 2, texts, ranks)
+    grades = with_noise(config, step, grades, probe=True)
     rewards = _means([grade.reward for grade in grades], schedule.probe_samples)
     lengths = _means([len(sample.response) for sample in samples], schedule.probe_samples)
     count = len(rewards) // 2

@@ -1,10 +1,12 @@
 """From answers to rewards: graded once, by one rank, for all."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from sodfast.config import CGTRConfig, Config
 from sodfast.errors import RunFailed
 from sodfast.parallel.ranks import ALONE, Ranks
+from sodfast.rng import Stream, generator
 from sodfast.tasks.base import Grade, Question, Task, grade
 
 
@@ -30,6 +32,29 @@ def grade_answers(
             grades = grade(task, questions, texts)
             _require_scale(config, questions, grades)
     return ranks.gather(grades)[0]
+
+
+def with_noise(
+    config: Config, step: int, grades: Sequence[Grade], probe: bool = False
+) -> list[Grade]:
+    """The grades as training sees them: under `task.label_noise` a reward r is 1 − r with its
+    probability, drawn by a stream keyed by (seed, step, `probe`) for one sample after the other.
+
+    Whether noise is on or off, nothing else draws on that stream. Raises `RunFailed` for a reward
+    outside [0, 1], which has no opposite.
+    """
+    noise = config.task.label_noise
+    if noise is None or not noise.first <= step <= noise.last:
+        return list(grades)
+    outside = next((grade.reward for grade in grades if not 0 <= grade.reward <= 1), None)
+    if outside is not None:
+        raise RunFailed(f"task.label_noise: the reward {outside:g} lies outside [0, 1]")
+    rng = generator(config.seed, Stream.NOISE, step, probe)
+    wrong = rng.random(len(grades)) < noise.share
+    return [
+        replace(grade, reward=1 - grade.reward) if flipped else grade
+        for grade, flipped in zip(grades, wrong.tolist(), strict=True)
+    ]
 
 
 def _require_scale(config: Config, questions: Sequence[Question], grades: Sequence[Grade]) -> None:

@@ -21,6 +21,7 @@ class Stream(IntEnum):
     ADAPTERS = 6  # none
     CALIBRATE = 7  # none
     PROBE = 8  # step, sample
+    NOISE = 9  # step, whether it is of a probe
 
 
 def generator(seed: int, stream: int, *counters: int) -> np.random.Generator:

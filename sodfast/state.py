@@ -69,10 +69,10 @@ class RunState:
             "teacher_is_student": self.teacher.weights is None,
         }
 
-    def save(self, best: Container[int]) -> bool:
+    def save(self, lasting: Container[int]) -> bool:
         """Write the checkpoint of the step, unless it is there; returns whether it was written.
 
-        Afterwards there are the last `checkpoint.keep` and those of the steps `best`. Every rank
+        Afterwards there are the last `checkpoint.keep` and those of the steps `lasting`. Every rank
         calls this, rank 0 writes. Raises `RunFailed` when the disk refuses.
         """
         weights, ranks = self.student.weights, self.student.ranks
@@ -95,7 +95,7 @@ class RunState:
                     moments,
                     self.values,
                     self.config.checkpoint.keep,
-                    best,
+                    lasting,
                 )
         return True
 

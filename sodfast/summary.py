@@ -8,6 +8,8 @@ from math import fsum
 from typing import Any
 
 SPIKE_STEPS = 5  # steps on either side of a refresh that the spike ratio compares
+TAIL_STEPS = 10  # steps up to a fork that its length tail is a mean over
+NEXT_STEPS = 30  # steps after a fork over which the effect of what it changed is looked for
 
 
 def spike_ratios(lines: Sequence[Mapping[str, Any]]) -> dict[int, float]:
@@ -57,3 +59,31 @@ def summarize(lines: Sequence[Mapping[str, Any]], eval_samples: int) -> dict[str
         summary["entropy_final"] = entropies[-1]
     summary["spike_ratios"] = {str(step): ratio for step, ratio in spike_ratios(lines).items()}
     return summary
+
+
+def summarize_fork(lines: Sequence[Mapping[str, Any]], step: int) -> dict[str, float]:
+    """What a run that was forked after `step` had come to, and what followed.
+
+    fork_age        steps since the source's teacher was last copied, 0 where it was at this step
+    fork_drift      ‖θ − φ‖₂ of the source then: a refresh of the fork comes after it
+    fork_tail       max / mean length of a step's rollouts, mean over the last `TAIL_STEPS` steps
+    reward_next30   mean of `reward/mean` over the `NEXT_STEPS` steps after it
+    length_next30   mean of `length/mean` over these
+    """
+    at = next((line for line in lines if line["step"] == step), {})
+    copied = bool(at.get("teacher/refreshed"))  # the source itself, at this very step
+    figures: dict[str, float] = {}
+    for name in ("age", "drift"):
+        if copied:
+            figures[f"fork_{name}"] = 0
+        elif f"teacher/{name}" in at:
+            figures[f"fork_{name}"] = at[f"teacher/{name}"]
+    for name, key, first, last in (
+        ("fork_tail", "length/tail_ratio", step - TAIL_STEPS + 1, step),
+        (f"reward_next{NEXT_STEPS}", "reward/mean", step + 1, step + NEXT_STEPS),
+        (f"length_next{NEXT_STEPS}", "length/mean", step + 1, step + NEXT_STEPS),
+    ):
+        values = [line[key] for line in lines if first <= line["step"] <= last and key in line]
+        if values:
+            figures[name] = fsum(values) / len(values)
+    return figures

@@ -155,6 +155,7 @@ def test_a_run_with_samples_differs_in_nothing_else(train: Train, tmp_path: Path
     for every, steps, evaluations in (
         ("1", [1, 2, 3], [0, 2, 3]),
         ("null", [2, 3], [0, 2, 3]),
+        ("2", [2], [0, 2]),
         ("0", [], []),
     ):
         run = tmp_path / every
@@ -163,7 +164,7 @@ def test_a_run_with_samples_differs_in_nothing_else(train: Train, tmp_path: Path
         assert sampled_steps(run) == steps and sampled_steps(run, evaluation=True) == evaluations
         assert student(run, 3) == student(tmp_path / "1", 3)
         assert (run / "samples").exists() == bool(steps)
-    assert found["1"] == found["null"] == found["0"]
+    assert found["1"] == found["null"] == found["2"] == found["0"]
     shared = Path("samples") / "step-3.jsonl"
     assert (tmp_path / "1" / shared).read_bytes() == (tmp_path / "null" / shared).read_bytes()
 

@@ -17,7 +17,6 @@ ROOT = Path(__file__).parents[1]
 # From the ground up; a module imports from its own floor and from those before it.
 FLOORS = [
     {"errors", "rng", "files", "source", "success"},
-    {"layers"},
     {"config"},
     {"tasks", "schedule", "collapse", "summary", "attribution"},
     {"model", "lab"},
@@ -26,7 +25,7 @@ FLOORS = [
     {"objective", "evaluate", "metrics", "answers", "probe"},
     {"student", "state"},
     {"trainer", "memory", "study"},
-    {"commands", "report"},
+    {"commands", "report", "integrations"},
     {"cli", "api"},
     {"__main__"},
 ]

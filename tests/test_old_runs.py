@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from marks import slow
 
-from sodfast import layers
 from sodfast.commands import build_trainer
 from sodfast.config import load_config
+from sodfast.config.layers import _say_once
 from sodfast.run.console import Reporter
 from sodfast.run.directory import stored_config
 
@@ -63,7 +63,7 @@ def test_a_run_of_0_1_0_goes_on(
 
 
 def test_a_renamed_key_is_accepted_with_one_line(caplog: pytest.LogCaptureFixture) -> None:
-    layers._say_once.cache_clear()
+    _say_once.cache_clear()
     old = load_config("lab", ["model.dtype=bfloat16", "optimizer.state=exact"])
     assert old == load_config("lab", ["model.dtype=bfloat16", "optimizer.adamw=exact"])
     group = load_config("lab", ["model.dtype=bfloat16", "optimizer={state: exact}"])

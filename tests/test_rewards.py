@@ -7,7 +7,7 @@ import pytest
 
 from sodfast.config import Config, load_config
 from sodfast.errors import RunFailed
-from sodfast.rewards import grade_answers
+from sodfast.rewards import grade_answers, with_noise
 from sodfast.tasks.base import Grade, Question
 
 QUESTIONS = [Question("1+1=", "2", id="a"), Question("1+2=", "3", id="b")]
@@ -73,3 +73,43 @@ def _graded(ranks: Any) -> list[float]:
 def test_all_ranks_have_the_grades_of_the_first(pair: Any) -> None:
     one, other = pair(_graded)
     assert one == other and len(set(one)) == 2
+
+
+# ---------------------------------------------------------------- noise
+
+
+def noisy(step: int, *overrides: str, probe: bool = False, count: int = 4000) -> list[float]:
+    """Rewards that were 0.25, as training sees them."""
+    given = [Grade(0.25, "words", "42")] * count
+    return [grade.reward for grade in with_noise(lab(*overrides), step, given, probe)]
+
+
+def test_the_share_of_rewards_says_the_opposite() -> None:
+    rewards = noisy(7, "task.label_noise={share: 0.3}")
+    assert set(rewards) == {0.25, 0.75}
+    assert 0.27 < rewards.count(0.75) / 4000 < 0.33  # four standard errors
+    assert noisy(7, "task.label_noise={share: 1.0}", count=3) == [0.75] * 3
+    assert noisy(7, "task.label_noise={share: 0.0}", count=3) == [0.25] * 3
+    (grade,) = with_noise(lab("task.label_noise={share: 1.0}"), 1, [Grade(0.0, "words", "42")])
+    assert grade == Grade(1.0, "words", "42")
+
+
+def test_noise_is_a_function_of_seed_step_and_sample() -> None:
+    on = "task.label_noise={share: 0.3}"
+    rewards = noisy(7, on)
+    assert noisy(7, on) == rewards
+    assert noisy(7, on, count=9) == rewards[:9]  # a sample's noise is not that of how many follow
+    others = [noisy(8, on), noisy(7, on, "seed=1"), noisy(7, on, probe=True)]
+    assert rewards not in others and len({tuple(other) for other in others}) == 3
+
+
+def test_noise_has_a_first_and_a_last_step() -> None:
+    on = "task.label_noise={share: 1.0, first: 3, last: 4}"
+    assert [noisy(step, on, count=1) for step in (2, 3, 4, 5)] == [[0.25], [0.75], [0.75], [0.25]]
+    assert noisy(3, count=1) == [0.25]
+
+
+def test_noise_needs_rewards_with_an_opposite() -> None:
+    with pytest.raises(RunFailed, match=r"the reward 2 lies outside \[0, 1\]"):
+        with_noise(lab("task.label_noise={share: 0.0}"), 1, [Grade(1.0), Grade(2.0)])
+    assert with_noise(lab(), 1, [Grade(2.0)]) == [Grade(2.0)]

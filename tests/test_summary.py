@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from sodfast.summary import spike_ratios, summarize
+from sodfast.summary import spike_ratios, summarize, summarize_fork
 
 # ---------------------------------------------------------------- temporal KL
 
@@ -89,3 +89,31 @@ def test_summarize_leaves_out_what_is_undefined() -> None:
     assert (only_start["final"], only_start["peak"], only_start["peak_step"]) == (0.25, 0.25, 0)
     assert "entropy_mean" not in only_start
     assert "final" not in summarize([{"step": 0, "eval/mean@16": 0.25}], 4)
+
+
+# ---------------------------------------------------------------- forks
+
+
+def test_what_a_fork_had_come_to_and_what_followed() -> None:
+    lines: list[dict[str, Any]] = [{"step": 0, "eval/mean@4": 0.5}]
+    for step in range(1, 91):
+        copied = step == 50
+        line = {"step": step, "reward/mean": step / 100, "length/mean": 2.0 * step}
+        line |= {"length/tail_ratio": 1 + step / 10, "teacher/refreshed": int(copied)}
+        line |= {"teacher/age": step if step <= 50 else step - 50, "teacher/drift": step / 7}
+        lines.append(line)
+    assert summarize_fork(lines, 20) == pytest.approx(
+        {
+            "fork_age": 20,
+            "fork_drift": 20 / 7,
+            "fork_tail": 1 + 15.5 / 10,  # steps 11 to 20
+            "reward_next30": 0.355,  # steps 21 to 50
+            "length_next30": 71.0,
+        }
+    )
+    # The source's own copy comes before the fork, whose teacher then is its student.
+    assert summarize_fork(lines, 50).items() >= {"fork_age": 0, "fork_drift": 0}.items()
+    # Near the end there are fewer steps, and at the very end none.
+    assert summarize_fork(lines, 80)["reward_next30"] == pytest.approx(0.855)
+    assert summarize_fork(lines, 90).keys() == {"fork_age", "fork_drift", "fork_tail"}
+    assert summarize_fork(lines[:1], 0) == {}

@@ -377,6 +377,34 @@ def test_layers_are_recomputed_where_the_key_says_so(build: Build, tmp_path: Pat
     assert counts[1] > counts[0] > 0
 
 
+@pytest.mark.slow
+def test_noise_begins_at_its_step_and_none_changes_no_bit(runs: Train) -> None:
+    plain = runs("steps=4").lines
+    assert runs("steps=4", "task.label_noise={share: 0.0}").lines == plain
+    later = runs("steps=4", "task.label_noise={share: 1.0, first: 3, last: 3}").lines
+    assert later[:3] == plain[:3]
+    key = "reward/mean"
+    # The rollouts of step 3 are the same, and each of their rewards is the opposite one.
+    assert later[3][key] == pytest.approx(1 - plain[3][key])
+    assert later[3]["length/mean"] == plain[3]["length/mean"] and later[4] != plain[4]
+
+
+@pytest.mark.slow
+def test_a_later_phase_is_asked_from_its_step_on(build: Build, tmp_path: Path) -> None:
+    plain = build(tmp_path / "plain", "task.train=40")
+    trainer = build(tmp_path / "run", "task.train=40", "task.arrival={step: 3}")
+    asked = {}
+    for step in range(1, 30):
+        asked[step] = {question.id for question in trainer._rollout(step).questions}
+        if step == 4:  # as if all had been there from the start
+            assert asked[step] == {question.id for question in plain._rollout(step).questions}
+    for each in (plain, trainer):
+        each.run.close()
+    late = {question.id for question in trainer.data.train if question.arrival}
+    assert late and not (asked[1] | asked[2]) & late
+    assert set().union(*asked.values()) >= late
+
+
 def test_the_seed_matters(runs: Train) -> None:
     assert runs("steps=3").lines[1] != runs("steps=3", "seed=1").lines[1]
 
@@ -573,7 +601,8 @@ def test_a_nan_names_its_step_and_the_last_good_state_is_saved(
 def test_a_lack_of_memory_names_its_phase_and_the_key(
     build: Build, train: Train, runs: Train, tmp_path: Path, phase: str, remedy: str
 ) -> None:
-    """At step 3, in whatever phase; what was saved carries on as if nothing had happened."""
+    """At step 3, in whatever phase; what was saved carries on as if nothing had happened. A step
+    that only lacks its evaluation is saved itself."""
     out = tmp_path / "run"
     trainer = build(out, "steps=5", "eval.every=3", "checkpoint.every=2")
     owner, name = {
@@ -600,8 +629,9 @@ def test_a_lack_of_memory_names_its_phase_and_the_key(
         trainer.train()
     trainer.run.close()
     assert json.loads((out / "summary.json").read_text())["status"] == "failed"
-    assert checkpoint.latest(out / "checkpoints") == out / "checkpoints" / "step-2"
-    assert [line["step"] for line in read_lines(out / "metrics.jsonl")] == [0, 1, 2]
+    saved = 3 if evaluates else 2
+    assert checkpoint.latest(out / "checkpoints") == out / "checkpoints" / f"step-{saved}"
+    assert [line["step"] for line in read_lines(out / "metrics.jsonl")] == [*range(saved + 1)]
     assert train(out) == runs("steps=5", "eval.every=3", "checkpoint.every=2")
 
 
@@ -748,6 +778,20 @@ def test_the_best_checkpoint_stays(
     weights = (out / "checkpoints" / "step-2" / "student" / "model.safetensors").read_bytes()
     assert (tmp_path / "best" / "model.safetensors").read_bytes() == weights
     assert cli("eval", "no-run", "--best").code == 2
+
+
+@pytest.mark.parametrize(("every", "kept"), [(0, [0, 2, 5]), (3, [0, 2, 5, 6])])
+def test_the_checkpoints_of_named_steps_stay(
+    build: Build, tmp_path: Path, every: int, kept: list[int]
+) -> None:
+    keys = ("checkpoint.at=[5,0,2]", f"checkpoint.every={every}", "checkpoint.keep=1")
+    trainer = build(tmp_path / "run", *keys, "eval.every=0", "steps=6")
+    trainer.train()
+    trainer.run.close()
+    assert sorted(checkpoint.steps(trainer.run.checkpoints)) == kept
+    again = build(tmp_path / "run", "steps=7")
+    assert again.step == kept[-1]  # it goes on from the newest of them
+    again.run.close()
 
 
 @pytest.mark.slow

@@ -41,7 +41,9 @@ MAX_FALSE_ALARM_RATE = 0.1
 
 Window = Callable[[str, int], list[float]]  # a metric's values in the window that ends at a step
 Score = Callable[[str, Window, int], float | None]  # of a metric in the window that ends at a step
-Watched = tuple[str, Run, Mapping[int, float]]  # a group, its run, the scores up to its horizon
+Watched = tuple[
+    str, Run, Mapping[int, float]
+]  # what is held out, its run, scores up to its horizon
 
 
 class Diagnostic(NamedTuple):
@@ -117,8 +119,9 @@ class DiagnosticForecast(NamedTuple):
     value is undefined.
 
     Its threshold is the least with at most `MAX_FALSE_ALARM_RATE` false alarms among these runs,
-    so its rates are in-sample. For the held-out rates each group is judged by the threshold of the
-    other groups; they are None where the stable runs are all of one group. `roc` is
+    so its rates are in-sample. For the held-out rates each regime or, where there is only one, each
+    group is judged by the threshold of the others; they are None where the stable runs are all of
+    one. `roc` is
     (threshold, false-alarm rate, detection rate) from no alarm to one wherever there is a score.
     """
 
@@ -149,7 +152,9 @@ def forecast(groups: Sequence[Group]) -> Forecast:
     A diagnostic leaves out the runs that did not record its metric and the stable runs without a
     score. A run that records it and collapses before its first score counts as missed.
     """
-    runs = [(group.label, run) for group in groups for run in group.used]
+    regimes = {group.regime for group in groups}
+    names = [group.regime if len(regimes) > 1 else group.label for group in groups]
+    runs = [(name, run) for name, group in zip(names, groups, strict=True) for run in group.used]
     collapsed = sum(run.collapse_step is not None for _, run in runs)
     stable = len(runs) - collapsed
     if not collapsed or not stable:

@@ -1,6 +1,6 @@
 """A run or a study as one HTML page with its figures, and its tables as CSV.
 
-    runs.load → groups → tables.py (rows) → plots.py (SVG) → page.html.j2 (all that is said)
+    runs.load → groups → tables.py (rows) → plots.py and maps.py (SVG) → page.html.j2 (all words)
 
 The same runs give the same bytes: nothing on the page depends on the clock. Only finished runs
 (done or collapsed) enter a mean; the others are listed, and drawn as thin lines.
@@ -10,23 +10,25 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from operator import attrgetter, methodcaller
+from os.path import lexists
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sodfast.attribution import BLAMED, CLOCK
 from sodfast.config import CGTRConfig
-from sodfast.errors import UsageError
+from sodfast.errors import RunFailed, UsageError
 from sodfast.files import refuse_links, replace_text
-from sodfast.report import canvas, plots, tables
+from sodfast.report import canvas, maps, plots, tables
 from sodfast.report.answers import Shown, compare
 from sodfast.report.early_warning import MAX_FALSE_ALARM_RATE, Forecast, forecast
 from sodfast.report.intervals import Curve, Series, bin_width, group_curve
-from sodfast.report.runs import Group, Line, Run, Source, load, load_side_by_side
+from sodfast.report.runs import Group, Line, Run, Source, load, load_side_by_side, load_studies
 from sodfast.report.templates import template
 from sodfast.run.environment import describe
 from sodfast.run.show import SHADES
-from sodfast.summary import SPIKE_STEPS
+from sodfast.summary import NEXT_STEPS, SPIKE_STEPS
 
 Tables = dict[str, tables.Table]
 # Figure: the label of its axis, and what gives the series of a run.
@@ -45,12 +47,25 @@ def write_report(directory: Path, baseline: str | None = None) -> Path:
     """Write `directory`/report.html, tables/*.csv and figures/*.svg; returns the page's path.
 
     `baseline`: AXIS=LABEL of a study, the value that the others are compared with. Raises
-    `UsageError`, before anything is written, where there is nothing to report or compare.
+    `UsageError`, before anything is written, where there is nothing to report or compare, or
+    something is in the way; `RunFailed` where the disk refuses.
     """
-    source = load(directory, baseline)
+    return _write_report(load(directory, baseline), directory)
+
+
+def write_studies(directories: Sequence[Path], out: Path, baseline: str | None = None) -> Path:
+    """Write one report of several studies, each a regime under the name of its directory, into the
+    directory `out`; returns the page's path. Raises `UsageError` as `write_report`."""
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out} cannot be used: name a directory")
+    return _write_report(load_studies(directories, baseline), out)
+
+
+def _write_report(source: Source, directory: Path) -> Path:
     page, rows, figures = _build(source)
     files = {f"tables/{name}.csv": table.to_csv() for name, table in rows.items()}
-    refuse_links(directory, ("tables", "figures"))
+    if directory.exists():
+        refuse_links(directory, ("tables", "figures"))
     files |= {f"figures/{name}.svg": canvas.standalone(svg) for name, svg in figures.items()}
     _write(directory, {**files, "report.html": page})
     return directory / "report.html"
@@ -60,7 +75,7 @@ def write_comparison(directories: Sequence[Path], out: Path) -> Path:
     """Write `out`, one page that shows several runs side by side, the keys that differ first.
 
     Raises `UsageError`, before anything is written, where one is no run, or `out` is a name that
-    is not of the form *.html, or of a link or a directory.
+    is not of the form *.html, or of a link or a directory; `RunFailed` where the disk refuses.
     """
     if out.suffix != ".html" or out.is_symlink() or out.is_dir():
         raise UsageError(f"--out {out} cannot be used: name a file of the form NAME.html")
@@ -78,13 +93,22 @@ def _build(source: Source) -> tuple[str, Tables, dict[str, str]]:
 
 
 def _write(directory: Path, files: Mapping[str, str]) -> None:
-    """Replace files, by their names from `directory`; raises `UsageError` where that fails."""
+    """Replace files, by their names from `directory`. Raises `UsageError`, with nothing replaced,
+    where something is in the way, and `RunFailed` where the disk refuses."""
+    texts = {directory / name: text for name, text in files.items()}
+    for file in texts:
+        above = [path for path in (file.parent, directory, directory.parent) if lexists(path)]
+        if not above or not above[0].is_dir():
+            raise UsageError(f"{file} cannot be written: {file.parent} cannot be a folder")
+        if file.is_dir():
+            raise UsageError(f"{file} cannot be written: it is a directory")
     try:
-        for name, text in files.items():
-            (directory / name).parent.mkdir(exist_ok=True)
-            replace_text(directory / name, text)
+        directory.mkdir(exist_ok=True)
+        for file, text in texts.items():
+            file.parent.mkdir(exist_ok=True)
+            replace_text(file, text)
     except OSError as error:
-        raise UsageError(f"{directory} cannot be written: {error.strerror}") from error
+        raise RunFailed(f"{directory} cannot be written: {error.strerror}") from error
 
 
 def _draw(source: Source, rows: Tables, found: Forecast | None) -> dict[str, str]:
@@ -121,7 +145,7 @@ def _draw(source: Source, rows: Tables, found: Forecast | None) -> dict[str, str
         add("marks", plots.lane_figure, "Refreshes", marks, steps, labelled=len(groups) > 1)
     if any(spikes.values()):
         add("spikes", plots.scatter_figure, "spike ratio", spikes, steps, ratio=True)
-    gated = {f"{g.label}, seed {r.config.seed}": r for g in groups for r in g.runs if r.checks}
+    gated = {f"{g.label}, {r.seed_name}": r for g in groups for r in g.runs if r.checks}
     if gated and single:
         add("gates", plots.gate_figure, {"": source.runs[0]}, steps)
         bars = _reward_bars(source.runs[0], _width(source))
@@ -139,6 +163,14 @@ def _draw(source: Source, rows: Tables, found: Forecast | None) -> dict[str, str
         add("ranking", plots.ranking_figure, label, groups, rows["results"].rows, against)
     if found is not None and found.diagnostics:
         add("forecast", plots.forecast_figure, found.diagnostics)
+    comparisons, forks = rows["comparisons"].rows, rows["forks"].rows
+    if comparisons and any(row["regime"] for row in comparisons):
+        results = rows["results"].rows
+        add("phase", maps.phase_figure, f"mean final test {source.metric}", results, comparisons)
+    if any(row["verdict"] for row in refreshes):
+        add("attribution", maps.attribution_figure, refreshes, steps)
+    if forks:
+        add("forks", maps.fork_figure, forks, rows["effects"].rows)
     return figures
 
 
@@ -220,7 +252,11 @@ def _render(
         width=_width(source),
         environments=Counter(filter(None, (describe(run.path) for run in source.runs))),
         plots=plots,
+        maps=maps,
+        CLOCK=CLOCK,
+        BLAMED=BLAMED,
         answers=answers,
+        NEXT_STEPS=NEXT_STEPS,
         SHADES=SHADES,
         SPIKE_STEPS=SPIKE_STEPS,
         ENDS=tables.ENDS,

@@ -1,10 +1,11 @@
-"""What a report reads: a run or a study directory, as runs in groups that differ only by seed.
+"""What a report reads: a run, or studies, as runs in groups that differ only by their seeds.
 
 What is shown of a run follows from its config.yaml, metrics.jsonl and events.jsonl alone, and
 each file is read once.
 """
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from sodfast.attribution import RefreshEffect, refresh_effects
 from sodfast.config import (
     CGTRConfig,
     Config,
@@ -31,13 +33,22 @@ from sodfast.study.directory import TrialRun, finished_status, read_records, rea
 from sodfast.summary import spike_ratios
 
 GATES = EvidenceConfig().gates  # CGTR's among them
+REPLICATES = ("seed", "lab.seed")  # axes whose values repeat a trial: groups are over them
+STUDY = "study"  # the axis of several studies that are read as one
+_INSIDE = (
+    "schedule",
+    "fork.from",
+    "fork.step",
+    "teacher.refresh",
+)  # axes that are varied inside of a regime
 
 Line = Mapping[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One run as it is on disk. `point`: axis → label, without `seed`; empty for a single run."""
+    """One run as it is on disk. `point`: axis → label, without the replicates'; empty for a single
+    run."""
 
     name: str
     path: Path
@@ -51,6 +62,24 @@ class Run:
     @property
     def finished(self) -> bool:
         return self.status in ("done", "collapsed")
+
+    @property
+    def replicate(self) -> tuple[int, int]:
+        """Runs of two groups are a pair where this is equal."""
+        return self.config.lab.seed, self.config.seed
+
+    @property
+    def seed_name(self) -> str:
+        lab, seed = self.replicate
+        return f"seed {seed} of lab {lab}" if lab else f"seed {seed}"
+
+    @property
+    def regime(self) -> str:
+        """The values of the axes beside the schedule, or beside a fork's; empty without any."""
+        labels = _labels(self)
+        if not labels.keys() & {STUDY, *_INSIDE}:
+            return ""
+        return ", ".join(text for axis, text in labels.items() if axis not in _INSIDE)
 
     @property
     def last_step(self) -> int:
@@ -78,8 +107,19 @@ class Run:
         return spike_ratios(self.lines)
 
     @cached_property
+    def effects(self) -> list[RefreshEffect]:
+        """What each refresh did; nothing is said of those after a collapse."""
+        end = self.collapse_step or self.last_step
+        return refresh_effects([x for x in self.lines if x["step"] <= end], self.refreshes)
+
+    @cached_property
     def scores(self) -> Series:
         return self.series(f"eval/mean@{self.config.eval.samples}")
+
+    @property
+    def final(self) -> float | None:
+        """The last test score."""
+        return float(self.scores.values[-1]) if self.scores.values.size else None
 
     def series(self, key: str) -> Series:
         """A metric at the steps that carry it."""
@@ -103,7 +143,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in nothing but their seed. `used` are those that the statistics are over:
+    """Runs that differ in nothing but their seeds. `used` are those that the statistics are over:
     the finished ones, and a single run in any state."""
 
     label: str
@@ -114,6 +154,15 @@ class Group:
     @property
     def point(self) -> Mapping[str, str]:
         return self.runs[0].point
+
+    @property
+    def regime(self) -> str:
+        return self.runs[0].regime if self.runs else ""
+
+    @property
+    def called(self) -> str:
+        """Its name among the groups of its regime."""
+        return describe_schedule(self.runs[0].config.schedule) if self.regime else self.label
 
     def curve(self, series: Callable[[Run], Series], width: int) -> Curve:
         rest = [run for run in self.runs if run not in self.used and run.lines]
@@ -181,30 +230,52 @@ def load(directory: Path, baseline: str | None = None) -> Source:
 
     Raises `UsageError`, also for a damaged run; a damaged trial of a study has no lines.
     """
-    definition = ""
     if (directory / "study.yaml").is_file():
-        runs = [_run_of(trial) for trial in read_runs(directory)]
-        definition = (directory / "study.yaml").read_text()
-        if not any(run.lines for run in runs):
-            raise UsageError(
-                next((run.damage for run in runs if run.damage), "")
-                or f"no trial of {directory} has metrics yet: run sodfast sweep, or look into "
-                f"{directory / 'logs'}"
-            )
-    elif (directory / "config.yaml").is_file():
-        runs = [_load_run(directory, directory.resolve().name)]
-    else:
+        return _source_of({directory: [_run_of(trial) for trial in read_runs(directory)]}, baseline)
+    if not (directory / "config.yaml").is_file():
         raise UsageError(
             f"{directory} is neither a run nor a study directory: it has no config.yaml and no "
             "study.yaml"
         )
-    groups = group_runs(runs, single=not definition)
+    run = _load_run(directory, directory.resolve().name)
+    groups = group_runs([run], single=True)
+    _baseline(groups, baseline)
+    return Source(directory, run.name, [run], groups, None, None, "")
+
+
+def load_studies(directories: Sequence[Path], baseline: str | None = None) -> Source:
+    """Read several studies as one, with an axis more: each is a regime, or several, under the name
+    of its directory.
+
+    Raises `UsageError` as `load`, and for two directories of one name.
+    """
+    names = [Path(os.path.abspath(directory)).name for directory in directories]
+    if len(set(names)) < len(names):
+        raise UsageError("two studies are called alike: rename a directory, or link to it")
+    runs = {
+        directory: [_run_of(trial, {STUDY: name}) for trial in read_runs(directory)]
+        for directory, name in zip(directories, names, strict=True)
+    }
+    return _source_of(runs, baseline)
+
+
+def _source_of(studies: Mapping[Path, Sequence[Run]], baseline: str | None) -> Source:
+    runs = [run for own in studies.values() for run in own]
+    if not any(run.lines for run in runs):
+        raise UsageError(
+            next((run.damage for run in runs if run.damage), "")
+            or f"no trial of {', '.join(map(str, studies))} has metrics yet: run sodfast sweep, or "
+            "look into logs there"
+        )
+    groups = group_runs(runs)
     axis, value = _baseline(groups, baseline)
     if axis is not None:
         points = [{**group.point, axis: value} for group in groups]
         others = [next((g for g in groups if g.point == point), None) for point in points]
         groups = [replace(g, baseline=other) for g, other in zip(groups, others, strict=True)]
-    return Source(directory, directory.resolve().name, runs, groups, axis, value, definition)
+    called = ", ".join(directory.resolve().name for directory in studies)
+    definition = "\n".join((directory / "study.yaml").read_text() for directory in studies)
+    return Source(next(iter(studies)), called, runs, groups, axis, value, definition)
 
 
 def load_side_by_side(directories: Sequence[Path], directory: Path) -> Source:
@@ -238,9 +309,10 @@ def _load_run(directory: Path, name: str) -> Run:
     return run
 
 
-def _run_of(found: TrialRun) -> Run:
+def _run_of(found: TrialRun, point: Mapping[str, str] | None = None) -> Run:
     trial = found.trial
-    point = {axis: label for axis, label in trial.point.items() if axis != "seed"}
+    own = {axis: label for axis, label in trial.point.items() if axis not in REPLICATES}
+    point = {**(point or {}), **own}
     records = found.lines, found.events, found.damage
     return Run(trial.name, found.path, trial.config, found.status, point, *records)
 
@@ -248,7 +320,8 @@ def _run_of(found: TrialRun) -> Run:
 def _baseline(groups: Sequence[Group], text: str | None) -> tuple[str | None, str | None]:
     """The axis and the label that groups are compared with, given as AXIS=LABEL.
 
-    By default `schedule`, if it is an axis, else the first axis, at its first value.
+    By default `schedule`, if it is an axis, at its first value, or teacher.refresh=never, else the
+    first axis at its first value.
     """
     points = [group.point for group in groups]
     known = {f"{axis}={label}": (axis, label) for point in points for axis, label in point.items()}
@@ -259,6 +332,8 @@ def _baseline(groups: Sequence[Group], text: str | None) -> tuple[str | None, st
         return known[text]
     if len(groups) < 2:
         return None, None
+    if "schedule" not in points[0] and "teacher.refresh=never" in known:
+        return known["teacher.refresh=never"]
     axis = "schedule" if "schedule" in points[0] else next(iter(points[0]))
     return axis, points[0][axis]
 
@@ -292,7 +367,10 @@ def group_runs(runs: Sequence[Run], single: bool = False) -> list[Group]:
     members: dict[tuple[tuple[str, str], ...], list[Run]] = {}
     for run in runs:
         members.setdefault(tuple(run.point.items()), []).append(run)
-    short = [_short_label(own[0]) for own in members.values()]
+    short = [
+        ", ".join(_labels(own[0]).values()) or describe_schedule(own[0].config.schedule)
+        for own in members.values()
+    ]
     groups = []
     for text, (point, own) in zip(short, members.items(), strict=True):
         if short.count(text) > 1:
@@ -301,12 +379,9 @@ def group_runs(runs: Sequence[Run], single: bool = False) -> list[Group]:
     return groups
 
 
-def _short_label(run: Run) -> str:
+def _labels(run: Run) -> dict[str, str]:
     """A run's values on the axes, a schedule as `describe_schedule` calls it."""
-    schedule = describe_schedule(run.config.schedule)
     parts = {axis: f"{axis.rpartition('.')[2]} {label}" for axis, label in run.point.items()}
-    if "schedule" in parts:
-        parts["schedule"] = schedule
-    if VARIANT in parts:
-        parts[VARIANT] = run.point[VARIANT]
-    return ", ".join(parts.values()) or schedule
+    named = {axis: run.point[axis] for axis in (STUDY, VARIANT) if axis in parts}
+    schedule = describe_schedule(run.config.schedule)
+    return {**parts, **named, **({"schedule": schedule} if "schedule" in parts else {})}

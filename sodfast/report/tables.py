@@ -4,16 +4,30 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
 
+from sodfast.attribution import collapse_origin
 from sodfast.files import to_csv
+from sodfast.report import effects
 from sodfast.report.early_warning import Forecast
-from sodfast.report.intervals import Curve, mean_and_error, paired_difference, wilson_interval
-from sodfast.report.runs import GATES, Group, Line, Run
+from sodfast.report.intervals import (
+    Curve,
+    Difference,
+    mean_and_error,
+    mean_of,
+    paired_difference,
+    wilson_interval,
+)
+from sodfast.report.runs import GATES, Group, Line, Run, describe_schedule
 
 ENDS = 5  # steps whose mean stands for the beginning and the end of a run
+COMPARISON = (
+    *("regime", "highest", "other", "difference", "difference_low", "difference_high"),
+    *("pairs", "pairs_above"),
+)
 
 
 @dataclass(frozen=True)
@@ -31,7 +45,7 @@ class Table:
 def _cell(value: Any) -> Any:
     """Steps are written with spaces between them, and those of several seeds in a row."""
     if isinstance(value, Mapping):
-        return "; ".join(f"seed {seed}: {_cell(own) or 'none'}" for seed, own in value.items())
+        return "; ".join(f"{seed}: {_cell(own) or 'none'}" for seed, own in value.items())
     return " ".join(map(str, value)) if isinstance(value, tuple) else value
 
 
@@ -47,7 +61,7 @@ def metric(
     return float(how(values)) if values.size else None
 
 
-final, peak = partial(metric, "", part=_LAST), partial(metric, "", how=np.max)
+peak = partial(metric, "", how=np.max)
 
 
 def _start(run: Run) -> float | None:
@@ -62,11 +76,6 @@ def _last_of(kind: str, run: Run) -> float | None:
     return metric(f"eval/{kind}@{max(sizes)}", run, part=_LAST) if sizes else None
 
 
-def _mean(values: Iterable[float]) -> float | None:
-    found = mean_and_error([*values])
-    return found and found.value
-
-
 def _blocked(gate: str, run: Run) -> float | None:
     passed = [check["gates"][gate]["pass"] for check in run.checks if gate in check["gates"]]
     return passed.count(False) if passed else None
@@ -75,14 +84,16 @@ def _blocked(gate: str, run: Run) -> float | None:
 # The tables with a row per group, like those of the paper; the page shows them in this order.
 MEASURES: dict[str, dict[str, Value]] = {
     # Tables 1, 3, 5 and 6
-    "results": {"start": _start, "final": final, "peak": peak},
+    "results": {"start": _start, "final": attrgetter("final"), "peak": peak},
     # Table 3: when the teacher moved, how far, and what it did to the KL
     "teacher": {
         "refreshes": lambda run: len(run.refreshes) if run.copies else None,
         "age": partial(metric, "teacher/age"),
-        "shock": lambda run: _mean(event["shock"] for event in run.refreshes),
-        "spike": lambda run: _mean(run.spikes.values()),
+        "shock": lambda run: mean_of(event["shock"] for event in run.refreshes),
+        "spike": lambda run: mean_of(run.spikes.values()),
     },
+    # which refreshes did good or harm, and what collapses came from
+    "attribution": {},
     # Table 4: checks at which each gate blocked
     "blocked": {
         "checks": lambda run: len(run.checks) or None,
@@ -109,23 +120,41 @@ MEASURES: dict[str, dict[str, Value]] = {
 }
 
 
+# Tables without the groups in whose runs there is nothing of their kind.
+_ABOUT: dict[str, Callable[[Run], object]] = {
+    "blocked": lambda run: run.checks,
+    "attribution": lambda run: run.refreshes or run.collapse_step,
+}
+
+
 def build_tables(groups: Sequence[Group], found: Forecast | None) -> dict[str, Table]:
     """Every table but those of the curves, by the name of its CSV."""
-    more = {"results": _outcome, "teacher": _moves}
+    more = {"results": _outcome, "teacher": _moves, "attribution": effects.attributed}
     checks = [check for group in groups for run in group.runs for check in run.checks[:1]]
     tables = {}
     for name, measures in MEASURES.items():
         # Only CGTR and evidence have gates that can block, and only the latter one for the tail.
-        members = [g for g in groups if name != "blocked" or any(run.checks for run in g.used)]
+        members = [g for g in groups if name not in _ABOUT or any(map(_ABOUT[name], g.used))]
         if name == "blocked" and not any("tail" in check["gates"] for check in checks):
             measures = {key: value for key, value in measures.items() if key != "blocked_tail"}
         tables[name] = _by_group(members, measures, more.get(name, lambda group: {}))
     # Every trial of the study, every refresh, and every check of every gate.
-    trial = ["seed", "status", "step", "steps", "final", "peak", "collapse_step"]
+    trial = [
+        *("regime", "schedule", "seed", "lab_seed", "status", "step", "steps", "start", "final"),
+        *("peak", "collapsed", "collapse_step", "origin", "length", "refreshes"),
+    ]
+    effect = [f"{name}{end}" for name in ("reward", "length") for end in ("", "_low", "_high")]
     check = ["step", "gate", "active", "value", "threshold", "blocked", "refresh"]
     tables["runs"] = _by_run(groups, trial, _trial)
-    tables["refreshes"] = _by_run(groups, ["step", "shock", "age", "spike_ratio"], _refreshes)
+    refresh = ["step", "shock", "age", "spike_ratio", "verdict", *effect]
+    tables["refreshes"] = _by_run(groups, refresh, _refreshes)
     tables["gates"] = _by_run(groups, check, _checks)
+    forks = effects.fork_rows(groups)
+    tables["forks"] = Table(effects.FORK_KEYS, forks)
+    tables["effects"] = Table(effects.EFFECT_KEYS, [*effects.fork_effects(forks)])
+    tables["comparisons"] = Table(
+        COMPARISON, [] if forks else [*_comparisons(groups, tables["results"])]
+    )
     if found is not None:
         rows = [one.row for one in found.diagnostics]
         tables["forecast"] = Table(list(rows[0]) if rows else ["diagnostic"], rows)
@@ -159,35 +188,56 @@ def _by_group(
 
 
 def _outcome(group: Group) -> dict[str, Any]:
-    """How many of a group's runs collapsed, and by how much it differs from its baseline over the
-    seeds that both have."""
+    """How many of a group's runs collapsed, and by how much it differs from its baseline."""
     collapses = [run.collapse_step for run in group.used if run.collapse_step is not None]
     rate = wilson_interval(len(collapses), len(group.used)) if len(group.used) > 1 else None
-    difference = None
-    if group.baseline is not None and group.baseline.label != group.label:
-        others = {run.config.seed: final(run) for run in group.baseline.used}
-        both = [(final(run), others.get(run.config.seed)) for run in group.used]
-        pairs = [(own, other) for own, other in both if own is not None and other is not None]
-        difference = paired_difference([a for a, _ in pairs], [b for _, b in pairs])
-    bounds = difference.interval if difference else None
+    base = group.baseline
     return {
         "collapsed": len(collapses),
         "collapse_low": rate and rate.low,
         "collapse_high": rate and rate.high,
         "collapse_steps": tuple(collapses),
-        "baseline": group.baseline and group.baseline.label,
-        "difference": difference and difference.mean,
+        "baseline": base and base.label,
+        **_difference(group, None if base is None or base.label == group.label else base),
+        "regime": group.regime,
+        "schedule": group.called,
+    }
+
+
+def _difference(group: Group, other: Group | None) -> dict[str, Any]:
+    """By how much the final score differs from another group's, over the seeds that both have."""
+    found: Difference | None = None
+    if other is not None:
+        finals = {run.replicate: run.final for run in other.used}
+        both = [(run.final, finals.get(run.replicate)) for run in group.used]
+        pairs = [(own, its) for own, its in both if own is not None and its is not None]
+        found = paired_difference([own for own, _ in pairs], [its for _, its in pairs])
+    bounds = found.interval if found else None
+    return {
+        "difference": found and found.mean,
         "difference_low": bounds and bounds.low,
         "difference_high": bounds and bounds.high,
-        "pairs": difference and difference.n,
-        "pairs_above": difference and difference.above,
+        "pairs": found and found.n,
+        "pairs_above": found and found.above,
     }
+
+
+def _comparisons(groups: Sequence[Group], results: Table) -> Iterator[Line]:
+    """In each regime the group with the highest mean final score against each other, from above."""
+    means = [row["final_mean"] for row in results.rows]
+    pairs = [(m, group) for m, group in zip(means, groups, strict=True) if m is not None]
+    for regime in dict.fromkeys(group.regime for group in groups):
+        own = sorted((p for p in pairs if p[1].regime == regime), key=lambda p: p[0], reverse=True)
+        for _, other in own[1:]:
+            best = own[0][1]
+            names = {"regime": regime, "highest": best.called, "other": other.called}
+            yield {**names, **_difference(best, other)}
 
 
 def _moves(group: Group) -> dict[str, Any]:
     """How many spikes the mean is over, and when each seed's teacher was refreshed."""
     copying = [run for run in group.used if run.copies]
-    steps = {run.config.seed: tuple(e["step"] for e in run.refreshes) for run in copying}
+    steps = {run.seed_name: tuple(e["step"] for e in run.refreshes) for run in copying}
     return {"spikes": sum(len(run.spikes) for run in copying), "refresh_steps": steps}
 
 
@@ -206,20 +256,29 @@ def _by_run(
 
 def _trial(run: Run) -> Iterator[Line]:
     yield {
+        "regime": run.regime,
+        "schedule": describe_schedule(run.config.schedule),
         "seed": run.config.seed,
+        "lab_seed": run.config.lab.seed,
         "status": run.status,
         "step": run.last_step if run.lines else None,
         "steps": run.config.steps,
-        "final": final(run),
+        "start": _start(run),
+        "final": run.final,
         "peak": peak(run),
+        "collapsed": int(run.collapse_step is not None) if run.lines else None,
         "collapse_step": run.collapse_step,
+        "origin": collapse_origin(run.lines, run.events),
+        "length": metric("length/mean", run, part=_END),
+        "refreshes": len(run.refreshes) if run.copies else None,
     }
 
 
 def _refreshes(run: Run) -> Iterator[Line]:
-    """The student's way since the last refresh, the teacher's age, and the spike."""
-    for event in run.refreshes:
-        yield {**event, "spike_ratio": run.spikes.get(event["step"])}
+    """The student's way since the last refresh, the teacher's age, the spike and the effect."""
+    for event, effect in zip(run.refreshes, run.effects, strict=True):
+        spike = {"spike_ratio": run.spikes.get(event["step"])}
+        yield {**event, **spike, **effects.refresh_row(effect)}
 
 
 def _checks(run: Run) -> Iterator[Line]:

@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sodfast.errors import RunFailed, UsageError
-from sodfast.files import read_object
+from sodfast.files import read_object, sync, sync_entry
 from sodfast.model.joined import apart
 from sodfast.model.load import LanguageModel
 from sodfast.model.lora import save_adapters
@@ -160,9 +160,9 @@ def save(
     optimizer: dict[str, Tensor],
     state: dict[str, Any],
     keep: int,
-    best: Container[int] = (),
+    lasting: Container[int] = (),
 ) -> Path:
-    """Write checkpoint `step` and delete all but the last `keep` and the `best`.
+    """Write checkpoint `step` and delete all but the last `keep` and the `lasting` steps.
 
     `student`: the state dict of `model`'s network; `teacher`: its own parameters by name, None
     while it equals the student; `optimizer`: as `restore.optimizer_tensors` gives it.
@@ -187,11 +187,11 @@ def save(
         write_state(aside, {"step": step, **state})
         sync(aside)
         os.rename(aside, final)
-        _sync(directory)
+        sync_entry(directory)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise RunFailed(f"checkpoint of step {step} could not be written: {error}") from error
-    prune(directory, keep, best)
+    prune(directory, keep, lasting)
     return final
 
 
@@ -203,15 +203,15 @@ def write_state(path: Path, state: dict[str, Any]) -> None:
     (path / "state.json").write_text(text, encoding="utf-8")
 
 
-def prune(directory: Path, keep: int, best: Container[int] = ()) -> None:
-    """Delete all checkpoints but the last `keep` and those of the steps `best`, and what a process
-    that was killed has left.
+def prune(directory: Path, keep: int, lasting: Container[int] = ()) -> None:
+    """Delete all checkpoints but the last `keep` and those of the steps `lasting`, and what a
+    process that was killed has left.
 
     A checkpoint loses its name before its files. Raises `RunFailed` when the disk refuses.
     """
     try:
         for old in sorted(steps(directory))[:-keep]:
-            if old in best:
+            if old in lasting:
                 continue
             aside = directory / f".step-{old}.tmp"
             if aside.exists():
@@ -338,17 +338,3 @@ def _hashes(files: list[Path]) -> list[str]:
 
 def _digest(state: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-
-
-def sync(directory: Path) -> None:
-    """Force a directory and everything in it to disk."""
-    for path in [*directory.rglob("*"), directory]:
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,7 +1,8 @@
 """A study on disk: its files, what holds it, how far its trials are, and their table.
 
 study.yaml  base.yaml      what is swept: the study, its overrides and its base resolved
-runs/<trial>/              the run directories of `sodfast train`
+runs/<trial>/              the run directories of `sodfast train` and `sodfast fork`; those of the
+                           sources that a study forks begin with "source"
 logs/<trial>.log           what the trial's processes printed
 logs/<trial>.lock          held while a process of the trial lives
 logs/<trial>.failed        why the sweep gave the trial up; gone when it is tried again
@@ -19,10 +20,17 @@ from typing import Any, Literal
 
 from sodfast.config import PRESETS, Config, gate_names
 from sodfast.errors import UsageError
-from sodfast.files import is_held, refuse_links, replace_text, to_csv, try_lock
+from sodfast.files import (
+    is_held,
+    refuse_links,
+    remove_leftovers,
+    replace_text,
+    to_csv,
+    try_lock,
+)
 from sodfast.run.records import read_events, read_metrics, read_summary
 from sodfast.study.definition import Study, Trial, flatten, load_study
-from sodfast.summary import summarize
+from sodfast.summary import NEXT_STEPS, summarize, summarize_fork
 
 LAST_STEPS = 5  # the steps whose mean length the table gives
 
@@ -75,6 +83,7 @@ def hold(directory: Path, study: Study) -> Iterator[None]:
             held.enter_context(lock)
             if (directory / "study.yaml").exists():
                 _check_kept(directory, study)
+            remove_leftovers(directory, ("base.yaml", "study.yaml", "table.csv"))
             base = PRESETS / f"{study.base}.yaml"
             text = (base if base.is_file() else Path(study.base)).read_text()
             replace_text(directory / "base.yaml", text)
@@ -103,8 +112,9 @@ def _check_usable(directory: Path) -> None:
 
 def _check_kept(directory: Path, study: Study) -> None:
     """An existing directory may gain trials; those it has must stay what they are."""
-    new = {trial.name: trial.config for trial in study.trials}
-    for trial in open_study(directory).trials:
+    new = {trial.name: trial.config for trial in [*study.sources, *study.trials]}
+    old = open_study(directory)
+    for trial in [*old.sources, *old.trials]:
         if trial.name not in new:
             difference = f"it has no trial {trial.name}"
         elif new[trial.name] != trial.config:
@@ -205,10 +215,11 @@ def write_table(directory: Path) -> Path:
     trial that was cut short has those of the steps it has finished.
     """
     runs = read_runs(directory)
-    rows: list[list[Any]] = [["name", *runs[0].trial.point, "status", *_MEASURES]]
+    names = [*_MEASURES, *(_OF_FORKS if runs[0].trial.fork else ())]
+    rows: list[list[Any]] = [["name", *runs[0].trial.point, "status", *names]]
     for run in runs:
         measures = _measures(run) if run.lines else {}
-        cells = [measures.get(key) for key in _MEASURES]
+        cells = [measures.get(key) for key in names]
         rows.append([run.trial.name, *run.trial.point.values(), run.status, *cells])
     path = directory / "table.csv"
     replace_text(path, to_csv(rows))
@@ -218,6 +229,10 @@ def write_table(directory: Path) -> Path:
 _MEASURES = (
     *("steps", "final", "peak", "peak_step", "refreshes", "refresh_steps", "collapse_step"),
     *("entropy_mean", "entropy_final", f"length_last{LAST_STEPS}"),
+)
+_OF_FORKS = (
+    *("fork_age", "fork_drift", "fork_tail"),
+    *(f"reward_next{NEXT_STEPS}", f"length_next{NEXT_STEPS}"),
 )
 
 
@@ -232,4 +247,6 @@ def _measures(run: TrialRun) -> dict[str, Any]:
         measures["refresh_steps"] = " ".join(map(str, refreshes))
     if lengths:
         measures[f"length_last{LAST_STEPS}"] = fsum(lengths) / len(lengths)
+    if run.trial.fork is not None:
+        measures |= summarize_fork(run.lines, run.trial.fork.step)
     return {**measures, "collapse_step": collapses[0] if collapses else None}

@@ -117,7 +117,7 @@ def _run_process(
     lock: IO[str],
     stop: Event,
 ) -> int:
-    """One `sodfast train` process from start to end; its exit code."""
+    """One process of the trial from start to end; its exit code."""
     if stop.is_set():
         return 130
     arguments = _arguments(directory, trial)
@@ -152,12 +152,15 @@ def _arguments(directory: Path, trial: Trial) -> list[str]:
     run = run_path(directory, trial.name)
     if (run / "config.yaml").exists():
         return ["train", "--resume", str(run)]
+    out = f"out={json.dumps(str(run), ensure_ascii=False)}"
+    if trial.fork is not None:  # takes the place of one that was killed while it was made
+        return ["fork", str(run_path(directory, trial.fork.source)), *trial.overrides, out]
     if run.exists():  # killed while it was made: config.yaml comes last, before any result
         for file in (run / ".lock", run / "environment.json", *run.glob("*.tmp")):
             file.unlink(missing_ok=True)
         run.rmdir()  # refuses if there is anything else
     base = str(directory / "base.yaml")
-    return ["train", base, *trial.overrides, f"out={json.dumps(str(run), ensure_ascii=False)}"]
+    return ["train", base, *trial.overrides, out]
 
 
 def mark_failed(directory: Path, name: str, reason: str) -> None:

@@ -1,5 +1,7 @@
 """Sweeps: each trial of a study a `sodfast train` process of its own, started, watched, resumed.
 
+A trial that is a fork is a `sodfast fork` process, and waits until the run that it forks has ended.
+
 Everything a sweep knows is on disk (directory.py shows the layout), so it can be stopped or killed
 at any time and started again. Two locks keep a trial from running twice: one on the study
 directory, held by the sweep, and one per trial, which the trial's process inherits and holds from
@@ -7,13 +9,14 @@ before its first instruction until it has ended.
 """
 
 import signal
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, wait
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Literal
 
 from sodfast.errors import RunFailed, UsageError
+from sodfast.run.records import require_run
 from sodfast.study.definition import Trial, find_study, load_study
 from sodfast.study.directory import hold, write_table
 from sodfast.study.launch import Launcher, LocalLauncher, Outcome, mark_failed, outcome_of, slots
@@ -40,7 +43,10 @@ def sweep(
     """
     path = find_study(source)
     study = load_study(path, [text for text in arguments if not text.startswith("out=")])
-    trials = study.trials
+    trials = [*study.sources, *study.trials]
+    if not study.sources:
+        for given in {trial.fork.source for trial in trials if trial.fork}:
+            require_run(Path(given))
     outs = [text.removeprefix("out=") for text in arguments if text.startswith("out=")]
     directory = Path(outs[-1] if outs else f"runs/{path.stem}").absolute()
     if "=" in str(directory) or outs == [""]:
@@ -86,8 +92,13 @@ def _run(directory: Path, trials: Sequence[Trial], launcher: Launcher) -> dict[s
     with build_view(directory, trials, outcomes) as view:
         try:
             waiting = [trial for trial in trials if trial.name not in outcomes]
-            pending = {launcher.start(directory, trial): trial.name for trial in waiting}
-            while pending:
+            pending: dict[Future[Outcome], str] = {}
+            while waiting or pending:
+                unfinished = {*pending.values(), *(trial.name for trial in waiting)}
+                for trial in list(waiting):
+                    if trial.fork is None or trial.fork.source not in unfinished:
+                        waiting.remove(trial)
+                        pending[_start(launcher, directory, trial, outcomes)] = trial.name
                 wait(pending, timeout=view.seconds, return_when=FIRST_COMPLETED)
                 for future in [future for future in pending if future.done()]:
                     name = pending.pop(future)
@@ -107,3 +118,14 @@ def _run(directory: Path, trials: Sequence[Trial], launcher: Launcher) -> dict[s
         finally:
             launcher.stop()
     return outcomes
+
+
+def _start(
+    launcher: Launcher, directory: Path, trial: Trial, outcomes: Mapping[str, Outcome]
+) -> Future[Outcome]:
+    """Start a trial; a fork of a source that failed fails at once."""
+    if trial.fork is None or outcomes.get(trial.fork.source) != "failed":
+        return launcher.start(directory, trial)
+    future: Future[Outcome] = Future()
+    future.set_exception(RunFailed(f"{trial.fork.source}, of which it is a fork, failed"))
+    return future

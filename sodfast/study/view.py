@@ -26,11 +26,12 @@ OPEN = ("waiting", "running")
 class Progress:
     """How far a run is, from its metrics.jsonl, which is read again when it has changed."""
 
-    def __init__(self, run: Path, eval_samples: int) -> None:
+    def __init__(self, run: Path, eval_samples: int, first: int = 0) -> None:
         self.run = run
         self._eval_key = f"eval/mean@{eval_samples}"
         self._seen: tuple[int, ...] = ()
-        self.step = 0
+        self._first = first  # where it begins: a fork after its step
+        self.step = first
         self.reward: float | None = None
         self.eval: float | None = None
         self.refreshes: int | None = None  # None: no teacher that copies
@@ -49,7 +50,7 @@ class Progress:
             return
         self._seen = seen
         last = {key: value for line in lines for key, value in line.items()}
-        self.step = last.get("step", 0)
+        self.step = last.get("step", self._first)
         self.reward, self.eval = last.get("reward/mean"), last.get(self._eval_key)
         copies = [line["teacher/refreshed"] for line in lines if "teacher/refreshed" in line]
         self.refreshes = sum(copies) if copies else None
@@ -71,7 +72,11 @@ class View:
         self.trials = {trial.name: trial for trial in trials}
         self.status = {name: finished.get(name, "waiting") for name in self.trials}
         self.progress = {
-            name: Progress(run_path(directory, name), trial.config.eval.samples)
+            name: Progress(
+                run_path(directory, name),
+                trial.config.eval.samples,
+                trial.fork.step if trial.fork else 0,
+            )
             for name, trial in self.trials.items()
         }
         for progress in self.progress.values():

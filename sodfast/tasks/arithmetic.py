@@ -6,11 +6,12 @@ times, each pass after a question mark, `128+6=134?136+6=142`: the last pass cou
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
 
-from sodfast.config import ArithmeticConfig
+from sodfast.config import ArithmeticConfig, ArrivalConfig
 from sodfast.errors import UsageError
 from sodfast.tasks.base import Question
 
@@ -49,6 +50,8 @@ def question_pools() -> tuple[tuple[Question, ...], tuple[Question, ...]]:
 class ArithmeticTask:
     """The first `config.train` and `config.test` questions of the two pools.
 
+    With `config.arrival` those to train on whose left factor is one of the largest come later.
+
     Raises:
         UsageError: a pool holds fewer questions than the configuration asks for.
     """
@@ -58,6 +61,8 @@ class ArithmeticTask:
     def __init__(self, config: ArithmeticConfig) -> None:
         train_pool, test_pool = question_pools()
         self.train: Sequence[Question] = _first("train", config.train, train_pool)
+        if config.arrival is not None:
+            self.train = [_arriving(question, config.arrival) for question in self.train]
         self.test: Sequence[Question] = _first("test", config.test, test_pool)
 
     def score(self, question: Question, response: str) -> float:
@@ -82,6 +87,12 @@ class ArithmeticTask:
         """Return the last result without leading zeros, None where the response ends otherwise."""
         match = _LAST_RESULT.search(response)
         return (match[1].lstrip("0") or "0") if match else None
+
+
+def _arriving(question: Question, arrival: ArrivalConfig) -> Question:
+    early = LEFT_FACTORS[: round((1 - arrival.share) * len(LEFT_FACTORS))]
+    left = int(question.prompt.partition("*")[0])
+    return question if left in early else replace(question, arrival=arrival.step)
 
 
 def _first(key: str, count: int, pool: tuple[Question, ...]) -> tuple[Question, ...]:

@@ -11,6 +11,7 @@ class Question:
 
     `history` holds the messages of a conversation between the system message and that turn, each
     with `role` and `content`; `columns` all fields of the row that the question was read from.
+    `arrival`: the first step whose rollouts may answer it.
     """
 
     prompt: str
@@ -19,6 +20,7 @@ class Question:
     id: str = ""
     history: tuple[Mapping[str, str], ...] = ()
     columns: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    arrival: int = 0
 
 
 @dataclass(frozen=True)

@@ -169,7 +169,7 @@ def _read_data(source: str, split: str, keep: Callable[[Row], bool]) -> list[Pla
         datasets = importlib.import_module("datasets")
     except ModuleNotFoundError as error:
         kind = "it" if os.path.isdir(source) else "no such file, and reading it as a hub id"
-        raise UsageError(f"{source}: {kind} needs `pip install sodfast[hub]`") from error
+        raise UsageError(f"{source}: {kind} needs `pip install 'sodfast[datasets]'`") from error
     try:
         splits = _load(datasets, source)
     except (OSError, ValueError) as error:

@@ -1,7 +1,9 @@
 """The report of a run and of a study: its numbers against the metrics, its refusals, its bytes."""
 
 import csv
+import errno
 import json
+import os
 import re
 import shutil
 import sys
@@ -14,11 +16,12 @@ from xml.etree import ElementTree
 
 import pytest
 from marks import slow
-from synthetic import SCHEDULES, lab_run, schedule_study, write_run, write_study
+from synthetic import SCHEDULES, lab_run, schedule_study, simulate, write_run, write_study
 
 from sodfast import cli
-from sodfast.errors import UsageError
-from sodfast.report.page import write_comparison, write_report
+from sodfast.errors import RunFailed, UsageError
+from sodfast.report.page import _write_report, write_comparison, write_report
+from sodfast.report.runs import Group, Run, Source
 
 CUT = {"cgtr,seed2": 40, "fixed,seed1": None}
 SHORT = schedule_study(seeds=3, steps=60)
@@ -397,6 +400,119 @@ def test_intervals_around_zero_detect_no_difference(tmp_path: Path) -> None:
     assert "above zero for none" not in page.text
 
 
+def answer(directory: Path, finals: dict[str, tuple[float, ...]], lab_seeds: int = 1) -> Page:
+    """The page of a study of one regime, from the final scores of each schedule's seeds."""
+    kinds = {"fixed": {"kind": "fixed"}, "ema": {"kind": "ema"}, "cgtr": {"kind": "cgtr"}}
+    count = len(next(iter(finals.values()))) // lab_seeds
+    axes: dict[str, Any] = {"schedule": [kinds[name] for name in finals]}
+    axes |= {"lab.seed": list(range(lab_seeds)), "seed": list(range(count))}
+    write_study(directory, {"base": "lab", "overrides": {"steps": 9}, "axes": axes})
+    for name, scores in finals.items():
+        for index, score in enumerate(scores):
+            trial = f"{name},lab.seed{index // count},seed{index % count}"
+            file = directory / "runs" / trial / "metrics.jsonl"
+            lines = [json.loads(line) for line in file.read_text().splitlines()]
+            lines[-1]["eval/mean@16"] = score
+            file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return Page(write_report(directory))
+
+
+def test_the_page_says_which_schedule_ends_highest_and_by_how_much(tmp_path: Path) -> None:
+    """Pairs are over both seeds: the labs differ by more than the schedules do."""
+    cgtr, fixed = (0.30, 0.32, 0.70, 0.72), (0.20, 0.20, 0.60, 0.60)
+    page = answer(tmp_path / "s", {"fixed": fixed, "cgtr": cgtr}, lab_seeds=2)
+    assert (
+        "CGTR ends highest, above fixed (+0.110 [+0.100, +0.120]). Mean paired differences over 4 "
+        "seeds, each 95 % interval for itself. That is few: where there is no difference, 4 pairs have "
+        "all one sign in 12 % of cases." in page.text
+    )
+    (row,) = read_table(tmp_path / "s", "comparisons")
+    assert (row["highest"], row["other"], row["pairs"]) == ("CGTR", "fixed", "4")
+
+
+def test_the_page_says_where_it_cannot_tell(tmp_path: Path) -> None:
+    level = {"fixed": (0.1, 0.1), "ema": (0.5, 0.6), "cgtr": (0.7, 0.5)}
+    page = answer(tmp_path / "s", level)
+    assert (
+        "Not apart: CGTR; EMA 0.04. CGTR has the highest mean, but no interval separates it from "
+        "EMA 0.04 (+0.050 [−0.100, +0.200]). It ends above fixed (+0.500 [+0.400, +0.600])."
+        in page.text
+    )
+    single = answer(tmp_path / "one", {"fixed": (0.1,), "cgtr": (0.9,)})
+    assert "Cannot tell which ends highest: no two groups have two seeds" in single.text
+    assert "CGTR ends highest" not in single.text
+
+
+def test_studies_become_one_report_with_a_regime_each(
+    tmp_path: Path, cli: Callable[..., Any]
+) -> None:
+    for name, better in (("A", "cgtr"), ("B", "fixed")):
+        finals = {kind: (0.8, 0.9) if kind == better else (0.2, 0.1) for kind in ("fixed", "cgtr")}
+        answer(tmp_path / name, finals)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    out = tmp_path / "map"
+    studies = [str(tmp_path / "A"), str(tmp_path / "B")]
+    assert cli("report", *studies, "--out", str(out)).out.strip() == str(out / "report.html")
+    page = Page(out / "report.html")
+    assert "In A: CGTR ends highest, above fixed (+0.700 [+0.600, +0.800])" in page.text
+    assert "In B: fixed ends highest, above CGTR" in page.text
+    assert "phase" in page.figures and (out / "figures" / "phase.svg").is_file()
+    rows = read_table(out, "runs")
+    assert [(row["regime"], row["schedule"], row["seed"]) for row in rows[:3]] == [
+        ("A", "fixed", "0"),
+        ("A", "fixed", "1"),
+        ("A", "CGTR", "0"),
+    ]
+    assert {row["final"] for row in rows} == {"0.8", "0.9", "0.2", "0.1"}
+    assert before == {path: path.read_bytes() for path in before}
+    outcome = cli("report", *studies)
+    assert outcome.code == 2 and outcome.err.count("\n") == 1
+    (tmp_path / "file").write_text("")
+    assert cli("report", *studies, "--out", str(tmp_path / "file")).code == 2
+
+
+def test_forks_are_answered_by_their_effect(tmp_path: Path) -> None:
+    groups = []
+    for arm in ("now", "never"):
+        runs = []
+        for seed in range(3):
+            config = lab_run("steps=60", f"seed={seed}", "schedule.kind=fixed")
+            lines, _ = simulate(config, 60)
+            events: list[dict[str, Any]] = [{"event": "fork", "step": 20, "source": "/runs/one"}]
+            if arm == "now":
+                events.append({"event": "refresh", "step": 20, "shock": 0.1, "age": 20})
+                for line in lines[21:]:
+                    line["reward/mean"] += 0.1
+                    line["length/mean"] *= 1 + 0.1 * (seed - 1)
+            name = f"{arm},{seed}"
+            point = {"fork.step": "20", "teacher.refresh": arm}
+            runs.append(Run(name, tmp_path, config, "done", point, lines, events))
+        groups.append(Group(f"refresh {arm}", runs, runs))
+    runs = [run for group in groups for run in group.runs]
+    source = Source(tmp_path, "forks", runs, groups, None, None, "base: lab")
+    page = Page(_write_report(source, tmp_path))
+    assert "One refresh raises the reward and has no effect on the length of answers" in page.text
+    assert "reward +0.100 [+0.100, +0.100]" in page.text and "(3 pairs of forks" in page.text
+    assert "ends highest" not in page.text and "forks" in page.figures
+    rows = read_table(tmp_path, "forks")
+    assert [(row["run"], row["step"], row["seed"]) for row in rows] == [
+        ("one", "20", seed) for seed in "012"
+    ]
+    assert page.rows("effects")["step 20"]["pairs"] == "3"
+
+
+def test_refreshes_and_collapses_are_attributed(study: Path) -> None:
+    page = Page(study / "report.html")
+    rows = read_table(study, "refreshes")
+    verdicts = [row["verdict"] for row in rows if row["group"] == "hard, every 50"]
+    assert len(verdicts) == 3 and set(verdicts) <= {"corrective", "neutral", "contaminating"}
+    row = {row["group"]: row for row in read_table(study, "attribution")}["hard, every 50"]
+    assert int(row["judged"]) == sum(int(row[one]) for one in set(verdicts)) == 3
+    shown = page.rows("attribution")["hard, every 50"]
+    assert shown["judged"] == "3 of 3" and "[" in shown["effect on reward"]
+    assert "attribution" in page.figures
+
+
 def test_figures_and_tables_scroll_where_they_do_not_fit(study: Path) -> None:
     text = (study / "report.html").read_text()
     boxes = re.findall(
@@ -544,7 +660,27 @@ def test_a_damaged_line(tmp_path: Path, line: str, match: str) -> None:
 def test_a_directory_that_cannot_be_written(tmp_path: Path) -> None:
     write_run(tmp_path / "run", lab_run("steps=4"))
     (tmp_path / "run" / "tables").write_text("in the way")
-    refuse(tmp_path / "run", "cannot be written")
+    refuse(tmp_path / "run", r"tables/\w+.csv cannot be written: .*tables cannot be a folder")
+    (tmp_path / "run" / "tables").unlink()
+    write_report(tmp_path / "run")
+    (tmp_path / "run" / "report.html").unlink()
+    (tmp_path / "run" / "report.html").mkdir()
+    for file in (tmp_path / "run" / "tables").iterdir():
+        file.write_text("earlier")
+    refuse(tmp_path / "run", r"report.html cannot be written: it is a directory")
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No refused argument: some files may be written, each of them whole."""
+    write_run(tmp_path / "run", lab_run("steps=4"))
+
+    def refuse_all(file: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+
+    monkeypatch.setattr("sodfast.report.page.replace_text", refuse_all)
+    with pytest.raises(RunFailed, match="cannot be written: No space left on device"):
+        write_report(tmp_path / "run")
 
 
 def test_the_command_refuses_in_one_line(

@@ -10,7 +10,7 @@ from synthetic import SCHEDULES, lab_run, schedule_study, write_run, write_study
 
 from sodfast.config import CGTRConfig, EMAConfig, FixedConfig, HardConfig, TrustRegionConfig
 from sodfast.errors import UsageError
-from sodfast.report.runs import Run, describe_schedule, load
+from sodfast.report.runs import Run, describe_schedule, load, load_studies
 
 
 def test_a_run_is_a_group_of_its_own_in_any_state(tmp_path: Path) -> None:
@@ -38,6 +38,46 @@ def test_groups_differ_in_more_than_their_seed(tmp_path: Path) -> None:
     assert (source.baseline, other.baseline) == ("fixed", "CGTR")
     with pytest.raises(UsageError, match="it can be schedule=fixed, schedule=hard-every1"):
         load(tmp_path / "s", "schedule=none")
+
+
+def test_lab_seeds_repeat_a_trial_as_seeds_do(tmp_path: Path) -> None:
+    axes = {"lab.seed": [0, 1], "seed": [0, 1], "schedule": SCHEDULES[:2]}
+    write_study(tmp_path / "s", {"base": "lab", "overrides": {"steps": 3}, "axes": axes})
+    source = load(tmp_path / "s")
+    assert [group.label for group in source.groups] == ["fixed", "hard, every 1"]
+    for group in source.groups:
+        pairs = [(run.replicate, run.seed_name) for run in group.used]
+        assert pairs == [
+            ((0, 0), "seed 0"),
+            ((0, 1), "seed 1"),
+            ((1, 0), "seed 0 of lab 1"),
+            ((1, 1), "seed 1 of lab 1"),
+        ]
+
+
+def test_axes_beside_the_schedule_are_regimes(tmp_path: Path) -> None:
+    study = {
+        "base": "lab",
+        "overrides": {"steps": 3},
+        "variants": {"plain": {}, "fast": {"optimizer.lr": 1e-4}},
+        "axes": {"schedule": SCHEDULES[:2], "seed": [0]},
+    }
+    write_study(tmp_path / "A", study)
+    found = [(group.regime, group.called) for group in load(tmp_path / "A").groups]
+    names = ["fixed", "hard, every 1"]
+    assert found == [(regime, name) for regime in ("plain", "fast") for name in names]
+    write_study(tmp_path / "B", schedule_study(seeds=1, steps=3))
+    assert {(group.regime, group.label) for group in load(tmp_path / "B").groups} >= {("", "CGTR")}
+    joined = load_studies([tmp_path / "A", tmp_path / "B"])
+    assert list(dict.fromkeys(g.regime for g in joined.groups)) == ["A, plain", "A, fast", "B"]
+    assert {g.baseline.label for g in joined.groups if g.baseline} == {
+        "A, plain, fixed",
+        "A, fast, fixed",
+        "B, fixed",
+    }
+    assert len(joined.runs) == 4 + len(SCHEDULES)
+    with pytest.raises(UsageError, match="two studies are called alike"):
+        load_studies([tmp_path / "A", tmp_path / "x" / ".." / "A"])
 
 
 def test_names_that_would_be_the_same_are_written_out(tmp_path: Path) -> None:

@@ -1,8 +1,11 @@
 """A fork goes on from a checkpoint as its source did, but for what it was asked to change."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from marks import slow
+from safetensors.torch import save_file
 
 from sodfast.commands import train_fork
 from sodfast.errors import UsageError
@@ -17,7 +21,8 @@ from sodfast.files import read_lines
 from sodfast.report.page import write_report
 from sodfast.report.replay import replay_run
 from sodfast.run import checkpoint
-from sodfast.run.fork import fork_config, fork_run, read_fork
+from sodfast.run.fork import prepare_fork
+from sodfast.run.fork_keys import fork_config, read_fork, source_config
 
 KEPT = ["steps=8", "checkpoint.every=2", "checkpoint.keep=9", "eval.every=2"]
 GATED = [
@@ -163,6 +168,32 @@ def test_arms_do_not_depend_on_those_before_them(
 
 
 @pytest.mark.slow
+def test_an_arm_is_that_of_a_process_of_its_own(
+    source_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """After other arms of this process, whatever these have left in it."""
+    source, arm = source_of("hard"), ["step=4", "teacher.refresh=now", "seed=9"]
+    fork(source, tmp_path / "before", "step=4", "teacher.refresh=never", "optimizer.lr=1e-2")
+    here = fork(source, tmp_path / "here", *arm)
+    there = tmp_path / "there"
+    command = [sys.executable, "-m", "sodfast", "fork", str(source), *arm, f"out={there}"]
+    # Sums are split by thread.
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    subprocess.run(command, check=True, capture_output=True, env=os.environ | threads)
+    assert numbers(there) == numbers(here) and same(tensors(there, 8), tensors(here, 8))
+
+
+@pytest.mark.slow
+def test_a_fork_of_a_fork_repeats_it_too(source_of: Callable[[str], Path], tmp_path: Path) -> None:
+    source = source_of("hard")
+    first = fork(source, tmp_path / "first", "step=2", "seed=9")
+    second = fork(first, tmp_path / "second", "step=6")
+    assert numbers(second) == numbers(first) != numbers(source)
+    assert same(tensors(second, 8), tensors(first, 8))
+    back = fork(first, tmp_path / "back", "step=2", "seed=0")
+    assert numbers(back) == numbers(source) and same(tensors(back, 8), tensors(source, 8))
+
+
 def test_a_fork_is_resumed_like_any_run(
     source_of: Callable[[str], Path], train: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -207,7 +238,7 @@ def test_a_fork_is_reported_and_replayed_from_its_fork_on(
         (["step=4", "steps=3"], "lies before"),
         (["step=4", "teacher.refresh=soon"], "choose now or never"),
         (["step=4", "teacher.refresh=never", "schedule.kind=hard"], "leave schedule.kind=hard out"),
-        (["step=4", "lab.seed=3"], "leave lab"),
+        (["step=4", "lab.seed=3"], "no lab"),
         (["step=4", "schedule.length_unit=shard", "schedule.shards=2"], "length/shard_mean"),
         (["step=4", "schedule.knid=hard"], "unknown key"),
     ],
@@ -233,6 +264,41 @@ def test_a_source_that_is_no_run_of_this_version(
         fork(source, tmp_path / "out", "step=4")
 
 
+@pytest.mark.parametrize("hashed", [True, False])
+def test_a_damaged_checkpoint_is_not_forked_and_nothing_is_left(
+    source_of: Callable[[str], Path], tmp_path: Path, hashed: bool
+) -> None:
+    """Without hashes, as in release 0.1.0, damage is found when the fork is loaded."""
+    source = tmp_path / "source"
+    shutil.copytree(source_of("fixed"), source)
+    path = source / "checkpoints" / "step-4"
+    if hashed:
+        data = bytearray((path / "optimizer.safetensors").read_bytes())
+        data[-1] ^= 1
+        (path / "optimizer.safetensors").write_bytes(data)
+    else:
+        state = json.loads((path / "state.json").read_text())
+        del state["files"], state["sha256"]
+        (path / "state.json").write_text(json.dumps(state))
+        save_file({}, path / "optimizer.safetensors")
+    message = f"checkpoint {path} is damaged .*changed" if hashed else "was not made: .* has no"
+    with pytest.raises(UsageError, match=message):
+        fork(source, tmp_path / "out", "step=4")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_has_gone_is_missed_before_anything_is_made(
+    tmp_path: Path, source_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*arguments: object) -> None:
+        raise UsageError("it has gone")
+
+    monkeypatch.setattr("sodfast.commands.build_model", gone)
+    with pytest.raises(UsageError, match="it has gone"):
+        fork(source_of("fixed"), tmp_path / "out", "step=4")
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_edited_source_and_missing_lines(
     source_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -241,11 +307,12 @@ def test_an_edited_source_and_missing_lines(
     lines = (source / "metrics.jsonl").read_text().splitlines(keepends=True)
     (source / "metrics.jsonl").write_text("".join(lines[:2] + lines[3:]))
     step, refresh, others = read_fork(["step=4"])
-    config = fork_config(source, step, [f"out={tmp_path / 'out'}", *others], refresh)
+    others.append(f"out={tmp_path / 'out'}")
+    config = fork_config(source_config(source), step, others, refresh)
     with pytest.raises(UsageError, match="lacks lines"):
-        fork_run(source, step, config, {}, refresh)
+        prepare_fork(source, step, config, refresh)
     text = (source / "config.yaml").read_text()
     (source / "config.yaml").write_text(re.sub(r"(?m)^seed: \d+", "seed: 77", text))
     with pytest.raises(UsageError, match="not what its checkpoints were made with"):
-        fork_run(source, step, config, {}, refresh)
+        prepare_fork(source, step, config, refresh)
     assert not (tmp_path / "out").exists()

@@ -65,8 +65,19 @@ if "SODFAST_LEASH" in os.environ:
             sys.exit(130)
         summary("done", config.steps)
 
+    def train_fork(source, overrides):
+        # What it has before the fork is as its source left it.
+        assert (source / "summary.json").is_file(), "the source has not ended"
+        out = Path(json.loads(overrides[-1].removeprefix("out=")))
+        out.mkdir(parents=True)
+        values = dict(text.split("=", 1) for text in overrides)
+        kept = (source / "metrics.jsonl").read_text().splitlines(keepends=True)
+        (out / "metrics.jsonl").write_text("".join(kept[: int(values["step"]) + 1]))
+        own = [text for text in overrides if not text.startswith(("step=", "teacher.refresh="))]
+        train_run(stored_config(source, own), out)
+
     session = types.ModuleType("sodfast.commands")
-    session.train_run = train_run
+    session.train_run, session.train_fork = train_run, train_fork
     rundir = types.ModuleType("sodfast.run.directory")
     rundir.stored_config = stored_config
     sys.modules |= {"sodfast.commands": session, "sodfast.run.directory": rundir}
@@ -77,18 +88,20 @@ Write = Callable[..., Path]
 
 @pytest.fixture
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
-    """`stand_in(seed=[0, 1])` writes a study of stand-ins with these axes and returns its path."""
+    """`stand_in(seed=[0, 1])` writes a study of stand-ins with these axes and returns its path;
+    `fork` is that section."""
     folder = tmp_path / "stand-in"
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(STAND_IN)
     path = os.environ.get("PYTHONPATH")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), *([path] if path else [])]))
 
-    def write(**axes: list[Any]) -> Path:
+    def write(fork: dict[str, Any] | None = None, **axes: list[Any]) -> Path:
         file = tmp_path / "study.yaml"
         axes = {"log.project" if key == "project" else key: value for key, value in axes.items()}
-        overrides = {"steps": 5, "device": "cpu"}
-        file.write_text(yaml.safe_dump({"base": "lab", "overrides": overrides, "axes": axes}))
+        overrides = {"device": "cpu", **({} if fork else {"steps": 5})}
+        study = {"base": "lab", "overrides": overrides, "axes": axes, "fork": fork}
+        file.write_text(yaml.safe_dump({key: value for key, value in study.items() if value}))
         return file
 
     return write

@@ -1,6 +1,7 @@
 """Study files: how they expand, what they are called, and what is refused."""
 
 import itertools
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,16 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sodfast.config import load_config
+from sodfast.config import FixedConfig, load_config
 from sodfast.errors import UsageError
-from sodfast.study.definition import STUDIES, Study, find_study, flatten, load_study
+from sodfast.study.definition import (
+    STUDIES,
+    ForkPoint,
+    Study,
+    find_study,
+    flatten,
+    load_study,
+)
 
 SCHEDULES = [{"kind": "fixed"}, {"kind": "hard", "every": 50}, {"kind": "ema", "rate": 0.04}]
 
@@ -112,6 +120,134 @@ def test_variants_that_cannot_be(tmp_path: Path, variants: Any, match: str) -> N
     assert "\n" not in str(refused.value)
 
 
+# ---------------------------------------------------------------- forks
+
+FORKS: dict[str, Any] = {
+    "overrides": {"optimizer.lr": 1e-3, "checkpoint.every": 0},
+    "fork": {"from": {"schedule": {"kind": "hard"}, "seed": 5}, "step": [4, 20], "further": 3},
+    "axes": {"teacher.refresh": ["now", "never"], "seed": [1, 2]},
+}
+
+
+def test_forks_go_on_from_a_source_that_the_study_makes(tmp_path: Path) -> None:
+    study = load_study(write(tmp_path, **FORKS))
+    (source,) = study.sources
+    assert source.name == "source" and source.fork is None
+    assert source.config == load_config("lab", source.overrides)
+    assert (source.config.steps, source.config.seed, source.config.optimizer.lr) == (20, 5, 1e-3)
+    assert source.config.schedule.kind == "hard" and source.config.checkpoint.at == (4, 20)
+    assert names(study)[:3] == [
+        "step4,refresh-now,seed1",
+        "step4,refresh-now,seed2",
+        "step4,refresh-never,seed1",
+    ]
+    last = study.trials[-1]
+    assert last.point == {"fork.step": "20", "teacher.refresh": "never", "seed": "2"}
+    assert last.fork == ForkPoint("source", 20)
+    config = source.config
+    changed = {"steps": 23, "seed": 2, "schedule": FixedConfig()}
+    without = {"checkpoint": config.checkpoint.model_copy(update={"at": ()})}
+    assert last.config == config.model_copy(update=changed | without)
+    (tmp_path / "again.yaml").write_text(study.to_yaml())
+    again = load_study(tmp_path / "again.yaml")
+    assert (again.trials, again.sources) == (study.trials, study.sources)
+
+
+def test_each_variant_and_each_source_has_its_own_forks(tmp_path: Path) -> None:
+    sources = [{"seed": 5}, {"seed": 6, "schedule": {"kind": "fixed"}}]
+    study = load_study(
+        write(
+            tmp_path,
+            **FORKS | {"fork": {"from": sources, "step": [4], "further": 3}},
+            variants={"a": {}, "b": {"lab.stubborn": 0.5}},
+        )
+    )
+    assert [source.name for source in study.sources] == [
+        "source,a,from-seed5",
+        "source,a,from-seed6-schedule-fixed",
+        "source,b,from-seed5",
+        "source,b,from-seed6-schedule-fixed",
+    ]
+    assert len(study.trials) == 16
+    for trial in study.trials:
+        assert trial.fork is not None
+        (source,) = (one for one in study.sources if one.name == trial.fork.source)
+        assert source.point.items() <= trial.point.items()
+        assert trial.config.lab == source.config.lab
+    assert list(study.trials[-1].point) == [
+        *("variant", "fork.from", "fork.step", "teacher.refresh", "seed")
+    ]
+
+
+def test_a_run_that_is_there_can_be_forked(tmp_path: Path) -> None:
+    """Its configuration is the base; overrides and variants change its forks alone."""
+    run = tmp_path / "run"
+    run.mkdir()
+    config = load_config("lab", ["seed=5", "steps=9", "eval.every=3", f"out={run}"])
+    (run / "config.yaml").write_text(config.to_yaml())
+    fork = {"from": "run", "step": [4], "further": 3}
+    values = {
+        "overrides": {"optimizer.lr": 1e-3},
+        "fork": fork,
+        "axes": {"teacher.refresh": ["now", "never"]},
+        "variants": {"plain": {}, "warm": {"rollout.temperature": 0.5}},
+    }
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(values))
+    study = load_study(path)
+    assert not study.sources and len(study.trials) == 4
+    trial = study.trials[2]
+    assert trial.fork == ForkPoint(str(run), 4)
+    assert (trial.config.seed, trial.config.eval.every, trial.config.steps) == (5, 3, 7)
+    assert (trial.config.optimizer.lr, trial.config.rollout.temperature) == (1e-3, 0.5)
+    assert trial.config.out is None
+    # A study directory has a copy of the base, and goes by it where the run has gone.
+    (tmp_path / "base.yaml").write_text((run / "config.yaml").read_text())
+    path.write_text(study.model_copy(update={"base": "base.yaml"}).to_yaml())
+    (run / "config.yaml").write_text(config.model_copy(update={"steps": 12}).to_yaml())
+    assert load_study(path).trials == study.trials
+    (run / "config.yaml").write_text(config.model_copy(update={"seed": 6}).to_yaml())
+    with pytest.raises(UsageError, match="base is not the configuration of"):
+        load_study(path)
+    (run / "config.yaml").unlink()
+    assert load_study(path).trials == study.trials
+    path.write_text(yaml.safe_dump(values))
+    with pytest.raises(UsageError, match="is not a run directory"):
+        load_study(path)
+
+
+@pytest.mark.parametrize(
+    ("section", "value", "match"),
+    [
+        ("fork", {"from": 3, "step": [4], "further": 3}, "fork.from: .*a mapping of keys"),
+        ("fork", {"from": [], "step": [4], "further": 3}, "fork.from: .*a mapping of keys"),
+        ("fork", {"from": {}, "step": [], "further": 3}, "fork.step is empty"),
+        ("fork", {"from": {}, "step": [True], "further": 3}, "fork.step.0"),
+        ("fork", {"from": {}, "step": [-1], "further": 3}, "fork.step.0"),
+        ("fork", {"from": {}, "step": [4], "further": 0}, "fork.further"),
+        ("fork", {"from": {}, "step": [4, 4], "further": 3}, "two trials are named step4"),
+        ("fork", {"from": {}, "step": [4], "further": 3, "ahead": 1}, r"fork.ahead \(known: from"),
+        ("fork", {"from": {"sed": 1}, "step": [4], "further": 3}, "trial source: unknown key sed"),
+        ("fork", {"from": {"steps": 9}, "step": [4], "further": 3}, "steps follows from"),
+        ("fork", {"from": {"optimizer.lr": 1}, "step": [4], "further": 3}, "by fork.from and else"),
+        ("fork", {"from": {"lab": {3: 4}}, "step": [4], "further": 3}, "unknown key lab.3"),
+        ("fork", {"from": {}, "step": [10**30], "further": 3}, "trial source: "),
+        ("fork", None, "unknown key teacher.refresh"),
+        ("overrides", {"steps": 9}, "steps follows from fork.step and fork.further"),
+        ("overrides", {"teacher.refresh": "now"}, "teacher.refresh is an axis and an override"),
+        ("axes", {"checkpoint.at": [[1]]}, "checkpoint.at follows from"),
+        ("axes", {"teacher.refresh": ["soon"]}, "choose now or never"),
+        ("axes", {"lab.seed": [3]}, "the student of its source: no lab"),
+        ("axes", {"task.test": [3]}, "the task of its source: no task"),
+    ],
+)
+def test_forks_that_cannot_be(tmp_path: Path, section: str, value: Any, match: str) -> None:
+    values = {key: item for key, item in {**FORKS, section: value}.items() if item is not None}
+    with pytest.raises(UsageError, match=match) as refused:
+        load_study(write(tmp_path, **values))
+    assert "\n" not in str(refused.value)
+
+
 def test_a_later_axis_may_refine_the_group_of_an_earlier_one(tmp_path: Path) -> None:
     axes = {"schedule": [{"kind": "ema"}, {"kind": "trust_region"}], "schedule.rate": [0.1, 0.2]}
     study = load_study(write(tmp_path, axes=axes))
@@ -130,11 +266,16 @@ values = {
 }
 
 
+def _written(value: Any) -> str:
+    """Equal for mappings that differ in the order of their keys alone."""
+    return json.dumps(value, sort_keys=True)
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     st.lists(st.sampled_from(sorted(values)), min_size=1, max_size=3, unique=True).flatmap(
         lambda keys: st.fixed_dictionaries(
-            {key: st.lists(values[key], min_size=1, max_size=2, unique_by=repr) for key in keys}
+            {key: st.lists(values[key], min_size=1, max_size=2, unique_by=_written) for key in keys}
         )
     )
 )

@@ -103,6 +103,57 @@ def test_the_stored_study_is_the_sweep(stand_in: Write, tmp_path: Path) -> None:
     assert starts(out, "seed0") == 1
 
 
+def forks(source: str = "fine", step: tuple[int, ...] = (2, 3)) -> dict[str, Any]:
+    return {"from": {"log.project": source}, "step": [*step], "further": 2}
+
+
+@pytest.mark.slow
+def test_forks_run_when_their_source_has_ended(stand_in: Write, tmp_path: Path) -> None:
+    axes: dict[str, Any] = {"teacher.refresh": ["now", "never"]}
+    study, out = stand_in(fork=forks(), **axes), tmp_path / "out"
+    rows = run(study, out)
+    names = [f"step{step},refresh-{arm}" for step in (2, 3) for arm in ("now", "never")]
+    assert [(row["name"], row["status"], row["steps"]) for row in rows] == [
+        (name, "done", str(int(name[4]) + 2)) for name in names
+    ]
+    assert {row["fork.step"] for row in rows} == {"2", "3"} and rows[0]["reward_next30"] == "0.5"
+    assert steps(out, "source") == [0, 1, 2, 3] and steps(out, names[0]) == [0, 1, 2, 3, 4]
+    assert [starts(out, name) for name in ["source", *names]] == [1] * 5
+    run(study, out)
+    assert [starts(out, name) for name in ["source", *names]] == [1] * 5
+    # A later step would need a longer source, which the directory does not have.
+    with pytest.raises(UsageError, match="trial source: steps was 3, is 4"):
+        run(stand_in(fork=forks(step=(2, 3, 4)), **axes), out)
+
+
+def test_a_run_to_fork_must_be_there(stand_in: Write, tmp_path: Path) -> None:
+    plan = {"from": "nowhere", "step": [2], "further": 2}
+    study = stand_in(fork=plan, **{"teacher.refresh": ["now"]})
+    for base in ("base: lab\n", ""):
+        study.write_text(study.read_text().replace("base: lab\n", base))
+        with pytest.raises(UsageError, match="nowhere is not a run directory"):
+            run(study, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_forks_are_resumed_and_fail_with_their_source(stand_in: Write, tmp_path: Path) -> None:
+    axes: dict[str, Any] = {"teacher.refresh": ["now", "never"]}
+    out = tmp_path / "out"
+    with pytest.raises(RunFailed, match="3 of 3 trials failed"):
+        run(stand_in(fork=forks("usage", (2,)), **axes), out)
+    failure = failure_path(out, "step2,refresh-now").read_text()
+    assert failure == "source, of which it is a fork, failed\n"
+    assert not run_path(out, "step2,refresh-now").exists()
+    out = tmp_path / "again"
+    run(stand_in(fork=forks("crash 1", (3,)), **axes), out)
+    # The source crashes once, and goes on where it was; its forks wait for that.
+    for name, last in (("source", 3), ("step3,refresh-now", 5), ("step3,refresh-never", 5)):
+        assert steps(out, name) == [*range(last + 1)]
+    log = log_path(out, "step3,refresh-now").read_text()
+    assert f"$ sodfast fork {run_path(out, 'source')} step=3 " in log
+
+
 @pytest.mark.slow
 def test_out_defaults_to_the_studys_name(
     stand_in: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from sodfast.config import ArithmeticConfig
+from sodfast.config import ArithmeticConfig, ArrivalConfig
 from sodfast.errors import UsageError
 from sodfast.tasks import build_task
 from sodfast.tasks.arithmetic import ArithmeticTask, question_pools
@@ -38,6 +38,20 @@ def test_counts_take_the_beginning_of_each_pool(task: ArithmeticTask) -> None:
     assert list(small.train) == list(task.train)[:10]
     assert list(small.test) == list(task.test)[:5]
     assert not {q.prompt for q in task.train} & {q.prompt for q in task.test}
+
+
+def test_a_later_phase_has_the_largest_left_factors(task: ArithmeticTask) -> None:
+    later = ArithmeticTask(ArithmeticConfig(arrival=ArrivalConfig(step=100, share=0.5)))
+    for question in later.train:
+        left = int(question.prompt.partition("*")[0])
+        assert question.arrival == (100 if left >= 11 else 0)  # of 2 to 19
+    assert [q.prompt for q in later.train] == [q.prompt for q in task.train]
+    assert list(later.test) == list(task.test)
+    assert not any(question.arrival for question in task.train)
+    few = {q.arrival for q in later.train if q.prompt.startswith(("19*", "18*", "17*"))}
+    assert few == {100}
+    rare = ArithmeticTask(ArithmeticConfig(arrival=ArrivalConfig(step=9, share=0.1)))
+    assert {q.prompt[:2] for q in rare.train if q.arrival} == {"18", "19"}
 
 
 @pytest.mark.parametrize("counts", [{"train": 1105}, {"test": 193}])

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from marks import slow
 
 from sodfast.commands import build_trainer
 from sodfast.config import ArithmeticConfig, load_config
@@ -230,6 +231,21 @@ def test_a_limit_leaves_nothing_behind() -> None:
     time.sleep(0.05)  # no signal comes late
 
 
+def test_a_call_in_another_thread_is_not_ended() -> None:
+    """Signals reach the main thread alone, and docs/tasks.md says so."""
+    ended: list[bool] = []
+
+    def call() -> None:
+        with time_limit(0.01):
+            time.sleep(0.05)
+        ended.append(True)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+    assert ended == [True]
+
+
 # ---------------------------------------------------------------- classes
 
 
@@ -312,9 +328,13 @@ def test_arithmetic_written_by_a_user_is_the_built_in_run_bit_for_bit(
     assert not any(key.startswith("eval/maj") for line in found.lines for key in line)
     assert found.events == built_in.events
 
-    (rows / "own.py").write_text(FUNCTION + "\n")
-    with pytest.raises(UsageError, match=r"own\.py is not as it was when the run began"):
-        trainer(tiny_run, rows / "function", "steps=7")
+    for name in ("own.py", "train.jsonl", "test.jsonl"):
+        before = (rows / name).read_text()
+        (rows / name).write_text(before + "\n")
+        with pytest.raises(UsageError, match=rf"{name} is not as it was when the run began"):
+            trainer(tiny_run, rows / "function", "steps=7")
+        (rows / name).write_text(before)
+    trainer(tiny_run, rows / "function", "steps=7").run.close()
 
 
 def test_a_reward_that_fails_saves_the_last_step(tiny_run: list[str], rows: Path) -> None:
@@ -324,6 +344,105 @@ def test_a_reward_that_fails_saves_the_last_step(tiny_run: list[str], rows: Path
     with pytest.raises(RunFailed, match=r"step \d: .*own\.py:\d+: ZeroDivisionError"):
         run(built)
     assert (rows / "run" / "checkpoints" / f"step-{built.step}").is_dir() and built.step > 0
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("raise KeyError('x')", "own.py:6: KeyError: 'x' (row "),
+        *slow(
+            ("return [1.0]", "own.py, reward: 1 rewards for 16 completions"),
+            ("return [float('nan')] * 16", "must be a finite number, not 'nan' (row "),
+            ("return ['good'] * 16", "must be a finite number, not 'good' (row "),
+            ("while True: pass", "own.py:6: took longer than task.timeout=0.5 seconds"),
+        ),
+    ],
+)
+def test_a_command_whose_reward_fails_says_so_in_one_line_and_saves_the_last_step(
+    tiny_run: list[str], rows: Path, cli: Any, body: str, message: str
+) -> None:
+    """From step 3 on: exit code 1, and the last finished step is saved though none was due."""
+    text = f"""
+calls = []
+def reward(prompts, completions, answer):
+    calls.append(1)
+    if len(calls) >= 3:
+        {body}
+    return [float(a in text) for text, a in zip(completions, answer)]
+"""
+    shared = [key for key in tiny_run if not key.startswith(("task.", "checkpoint.", "eval.every"))]
+    keys = ["eval.every=0", "checkpoint.every=99", "task.timeout=0.5", f"out={rows / 'run'}"]
+    failed = cli("train", *shared, *overrides(rows, text), *keys)
+    line = failed.err.splitlines()[-1]
+    assert failed.code == 1 and line.startswith("sodfast: step 3: ") and message in line
+    assert failed.err.count("sodfast: ") == 1 and "Traceback" not in failed.err
+    assert sorted(file.name for file in (rows / "run" / "checkpoints").iterdir())[-1] == "step-2"
+    assert json.loads((rows / "run" / "summary.json").read_text())["status"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (["task.source={}/none.py:reward"], "task.source: there is no file"),
+        (["task.source=no_such_package.own:reward"], "task.source: "),
+        (["task.source={}/own.py:rewards"], "has no 'rewards'"),
+        (["task.train={}/none.jsonl"], "none.jsonl"),
+        (["task.columns.answer=solution"], "task.columns.answer"),
+        (["model.chat_template_kwargs.think=true"], "model.chat_template_kwargs: "),
+    ],
+)
+def test_a_command_that_cannot_use_the_task_writes_nothing(
+    tiny_run: list[str], rows: Path, cli: Any, keys: list[str], message: str
+) -> None:
+    shared = [key for key in tiny_run if not key.startswith("task.")]
+    keys = [f"out={rows / 'run'}", *(key.format(rows) for key in keys)]
+    refused = cli("train", *shared, *overrides(rows, FUNCTION), *keys)
+    assert refused.code == 2 and message in refused.err
+    assert refused.err.startswith("sodfast: ") and refused.err.count("\n") == 1
+    assert not (rows / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("evaluated", "call"), [(4, 6), (6, 9)])
+def test_a_step_whose_evaluation_fails_is_kept_and_evaluated_by_a_resume(
+    tiny_run: list[str], read_run: Any, rows: Path, evaluated: int, call: int
+) -> None:
+    """The evaluation of step 4, or the closing one of step 6: afterwards the run is as if nothing
+    had happened, answers and checkpoints included."""
+    switch = rows / "broken"
+    text = (
+        FUNCTION
+        + f"""
+sound, calls = reward, []
+def reward(prompts, completions, answer):
+    import os
+    calls.append(1)
+    if os.path.exists({str(switch)!r}) and len(calls) == {call}:
+        raise OSError("no answer")
+    return sound(prompts, completions, answer)
+"""
+    )
+    keys = [*overrides(rows, text), "checkpoint.every=99", "log.samples_every=null"]
+    run(trainer(tiny_run, rows / "whole", *keys))
+    switch.touch()
+    with pytest.raises(RunFailed, match=rf"^step {evaluated}: .*OSError: no answer"):
+        run(trainer(tiny_run, rows / "run", *keys))
+    line = json.loads((rows / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert line["step"] == evaluated and not any(key.startswith("eval/") for key in line)
+    checkpoints = {file.name for file in (rows / "run" / "checkpoints").iterdir()}
+    assert f"step-{evaluated}" in checkpoints
+    summary = json.loads((rows / "run" / "summary.json").read_text())
+    assert (summary["status"], summary["steps"]) == ("failed", evaluated)
+
+    switch.unlink()
+    for _ in range(2):  # the second finds nothing to do
+        run(trainer(tiny_run, rows / "run"))
+        assert read_run(rows / "run") == read_run(rows / "whole")
+        found, expected = (
+            {file.name: file.read_bytes() for file in (rows / name / "samples").iterdir()}
+            for name in ("run", "whole")
+        )
+        assert found == expected
 
 
 def test_rewards_on_another_scale_need_their_thresholds(tiny_run: list[str], rows: Path) -> None:

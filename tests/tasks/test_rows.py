@@ -390,7 +390,7 @@ def test_a_hub_id_without_datasets_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, good: str
 ) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UsageError, match=r"org/name: .*pip install sodfast\[hub\]"):
+    with pytest.raises(UsageError, match=r"org/name: .*pip install 'sodfast\[datasets\]'"):
         multiple_choice("org/name", good)
 
 

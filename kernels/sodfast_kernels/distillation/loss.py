@@ -206,7 +206,8 @@ def distillation_loss(
         advantage, policy_weight: [N], turns the policy term on; its coefficients, default 1/N.
         old_logprob: [N] log-prob of each sampled token when it was sampled. None: ratio 1.
         clip_range: (low, high) of the clip.
-        dual_clip: c > 1, bounds L by −c·A where A < 0 (arXiv 1912.09729).
+        dual_clip: c > 1, bounds the policy loss of a token with a negative advantage A by −c·A; a
+            loss at the bound has no gradient (arXiv 1912.09729, where c is 3). None: no bound.
         ratio_cap: multiplies each divergence by min(exp(logp − old_logprob), cap).
         reduction: "sum": a scalar, its gradient made along the way; "none": [N], computed twice.
         teacher_topk: (ids [N, K] int64, log-probs [N, K] at the same temperature) in place of the
