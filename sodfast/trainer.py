@@ -416,11 +416,11 @@ class Trainer:
                 self.ranks,
                 partial(self.answers.keep_evaluation, step),
             )
+            metrics |= self._passes("rollout/eval_tokens_per_pass")
             metrics |= evaluate_others(
                 self.model, self.engine, self.examinations, step, progress, self.ranks
             )
-        seconds = time.perf_counter() - start
-        return {**metrics, "time/eval": seconds, **self._passes("rollout/eval_tokens_per_pass")}
+        return {**metrics, "time/eval": time.perf_counter() - start}
 
     def _passes(self, key: str) -> dict[str, float]:
         """What the engine counted in its last call, where it counts."""
