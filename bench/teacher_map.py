@@ -63,7 +63,7 @@ def collect(studies: Sequence[Path], names: Sequence[str], folder: Path) -> None
 
 
 def read(folder: Path) -> Data:
-    """Every CSV of the folder by its name, with numbers as numbers and None for an empty cell."""
+    """Every CSV of the folder by its name: numbers and truth values as such, empty cells None."""
     return {
         file.stem: [
             {key: _value(cell) for key, cell in row.items()}
@@ -101,6 +101,8 @@ def with_earlier(data: Data, folder: Path = EARLIER) -> Data:
 
 
 def _value(cell: str) -> Any:
+    if cell in ("True", "False"):
+        return cell == "True"
     for kind in (int, float):
         try:
             return kind(cell)
@@ -121,13 +123,19 @@ def answers(data: Data) -> str:
 
 
 def summary(data: Data) -> str:
-    """The README's: the figure, where CGTR and our own schedule lead, and the first regime."""
+    """The README's: where CGTR and our own schedule lead, and the first regime with intervals, with
+    the figure once that is one of this page's own."""
     words: Any = template("findings.html.j2").module
     regimes = _by_regime(data)
     leads = [_leads(schedule, regimes) for schedule in ("CGTR", "evidence")]
-    sentences = " ".join([*leads, _line(words.of_schedules(next(iter(regimes.values()))))])
-    figure = f"{_phase(f'docs/{PAGE.stem}')}\n\n" if data.get("results") else ""
+    first = next(name for name, rows in regimes.items() if _has_intervals(rows))
+    sentences = " ".join([*leads, _line(words.of_schedules(regimes[first]))])
+    figure = "" if first == SHIPPED else f"{_phase(f'docs/{PAGE.stem}')}\n\n"
     return figure + "\n".join(wrap(sentences, 100, break_long_words=False))
+
+
+def _has_intervals(rows: Sequence[Row]) -> bool:
+    return any(row["difference_low"] is not None for row in rows)
 
 
 def _by_regime(data: Data) -> dict[str, list[Row]]:
@@ -143,7 +151,7 @@ def _leads(schedule: str, regimes: Mapping[str, Sequence[Row]]) -> str:
         name: rows
         for name, rows in regimes.items()
         if schedule in (rows[0]["highest"], *(row["other"] for row in rows))
-        and any(row["difference_low"] is not None for row in rows)
+        and _has_intervals(rows)
     }
     led = [
         name

@@ -59,7 +59,7 @@ def refresh_effects(
     effects = []
     for number, step in enumerate(steps):
         first = steps[number - 1] if number else 0
-        last = steps[number + 1] if number + 1 < len(steps) else int(lines[-1]["step"])
+        last = steps[number + 1] if number + 1 < len(steps) else None
         reward, length = (
             effect(lines, step, value, first, last, confidence) for value in (_reward, _log_length)
         )

@@ -1,7 +1,6 @@
 """From a configuration to a finished command: builds the parts and hands them to each other."""
 
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -17,6 +16,7 @@ from sodfast.config import Config, load_config, read_overrides, validate
 from sodfast.context import Questions, fitting_questions
 from sodfast.errors import UsageError
 from sodfast.evaluate import Examination, evaluate, evaluate_others
+from sodfast.files import whole_folder
 from sodfast.model.attention import describe, require_flash, without_cudnn
 from sodfast.model.chat import require_switches
 from sodfast.model.liger import use_liger
@@ -39,7 +39,7 @@ from sodfast.run.card import model_card
 from sodfast.run.console import Reporter, Screen, build_reporter, print_run
 from sodfast.run.directory import RunDirectory, check_out, default_out, require_usable
 from sodfast.run.environment import environment
-from sodfast.run.fork import fork_run
+from sodfast.run.fork import Beginning, prepare_fork
 from sodfast.run.fork_keys import fork_config, read_fork, source_config
 from sodfast.run.interrupt import Interrupted
 from sodfast.run.loggers import require_sinks
@@ -52,13 +52,14 @@ from sodfast.tasks.build import build_task
 from sodfast.trainer import Trainer
 
 
-def train_run(config: Config, resume: Path | None) -> None:
-    """Start a run, or continue the one in `resume`. Raises `Interrupted` after saving."""
+def train_run(config: Config, resume: Path | None, begin: Beginning | None = None) -> None:
+    """Start a run, or continue the one in `resume`, which `begin` makes if it is given. Raises
+    `Interrupted` after saving."""
     with join() as ranks:
         screen = Screen()
         reporter = build_reporter(screen) if ranks.main else Reporter()
         try:
-            trainer = build_trainer(config, resume, reporter, ranks)
+            trainer = build_trainer(config, resume, reporter, ranks, begin)
             try:
                 status = trainer.train()
             finally:
@@ -80,9 +81,7 @@ def train_fork(source: Path, overrides: list[str]) -> None:
     config = fork_config(source_config(source), step, others, refresh)
     out = config.out or default_out(config)
     config = config.model_copy(update={"out": out})
-    found = environment(torch.get_num_threads(), str(pick_device(config.device)), 1)
-    fork_run(source, step, config, found, refresh)
-    train_run(config, Path(out))
+    train_run(config, Path(out), prepare_fork(source, step, config, refresh))
 
 
 def build_trainer(
@@ -90,11 +89,14 @@ def build_trainer(
     resume: Path | None,
     reporter: Reporter,
     ranks: Ranks = ALONE,
+    begin: Beginning | None = None,
 ) -> Trainer:
     """A trainer ready to `train`, its run directory created (or, with `resume`, opened) and
     locked. Everything that a user can have got wrong is found before anything is written.
 
-    Raises `UsageError`; with `resume`, the configuration must be that of `stored_config`.
+    Raises `UsageError`; with `resume`, the configuration must be that of `stored_config` or, where
+    `begin` makes that directory, the one that it stores. A directory that it has made and that
+    cannot be resumed is deleted again.
     """
     disable_progress_bar()  # transformers' own bars would tear ours apart
     require_sinks(config.log.sinks)
@@ -112,7 +114,7 @@ def build_trainer(
     out = Path(ranks.gather(config.out or default_out(config))[0]) if resume is None else resume
     config = config.model_copy(update={"out": str(out)})
     with ranks.together():
-        if resume is None and ranks.main:
+        if (resume is None or begin is not None) and ranks.main:
             check_out(out)
         task = build_task(config.task)
         model = build_model(config, device, reporter.phase, reporter.message)
@@ -123,22 +125,27 @@ def build_trainer(
         if config.teacher.storage == "host" or ranks.size > 1:
             decoder_layers(model.network)  # refused here rather than after the run has begun
         schedule = build_schedule(config.schedule)
+    facts = partial(environment, torch.get_num_threads(), str(device), ranks.size)
     with ranks.together():
         if not ranks.main:
             run = RunDirectory(out, None)
             config = config.model_copy(update={"log": config.log.model_copy(update={"sinks": ()})})
         elif resume is None:
-            found = environment(torch.get_num_threads(), str(device), ranks.size)
-            run = RunDirectory.create(out, config, found)
+            run = RunDirectory.create(out, config, facts())
         else:
+            if begin is not None:
+                begin(facts())
             run = RunDirectory.open(out)
     try:
         exams = _examinations(config, data, others)
         trainer = Trainer(config, model, engine, task, data, schedule, run, reporter, ranks, exams)
         if resume is not None:
             trainer.resume()
-    except BaseException:
+    except BaseException as error:
         run.close()
+        if begin is not None and ranks.main and isinstance(error, UsageError):
+            shutil.rmtree(out)
+            raise UsageError(f"out={out} was not made: {error}") from error
         raise
     place = str(device) if ranks.size == 1 else f"{ranks.size} × {device.type}"
     reporter.message(f"{out}: {config.schedule.kind}, seed {config.seed}, {place}")
@@ -200,26 +207,24 @@ def export_model(run: Path, out: Path, best: bool = False) -> None:
     step, path = _chosen(run, best)
     config = validate(read_overrides(run / "config.yaml", []))
     card = model_card(run, config, step)
-    aside = out.with_name(f"{out.name}.{secrets.token_hex(8)}.tmp")
+    student = None
+    if config.model.lora is None:
+        checkpoint.verify(path, "student/")
+    else:
+        disable_progress_bar()
+        student = _student(config, path, torch.device("cpu"))
+        merge_adapters(student.network)
     try:
-        if config.model.lora is None:
-            checkpoint.verify(path, "student/")
-            shutil.copytree(path / "student", aside)
-        else:
-            disable_progress_bar()
-            student = _student(config, path, torch.device("cpu"))
-            merge_adapters(student.network)
-            aside.mkdir(parents=True)
-            student.network.save_pretrained(aside)
-            student.tokenizer.save_pretrained(aside)
-        (aside / "README.md").write_text(card, encoding="utf-8")
-        checkpoint.sync(aside)
         # It gets its name only when it is whole, so that a full disk or a kill is in nobody's way.
-        os.rename(aside, out)
+        with whole_folder(out) as aside:
+            if student is None:
+                shutil.copytree(path / "student", aside, dirs_exist_ok=True)
+            else:
+                student.network.save_pretrained(aside)
+                student.tokenizer.save_pretrained(aside)
+            (aside / "README.md").write_text(card, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise UsageError(f"{out} cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def build_model(

@@ -6,8 +6,9 @@ import json
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any
@@ -24,7 +25,7 @@ def replace_bytes(file: Path, data: bytes) -> None:
     It is written aside first, under a name that nobody else has, whatever a link may point to. Of
     two writers that race the later one wins, whole.
     """
-    aside = file.with_name(f"{file.name}.{secrets.token_hex(8)}.tmp")
+    aside = _aside(file)
     try:
         with aside.open("xb") as stream:
             stream.write(data)
@@ -39,6 +40,75 @@ def replace_bytes(file: Path, data: bytes) -> None:
 def replace_text(file: Path, text: str) -> None:
     """`replace_bytes` of a text in UTF-8."""
     replace_bytes(file, text.encode())
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
+
+
+def remove_leftovers(directory: Path, names: Iterable[str]) -> None:
+    """Delete what killed processes have left of files that they were to replace in `directory`.
+    The caller holds the lock without which nobody replaces any of these."""
+    for left in _leftovers(directory, names):
+        if left.is_file() or left.is_symlink():
+            left.unlink()
+
+
+def _leftovers(directory: Path, names: Iterable[str]) -> list[Path]:
+    """What stands aside in `directory` to get one of these names."""
+    aside = re.compile(rf"({'|'.join(map(re.escape, names))})\.[0-9a-f]{{16}}\.tmp")
+    return [directory / name for name in os.listdir(directory) if aside.fullmatch(name)]
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A folder aside that is filled in the block and then gets the name `target`, on disk as it is:
+    whole, or not at all where the block raises. Its parents are made where they are missing.
+
+    What processes that were killed have left of the same target is deleted first. A folder that is
+    being filled is locked, so none is taken for left.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for left in _leftovers(target.parent, [target.name]):
+        if left.is_dir() and not left.is_symlink():
+            with suppress(BlockingIOError, FileNotFoundError), _locked(left):
+                shutil.rmtree(left)
+    aside = _aside(target)
+    aside.mkdir()
+    try:
+        with _locked(aside):
+            yield aside
+            sync(aside)
+            os.rename(aside, target)
+            sync_entry(target.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Raises `BlockingIOError` where another process holds the lock."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def sync(directory: Path) -> None:
+    """Force a directory and everything in it to disk."""
+    for path in [*directory.rglob("*"), directory]:
+        sync_entry(path)
+
+
+def sync_entry(path: Path) -> None:
+    """Force a file to disk, or the names in a directory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def to_csv(rows: Iterable[Iterable[Any]]) -> str:

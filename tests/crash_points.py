@@ -5,7 +5,7 @@
 A point lies before or after a rename, replace, fsync, link, unlink, rmdir, mkdir or rmtree. For
 each point the command is started anew and ends there by SIGKILL; then what a user would do is done:
 the same command again, or --resume where there is a run. What is then on disk must be what the
-undisturbed command leaves, byte for byte but for times, memory and names of temporary files.
+undisturbed command leaves, byte for byte but for times and memory.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import forked
-from fuzz.readers import TINY_LAB
+from fuzz.world import TINY_LAB
 from synthetic import write_study
 
 OPERATIONS = ("rename", "replace", "fsync", "link", "unlink", "rmdir", "mkdir")
@@ -58,14 +58,15 @@ def arm(point: int, count: Path) -> None:
 
 
 def contents(folder: Path) -> Files:
-    """Every file below but temporary ones and locks; lines without what depends on the clock."""
+    """Every file below but locks and a report's temporary ones, which nobody can know to be left;
+    lines without what depends on the clock."""
     found: Files = {}
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder).as_posix()
-        inside = name.partition("checkpoints/")[2]
-        if not file.is_file() or (not inside and ".tmp" in name) or file.name == ".lock":
+        of_report = name.startswith(("report.html", "tables/", "figures/")) and ".tmp" in name
+        if not file.is_file() or of_report or file.name == ".lock":
             continue
-        if name.startswith(("logs/", "lab-run/")) or file.name == "environment.json":
+        if name.startswith("logs/") or file.name == "environment.json":
             continue
         found[name] = file.read_bytes()
         if file.suffix == ".jsonl":
@@ -94,11 +95,13 @@ class Scenario:
 def scenarios(world: Path) -> dict[str, Scenario]:
     """The commands, on real runs that this makes: `one` ends at step 2, `study` has two trials."""
     schedule = ["schedule.kind=hard", "schedule.every=2", "eval.every=2", "checkpoint.keep=1"]
-    run = [*TINY_LAB[:-3], *schedule, f"model.path={world / 'model'}", "out=run"]
+    kept = [*schedule, "log.samples_every=1", f"model.path={world / 'model'}", "out=run"]
+    run = [*TINY_LAB[:-3], *kept]
     for folder in ("empty", "one", "study"):
         (world / folder).mkdir()
     _command(world, "train", "lab", *TINY_LAB, "steps=1", "out=lab-run")
     _command(world, "export", "lab-run", "model")
+    forked.load(world / "model")
     _command(world / "one", "train", "lab", *run, "steps=2")
     study = {"base": "lab", "overrides": {"steps": 4}, "axes": {"seed": [0, 1]}}
     write_study(world / "study" / "swept", study)
@@ -118,9 +121,9 @@ def scenarios(world: Path) -> dict[str, Scenario]:
         "train": Scenario("empty", train, "run", lambda case: go_on(case, "run", train)),
         # Without steps= it ends at either; with it, as if it had never been killed.
         "resume": Scenario("one", more, "run", lambda case: [more[:3], more]),
-        "fork": Scenario("one", fork, "new", lambda case: go_on(case, "new", fork)),
+        "fork": Scenario("one", fork, ".", lambda case: go_on(case, "new", fork)),
         "export": Scenario(
-            "one", export, "new", lambda case: [] if (case / "new").exists() else [export]
+            "one", export, ".", lambda case: [] if (case / "new").exists() else [export]
         ),
         "report": Scenario("one", report, "run", lambda case: [report]),
         "sweep": Scenario("study", sweep, "swept", lambda case: [sweep]),
@@ -135,7 +138,7 @@ def _command(folder: Path, *arguments: str) -> None:
 
 def try_point(world: Path, scenario: Scenario, point: int, expected: Files) -> str:
     """What is wrong after a kill at this point; empty: nothing."""
-    case = _fresh(world, scenario)
+    case = fresh(world, scenario.start)
     ended = forked.run(scenario.command, case, lambda: arm(point, world / "count"), 120)
     if ended.code != -signal.SIGKILL:
         return f"not killed: {ended.code} {ended.err}"
@@ -153,12 +156,12 @@ def try_point(world: Path, scenario: Scenario, point: int, expected: Files) -> s
     return ""
 
 
-def _fresh(world: Path, scenario: Scenario) -> Path:
-    """The folder that every case runs in: a run's files name it."""
+def fresh(world: Path, start: str) -> Path:
+    """A copy of that folder of the world where every case runs: a run's files name it."""
     case = world / "case"
     if case.exists():
         shutil.rmtree(case)
-    return Path(shutil.copytree(world / scenario.start, case))
+    return Path(shutil.copytree(world / start, case))
 
 
 def try_all(world: Path, every: int, only: str) -> bool:
@@ -170,7 +173,7 @@ def try_all(world: Path, every: int, only: str) -> bool:
             continue
         count = world / "count"
         count.unlink(missing_ok=True)
-        case = _fresh(world, scenario)
+        case = fresh(world, scenario.start)
         ended = forked.run(scenario.command, case, lambda count=count: arm(-1, count), 120)
         assert ended.code == 0, ended.err
         points, expected = count.stat().st_size, contents(case / scenario.result)

@@ -35,13 +35,24 @@ def prepare() -> None:
 
     torch.set_num_threads(1)
     import sodfast.calibrate
+    import sodfast.cli
     import sodfast.commands
     import sodfast.lab.warm_start
     import sodfast.memory.plan
     import sodfast.report.page
     import sodfast.report.replay
     import sodfast.study.sweep  # noqa: F401
-    from sodfast.model.load import load_model  # noqa: F401
+
+
+def load(model: Path) -> None:
+    """Load a model, which imports what transformers imports only then, for all that is forked."""
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    from sodfast.model.load import load_model
+
+    disable_progress_bar()  # it has a thread
+    load_model(str(model), torch.device("cpu"), torch.float32)
 
 
 def run(
@@ -49,8 +60,10 @@ def run(
     folder: Path,
     before: Callable[[], object] = lambda: None,
     cpu_seconds: int = CPU_SECONDS,
+    wall_seconds: float = WALL_SECONDS,
 ) -> Ended:
-    """`sodfast ARGUMENT…` in `folder`; `before` is called in its process first."""
+    """`sodfast ARGUMENT…` in `folder`; `before` is called in its process first. It is killed after
+    `wall_seconds`, and ended by the kernel after `cpu_seconds` of processor time."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -60,7 +73,7 @@ def run(
             os.dup2(out.fileno(), 1)
             os.dup2(err.fileno(), 2)
             _become(arguments, folder, before, cpu_seconds)
-        status, used = _wait(child)
+        status, used = _wait(child, wall_seconds)
         for stream in (out, err):
             stream.seek(0)
         code = os.waitstatus_to_exitcode(status)
@@ -96,17 +109,18 @@ def _become(
         os._exit(code if isinstance(code, int) else 1)
 
 
-def _wait(child: int) -> tuple[int, float]:
+def _wait(child: int, wall_seconds: float) -> tuple[int, float]:
     """Exit status and processor seconds of a child, which is killed when it takes too long."""
-    end, pause = time.monotonic() + WALL_SECONDS, 0.002
+    end, pause = time.monotonic() + wall_seconds, 0.002
     while True:
         found, status, usage = os.wait4(child, os.WNOHANG)
         if found:
             _kill_group(child)  # whatever it has started and left
             return status, usage.ru_utime + usage.ru_stime
-        if time.monotonic() > end:
+        left = end - time.monotonic()
+        if left <= 0:
             _kill_group(child)
-        time.sleep(pause)
+        time.sleep(min(pause, max(left, 0.002)))
         pause = min(2 * pause, 0.05)
 
 

@@ -300,7 +300,7 @@ def test_an_export_never_overwrites_and_names_what_it_cannot_write(
 
 
 @pytest.mark.parametrize("end", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-@pytest.mark.parametrize("place", ["shutil.copytree", "sodfast.run.checkpoint.sync", "os.rename"])
+@pytest.mark.parametrize("place", ["shutil.copytree", "sodfast.files.sync", "os.rename"])
 def test_an_export_that_ends_early_leaves_nothing_in_the_way(
     finished: Path,
     tmp_path: Path,
@@ -310,7 +310,7 @@ def test_an_export_that_ends_early_leaves_nothing_in_the_way(
 ) -> None:
     out = tmp_path / "folder" / "out"
 
-    def refuse(*arguments: Any) -> None:
+    def refuse(*arguments: Any, **keys: Any) -> None:
         raise end
 
     with monkeypatch.context() as patch, pytest.raises((UsageError, KeyboardInterrupt)):
@@ -321,6 +321,14 @@ def test_an_export_that_ends_early_leaves_nothing_in_the_way(
     student = finished / "checkpoints" / "step-2" / "student"
     names = {path.name for path in student.iterdir()}
     assert {path.name for path in out.iterdir()} == names | {"README.md"}
+
+
+def test_what_a_killed_export_left_goes_with_the_next(finished: Path, tmp_path: Path) -> None:
+    left = tmp_path / f"out.{'0' * 16}.tmp"
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"half")
+    export_model(finished, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_an_export_follows_no_link_and_copies_no_damage(finished: Path, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 import csv
 import io
 import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,15 @@ from hypothesis import strategies as st
 
 from sodfast import files
 from sodfast.errors import UsageError
-from sodfast.files import is_held, read_lines, replace_text, to_csv, try_lock
+from sodfast.files import (
+    is_held,
+    read_lines,
+    remove_leftovers,
+    replace_text,
+    to_csv,
+    try_lock,
+    whole_folder,
+)
 
 # ---------------------------------------------------------------- whole replacement
 
@@ -32,7 +42,7 @@ def test_an_open_reader_keeps_the_text_that_it_opened(tmp_path: Path) -> None:
     assert file.read_text() == "new"
 
 
-def test_a_crash_before_the_replacement_leaves_the_old_text(
+def test_an_interruption_before_the_replacement_leaves_the_old_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "summary.json"
@@ -46,8 +56,77 @@ def test_a_crash_before_the_replacement_leaves_the_old_text(
         patch.setattr(files.os, "replace", crash)
         replace_text(file, "new")
     assert file.read_text() == "old"
-    replace_text(file, "newer")  # what the crash left aside is in nobody's way
-    assert file.read_text() == "newer" and list(tmp_path.iterdir()) == [file]
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def killed(act: Callable[[], object]) -> None:
+    """Call `act` in a process that is killed when it renames anything."""
+
+    def die(*arguments: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if not (child := os.fork()):
+        os.replace = os.rename = die  # type: ignore[assignment]
+        act()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+
+
+def test_what_a_killed_process_left_of_a_file_goes_and_nothing_else(tmp_path: Path) -> None:
+    file = tmp_path / "summary.json"
+    killed(lambda: replace_text(file, "new"))
+    (left,) = tmp_path.iterdir()
+    others = ["summary.json.tmp", "other.json.0123456789abcdef.tmp", "a.summary.json", "table.csv"]
+    for name in others:
+        (tmp_path / name).touch()
+    (tmp_path / f"summary.json.{'0' * 16}.tmp").symlink_to(tmp_path / "table.csv")
+    remove_leftovers(tmp_path, ["config.yaml", "summary.json"])
+    assert not left.exists() and sorted(os.listdir(tmp_path)) == sorted(others)
+
+
+# ---------------------------------------------------------------- whole folders
+
+
+def fill(target: Path, text: str = "new") -> None:
+    with whole_folder(target) as folder:
+        (folder / "below").mkdir()
+        (folder / "below" / "file").write_text(text)
+
+
+def test_a_folder_is_whole_or_absent(tmp_path: Path) -> None:
+    target = tmp_path / "made" / "out"
+    for end in (KeyboardInterrupt(), OSError(28, "No space left on device")):
+        with pytest.raises(type(end)), whole_folder(target) as folder:
+            (folder / "file").touch()
+            raise end
+        assert not list(target.parent.iterdir())
+    fill(target)
+    assert (target / "below" / "file").read_text() == "new"
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_what_a_killed_process_left_of_a_folder_goes_with_the_next(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    killed(lambda: fill(target, "old"))
+    (left,) = tmp_path.iterdir()
+    assert (left / "below" / "file").read_text() == "old"  # it may be half of what was meant
+    other = tmp_path / f"other.{'0' * 16}.tmp"
+    link = tmp_path / f"out.{'0' * 16}.tmp"
+    other.mkdir()
+    link.symlink_to(other)
+    fill(target)
+    assert sorted(tmp_path.iterdir()) == sorted([target, other, link])
+    assert (target / "below" / "file").read_text() == "new"
+
+
+def test_a_folder_that_another_process_is_filling_is_left_alone(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with pytest.raises(OSError, match="not empty"), whole_folder(target) as first:
+        (first / "file").write_text("first")
+        fill(target)
+        assert (first / "file").read_text() == "first"
+    assert list(tmp_path.iterdir()) == [target]
+    assert (target / "below" / "file").read_text() == "new"
 
 
 # ---------------------------------------------------------------- tables

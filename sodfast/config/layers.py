@@ -36,7 +36,7 @@ BEFORE = {"eval.common_draws": False}
 # Groups that are unions, the key that tells their members apart, and its value where it is absent.
 DISCRIMINATORS = {"schedule": ("kind", "cgtr"), "task": ("name", "arithmetic")}
 # What a YAML text may hold. libyaml ends the process where nesting exhausts its stack.
-_DEEPEST, _MOST_INTERPOLATIONS = 100, 1000
+_DEEPEST, _MOST_INTERPOLATIONS, _MOST_BITS = 100, 1000, 10_000
 _KEY = re.compile(r"[^.\[\]]+(\.[^.\[\]]+){0,7}")  # of an override
 
 
@@ -44,8 +44,11 @@ def read_overrides(path: Path, overrides: list[str]) -> DictConfig:
     """A run's stored configuration with overrides applied, not yet validated. A key that the
     release which stored it did not have says what that release did (`BEFORE`)."""
     layer = read_layer(str(path))
+    written: Any = OmegaConf.to_container(layer)
     for key, value in BEFORE.items():
-        if OmegaConf.select(layer, key) is None:
+        group, _, name = key.partition(".")
+        section = written.get(group, {})
+        if isinstance(section, dict) and name not in section:
             _set(layer, key, value)
     return apply(overrides, layer)
 
@@ -75,7 +78,7 @@ def resolve(layer: DictConfig | dict[str, Any]) -> Any:
     """A merged layer's values, with references followed and the key of each union filled in."""
     try:
         created = OmegaConf.create(layer)
-        _refuse_environment(OmegaConf.to_container(created))
+        _require_plain(OmegaConf.to_container(created))
         values: Any = OmegaConf.to_container(created, resolve=True)
     except (OmegaConfBaseException, TypeError, RecursionError) as error:
         raise UsageError(f"configuration: {first_line(error)}") from error
@@ -107,7 +110,7 @@ def read_mapping(path: Path) -> DictConfig:
         text = path.read_text(encoding="utf-8")
         _require_shallow(text)
         layer = OmegaConf.load(io.StringIO(text))
-        _refuse_environment(OmegaConf.to_container(layer))
+        _require_plain(OmegaConf.to_container(layer))
     except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} cannot be read as YAML: {first_line(error)}") from error
     if not isinstance(layer, DictConfig) or not layer:
@@ -180,7 +183,7 @@ def parse_overrides(overrides: Sequence[str]) -> list[tuple[str, Any]]:
         try:
             _require_shallow(text.partition("=")[2])
             layer = OmegaConf.from_dotlist([text])
-            _refuse_environment(OmegaConf.to_container(layer))
+            _require_plain(OmegaConf.to_container(layer))
             _rename(layer)
             key = RENAMED.get(key, key)
             value = OmegaConf.select(layer, key)
@@ -281,14 +284,17 @@ def _require_shallow(text: str) -> None:
             raise ValueError(f"nested more than {_DEEPEST} levels deep")
 
 
-def _refuse_environment(value: Any) -> None:
+def _require_plain(value: Any) -> None:
     """Raise `UsageError` for a value that reads the environment: it would end up in config.yaml,
-    and a run is a function of its configuration alone."""
+    and a run is a function of its configuration alone. Likewise for an integer that Python reads,
+    in hexadecimal, but does not print."""
     if isinstance(value, dict):
         value = [*value.keys(), *value.values()]
     if isinstance(value, list):
         for item in value:
-            _refuse_environment(item)
+            _require_plain(item)
+    elif isinstance(value, int) and value.bit_length() > _MOST_BITS:
+        raise UsageError(f"an integer of {value.bit_length()} bits: write a smaller one")
     elif isinstance(value, str) and re.search(r"(?<!\\)(\\\\)*\$\{.*oc\.env", value):
         raise UsageError(f"{_short(value)} reads the environment: write the value itself")
 

@@ -66,8 +66,8 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
             counts = key.startswith(("num_", "n_")) and isinstance(value, int)
             if counts and value > limit:
                 raise UsageError(
-                    f"{name}: config.json says {key}={str(value)[:40]}, more than {limit}: give "
-                    "the config.json that belongs to the weights"
+                    f"{name}: config.json says {key}={str(value)[:40]}, and no model is known of "
+                    f"more than {limit}: give the config.json that belongs to the weights"
                 )
     return contents
 

@@ -16,7 +16,7 @@ from typing import Any, get_args
 import numpy as np
 
 from sodfast.attribution import Origin, RefreshEffect, Verdict, collapse_origin, refresh_effects
-from sodfast.report.intervals import paired_difference
+from sodfast.report.intervals import mean_of, paired_difference
 from sodfast.report.runs import Group, Line, Run
 from sodfast.summary import NEXT_STEPS, summarize_fork
 
@@ -56,39 +56,30 @@ def attributed(group: Group) -> dict[str, Any]:
     """Of a group's refreshes how many have which verdict, and the mean effect over runs; of its
     collapses how many have which origin.
 
-    `excess`: the run's mean effect on the reward minus what the same measure says at the same
-    steps of the baseline's run of the same seeds, whose teacher never moved. A learning curve that
-    bends shows in both.
+    `excess`: the effect on the reward minus what the same measure says at the same step of the
+    baseline's run of the same seeds, whose teacher never moved. A learning curve that bends shows
+    in both.
     """
-    kinds: Counter[str | None] = Counter()
-    means: dict[str, list[float | None]] = {"reward": [], "length": []}
-    excess: list[float | None] = []
-    base = group.baseline
-    still = {} if base is None or base is group else {run.replicate: run for run in base.used}
-    for run in group.used:
-        kinds.update(one.verdict for one in run.effects)
-        own = _mean_effect(run.effects, "reward")
-        for name, values in means.items():
-            values.append(_mean_effect(run.effects, name))
-        other = still.get(run.replicate)
-        if own is not None and other is not None and not other.refreshes and other.copies:
-            there = _mean_effect(refresh_effects(other.lines, run.refreshes), "reward")
-            excess.append(None if there is None else own - there)
+    kinds = Counter(one.verdict for run in group.used for one in run.effects)
     origins = Counter(collapse_origin(run.lines, run.events) for run in group.used)
-    return {
-        "refreshes": kinds.total(),
-        "judged": sum(kinds[verdict] for verdict in VERDICTS),
-        **{verdict: kinds[verdict] for verdict in VERDICTS},
-        **mean_with_interval("reward", means["reward"]),
-        **mean_with_interval("length", means["length"]),
-        **mean_with_interval("excess", excess),
-        **{f"origin: {origin}": origins[origin] for origin in ORIGINS},
-    }
-
-
-def _mean_effect(found: Iterable[RefreshEffect], name: str) -> float | None:
-    changes = [effect.change for one in found if (effect := getattr(one, name)) is not None]
-    return float(np.mean(changes)) if changes else None
+    base = group.baseline.used if group.baseline else []
+    still = {run.replicate: run.lines for run in base if run.copies and not run.refreshes}
+    means: dict[str, list[float | None]] = {"reward": [], "length": [], "excess": []}
+    for run in group.used:
+        judged = [one for one in run.effects if one.reward and one.length]
+        lines = still.get(run.replicate, []) if judged else []
+        there = refresh_effects(lines, run.refreshes) if lines else []
+        means["reward"].append(mean_of(one.reward.change for one in judged if one.reward))
+        means["length"].append(mean_of(one.length.change for one in judged if one.length))
+        both = zip(run.effects, there, strict=False)
+        changes = (a.reward.change - b.reward.change for a, b in both if a.reward and b.reward)
+        means["excess"].append(mean_of(changes))
+    row: dict[str, Any] = {"refreshes": sum(len(run.refreshes) for run in group.used)}
+    row |= {"judged": sum(kinds[verdict] for verdict in VERDICTS)}
+    row |= {verdict: kinds[verdict] for verdict in VERDICTS}
+    for name, values in means.items():
+        row |= mean_with_interval(name, values)
+    return row | {f"origin: {origin}": origins[origin] for origin in ORIGINS}
 
 
 # ---------------------------------------------------------------- forks

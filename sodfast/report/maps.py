@@ -12,9 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
 from sodfast.report import canvas
-from sodfast.report.canvas import BOTTOM, FAINT, INK, LEFT, WIDTH
+from sodfast.report.canvas import BOTTOM, COLLAPSE, FAINT, INK, LEFT, WIDTH
 from sodfast.report.effects import CUTS, OUTCOMES
-from sodfast.report.plots import COLLAPSE
 from sodfast.report.runs import Line
 from sodfast.report.templates import number
 

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from operator import attrgetter, methodcaller
+from os.path import lexists
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 
 from sodfast.attribution import BLAMED, CLOCK
 from sodfast.config import CGTRConfig
-from sodfast.errors import UsageError
+from sodfast.errors import RunFailed, UsageError
 from sodfast.files import refuse_links, replace_text
 from sodfast.report import canvas, maps, plots, tables
 from sodfast.report.answers import Shown, compare
@@ -46,7 +47,8 @@ def write_report(directory: Path, baseline: str | None = None) -> Path:
     """Write `directory`/report.html, tables/*.csv and figures/*.svg; returns the page's path.
 
     `baseline`: AXIS=LABEL of a study, the value that the others are compared with. Raises
-    `UsageError`, before anything is written, where there is nothing to report or compare.
+    `UsageError`, before anything is written, where there is nothing to report or compare, or
+    something is in the way; `RunFailed` where the disk refuses.
     """
     return _write_report(load(directory, baseline), directory)
 
@@ -73,7 +75,7 @@ def write_comparison(directories: Sequence[Path], out: Path) -> Path:
     """Write `out`, one page that shows several runs side by side, the keys that differ first.
 
     Raises `UsageError`, before anything is written, where one is no run, or `out` is a name that
-    is not of the form *.html, or of a link or a directory.
+    is not of the form *.html, or of a link or a directory; `RunFailed` where the disk refuses.
     """
     if out.suffix != ".html" or out.is_symlink() or out.is_dir():
         raise UsageError(f"--out {out} cannot be used: name a file of the form NAME.html")
@@ -91,14 +93,22 @@ def _build(source: Source) -> tuple[str, Tables, dict[str, str]]:
 
 
 def _write(directory: Path, files: Mapping[str, str]) -> None:
-    """Replace files, by their names from `directory`; raises `UsageError` where that fails."""
+    """Replace files, by their names from `directory`. Raises `UsageError`, with nothing replaced,
+    where something is in the way, and `RunFailed` where the disk refuses."""
+    texts = {directory / name: text for name, text in files.items()}
+    for file in texts:
+        above = [path for path in (file.parent, directory, directory.parent) if lexists(path)]
+        if not above or not above[0].is_dir():
+            raise UsageError(f"{file} cannot be written: {file.parent} cannot be a folder")
+        if file.is_dir():
+            raise UsageError(f"{file} cannot be written: it is a directory")
     try:
         directory.mkdir(exist_ok=True)
-        for name, text in files.items():
-            (directory / name).parent.mkdir(exist_ok=True)
-            replace_text(directory / name, text)
+        for file, text in texts.items():
+            file.parent.mkdir(exist_ok=True)
+            replace_text(file, text)
     except OSError as error:
-        raise UsageError(f"{directory} cannot be written: {error.strerror}") from error
+        raise RunFailed(f"{directory} cannot be written: {error.strerror}") from error
 
 
 def _draw(source: Source, rows: Tables, found: Forecast | None) -> dict[str, str]:

@@ -108,11 +108,18 @@ class Run:
 
     @cached_property
     def effects(self) -> list[RefreshEffect]:
-        return refresh_effects(self.lines, self.refreshes)
+        """What each refresh did; nothing is said of those after a collapse."""
+        end = self.collapse_step or self.last_step
+        return refresh_effects([x for x in self.lines if x["step"] <= end], self.refreshes)
 
     @cached_property
     def scores(self) -> Series:
         return self.series(f"eval/mean@{self.config.eval.samples}")
+
+    @property
+    def final(self) -> float | None:
+        """The last test score."""
+        return float(self.scores.values[-1]) if self.scores.values.size else None
 
     def series(self, key: str) -> Series:
         """A metric at the steps that carry it."""

@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sodfast.errors import RunFailed, UsageError
-from sodfast.files import read_object
+from sodfast.files import read_object, sync, sync_entry
 from sodfast.model.load import LanguageModel
 from sodfast.model.lora import save_adapters
 
@@ -186,7 +186,7 @@ def save(
         write_state(aside, {"step": step, **state})
         sync(aside)
         os.rename(aside, final)
-        _sync(directory)
+        sync_entry(directory)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise RunFailed(f"checkpoint of step {step} could not be written: {error}") from error
@@ -337,17 +337,3 @@ def _hashes(files: list[Path]) -> list[str]:
 
 def _digest(state: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-
-
-def sync(directory: Path) -> None:
-    """Force a directory and everything in it to disk."""
-    for path in [*directory.rglob("*"), directory]:
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from sodfast.config import BEFORE, RENAMED, Config, read_overrides, validate
 from sodfast.errors import RunFailed, UsageError
-from sodfast.files import refuse_links, replace_text, try_lock
+from sodfast.files import refuse_links, remove_leftovers, replace_text, try_lock
 from sodfast.run import checkpoint, samples
 from sodfast.run.records import read_events, read_metrics, require_run
 from sodfast.run.samples import Answer
@@ -28,6 +28,8 @@ _BEGUN = re.compile(r"\.lock|environment\.json|(environment\.json|config\.yaml)\
 # others, which belong to no run yet.
 _FORKING = ".forking"
 _FORKED = {_FORKING, "metrics.jsonl", "events.jsonl", "checkpoints"}
+# The files that are replaced whole, while the lock is held.
+_REPLACED = ("environment.json", "config.yaml", "metrics.jsonl", "events.jsonl", "summary.json")
 _DEEPEST = 255  # folders that Python makes in one call without exhausting its stack
 
 # Keys that release 0.1.0 did not have, with the values that mean what it did.
@@ -267,7 +269,12 @@ class RunDirectory:
                 replace_text(file, samples.to_text(answers))
 
     def write_config(self, config: Config) -> None:
+        """Replace config.yaml, with which a process begins to write, and delete what processes
+        that were killed have left aside."""
         self._replace(self.path / "config.yaml", config.to_yaml())
+        if self._lock is not None:
+            with _writing(self.path):
+                remove_leftovers(self.path, _REPLACED)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         text = json.dumps(summary, indent=2, allow_nan=False) + "\n"

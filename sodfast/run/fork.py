@@ -6,6 +6,7 @@ repeats it. Two forks that differ in one refresh alone show what that refresh ca
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +19,22 @@ from sodfast.run.records import read_events, read_metrics
 from sodfast.schedule import build_schedule
 from sodfast.tasks.files import run_files
 
+# Makes a run directory that is then resumed, from `environment`'s facts about the machine.
+Beginning = Callable[[dict[str, Any]], object]
 
-def fork_run(
-    source: Path,
-    step: int,
-    config: Config,
-    environment: dict[str, Any],
-    refresh: Refresh | None = None,
-) -> None:
-    """Make `config.out` a run directory that `Trainer.resume` continues after `step` of `source`.
+
+def prepare_fork(
+    source: Path, step: int, config: Config, refresh: Refresh | None = None
+) -> Beginning:
+    """What makes `config.out` a run directory that `Trainer.resume` continues after `step` of
+    `source`. Nothing is written before it is called, and what it needs of the source is checked.
 
     refresh="now": the teacher becomes the student of that step. Files of the checkpoint are shared
     with the source where the file system can (hard links; nothing changes one once it is written).
     The schedule keeps its state or, where it is another one, takes over from the source's.
 
-    Raises `UsageError` where there is no such checkpoint, where lines are missing, or where the
-    directory cannot be written.
+    Raises `UsageError` where there is no such checkpoint or it is damaged, where lines are missing,
+    or, when it is called, where the directory cannot be written.
     """
     assert config.out is not None
     path = source / "checkpoints" / f"step-{step}"
@@ -43,7 +44,7 @@ def fork_run(
             f"{source} has no checkpoint of step {step}, only of {kept or 'none'}: choose one of "
             f"them, or run it again with checkpoint.at=[{step}]"
         )
-    state, original = checkpoint.load_state(path), source_config(source)
+    state, original = checkpoint.verify(path), source_config(source)
     if state["fingerprint"] != fingerprint(original):
         raise UsageError(f"{source}/config.yaml is not what its checkpoints were made with")
     lines = [line for line in read_metrics(source) if line["step"] <= step]
@@ -75,7 +76,7 @@ def fork_run(
     if refresh == "now":
         state.get("files", {}).pop("teacher.safetensors", None)
 
-    def begin(run: RunDirectory) -> None:
+    def write(run: RunDirectory) -> None:
         for file, kept in ((run.metrics, lines), (run.events, events)):
             for line in kept:
                 run.append(file, line)
@@ -84,7 +85,10 @@ def fork_run(
         shutil.copytree(path, copy, copy_function=_share, ignore=shutil.ignore_patterns(*without))
         checkpoint.write_state(copy, state)
 
-    RunDirectory.create(Path(config.out), config, environment, begin).close()
+    def begin(environment: dict[str, Any]) -> None:
+        RunDirectory.create(Path(str(config.out)), config, environment, write).close()
+
+    return begin
 
 
 def _share(source: str, target: str) -> None:

@@ -20,7 +20,14 @@ from typing import Any, Literal
 
 from sodfast.config import PRESETS, Config, gate_names
 from sodfast.errors import UsageError
-from sodfast.files import is_held, refuse_links, replace_text, to_csv, try_lock
+from sodfast.files import (
+    is_held,
+    refuse_links,
+    remove_leftovers,
+    replace_text,
+    to_csv,
+    try_lock,
+)
 from sodfast.run.records import read_events, read_metrics, read_summary
 from sodfast.study.definition import Study, Trial, flatten, load_study
 from sodfast.summary import NEXT_STEPS, summarize, summarize_fork
@@ -76,6 +83,7 @@ def hold(directory: Path, study: Study) -> Iterator[None]:
             held.enter_context(lock)
             if (directory / "study.yaml").exists():
                 _check_kept(directory, study)
+            remove_leftovers(directory, ("base.yaml", "study.yaml", "table.csv"))
             base = PRESETS / f"{study.base}.yaml"
             text = (base if base.is_file() else Path(study.base)).read_text()
             replace_text(directory / "base.yaml", text)

@@ -89,6 +89,11 @@ def test_it_says_where_our_schedules_lead() -> None:
     assert "in 0 of 1 regime with" in teacher_map.answers(data)
 
 
+def test_cells_of_a_csv_are_what_they_were(tmp_path: Path) -> None:
+    (tmp_path / "one.csv").write_text("a,b,c,d,e\n1,0.5,,False,x y\n")
+    assert read(tmp_path) == {"one": [{"a": 1, "b": 0.5, "c": None, "d": False, "e": "x y"}]}
+
+
 def test_the_earlier_study_is_turned_to_its_highest_schedule() -> None:
     data = with_earlier({}, EARLIER)
     assert {row["highest"] for row in data["comparisons"]} == {"fixed"}

@@ -227,6 +227,15 @@ def test_a_lone_surrogate_is_refused() -> None:
     assert "surrogates" in refusal("log.project=\udcff")
 
 
+@pytest.mark.parametrize("value", [f"0x{'f' * 5000}", f"-0b{'1' * 50_000}", f"[0x{'f' * 5000}]"])
+def test_an_integer_that_python_reads_but_does_not_print_is_refused(
+    value: str, tmp_path: Path
+) -> None:
+    assert "bits: write a smaller one" in refusal(f"steps={value}")
+    (tmp_path / "config.yaml").write_text(f"steps: {value}\n")
+    assert "bits: write a smaller one" in refusal(source=str(tmp_path / "config.yaml"))
+
+
 ENVIRONMENT = ["${oc.env:HOME}", "x ${oc.env:HOME}", "${oc.decode:${oc.env:HOME}}"]
 
 

@@ -20,7 +20,8 @@ from random import Random
 
 import forked
 from fuzz.mutations import damage_file
-from fuzz.readers import OVERRIDES, READERS, build_world, random_overrides
+from fuzz.readers import READERS, TEXTS
+from fuzz.world import build_world
 
 Snapshot = dict[str, tuple[int, ...]]
 
@@ -63,8 +64,8 @@ def try_case(world: Path, category: str, number: int, seed: int) -> tuple[str, s
     case = Path(tempfile.mkdtemp(prefix="case-", dir=world))
     try:
         done = []
-        if category == OVERRIDES:
-            command = random_overrides(rng)
+        if category in TEXTS:
+            command = TEXTS[category](rng)
         else:
             reader = READERS[category]
             for part in reader.parts:
@@ -100,7 +101,7 @@ def try_case(world: Path, category: str, number: int, seed: int) -> tuple[str, s
 def table(tried: Counter[str], failed: Counter[str]) -> str:
     rows = [(name, tried[name], failed[name]) for name in sorted(tried)]
     rows.append(("all", tried.total(), failed.total()))
-    return "\n".join(f"{name:12} {n:7,} tried {bad:5,} failed" for name, n, bad in rows)
+    return "\n".join(f"{name:14} {n:7,} tried {bad:5,} failed" for name, n, bad in rows)
 
 
 def main() -> None:
@@ -119,7 +120,7 @@ def main() -> None:
         os.environ["SODFAST_CACHE"] = str(world / "cache")
         build_world(world)
         end = time.monotonic() + 60 * arguments.minutes
-        names, number = [*READERS, OVERRIDES], 0
+        names, number = [*READERS, *TEXTS], 0
         if arguments.only:
             name, _, first = arguments.only.partition(":")
             names, number = [name], int(first or 0)

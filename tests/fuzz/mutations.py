@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -10,12 +11,23 @@ from typing import Any
 
 import yaml
 
+from sodfast.run import checkpoint
+
 HOSTILE: list[Any] = [
     *(None, True, False, 0, -1, 1, 0.5, "", "x", [], {}, [[]], [None], {"": None}, {"a": {"b": 1}}),
     *(2**31, 2**63, -(2**63), 10**400, 1e308, -1e308, 1e-320, float("nan"), float("inf")),
     *("../../outside/canary.txt", "/dev/zero", "/", "nosuch", "a\0b", "\ud800", "é" * 300),
     *("x" * 70_000, "${steps}", "${oc.env:HOME}", "{prompt}", "%s", "=1+1", "<eos><pad>", "1e999"),
     *("{{ 1/0 }}", "{% for x in range(10**9) %}{% endfor %}", "cuda:7", "<script>x</script>"),
+    *(
+        "0x" + "f" * 4000,
+        "2001-01-01",
+        "!!binary aGk=",
+        "!!set {a}",
+        "1:1:1",
+        "&a [*a]",
+        "{[1]: 2}",
+    ),
     *([0] * 3000, {str(n): n for n in range(500)}, ["a", 1, None, {}]),
 ]
 BYTES = [b"", b"\0", b"\xff\xfe", b"\xed\xa0\x80", b"[" * 50_000, b'{"a":' * 20_000, b"\n\n", b"}"]
@@ -79,6 +91,19 @@ def damage_json(data: bytes, rng: Random) -> bytes:
     return json.dumps(damage_value(json.loads(data), rng)).encode()
 
 
+def damage_state(data: bytes, rng: Random) -> bytes:
+    """Other values of a checkpoint, under hashes that fit them."""
+    state = json.loads(data)
+    files = state.pop("files", {})
+    state.pop("sha256", None)
+    changed = damage_value(state, rng)
+    if not files or not isinstance(changed, dict):
+        return json.dumps(changed).encode()
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint.write_state(Path(folder), {**changed, "files": files})
+        return (Path(folder) / "state.json").read_bytes()
+
+
 def damage_lines(data: bytes, rng: Random) -> bytes:
     """One JSON line damaged, dropped, repeated or moved."""
     lines = data.splitlines()
@@ -113,6 +138,7 @@ BY_SUFFIX: dict[str, Callable[[bytes, Random], bytes]] = {
     ".yaml": damage_yaml,
     ".safetensors": damage_safetensors,
 }
+BY_NAME = {"state.json": damage_state}
 
 
 def damage_file(file: Path, outside: Path, rng: Random) -> str:
@@ -139,6 +165,7 @@ def damage_file(file: Path, outside: Path, rng: Random) -> str:
         )
         return "another file's contents"
     data, structured = file.read_bytes(), BY_SUFFIX.get(file.suffix)
+    structured = BY_NAME.get(file.name, structured) if rng.randrange(4) else structured
     try:
         changed = structured(data, rng) if structured and kind < 9 else damage_bytes(data, rng)
     except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError, yaml.YAMLError):

@@ -87,6 +87,12 @@ def test_a_groups_refreshes_are_counted_by_verdict_and_compared_with_a_teacher_a
     assert row["length"] == pytest.approx(math.log(1.5), abs=0.02)
 
 
+def test_a_refresh_after_the_collapse_is_not_judged() -> None:
+    end = {"event": "collapse", "step": 55}
+    row = attributed(group(run_of("hard", 0.3, events=(refresh(30), end, refresh(60)))))
+    assert (row["refreshes"], row["judged"], row["neutral"]) == (2, 1, 1)
+
+
 def test_collapses_are_counted_by_origin() -> None:
     end = {"event": "collapse", "step": 100}
     clock = run_of("hard", events=(*map(refresh, range(1, 100)), end))

@@ -1,7 +1,9 @@
 """The report of a run and of a study: its numbers against the metrics, its refusals, its bytes."""
 
 import csv
+import errno
 import json
+import os
 import re
 import shutil
 import sys
@@ -17,7 +19,7 @@ from marks import slow
 from synthetic import SCHEDULES, lab_run, schedule_study, simulate, write_run, write_study
 
 from sodfast import cli
-from sodfast.errors import UsageError
+from sodfast.errors import RunFailed, UsageError
 from sodfast.report.page import _write_report, write_comparison, write_report
 from sodfast.report.runs import Group, Run, Source
 
@@ -420,7 +422,8 @@ def test_the_page_says_which_schedule_ends_highest_and_by_how_much(tmp_path: Pat
     page = answer(tmp_path / "s", {"fixed": fixed, "cgtr": cgtr}, lab_seeds=2)
     assert (
         "CGTR ends highest, above fixed (+0.110 [+0.100, +0.120]). Mean paired differences over 4 "
-        "seeds, each 95 % interval for itself." in page.text
+        "seeds, each 95 % interval for itself. That is few: where there is no difference, 4 pairs "
+        "have all one sign in 12 % of cases." in page.text
     )
     (row,) = read_table(tmp_path / "s", "comparisons")
     assert (row["highest"], row["other"], row["pairs"]) == ("CGTR", "fixed", "4")
@@ -656,7 +659,27 @@ def test_a_damaged_line(tmp_path: Path, line: str, match: str) -> None:
 def test_a_directory_that_cannot_be_written(tmp_path: Path) -> None:
     write_run(tmp_path / "run", lab_run("steps=4"))
     (tmp_path / "run" / "tables").write_text("in the way")
-    refuse(tmp_path / "run", "cannot be written")
+    refuse(tmp_path / "run", r"tables/\w+.csv cannot be written: .*tables cannot be a folder")
+    (tmp_path / "run" / "tables").unlink()
+    write_report(tmp_path / "run")
+    (tmp_path / "run" / "report.html").unlink()
+    (tmp_path / "run" / "report.html").mkdir()
+    for file in (tmp_path / "run" / "tables").iterdir():
+        file.write_text("earlier")
+    refuse(tmp_path / "run", r"report.html cannot be written: it is a directory")
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No refused argument: some files may be written, each of them whole."""
+    write_run(tmp_path / "run", lab_run("steps=4"))
+
+    def refuse_all(file: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+
+    monkeypatch.setattr("sodfast.report.page.replace_text", refuse_all)
+    with pytest.raises(RunFailed, match="cannot be written: No space left on device"):
+        write_report(tmp_path / "run")
 
 
 def test_the_command_refuses_in_one_line(

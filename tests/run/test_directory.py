@@ -108,6 +108,7 @@ def test_a_run_that_ended_before_its_configuration_is_begun_anew(
     for resume in (RunDirectory.open, lambda path: stored_config(path, [])):
         assert f"sodfast train out={path}" in refusal(resume, path)
     RunDirectory.create(path, lab(), {}).close()
+    assert sorted(files(path)) == sorted(["config.yaml", ".lock", "environment.json"])
     assert load_config(str(path / "config.yaml"), []) == lab()
     assert "--resume" in refusal(check_out, path)
 
@@ -351,6 +352,19 @@ def test_a_run_of_a_release_without_common_draws_goes_on_without_them(run: RunDi
     assert stored["eval"].pop("common_draws") is True
     (run.path / "config.yaml").write_text(yaml.safe_dump(stored))
     assert stored_config(run.path, []) == lab("eval.common_draws=false", f"out={run.path}")
+
+
+@pytest.mark.parametrize(
+    "value", ["x", 3, None, [], [1], "${eval}", {"common_draws": "x"}, {"common_draws": None}]
+)
+def test_what_stands_in_the_place_of_common_draws_is_refused(
+    run: RunDirectory, value: object
+) -> None:
+    """Nothing that a fault has left there is taken for a key that an earlier release lacked."""
+    stored = yaml.safe_load((run.path / "config.yaml").read_text())
+    (run.path / "config.yaml").write_text(yaml.safe_dump({**stored, "eval": value}))
+    with pytest.raises(UsageError, match="eval"):
+        stored_config(run.path, [])
 
 
 def test_a_stored_configuration_may_only_change_its_steps(run: RunDirectory) -> None:

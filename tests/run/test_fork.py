@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from marks import slow
+from safetensors.torch import save_file
 
 from sodfast.commands import train_fork
 from sodfast.errors import UsageError
@@ -20,7 +21,7 @@ from sodfast.files import read_lines
 from sodfast.report.page import write_report
 from sodfast.report.replay import replay_run
 from sodfast.run import checkpoint
-from sodfast.run.fork import fork_run
+from sodfast.run.fork import prepare_fork
 from sodfast.run.fork_keys import fork_config, read_fork, source_config
 
 KEPT = ["steps=8", "checkpoint.every=2", "checkpoint.keep=9", "eval.every=2"]
@@ -263,6 +264,41 @@ def test_a_source_that_is_no_run_of_this_version(
         fork(source, tmp_path / "out", "step=4")
 
 
+@pytest.mark.parametrize("hashed", [True, False])
+def test_a_damaged_checkpoint_is_not_forked_and_nothing_is_left(
+    source_of: Callable[[str], Path], tmp_path: Path, hashed: bool
+) -> None:
+    """Without hashes, as in release 0.1.0, damage is found when the fork is loaded."""
+    source = tmp_path / "source"
+    shutil.copytree(source_of("fixed"), source)
+    path = source / "checkpoints" / "step-4"
+    if hashed:
+        data = bytearray((path / "optimizer.safetensors").read_bytes())
+        data[-1] ^= 1
+        (path / "optimizer.safetensors").write_bytes(data)
+    else:
+        state = json.loads((path / "state.json").read_text())
+        del state["files"], state["sha256"]
+        (path / "state.json").write_text(json.dumps(state))
+        save_file({}, path / "optimizer.safetensors")
+    message = f"checkpoint {path} is damaged .*changed" if hashed else "was not made: .* has no"
+    with pytest.raises(UsageError, match=message):
+        fork(source, tmp_path / "out", "step=4")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_has_gone_is_missed_before_anything_is_made(
+    tmp_path: Path, source_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*arguments: object) -> None:
+        raise UsageError("it has gone")
+
+    monkeypatch.setattr("sodfast.commands.build_model", gone)
+    with pytest.raises(UsageError, match="it has gone"):
+        fork(source_of("fixed"), tmp_path / "out", "step=4")
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_edited_source_and_missing_lines(
     source_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -274,9 +310,9 @@ def test_an_edited_source_and_missing_lines(
     others.append(f"out={tmp_path / 'out'}")
     config = fork_config(source_config(source), step, others, refresh)
     with pytest.raises(UsageError, match="lacks lines"):
-        fork_run(source, step, config, {}, refresh)
+        prepare_fork(source, step, config, refresh)
     text = (source / "config.yaml").read_text()
     (source / "config.yaml").write_text(re.sub(r"(?m)^seed: \d+", "seed: 77", text))
     with pytest.raises(UsageError, match="not what its checkpoints were made with"):
-        fork_run(source, step, config, {}, refresh)
+        prepare_fork(source, step, config, refresh)
     assert not (tmp_path / "out").exists()

@@ -11,7 +11,6 @@ import pytest
 from pydantic import ValidationError
 from synthetic import answer, lab_run, write_samples
 
-from sodfast import files
 from sodfast.errors import RunFailed, UsageError
 from sodfast.run import directory
 from sodfast.run.directory import RunDirectory
@@ -137,11 +136,11 @@ def killed(act: Callable[[], None]) -> None:
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
 
 
-@pytest.mark.parametrize("when", ["write", "sync", "rename"])
+@pytest.mark.parametrize("when", ["sync", "rename"])
 def test_a_file_is_whole_or_absent_when_its_writer_is_killed(
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
-    """Before, while and after the bytes get the file's name; what is left goes with a resume."""
+    """Before and after the bytes get the file's name; what is left goes with a resume."""
     rows = [answer(1, ["word "] * 2000)] * 5
     replace = os.replace
 
@@ -151,9 +150,6 @@ def test_a_file_is_whole_or_absent_when_its_writer_is_killed(
         os.kill(os.getpid(), signal.SIGKILL)
 
     def write() -> None:
-        if when == "write":
-            monkeypatch.setattr(os, "fsync", die)
-            files.replace_bytes(run.path / "samples" / "step-1.jsonl", b'{"step": 1, "id')
         monkeypatch.setattr(os, "fsync" if when == "sync" else "replace", die)
         run.write_samples(1, rows)
 
