@@ -5,7 +5,8 @@
 On a CPU, in the threads of the lab; `off` and `auto` in turn, answers compared bit for bit:
 * training: one run of the lab; at every step its rollout is drawn both ways from the live student;
 * evaluation: at the last steps of that run, ten apart, so that drafts are the answers of ten steps
-  before; rounds of both ways from the same memory of earlier answers;
+  before; rounds of both ways from the same memory of earlier answers; and the spread of the
+  difference of two of them, by keys, where both have the same draws and where they have others;
 * copies: long answers of a network that continues a cycle of tokens with a known probability and
   otherwise jumps anywhere on it, a few rows: the tail of a rollout;
 * cost: passes of so many rows and tokens beside the sum of three parts that is fitted to them.
@@ -22,9 +23,9 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median, variance
 from typing import Any
 
 import torch
@@ -34,7 +35,9 @@ from torch import Tensor
 from sodfast.api import Trainer
 from sodfast.config import load_config
 from sodfast.model.load import LanguageModel, to_ids
+from sodfast.rewards import grade_answers
 from sodfast.rng import PromptOrder, Stream, draw_key
+from sodfast.rollout import batch
 from sodfast.rollout.engine import Sample, SampleKey, Sampling
 from sodfast.rollout.native import NativeEngine
 from sodfast.rollout.speculation import Answers, Cost, Setting
@@ -43,6 +46,7 @@ from sodfast.run.environment import environment
 TOKENS_PER_PASS = 3.0  # of an evaluation ten steps after the last, at least
 EVALUATION_SHARE, TRAINING_SHARE, PASSES_SHARE = 0.7, 1.05, 0.5  # of `off`, at most
 COST_ERROR = 0.2
+KEYS = 8  # of draws, for the spread of the difference of two evaluations
 COPIES = Shape(128, 384, 3, 4, 4, 32, 96, 2048)
 CYCLE, HOLDS = 64, 0.95  # tokens of the cycle; the probability of each to be followed by the next
 
@@ -121,10 +125,38 @@ class Lab:
             "equal": equal(answers["off"], answers["auto"]),
         }
 
+    def means(self, keys: Iterable[int]) -> list[float]:
+        """mean@k of the student by the key of the draws."""
+        config, questions = self.config, self.trainer.data.test
+        prompts = self.prompts(questions, config.eval.samples)
+        asked = [question for question in questions for _ in range(config.eval.samples)]
+        found = []
+        for key in keys:
+            sampling = Sampling.of(config, config.eval)
+            _, answers = self.draw("auto", prompts, sampling, SampleKey(key, 0))
+            texts = [self.trainer.model.decode(answer.response) for answer in answers]
+            grades = grade_answers(config, self.trainer.task, asked, texts)
+            found.append(fmean(grade.reward for grade in grades))
+        return found
+
+
+def spread(before: list[float], after: list[float]) -> dict[str, Any]:
+    """Of the difference of two evaluations, the first of which has as many keys as the second, and
+    half of these are its own: the variance with the same draws and with others."""
+    count = len(before) // 2
+    same = [b - a for a, b in zip(before[:count], after[:count], strict=True)]
+    other = [b - a for a, b in zip(before[:count], after[count:], strict=True)]
+    return {
+        "keys": count,
+        "common_draws": {"mean": fmean(same), "variance": variance(same)},
+        "fresh_draws": {"mean": fmean(other), "variance": variance(other)},
+        "variance_of_one_evaluation": (variance(before) + variance(after)) / 2,
+    }
+
 
 def lab(steps: int, rounds: int) -> dict[str, Any]:
     evaluated = range(steps - 20, steps + 1, 10)
-    training, evaluations = [], {}
+    training, evaluations, means = [], {}, {}
     with tempfile.TemporaryDirectory() as folder:
         lab = Lab(steps, f"{folder}/run")
         gc.freeze()  # a look at all that was imported would hit one way or the other by chance
@@ -134,6 +166,10 @@ def lab(steps: int, rounds: int) -> dict[str, Any]:
                 lab.run.step()
                 if step in evaluated:
                     evaluations[step] = lab.evaluation(1 if step == evaluated[0] else rounds)
+                    earlier = lab.ways["auto"].answers
+                    lab.ways["auto"].answers = Answers()
+                    means[step] = lab.means(range(2 * KEYS) if step != evaluated[0] else ())
+                    lab.ways["auto"].answers = earlier
     first, *later = evaluations.values()
     sums = {way: sum(line[way] for line in training) for way in ("off", "auto")}
     return {
@@ -144,6 +180,7 @@ def lab(steps: int, rounds: int) -> dict[str, Any]:
             "tokens_per_pass": [round(line["tokens_per_pass"], 3) for line in training],
         },
         "evaluations": evaluations,
+        "difference": spread(*(means[step] for step in evaluated[1:])),
         "evaluation_share": sum(e["auto"] for e in later) / sum(e["off"] for e in later),
         "evaluation_tokens_per_pass": min(e["tokens_per_pass"] for e in later),
         "equal": all(line["equal"] for line in [*training, first, *later]),
@@ -219,6 +256,7 @@ def cost(length: int) -> dict[str, Any]:
         observe(self, rows, tokens, seconds)
 
     Cost.observe = noting  # type: ignore[method-assign]
+    batch.perf_counter = time.process_time  # type: ignore[assignment]
     settings: list[Setting] = [1, 3, 7]
     try:
         for setting in settings:
@@ -230,6 +268,7 @@ def cost(length: int) -> dict[str, Any]:
                     engine.generate(prompts, range(rows), sampling, SampleKey(1, step))
     finally:
         Cost.observe = observe  # type: ignore[method-assign]
+        batch.perf_counter = time.perf_counter
     fitted, cells = Cost("cpu"), defaultdict(list)
     for rows, tokens, seconds in sorted(seen, key=lambda one: hash(one[2])):  # in no order
         fitted.observe(rows, tokens, seconds)

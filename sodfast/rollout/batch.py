@@ -19,10 +19,10 @@ H hidden, S steps, V vocabulary.
 """
 
 import math
-import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
@@ -223,10 +223,10 @@ class Batch:
                 self.graphs.run((rows, queries), step, self.passes.advancing())
             else:
                 width = self._longest() + queries
-                start = time.perf_counter()
+                start = perf_counter()
                 self.passes.step(rows, queries, min(self.width, up_to_step(width)))
                 if self.speculates:
-                    seconds = time.perf_counter() - start
+                    seconds = perf_counter() - start
                     self.pace.cost.observe(self.alive, self.passes.ran, seconds)
             self.steps += queries
         self._add_look()

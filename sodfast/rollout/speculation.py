@@ -50,7 +50,7 @@ LEAST_GAIN = 1.05
 # On a GPU the weights are read once, whatever the number of tokens.
 PRIOR_COST = {"cuda": (256.0, 0.0, 1.0), "cpu": (100.0, 1.5, 1.0)}
 # The prior's weight beside a pass that is timed, and what share of that is left at the next one.
-PRIOR_WEIGHT, MEMORY = 0.1, 0.99
+PRIOR_WEIGHT, MEMORY = 2.0, 0.99
 
 
 def resolved(setting: Setting, device: str) -> Setting:
