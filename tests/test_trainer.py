@@ -364,6 +364,7 @@ def test_a_streamed_teacher_passes_by_once_a_scoring_budget(
     assert len(seen) == passes
 
 
+@pytest.mark.slow
 def test_layers_are_recomputed_where_the_key_says_so(build: Build, tmp_path: Path) -> None:
     counts = []
     for recompute in ("false", "true"):
@@ -780,6 +781,7 @@ def test_the_best_checkpoint_stays(
     assert cli("eval", "no-run", "--best").code == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("every", "kept"), [(0, [0, 2, 5]), (3, [0, 2, 5, 6])])
 def test_the_checkpoints_of_named_steps_stay(
     build: Build, tmp_path: Path, every: int, kept: list[int]

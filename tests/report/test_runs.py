@@ -155,8 +155,8 @@ def test_schedules_have_short_names(schedule: Any, name: str) -> None:
         *slow(
             ("summary.json", b"null"),
             ("metrics.jsonl", b'{"step": 0, "x": "y"}\n{"step": 1}\n'),
+            ("events.jsonl", b'{"step": 1, "event": "refresh"}\n'),
         ),
-        ("events.jsonl", b'{"step": 1, "event": "refresh"}\n'),
         ("events.jsonl", b'{"step": 1, "event": "gate", "gates": {}, "refresh": false}\n'),
     ],
 )

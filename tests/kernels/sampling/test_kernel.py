@@ -25,7 +25,7 @@ def agree(logits, **given):
 
 @pytest.mark.triton
 @pytest.mark.parametrize("given", TRUNCATIONS, ids=str)
-@pytest.mark.parametrize("vocabulary", [2, 3, 130, 1027])
+@pytest.mark.parametrize("vocabulary", [130, *slow(2, 3, 1027)])
 def test_the_kernel_draws_what_the_definition_draws(given, vocabulary):
     generator = torch.Generator().manual_seed(vocabulary)
     logits = 2 * torch.randn(2, vocabulary + 5, generator=generator)
@@ -55,6 +55,7 @@ def test_ties_in_the_kernel(given):
     agree(torch.full((2, 200), -0.0).index_fill(1, torch.arange(0, 200, 2), 0.0), **given)
 
 
+@pytest.mark.slow
 @pytest.mark.triton
 @settings(max_examples=25, deadline=None)
 @given(
