@@ -1,6 +1,7 @@
 # make demo · make quick · make test · make bench · make lint: each sets up .venv by itself and is
 # quick the second time. PYTHON chooses the interpreter that .venv is made from.
 # make test-oldest: the tests under the oldest supported versions, in .venv-oldest.
+# make docs: the documentation, a site that opens from disk, in build/docs.
 # make dist: what a release uploads, in dist/, installed and tried outside of the checkout.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -22,7 +23,7 @@ HAS_OLDEST = $(shell $(PYTHON_OLDEST) --version 2>/dev/null)
 SOURCES := setup.py pyproject.toml kernels/pyproject.toml kernels/VERSION
 INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo quick test test-oldest bench fuzz lint dist
+.PHONY: demo quick test test-oldest bench fuzz lint docs dist
 
 demo: .venv/ready
 	$(BIN)/sodfast train out=$(OUT)
@@ -56,6 +57,12 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# A warning, a dead link or a page that is in no menu fails the build.
+docs: .venv/ready
+	rm -rf build/docs
+	$(BIN)/python -m sphinx -W --keep-going -q -c docs . build/docs
+	@echo "open build/docs/index.html"
 
 # Each wheel is built from its sdist, so both are known to be whole.
 dist: .venv-dist/ready

@@ -5,6 +5,7 @@
     8b_steps      three steps of the preset: seconds and bytes of each phase, model FLOP utilisation
     8b_teacher    scoring streamed from the host and resident: the share of the transfer that hides
     8b_objective  loss, entropy and gradients of the fused objective beside its definition
+    8b_speculation  the rollout of a step with and without drafts of the next tokens
     8b_trl        the largest Qwen3 with which TRL's SDPO trainer ends two steps
 
 The weights are random (model.random), since the architecture is what is measured; nothing is loaded
@@ -23,6 +24,7 @@ PARTS = {
     "8b_steps": "suite_8b_steps",
     "8b_teacher": "suite_8b_teacher",
     "8b_objective": "suite_8b_objective",
+    "8b_speculation": "suite_8b_speculation",
     "8b_trl": "suite_8b_trl",
 }
 

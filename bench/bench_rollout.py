@@ -40,10 +40,10 @@ from sodfast.model.load import LanguageModel
 from sodfast.model.packing import own_attention
 from sodfast.rollout.admission import Draw
 from sodfast.rollout.batch import STEPS_PER_LOOK, Batch
-from sodfast.rollout.cache import PAGE, Cache
+from sodfast.rollout.cache import PAGE, Cache, up_to_step
 from sodfast.rollout.engine import SampleKey, Sampling
 from sodfast.rollout.hf import HFEngine, _generating_as, left_padded
-from sodfast.rollout.native import NativeEngine, _width
+from sodfast.rollout.native import NativeEngine
 from sodfast.run.environment import environment
 
 Progress = Callable[[str], None]
@@ -404,7 +404,7 @@ def decode_step(
     shape = Shape(vocabulary=vocabulary)
     prompts = random_prompts(slots, context - steps // 2, shape)
     stretch = STEPS_PER_LOOK[model.device.type]
-    width = _width(context + 2 * steps)
+    width = up_to_step(context + 2 * steps)
     sampling = Sampling(1.0, 1.0, width - len(prompts[0]))
     # An id that no token has: a row that idles would read nothing.
     endless = LanguageModel(model.network, None, (-1,), model.pad_id)

@@ -20,6 +20,7 @@ from sodfast.context import Questions
 from sodfast.memory.estimate import Estimate, Lengths
 from sodfast.model.load import LanguageModel
 from sodfast.rollout import native
+from sodfast.rollout.admission import Draw
 from sodfast.rollout.batch import Batch
 from sodfast.rollout.native import NativeEngine
 from sodfast.run.console import Reporter
@@ -34,12 +35,13 @@ from sodfast.trainer import Trainer
 class ForcedBatch(Batch):
     """Ends each answer at the length of its sample, whatever its tokens are."""
 
-    lengths: Tensor
+    lengths: Tensor  # [samples] int64
 
-    def _draw(self, first: int, last: int, logits_BV: Tensor, noise_BV: Tensor | None) -> None:
-        super()._draw(first, last, logits_BV, noise_BV)
-        rows = slice(first, last)
-        self.done[rows] |= self.count[rows] >= self.lengths[self.sample[rows]]
+    def _admit(self, draws: Sequence[Draw]) -> None:
+        samples = torch.tensor([draw.sample for draw in draws], device=self.device)
+        first = len(self.rows)
+        self.passes.cap[first : first + len(draws)] = self.lengths[samples]
+        super()._admit(draws)
 
 
 @contextmanager

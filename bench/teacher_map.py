@@ -1,10 +1,11 @@
-"""Data, figures and numbers of docs/when_should_the_teacher_move.md, from study directories.
+"""Data, figures and numbers of docs/when_should_the_teacher_move.md, and of the README's few
+sentences of it, from study directories.
 
     python bench/teacher_map.py studies/B3 studies/A --forks studies/forks_B3
 
 Each study is a regime under the name of its directory. The report of them all is computed as
 `sodfast report … --out` does; its CSVs and figures that the page needs go to the page's folder, and
-what stands on the page between <!-- NAME --> and <!-- end --> is written anew from these CSVs.
+what stands between <!-- NAME --> and <!-- end --> is written anew from these CSVs.
 Without studies only the last is done. Everything said with an interval stands between such marks.
 """
 
@@ -13,17 +14,22 @@ import csv
 import re
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
-from sodfast.report.effects import HORIZON
+from sodfast.files import to_csv
 from sodfast.report.intervals import paired_difference, wilson_interval
 from sodfast.report.page import write_studies
 from sodfast.report.templates import number, template
+from sodfast.run.environment import describe
+from sodfast.summary import NEXT_STEPS
 
-PAGE = Path(__file__).parent.parent / "docs" / "when_should_the_teacher_move.md"
+ROOT = Path(__file__).parent.parent
+PAGE, README = ROOT / "docs" / "when_should_the_teacher_move.md", ROOT / "README.md"
 SCHEDULES = (
     *("tables/runs.csv", "tables/results.csv", "tables/comparisons.csv", "tables/attribution.csv"),
     *("tables/forecast.csv", "tables/curve_score.csv", "tables/curve_length.csv"),
@@ -38,18 +44,26 @@ Data = Mapping[str, Sequence[Row]]  # the CSVs by name
 
 
 def collect(studies: Sequence[Path], names: Sequence[str], folder: Path) -> None:
-    """Copy these files of the studies' report into `folder`; a figure that there is not is left
-    out."""
+    """Copy these files of the studies' report into `folder`, but for a figure that there is not.
+
+    made_NAME.csv says of each study NAME on what machine, with which versions and at which commit
+    how many of its runs were made.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         report = write_studies(studies, Path(scratch)).parent
         folder.mkdir(exist_ok=True)
         for name in names:
             if (report / name).exists():
                 shutil.copyfile(report / name, folder / Path(name).name)
+    for study in studies:
+        made = Counter(filter(None, map(describe, sorted((study / "runs").iterdir()))))
+        rows = [("study", "runs", "environment")]
+        rows += [(study.name, count, text) for text, count in made.items()]
+        (folder / f"made_{study.name}.csv").write_text(to_csv(rows))
 
 
 def read(folder: Path) -> Data:
-    """Every CSV of the folder by its name, with numbers as numbers and None for an empty cell."""
+    """Every CSV of the folder by its name: numbers and truth values as such, empty cells None."""
     return {
         file.stem: [
             {key: _value(cell) for key, cell in row.items()}
@@ -87,6 +101,8 @@ def with_earlier(data: Data, folder: Path = EARLIER) -> Data:
 
 
 def _value(cell: str) -> Any:
+    if cell in ("True", "False"):
+        return cell == "True"
     for kind in (int, float):
         try:
             return kind(cell)
@@ -101,15 +117,32 @@ def _value(cell: str) -> Any:
 def answers(data: Data) -> str:
     """First where CGTR and our own schedule lead, then each regime's answer."""
     words: Any = template("findings.html.j2").module
+    regimes = _by_regime(data)
+    leads = [_leads(schedule, regimes) for schedule in ("CGTR", "evidence")]
+    return "\n\n".join([*leads, _bullets([words.of_schedules(rows) for rows in regimes.values()])])
+
+
+def summary(data: Data) -> str:
+    """The README's: where CGTR and our own schedule lead, and the first regime with intervals, with
+    the figure once that is one of this page's own."""
+    words: Any = template("findings.html.j2").module
+    regimes = _by_regime(data)
+    leads = [_leads(schedule, regimes) for schedule in ("CGTR", "evidence")]
+    first = next(name for name, rows in regimes.items() if _has_intervals(rows))
+    sentences = " ".join([*leads, _line(words.of_schedules(regimes[first]))])
+    figure = "" if first == SHIPPED else f"{_phase(f'docs/{PAGE.stem}')}\n\n"
+    return figure + "\n".join(wrap(sentences, 100, break_long_words=False))
+
+
+def _has_intervals(rows: Sequence[Row]) -> bool:
+    return any(row["difference_low"] is not None for row in rows)
+
+
+def _by_regime(data: Data) -> dict[str, list[Row]]:
     regimes: dict[str, list[Row]] = {}
     for row in data["comparisons"]:
         regimes.setdefault(row["regime"], []).append(row)
-    return "\n\n".join(
-        [
-            *(_leads(schedule, regimes) for schedule in ("CGTR", "evidence")),
-            _bullets([words.of_schedules(rows) for rows in regimes.values()]),
-        ]
-    )
+    return regimes
 
 
 def _leads(schedule: str, regimes: Mapping[str, Sequence[Row]]) -> str:
@@ -118,7 +151,7 @@ def _leads(schedule: str, regimes: Mapping[str, Sequence[Row]]) -> str:
         name: rows
         for name, rows in regimes.items()
         if schedule in (rows[0]["highest"], *(row["other"] for row in rows))
-        and any(row["difference_low"] is not None for row in rows)
+        and _has_intervals(rows)
     }
     led = [
         name
@@ -126,22 +159,21 @@ def _leads(schedule: str, regimes: Mapping[str, Sequence[Row]]) -> str:
         if rows[0]["highest"] == schedule and all((row["difference_low"] or 0) > 0 for row in rows)
     ]
     if not measured:
-        return f"{schedule} has not been measured over several seeds in any regime."
-    count = f"{len(led) or 'none'} of the {len(measured)} regimes it was measured in"
+        return f"`{schedule}` has not been measured over several seeds in any regime."
     names = f": {'; '.join(led)}" if led else ""
-    return f"{schedule} ends above every other schedule in {count}{names}."
+    count = f"{len(led)} of {len(measured)} regime{'s' if len(measured) > 1 else ''}"
+    return f"`{schedule}` ends above every other schedule in {count} with several seeds{names}."
 
 
 def forks(data: Data) -> str:
     words: Any = template("findings.html.j2").module
-    found = [words.of_forks(row, HORIZON) for row in data["effects"] if row["by"] == "all"]
+    found = [words.of_forks(row, NEXT_STEPS) for row in data["effects"] if row["by"] == "all"]
     figure = image("forks", "Effect of one refresh by step, age, drift and tail")
     return f"{_bullets(found)}\n\n{figure}\n\n{table('effects', data['effects'])}"
 
 
 def schedules(data: Data) -> str:
-    figure = image("phase", "Mean final score of each schedule in each regime, and collapses")
-    return f"{figure}\n\n{table('results', data['results'])}"
+    return f"{_phase()}\n\n{table('results', data['results'])}"
 
 
 def attribution(data: Data) -> str:
@@ -151,8 +183,12 @@ def attribution(data: Data) -> str:
     return f"{image('attribution', 'Effect of each refresh beside its trend')}\n\n{found}"
 
 
-def image(name: str, text: str) -> str:
-    return f"![{text}]({PAGE.stem}/{name}.svg)"
+def _phase(folder: str = PAGE.stem) -> str:
+    return image("phase", "Mean final score of each schedule in each regime, and collapses", folder)
+
+
+def image(name: str, text: str, folder: str = PAGE.stem) -> str:
+    return f"![{text}]({folder}/{name}.svg)"
 
 
 def table(name: str, rows: Sequence[Row]) -> str:
@@ -243,11 +279,14 @@ def sources(data: Data) -> str:
             f"{regime}: {len(ended)} of {len(own)} runs have finished, of {steps} steps, over "
             f"{len(seeds)} seeds on {len(labs)} warm start{'s' if len(labs) != 1 else ''}."
         )
+    made = [row for name, rows in data.items() if name.startswith("made_") for row in rows]
+    lines += [f"{row['study']}, {row['runs']} runs: {row['environment']}." for row in made]
     return _bullets(lines)
 
 
 BLOCKS: dict[str, tuple[str, Callable[[Data], str]]] = {  # mark → the CSV it needs, what writes it
     "sources": ("runs", sources),
+    "summary": ("comparisons", summary),
     "answers": ("comparisons", answers),
     "schedules": ("results", schedules),
     "claims": ("runs", claims),
@@ -277,7 +316,8 @@ def main() -> None:
     for studies, names in ((arguments.studies, SCHEDULES), (arguments.forks, FORKS)):
         if studies:
             collect(studies, names, folder)
-    PAGE.write_text(fill(PAGE.read_text(), with_earlier(read(folder))))
+    for page in (PAGE, README):
+        page.write_text(fill(page.read_text(), with_earlier(read(folder))))
 
 
 if __name__ == "__main__":

@@ -41,12 +41,12 @@ class Run:
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl: that of step 0, then one for each step so far."""
+        """The lines of metrics.jsonl, that of step 0 and then one for each step so far."""
         return read_metrics(self.path)
 
     @property
     def events(self) -> list[dict[str, Any]]:
-        """The lines of events.jsonl: gates, refreshes, checkpoints, a collapse."""
+        """The lines of events.jsonl, which are gates, refreshes, checkpoints, a collapse."""
         return read_events(self.path)
 
     @property
@@ -130,7 +130,7 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """Whether no step is left: `steps` are made, or the collapse detector has stopped it."""
+        """Whether no step is left, since `steps` are made or the collapse detector stopped it."""
         return self.algorithm.ended
 
     def step(self) -> dict[str, Any]:

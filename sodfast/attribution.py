@@ -59,7 +59,7 @@ def refresh_effects(
     effects = []
     for number, step in enumerate(steps):
         first = steps[number - 1] if number else 0
-        last = steps[number + 1] if number + 1 < len(steps) else int(lines[-1]["step"])
+        last = steps[number + 1] if number + 1 < len(steps) else None
         reward, length = (
             effect(lines, step, value, first, last, confidence) for value in (_reward, _log_length)
         )
@@ -91,7 +91,8 @@ def effect(
 
     None where either side has fewer than `FEWEST` steps.
     """
-    trained = [line for line in lines if "reward/mean" in line and line["step"] > first]
+    whole = [line for line in lines if "reward/mean" in line and line.get("length/mean", 0) > 0]
+    trained = [line for line in whole if line["step"] > first]
     until = min(step + AFTER, step + AFTER if last is None else last)
     before = [line for line in trained if step - BEFORE < line["step"] <= step]
     after = [line for line in trained if step < line["step"] <= until]

@@ -182,13 +182,26 @@ def export(
     run: Annotated[Path, typer.Argument(metavar="RUN_DIR")],
     out: Annotated[Path, typer.Argument(metavar="OUT_DIR")],
     best: Best = False,
+    upload: Annotated[
+        str | None,
+        typer.Option(
+            "--push",
+            metavar="ORG/NAME",
+            help="Upload it to the Hugging Face hub, too; a new repository is private.",
+        ),
+    ] = None,
 ) -> None:
     """Write a run's newest student as a Hugging Face directory: safetensors, tokenizer and a model
     card that says how it was trained."""
     from sodfast.commands import export_model
+    from sodfast.run.hub import push, require_hub
 
+    if upload is not None:
+        require_hub(upload)
     export_model(run, out, best)
     _print(f"wrote {out}")
+    if upload is not None:
+        _print(f"uploaded to {push(out, upload)}")
 
 
 @app.command("replay")

@@ -35,7 +35,8 @@ def evaluate(
     training; without `eval.common_draws` also by the step. Each draw is distributed as the student
     says, whatever the key, so mean@k and best@k of one evaluation are unbiased estimates either
     way. With common draws the errors of two evaluations are correlated: the difference of students
-    that are much alike has a smaller variance, the mean over many evaluations a larger one.
+    that are much alike has a smaller variance, the mean over many evaluations a larger one. On the
+    lab, ten steps apart: bench/results/cpu/speculation.json, `difference`.
 
     Returns the `eval/*` keys, fractions in [0, 1].
     """

@@ -114,10 +114,11 @@ class Trainer:
         nothing but the lines of the steps is written then, and another call goes on.
 
         Raises `RunFailed` when a loss or gradient is not finite, memory runs out or the disk
-        refuses, and summary.json says "failed". The state before the step is checkpointed first.
-        The last checkpoint stands instead with checkpoint.every=0, where an update of the step has
-        already moved the weights, and where one of several ranks has run out of memory, since the
-        others then wait for it at another point.
+        refuses, and summary.json says "failed". The last finished step is checkpointed first: that
+        before the step which failed or, where only its evaluation did, the step itself, and a
+        resume evaluates it. The last checkpoint stands instead with checkpoint.every=0, where an
+        update of a step that is not finished has already moved the weights, and where one of
+        several ranks has run out of memory, since the others then wait for it at another point.
         """
         if self._logger is None:
             self._logger = Logger(self.config, self.run.path)
@@ -145,7 +146,7 @@ class Trainer:
             status = "interrupted"
         except RunFailed as error:
             failed = RunFailed(f"step {step}: {error}")
-            failed.alone = self.ranks.size > 1 and isinstance(error.__cause__, OutOfMemoryError)
+            failed.alone = self._alone(error)
             with suppress(RunFailed):  # a full disk refuses these, too
                 with nullcontext() if failed.alone else self.ranks.together():
                     self.run.write_summary(self.summary("failed"))
@@ -192,11 +193,11 @@ class Trainer:
         self.lines = self.run.rewind(
             self.step, self.config, without_evaluation=closing and not self.ended
         )
-        if closing and self.ended:
+        if self._due(self.step) or (closing and self.ended):
             kept = {k: v for k, v in self.lines[-1].items() if k.startswith("eval/")}
-            if kept:
+            if kept:  # the state may be from before it; seen twice, it says the same
                 self.collapse.observe({"step": self.step, **kept})
-            else:  # the run went on when this step was made, and `steps` now ends it here
+            else:  # it failed, or the run went on at this step, at which `steps` now ends it
                 evaluation = self._evaluate(self.step)
                 self.lines[-1] |= evaluation
                 self._observe_collapse({"step": self.step, **evaluation})
@@ -338,18 +339,22 @@ class Trainer:
         return metrics
 
     def _finish(self, line: dict[str, Any], rollouts: Rollouts, logger: Logger) -> None:
-        """Evaluate where due, detect a collapse, write answers and line, checkpoint where due."""
+        """Evaluate where due, detect a collapse, write answers and line, checkpoint where due.
+
+        Where an evaluation fails the step is kept all the same, and a resume makes up for it.
+        """
         step = line["step"]
-        evaluated = self._due(step)
+        evaluated, failed = self._due(step), None
         if evaluated:
-            line |= self._evaluate(step)
+            failed = self._examine(line)
         self._observe_collapse(line)
         self.step = step
         self.state.take(step)  # before a closing evaluation: see `_due_at_the_end`
         if self.ended and self._due_at_the_end(step):
-            evaluated, evaluation = True, self._evaluate(step)
-            line |= evaluation
-            self._observe_collapse({"step": step, **evaluation})
+            evaluated, closing = True, {"step": step}
+            failed = self._examine(closing)
+            line |= closing
+            self._observe_collapse(closing)
         if self.answers.due(step, evaluated):
             self.answers.keep_rollouts(
                 step,
@@ -365,6 +370,19 @@ class Trainer:
         every = self.config.checkpoint.every
         if self.ended or (every and step % every == 0) or step in self._lasting():
             self._save()
+        if failed is not None:
+            self.student.moved = False  # from the step that stands: `train` saves it
+            raise failed
+
+    def _examine(self, line: dict[str, Any]) -> RunFailed | None:
+        """Add the evaluation of its step to a line; returns why that failed, if it did."""
+        try:
+            line |= self._evaluate(line["step"])
+        except RunFailed as error:
+            if self._alone(error):
+                raise
+            return error
+        return None
 
     def _observe_collapse(self, line: dict[str, Any]) -> None:
         reason = self.collapse.observe(line)
@@ -398,16 +416,20 @@ class Trainer:
                 self.ranks,
                 partial(self.answers.keep_evaluation, step),
             )
+            metrics |= self._passes("rollout/eval_tokens_per_pass")
             metrics |= evaluate_others(
                 self.model, self.engine, self.examinations, step, progress, self.ranks
             )
-        seconds = time.perf_counter() - start
-        return {**metrics, "time/eval": seconds, **self._passes("rollout/eval_tokens_per_pass")}
+        return {**metrics, "time/eval": time.perf_counter() - start}
 
     def _passes(self, key: str) -> dict[str, float]:
         """What the engine counted in its last call, where it counts."""
         tokens = self.engine.tokens_per_pass
         return {} if tokens is None else {key: tokens}
+
+    def _alone(self, error: RunFailed) -> bool:
+        """Whether one of several ranks has failed without the others, which wait for it."""
+        return self.ranks.size > 1 and isinstance(error.__cause__, OutOfMemoryError)
 
     def _due(self, step: int) -> bool:
         """Whether a step is evaluated no matter where the run ends."""

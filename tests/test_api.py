@@ -36,6 +36,28 @@ def test_a_notebook(tiny_run: list[str], tmp_path: Path) -> None:
     assert longer.metrics[-1]["step"] == 6
 
 
+@pytest.mark.slow
+def test_what_a_notebook_shows_of_a_run(tiny_run: list[str], tmp_path: Path) -> None:
+    """A curve of the metrics, and one answer's divergences over the words that they belong to."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    run = sodfast.train("lab", overrides(tiny_run, tmp_path / "run"), steps=5, eval={"every": 5})
+    steps = [line["step"] for line in run.metrics[1:]]
+    rewards = [line["reward/mean"] for line in run.metrics[1:]]
+    sample = next(one for one in run.samples(5) if one["hint"])
+    assert len(sample["divergence"]) == len(sample["text"]) == sample["length"]
+    figure, (curve, bars) = pyplot.subplots(1, 2)
+    curve.plot(steps, rewards)
+    bars.bar(range(sample["length"]), sample["divergence"], tick_label=sample["text"])
+    figure.savefig(tmp_path / "run.png")
+    pyplot.close(figure)
+    assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
+    assert steps == [1, 2, 3, 4, 5] and curve.lines[0].get_ydata().tolist() == rewards
+
+
 def test_the_samples_of_a_step(tiny_run: list[str], tmp_path: Path) -> None:
     run = sodfast.train("lab", overrides(tiny_run, tmp_path / "run"), steps=2, eval={"every": 2})
     rewards = [sample["reward"] for sample in run.samples(2)]
@@ -145,6 +167,30 @@ def test_an_own_schedule_resumes_exactly_and_refuses_to_after_an_edit(
     refused = cli("train", "--resume", str(whole.path), "steps=7")
     assert refused.code == 2
     assert refused.err.startswith(f"sodfast: {file} is not as it was when the run began")
+
+
+@pytest.mark.slow
+def test_a_run_whose_schedule_failed_goes_on_as_a_fork_with_the_mended_one(
+    tiny_run: list[str], tmp_path: Path, cli: Any
+) -> None:
+    """From the last checkpoint: the student has moved before a schedule is asked."""
+    own = PLATEAU.read_text()
+    (tmp_path / "own.py").write_text(
+        own.replace("        reward =", "        1 / (5 - statistics.step)\n        reward =", 1)
+    )
+    (tmp_path / "mended.py").write_text(own)
+    assert "1 / (5" in (tmp_path / "own.py").read_text()
+    keys = ["schedule.kind=python", f"schedule.source={tmp_path / 'own.py'}:OnPlateau"]
+    failed = cli("train", "lab", *overrides(tiny_run, tmp_path / "run"), *keys)
+    assert failed.code == 1 and "sodfast: step 5: " in failed.err
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())[-1] == "step-3"
+    mended = f"schedule.source={tmp_path / 'mended.py'}:OnPlateau"
+    forked = cli("fork", str(tmp_path / "run"), "step=3", f"out={tmp_path / 'fork'}", mended)
+    assert forked.code == 0, forked.err
+    whole = ["schedule.kind=python", mended, f"out={tmp_path / 'whole'}"]
+    assert cli("train", "lab", *tiny_run, *whole).code == 0
+    found, expected = (sodfast.load_run(tmp_path / name).metrics for name in ("fork", "whole"))
+    assert untimed(found) == untimed(expected)
 
 
 def test_a_schedule_that_fails_ends_the_run_in_one_line(

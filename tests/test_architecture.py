@@ -25,7 +25,7 @@ FLOORS = [
     {"objective", "evaluate", "metrics", "answers", "probe"},
     {"student", "state"},
     {"trainer", "memory", "study"},
-    {"commands", "report"},
+    {"commands", "report", "integrations"},
     {"cli", "api"},
     {"__main__"},
 ]

@@ -66,6 +66,7 @@ def test_a_neighbouring_refresh_bounds_what_is_looked_at() -> None:
     assert [one.verdict for one in few] == [None, None]
     assert refresh_effects(lines, refreshes(118))[0].reward is None
     assert refresh_effects(lines, []) == []
+    assert refresh_effects([], refreshes(5))[0].verdict is None
 
 
 @pytest.mark.parametrize(

@@ -540,6 +540,16 @@ def test_solutions_that_are_asked_for_must_be_there(model: LanguageModel) -> Non
         fit(None, "")
 
 
+def test_some_question_must_be_there_at_the_first_step(model: LanguageModel) -> None:
+    task = Asked("1+1=", "1+2=")
+    config = load_config("lab", [])
+    task.train = [replace(one, arrival=step) for one, step in zip(task.train, (9, 1), strict=True)]
+    assert fitting_questions(config, model, task, Reporter()).train == task.train  # type: ignore[arg-type]
+    task.train = [replace(one, arrival=2) for one in task.train]
+    with pytest.raises(UsageError, match=r"task\.train: no question arrives by step 1"):
+        fitting_questions(config, model, task, Reporter())  # type: ignore[arg-type]
+
+
 def test_a_question_that_is_no_text_is_named(model: LanguageModel) -> None:
     config = load_config("lab", [])
     with pytest.raises(UsageError, match=r"task\.train: question q: .*surrogate pair"):

@@ -53,8 +53,8 @@ class _TaskConfig(Section):
     """Texts that end an answer, with the token that completes one, as the model's end token
     does."""
     label_noise: NoiseConfig | None = None
-    """Rewards that are wrong on purpose, such as `{share: 0.3, first: 96, last: 100}` for a drift
-    that passes; rewards must lie in [0, 1]. Evaluations have the right ones."""
+    """Rewards in [0, 1] that are wrong on purpose, but for evaluations; `{share: 0.3, first: 96,
+    last: 100}` makes a drift that passes."""
 
 
 class ArithmeticConfig(_TaskConfig):
@@ -65,7 +65,8 @@ class ArithmeticConfig(_TaskConfig):
     test: Positive = 64
     """Questions of the test."""
     arrival: ArrivalConfig | None = None
-    """A later phase of the task: the products of the largest left factors, from a step on."""
+    """A later phase of the task: the products of the largest left factors, from a step on; null:
+    all from the start."""
 
 
 class SplitConfig(Section):

@@ -44,11 +44,12 @@ from sodfast.model.random_weights import shape, shipped_shapes
 from sodfast.optimizer import build_optimizer
 from sodfast.parallel.fsdp import Weights
 from sodfast.parallel.offload import SLOTS, block_bytes, blocks, pinned_bytes
-from sodfast.rollout.batch import PREFILL_TOKENS, idle_rows, state_bytes
+from sodfast.rollout.batch import PREFILL_TOKENS
 from sodfast.rollout.cache import Cache
 from sodfast.rollout.decoder import unsupported
 from sodfast.rollout.native import CacheSize, cache_size
-from sodfast.rollout.speculation import MOST_TOKENS, draft_bytes, resolved
+from sodfast.rollout.passes import idle_rows, state_bytes
+from sodfast.rollout.speculation import MOST_TOKENS, REMEMBERED, draft_bytes, resolved
 from sodfast.schedule import average_rate, student_share
 
 GIB = 2**30
@@ -196,13 +197,16 @@ class Estimate:
     @property
     def host(self) -> Items:
         """Bytes in host memory beside a GPU's: the weights on their way from disk, unless they are
-        drawn on the GPU, and the teacher's pinned buffers."""
+        drawn on the GPU, the teacher's pinned buffers, and the earlier answers that drafts are
+        looked up in, as many as are remembered at most."""
         if not self.on_gpu:
             return {}
         items = {} if self.config.model.random else {"loading": self.weights}
         if self.on_host:
             sizes = [*self.layers, *self.others]
             items["teacher"] = sum(map(pinned_bytes, sizes))
+        if self._drafts:
+            items["answers"] = 4 * REMEMBERED
         return items
 
     # ---------------------------------------------------------------- weights and their state
@@ -368,6 +372,12 @@ class Estimate:
         size, _ = self.cache(evaluating)
         return size.at_once(prompts[0], copies, self.config.rollout.max_new_tokens)
 
+    @property
+    def _drafts(self) -> bool:
+        """Whether passes of the rollouts check drafts."""
+        setting = resolved(self.config.rollout.speculate, "cuda" if self.on_gpu else "cpu")
+        return self.native and setting is not False
+
     def _asked(self, evaluating: bool) -> tuple[list[int], int, int]:
         """Tokens of the prompts of a call, the longest first, samples of each, and samples of all
         (of an evaluation as many as can be decoded at once, where the questions are not known)."""
@@ -393,7 +403,7 @@ class Estimate:
         size, _ = self.cache(evaluating)
         rows = size.rows + idle_rows(size.rows, self.on_gpu)
         tokens, drafts = rows, 0  # of a captured step, and bytes
-        if resolved(self.config.rollout.speculate, "cuda" if self.on_gpu else "cpu") is not False:
+        if self._drafts:
             tokens = max(rows, MOST_TOKENS["cuda"])
             drafts = draft_bytes(2 * sequences, self.longest)  # these texts and the last ones
         started += idle_rows(started, self.on_gpu)

@@ -31,6 +31,7 @@ DASHES = (
     *((9, 2), (3, 1, 1, 1, 1, 1), (2.5, 1.2), (9, 1.5, 1, 1.5)),
 )
 MARKERS = "os^DvPXh"
+COLLAPSE = "#D55E00"
 SHEET = Path(__file__).with_name("figure.mplstyle")
 _LOOK = matplotlib.rc_params_from_file(SHEET)
 INK, FAINT, GRID = (_LOOK[key] for key in ("text.color", "axes.edgecolor", "grid.color"))

@@ -6,7 +6,7 @@ of one value does not exist.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from math import log
 from operator import itemgetter
@@ -16,19 +16,16 @@ from typing import Any, get_args
 import numpy as np
 
 from sodfast.attribution import Origin, RefreshEffect, Verdict, collapse_origin, refresh_effects
-from sodfast.report.intervals import paired_difference
+from sodfast.report.intervals import mean_of, paired_difference
 from sodfast.report.runs import Group, Line, Run
+from sodfast.summary import NEXT_STEPS, summarize_fork
 
-HORIZON = 30  # steps after a fork over which its effect is measured, at most
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 ORIGINS: tuple[Origin, ...] = get_args(Origin)
 OUTCOMES = ("reward", "length", "score")  # what a refresh has an effect on
 CUTS = ("age", "drift", "tail")  # what the pairs of forks are cut into thirds by
 
-FORK_KEYS = (
-    *("run", "regime", "step", "seed", "lab_seed"),
-    *("age", "drift", "tail", "reward", "length", "score"),
-)
+FORK_KEYS = ("run", "regime", "step", "seed", "lab_seed", *CUTS, *OUTCOMES)
 EFFECT_KEYS = (
     *("regime", "by", "from", "to", "n"),
     *(f"{outcome}{end}" for outcome in OUTCOMES for end in ("", "_low", "_high")),
@@ -59,39 +56,30 @@ def attributed(group: Group) -> dict[str, Any]:
     """Of a group's refreshes how many have which verdict, and the mean effect over runs; of its
     collapses how many have which origin.
 
-    `excess`: the run's mean effect on the reward minus what the same measure says at the same
-    steps of the baseline's run of the same seeds, whose teacher never moved. A learning curve that
-    bends shows in both.
+    `excess`: the effect on the reward minus what the same measure says at the same step of the
+    baseline's run of the same seeds, whose teacher never moved. A learning curve that bends shows
+    in both.
     """
-    kinds: Counter[str | None] = Counter()
-    means: dict[str, list[float | None]] = {"reward": [], "length": []}
-    excess: list[float | None] = []
-    base = group.baseline
-    still = {} if base is None or base is group else {run.replicate: run for run in base.used}
-    for run in group.used:
-        kinds.update(one.verdict for one in run.effects)
-        own = _mean_effect(run.effects, "reward")
-        for name, values in means.items():
-            values.append(_mean_effect(run.effects, name))
-        other = still.get(run.replicate)
-        if own is not None and other is not None and not other.refreshes and other.copies:
-            there = _mean_effect(refresh_effects(other.lines, run.refreshes), "reward")
-            excess.append(None if there is None else own - there)
+    kinds = Counter(one.verdict for run in group.used for one in run.effects)
     origins = Counter(collapse_origin(run.lines, run.events) for run in group.used)
-    return {
-        "refreshes": kinds.total(),
-        "judged": sum(kinds[verdict] for verdict in VERDICTS),
-        **{verdict: kinds[verdict] for verdict in VERDICTS},
-        **mean_with_interval("reward", means["reward"]),
-        **mean_with_interval("length", means["length"]),
-        **mean_with_interval("excess", excess),
-        **{f"origin: {origin}": origins[origin] for origin in ORIGINS},
-    }
-
-
-def _mean_effect(found: Iterable[RefreshEffect], name: str) -> float | None:
-    changes = [effect.change for one in found if (effect := getattr(one, name)) is not None]
-    return float(np.mean(changes)) if changes else None
+    base = group.baseline.used if group.baseline else []
+    still = {run.replicate: run.lines for run in base if run.copies and not run.refreshes}
+    means: dict[str, list[float | None]] = {"reward": [], "length": [], "excess": []}
+    for run in group.used:
+        judged = [one for one in run.effects if one.reward and one.length]
+        lines = still.get(run.replicate, []) if judged else []
+        there = refresh_effects(lines, run.refreshes) if lines else []
+        means["reward"].append(mean_of(one.reward.change for one in judged if one.reward))
+        means["length"].append(mean_of(one.length.change for one in judged if one.length))
+        both = zip(run.effects, there, strict=False)
+        changes = (a.reward.change - b.reward.change for a, b in both if a.reward and b.reward)
+        means["excess"].append(mean_of(changes))
+    row: dict[str, Any] = {"refreshes": sum(len(run.refreshes) for run in group.used)}
+    row |= {"judged": sum(kinds[verdict] for verdict in VERDICTS)}
+    row |= {verdict: kinds[verdict] for verdict in VERDICTS}
+    for name, values in means.items():
+        row |= mean_with_interval(name, values)
+    return row | {f"origin: {origin}": origins[origin] for origin in ORIGINS}
 
 
 # ---------------------------------------------------------------- forks
@@ -101,92 +89,59 @@ def fork_rows(groups: Iterable[Group]) -> list[Line]:
     """A row per pair of finished forks of one run at one step and with one seed, of which one
     began with a refresh and the other without.
 
-    `age`, `drift` (‖θ − φ‖₂) and `tail` are those at the fork. `reward` and `length`: mean over the
-    `HORIZON` steps after it of now, minus that of never; `score`: the same of the last test scores.
+    `age`, `drift` and `tail` are those at the fork; `reward` and `length` are means over the steps
+    after it of now, minus those of never (`summary.summarize_fork`); `score`: the same of the last
+    test scores. A fork without a step of its own is left out.
     """
-    arms: dict[tuple[Any, ...], dict[bool, tuple[Run, Group, Line]]] = {}
-    for group in groups:
-        for run in group.used:
-            found = _forked(run)
-            if found is not None:
-                fork, refresh = found
-                key = (group.regime, fork["source"], fork["step"], *run.replicate)
-                arms.setdefault(key, {})[refresh is not None] = (run, group, refresh or fork)
-    pairs = {key: both for key, both in arms.items() if len(both) == 2}
+    arms: dict[tuple[Any, ...], dict[bool, Run]] = {}
+    for run in (run for group in groups for run in group.used):
+        places = [place for place, event in enumerate(run.events) if event["event"] == "fork"]
+        if places and run.last_step > run.events[places[-1]]["step"]:
+            fork, *later = run.events[places[-1] :]
+            moved = any(e["event"] == "refresh" and e["step"] == fork["step"] for e in later)
+            key = (run.regime, fork["source"], fork["step"], *run.replicate)
+            arms.setdefault(key, {})[moved] = run
+    pairs = sorted((key, both) for key, both in arms.items() if len(both) == 2)
+    keys = ("regime", "run", "step", "lab_seed", "seed")
     return [
         {
-            "run": Path(source).name,
-            "regime": regime,
-            "step": step,
-            "seed": seed,
-            "lab_seed": lab,
-            **_effect(both[True][0], both[False][0], both[True][2]),
+            **dict(zip(keys, key, strict=True)),
+            "run": Path(key[1]).name,
+            **_effect(both[True], both[False], key[2]),
         }
-        for (regime, source, step, lab, seed), both in sorted(pairs.items(), key=itemgetter(0))
+        for key, both in pairs
     ]
 
 
-def _forked(run: Run) -> tuple[Line, Line | None] | None:
-    """The event of a run's last fork, and that of the refresh it began with."""
-    at = [index for index, event in enumerate(run.events) if event["event"] == "fork"]
-    if not at:
-        return None
-    fork, *later = run.events[at[-1] :]
-    began = (e for e in later if e["event"] == "refresh" and e["step"] == fork["step"])
-    return fork, next(began, None)
-
-
-def _effect(now: Run, never: Run, refresh: Line) -> dict[str, Any]:
-    step = refresh["step"]
-    tail = now.tail()
-    before = tail.values[tail.steps <= step]
-    both = [_after(run, step) for run in (now, never)]
-    ends = [run.scores.values[-1:] for run in (now, never) if run.scores.steps[-1:] > step]
+def _effect(now: Run, never: Run, step: int) -> dict[str, float | None]:
+    arms = [summarize_fork(run.lines, step) for run in (now, never)]
+    reward, length = ([arm[f"{name}_next{NEXT_STEPS}"] for arm in arms] for name in OUTCOMES[:2])
+    ends = [run.scores.values[-1] for run in (now, never) if run.scores.steps[-1:] > step]
     return {
-        "age": refresh["age"],
-        "drift": refresh["shock"],
-        "tail": float(before[-1]) if before.size else None,
-        "reward": both[0]["reward"] - both[1]["reward"],
-        "length": log(both[0]["length"] / both[1]["length"]),
-        "score": float(ends[0][0] - ends[1][0]) if len(ends) == 2 else None,
+        **{cut: arms[0].get(f"fork_{cut}") for cut in CUTS},
+        "reward": reward[0] - reward[1],
+        "length": log(length[0] / length[1]),
+        "score": float(ends[0] - ends[1]) if len(ends) == 2 else None,
     }
-
-
-def _after(run: Run, step: int) -> dict[str, float]:
-    """Mean reward and length of the `HORIZON` steps after a fork, or of those that there are."""
-    found = {}
-    for name in ("reward", "length"):
-        series = run.series(f"{name}/mean")
-        found[name] = float(
-            series.values[(series.steps > step) & (series.steps <= step + HORIZON)].mean()
-        )
-    return found
 
 
 def fork_effects(rows: Sequence[Line]) -> Iterator[Line]:
     """Mean effects with their intervals over pairs: of a regime's pairs together, at each step, and
-    in thirds by age, drift and tail, all of whose bounds belong to what was measured."""
+    in thirds by age, drift and tail, whose bounds belong to what was measured."""
     for regime, members in groupby(rows, key=itemgetter("regime")):
         own = [*members]
-        yield _summary(regime, "all", own, "step")
+        parts = [("all", "step", own)]
         for step in sorted({row["step"] for row in own}):
-            yield _summary(regime, "step", [row for row in own if row["step"] == step], "step")
+            parts.append(("step", "step", [row for row in own if row["step"] == step]))
         for key in CUTS:
             known = [row for row in own if row[key] is not None]
             bounds = np.quantile([row[key] for row in known], [1 / 3, 2 / 3]) if known else []
-            thirds = np.searchsorted(bounds, [row[key] for row in known])
-            for third in np.unique(thirds):
-                yield _summary(
-                    regime,
-                    key,
-                    [r for r, at in zip(known, thirds, strict=True) if at == third],
-                    key,
-                )
-
-
-def _summary(regime: str, by: str, rows: Sequence[Mapping[str, Any]], key: str) -> dict[str, Any]:
-    values = [row[key] for row in rows]
-    row = {"regime": regime, "by": by, "from": min(values), "to": max(values), "n": len(rows)}
-    for outcome in OUTCOMES:
-        row |= mean_with_interval(outcome, [one[outcome] for one in rows])
-    return row
+            thirds: dict[int, list[Line]] = {}
+            for row in sorted(known, key=itemgetter(key)):
+                thirds.setdefault(int(np.searchsorted(bounds, row[key])), []).append(row)
+            parts += [(key, key, third) for third in thirds.values()]
+        for by, key, part in parts:
+            values = [row[key] for row in part]
+            ends = {"from": min(values), "to": max(values), "n": len(part)}
+            means = [mean_with_interval(name, [row[name] for row in part]) for name in OUTCOMES]
+            yield {"regime": regime, "by": by, **ends, **means[0], **means[1], **means[2]}

@@ -4,7 +4,7 @@ Every function takes few values, one per seed, and answers None where the data a
 statement: an error or an interval of a single seed does not exist. Intervals are 95 %.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -37,6 +37,11 @@ def mean_and_error(values: Sequence[float]) -> Mean | None:
         return None
     error = float(stats.sem(values)) if len(values) > 1 else None
     return Mean(float(np.mean(values)), error, len(values))
+
+
+def mean_of(values: Iterable[float]) -> float | None:
+    found = mean_and_error([*values])
+    return found and found.value
 
 
 def wilson_interval(successes: int, n: int) -> Interval:

@@ -3,7 +3,7 @@
 Rows of the tables in, SVG text out, as in plots.py.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
 from sodfast.report import canvas
-from sodfast.report.canvas import BOTTOM, FAINT, INK, LEFT, WIDTH
-from sodfast.report.effects import CUTS
-from sodfast.report.plots import COLLAPSE
+from sodfast.report.canvas import BOTTOM, COLLAPSE, FAINT, INK, LEFT, WIDTH
+from sodfast.report.effects import CUTS, OUTCOMES
 from sodfast.report.runs import Line
 from sodfast.report.templates import number
 
@@ -73,23 +72,19 @@ def attribution_figure(name: str, refreshes: Sequence[Line], steps: int) -> str:
     above, on length below, coloured by its verdict."""
     judged = [row for row in refreshes if row["verdict"] is not None]
     chosen = np.linspace(0, len(judged) - 1, min(len(judged), DRAWN)).round().astype(int)
-    rows = [judged[index] for index in chosen]
-    look: dict[str, Any] = {"ls": "", "ms": 3.5, "elinewidth": 0.6, "alpha": 0.75}
+    look: dict[str, Any] = {"ls": "", "marker": "o", "ms": 3.5, "elinewidth": 0.6, "alpha": 0.75}
     with canvas.new_figure(name, WIDTH, 4.2) as figure:
         for key, label, top in (
             ("reward", "effect on reward", 0.3),
             ("length", "on log length", 2.1),
         ):
-            bottom = 4.2 - top - 1.55
-            axes = canvas.add_axes(figure, labelled=True, top=top, bottom=bottom)
+            axes = canvas.add_axes(figure, labelled=True, top=top, bottom=2.65 - top)
             for verdict, color in VERDICT_COLORS.items():
-                own = [row for row in rows if row["verdict"] == verdict]
+                own = [judged[index] for index in chosen if judged[index]["verdict"] == verdict]
                 at, change = [row["step"] for row in own], [row[key] for row in own]
                 ends = [[r[key] - r[f"{key}_low"], r[f"{key}_high"] - r[key]] for r in own]
                 reach = np.reshape(ends, (-1, 2)).T
-                axes.errorbar(
-                    at, change, yerr=reach, marker="o", color=color, label=verdict, **look
-                )
+                axes.errorbar(at, change, yerr=reach, color=color, label=verdict, **look)
             axes.axhline(0, color=INK, lw=0.9)
             canvas.finish_steps(axes, steps, label, xlabel=key == "length")
         figure.axes[0].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
@@ -100,47 +95,41 @@ def fork_figure(name: str, pairs: Sequence[Line], effects: Sequence[Line]) -> st
     """The causal figure: what a refresh at a fork changes, a small point per pair; means of each
     step, and of thirds by age, drift and tail, with their intervals. A colour per regime."""
     regimes = list(dict.fromkeys(row["regime"] for row in pairs))
-    names = {"step": "step of the fork", "age": "age in steps", "drift": "drift ‖θ − φ‖₂"}
-    with canvas.new_figure(name, WIDTH, 4.4) as figure:
-        grid = figure.subplots(2, 1 + len(CUTS), sharex="col", sharey="row", squeeze=False)
+    labels = ("step of the fork", "age in steps", "drift ‖θ − φ‖₂", "tail, max / mean length")
+    height, size = 4.4, 1 + len(CUTS)
+    with canvas.new_figure(name, WIDTH, height) as figure:
+        grid = figure.subplots(2, size, sharex="col", sharey="row", squeeze=False)
         sides = {"left": LEFT / WIDTH, "right": 1 - 0.1 / WIDTH, "wspace": 0.1, "hspace": 0.12}
-        figure.subplots_adjust(bottom=BOTTOM / 4.4, top=1 - 0.4 / 4.4, **sides)
-        for row, (outcome, label) in zip(
-            grid,
-            (("reward", "reward, now − never"), ("length", "log length, now − never")),
-            strict=True,
-        ):
-            row[0].set_ylabel(label)
-            for axes, by in zip(row, ("step", *CUTS), strict=True):
-                axes.axhline(0, color=INK, lw=0.9)
-                for index, regime in enumerate(regimes):
-                    own = [
-                        r
-                        for r in pairs
-                        if r["regime"] == regime and None not in (r[by], r[outcome])
-                    ]
-                    style = canvas.style_of(index)
-                    x, y = [r[by] for r in own], [r[outcome] for r in own]
-                    canvas.hollow(axes, x, y, style, ms=2.6, mew=0.6, alpha=0.5)
-                    found = [r for r in effects if r["regime"] == regime and r["by"] == by]
-                    _draw_means(axes, found, outcome, style["color"], style["marker"])
-        for axes, by in zip(grid[1], ("step", *CUTS), strict=True):
-            axes.set_xlabel(names.get(by, "tail, max / mean length"))
+        figure.subplots_adjust(bottom=BOTTOM / height, top=1 - 0.4 / height, **sides)
+        for index, axes in enumerate(grid.flat):
+            outcome, by = OUTCOMES[index // size], ("step", *CUTS)[index % size]
+            axes.axhline(0, color=INK, lw=0.9)
+            for place, regime in enumerate(regimes):
+                style = canvas.style_of(place)
+                own = [row for row in pairs if row["regime"] == regime and row[by] is not None]
+                at, values = [row[by] for row in own], [row[outcome] for row in own]
+                canvas.hollow(axes, at, values, style, ms=2.6, mew=0.6, alpha=0.5)
+                means = [row for row in effects if (row["regime"], row["by"]) == (regime, by)]
+                _draw_means(axes, means, outcome, style)
+        for axes, label in zip(grid[1], labels, strict=True):
+            axes.set_xlabel(label)
             axes.xaxis.set_major_locator(canvas.ticks(4))
-        for index, regime in enumerate(regimes if regimes != [""] else []):
-            style = canvas.style_of(index)
-            figure.text((LEFT + 1.8 * index) / WIDTH, 1 - 0.2 / 4.4, regime, color=style["color"])
+        for axes, label in zip(grid[:, 0], ("reward", "log length"), strict=True):
+            axes.set_ylabel(f"{label}, now − never")
+        for index, regime in enumerate(regimes):
+            color = canvas.style_of(index)["color"]
+            figure.text((LEFT + 1.8 * index) / WIDTH, 1 - 0.2 / height, regime, color=color)
         return canvas.to_svg(figure, name, "Effect of one refresh, from forks")
 
 
-def _draw_means(
-    axes: Axes, rows: Sequence[Mapping[str, Any]], outcome: str, color: str, marker: str
-) -> None:
+def _draw_means(axes: Axes, rows: Sequence[Line], outcome: str, style: canvas.Style) -> None:
     """A mean in the middle of its rows' range, with its interval where it has one."""
+    look: dict[str, Any] = {"color": style["color"], "mec": "white", "mew": 0.6, "ms": 6}
     for row in rows:
-        if row[outcome] is not None:
-            middle = (row["from"] + row["to"]) / 2
-            if row[f"{outcome}_low"] is not None:
-                ends = (row[f"{outcome}_low"], row[f"{outcome}_high"])
-                axes.plot((middle, middle), ends, color=color, lw=2, solid_capstyle="butt")
-            axes.plot(middle, row[outcome], marker, color=color, ms=6, mec="white", mew=0.6)
+        middle, ends = (
+            (row["from"] + row["to"]) / 2,
+            [row[f"{outcome}_low"], row[f"{outcome}_high"]],
+        )
+        if None not in ends:
+            axes.plot([middle] * 2, ends, color=style["color"], lw=2, solid_capstyle="butt")
+        axes.plot(middle, row[outcome], style["marker"], **look)

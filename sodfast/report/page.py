@@ -20,7 +20,7 @@ from sodfast.attribution import BLAMED, CLOCK
 from sodfast.config import CGTRConfig
 from sodfast.errors import RunFailed, UsageError
 from sodfast.files import refuse_links, replace_text
-from sodfast.report import canvas, effects, maps, plots, tables
+from sodfast.report import canvas, maps, plots, tables
 from sodfast.report.answers import Shown, compare
 from sodfast.report.early_warning import MAX_FALSE_ALARM_RATE, Forecast, forecast
 from sodfast.report.intervals import Curve, Series, bin_width, group_curve
@@ -28,7 +28,7 @@ from sodfast.report.runs import Group, Line, Run, Source, load, load_side_by_sid
 from sodfast.report.templates import template
 from sodfast.run.environment import describe
 from sodfast.run.show import SHADES
-from sodfast.summary import SPIKE_STEPS
+from sodfast.summary import NEXT_STEPS, SPIKE_STEPS
 
 Tables = dict[str, tables.Table]
 # Figure: the label of its axis, and what gives the series of a run.
@@ -256,7 +256,7 @@ def _render(
         CLOCK=CLOCK,
         BLAMED=BLAMED,
         answers=answers,
-        HORIZON=effects.HORIZON,
+        NEXT_STEPS=NEXT_STEPS,
         SHADES=SHADES,
         SPIKE_STEPS=SPIKE_STEPS,
         ENDS=tables.ENDS,

@@ -16,18 +16,17 @@ from matplotlib.patches import Rectangle
 
 from sodfast.config import CGTRConfig, EvidenceConfig, gate_names
 from sodfast.report import canvas
-from sodfast.report.canvas import BOTTOM, FAINT, GRID, INK, LEFT, OVERLAID, TOP, WIDTH
+from sodfast.report.canvas import BOTTOM, COLLAPSE, FAINT, GRID, INK, LEFT, OVERLAID, TOP, WIDTH
 from sodfast.report.early_warning import DiagnosticForecast
 from sodfast.report.intervals import Curve, Series
 from sodfast.report.runs import Group, Line, Run
-from sodfast.report.tables import final
 from sodfast.report.templates import number, runs_of
 
 PANELS = 24
 TIMELINES = 48  # runs whose gates are drawn
 DOTS, MARKS = 100, 400  # refreshes per group that are drawn, as points and as ticks
 GATES = {"isolation": "#8A8A8A", "reward": "#E69F00", "length": "#0072B2", "tail": "#009E73"}
-REFRESH, COLLAPSE = "#000000", "#D55E00"
+REFRESH = "#000000"
 
 Curves = Mapping[str, Curve]  # by group
 Levels = Mapping[str, float]  # thresholds by name
@@ -180,7 +179,7 @@ def ranking_figure(
             for run in group.used:
                 if run.scores.values.size:
                     cross = {} if run.collapse_step is None else {"marker": "x"}
-                    canvas.hollow(axes, final(run), index - above, style, ms=4.5, mew=1.1, **cross)
+                    canvas.hollow(axes, run.final, index - above, style, ms=4.5, mew=1.1, **cross)
             if error is not None:
                 bar: dict[str, Any] = {"color": INK, "lw": 2.2, "solid_capstyle": "butt"}
                 axes.plot((mean - error, mean + error), (index + 0.2,) * 2, **bar)

@@ -75,9 +75,9 @@ class Run:
 
     @property
     def regime(self) -> str:
-        """The values of the axes along which schedules are not compared; empty without any."""
+        """The values of the axes beside the schedule, or beside a fork's; empty without any."""
         labels = _labels(self)
-        if STUDY not in labels and "schedule" not in labels:
+        if not labels.keys() & {STUDY, *_INSIDE}:
             return ""
         return ", ".join(text for axis, text in labels.items() if axis not in _INSIDE)
 
@@ -108,11 +108,18 @@ class Run:
 
     @cached_property
     def effects(self) -> list[RefreshEffect]:
-        return refresh_effects(self.lines, self.refreshes)
+        """What each refresh did; nothing is said of those after a collapse."""
+        end = self.collapse_step or self.last_step
+        return refresh_effects([x for x in self.lines if x["step"] <= end], self.refreshes)
 
     @cached_property
     def scores(self) -> Series:
         return self.series(f"eval/mean@{self.config.eval.samples}")
+
+    @property
+    def final(self) -> float | None:
+        """The last test score."""
+        return float(self.scores.values[-1]) if self.scores.values.size else None
 
     def series(self, key: str) -> Series:
         """A metric at the steps that carry it."""

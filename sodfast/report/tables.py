@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from sodfast.report.intervals import (
     Curve,
     Difference,
     mean_and_error,
+    mean_of,
     paired_difference,
     wilson_interval,
 )
@@ -59,7 +61,7 @@ def metric(
     return float(how(values)) if values.size else None
 
 
-final, peak = partial(metric, "", part=_LAST), partial(metric, "", how=np.max)
+peak = partial(metric, "", how=np.max)
 
 
 def _start(run: Run) -> float | None:
@@ -74,11 +76,6 @@ def _last_of(kind: str, run: Run) -> float | None:
     return metric(f"eval/{kind}@{max(sizes)}", run, part=_LAST) if sizes else None
 
 
-def _mean(values: Iterable[float]) -> float | None:
-    found = mean_and_error([*values])
-    return found and found.value
-
-
 def _blocked(gate: str, run: Run) -> float | None:
     passed = [check["gates"][gate]["pass"] for check in run.checks if gate in check["gates"]]
     return passed.count(False) if passed else None
@@ -87,13 +84,13 @@ def _blocked(gate: str, run: Run) -> float | None:
 # The tables with a row per group, like those of the paper; the page shows them in this order.
 MEASURES: dict[str, dict[str, Value]] = {
     # Tables 1, 3, 5 and 6
-    "results": {"start": _start, "final": final, "peak": peak},
+    "results": {"start": _start, "final": attrgetter("final"), "peak": peak},
     # Table 3: when the teacher moved, how far, and what it did to the KL
     "teacher": {
         "refreshes": lambda run: len(run.refreshes) if run.copies else None,
         "age": partial(metric, "teacher/age"),
-        "shock": lambda run: _mean(event["shock"] for event in run.refreshes),
-        "spike": lambda run: _mean(run.spikes.values()),
+        "shock": lambda run: mean_of(event["shock"] for event in run.refreshes),
+        "spike": lambda run: mean_of(run.spikes.values()),
     },
     # which refreshes did good or harm, and what collapses came from
     "attribution": {},
@@ -155,7 +152,9 @@ def build_tables(groups: Sequence[Group], found: Forecast | None) -> dict[str, T
     forks = effects.fork_rows(groups)
     tables["forks"] = Table(effects.FORK_KEYS, forks)
     tables["effects"] = Table(effects.EFFECT_KEYS, [*effects.fork_effects(forks)])
-    tables["comparisons"] = Table(COMPARISON, [] if forks else [*_comparisons(groups)])
+    tables["comparisons"] = Table(
+        COMPARISON, [] if forks else [*_comparisons(groups, tables["results"])]
+    )
     if found is not None:
         rows = [one.row for one in found.diagnostics]
         tables["forecast"] = Table(list(rows[0]) if rows else ["diagnostic"], rows)
@@ -209,8 +208,8 @@ def _difference(group: Group, other: Group | None) -> dict[str, Any]:
     """By how much the final score differs from another group's, over the seeds that both have."""
     found: Difference | None = None
     if other is not None:
-        finals = {run.replicate: final(run) for run in other.used}
-        both = [(final(run), finals.get(run.replicate)) for run in group.used]
+        finals = {run.replicate: run.final for run in other.used}
+        both = [(run.final, finals.get(run.replicate)) for run in group.used]
         pairs = [(own, its) for own, its in both if own is not None and its is not None]
         found = paired_difference([own for own, _ in pairs], [its for _, its in pairs])
     bounds = found.interval if found else None
@@ -223,16 +222,14 @@ def _difference(group: Group, other: Group | None) -> dict[str, Any]:
     }
 
 
-def _comparisons(groups: Sequence[Group]) -> Iterator[Line]:
-    """In each regime the group with the highest mean final score against each other, the nearest
-    first."""
+def _comparisons(groups: Sequence[Group], results: Table) -> Iterator[Line]:
+    """In each regime the group with the highest mean final score against each other, from above."""
+    means = [row["final_mean"] for row in results.rows]
+    pairs = [(m, group) for m, group in zip(means, groups, strict=True) if m is not None]
     for regime in dict.fromkeys(group.regime for group in groups):
-        members = [group for group in groups if group.regime == regime]
-        means = [(_mean(v for v in map(final, group.used) if v is not None)) for group in members]
-        scored = [pair for pair in zip(means, members, strict=True) if pair[0] is not None]
-        scored.sort(key=lambda pair: -(pair[0] or 0.0))
-        for _, other in scored[1:]:
-            best = scored[0][1]
+        own = sorted((p for p in pairs if p[1].regime == regime), key=lambda p: p[0], reverse=True)
+        for _, other in own[1:]:
+            best = own[0][1]
             names = {"regime": regime, "highest": best.called, "other": other.called}
             yield {**names, **_difference(best, other)}
 
@@ -267,7 +264,7 @@ def _trial(run: Run) -> Iterator[Line]:
         "step": run.last_step if run.lines else None,
         "steps": run.config.steps,
         "start": _start(run),
-        "final": final(run),
+        "final": run.final,
         "peak": peak(run),
         "collapsed": int(run.collapse_step is not None) if run.lines else None,
         "collapse_step": run.collapse_step,

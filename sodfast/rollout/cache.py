@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from sodfast_kernels import decode_attention
 from torch import Tensor
 
@@ -29,6 +30,12 @@ from sodfast.rollout.decoder import Attend, Decoder, Place
 
 # Positions of a page by kind of device; None: as many as a sequence can have.
 PAGE: dict[str, int | None] = {"cuda": 64, "cpu": None}
+# Attention on a CPU covers the longest sequence rounded up to a multiple of this: what lies behind
+# a sequence then changes no bit of it either (with MKL, from a head size of 32 on; smaller ones
+# keep their tokens, not all their bits).
+WIDTH_STEP = 16
+# Rows whose keys and values stay in a CPU's own cache while several of their tokens attend.
+ROWS_TOGETHER = 32
 # Where idle rows write, so that every entry of a table names a page that exists.
 SCRATCH = 0
 
@@ -164,12 +171,15 @@ class Cache:
         Tokens after the last prompt attend to nothing."""
         return _Prefilling(self, lengths, copies)
 
-    def decoding(self, cached_B: Tensor, idle_BQ: Tensor, width: int) -> Attend:
+    def decoding(
+        self, cached_B: Tensor, idle_BQ: Tensor, width: int, chosen_T: Tensor | None = None
+    ) -> Attend:
         """Attention of Q new tokens of each of the first B rows, of whose positions `cached_B`
         (int32) are in the cache already. Those that are `idle_BQ` (bool), all or the last ones of a
         row, are read by nobody. `width` bounds the lengths after it; small pages, whose kernel
-        reads the lengths themselves, take any."""
-        return _Decoding(self, cached_B, idle_BQ, width)
+        reads the lengths themselves, take any. `chosen_T` (int64) are the B·Q tokens that
+        `forward` is given; None: all."""
+        return _Decoding(self, cached_B, idle_BQ, width, chosen_T)
 
 
 class _Prefilling:
@@ -215,25 +225,50 @@ class _Decoding:
     have gone to others, and rows of them alone see no position; whole pages stay theirs, and the
     last position of one is nobody's but the longest sequence's last token, which is not cached."""
 
-    def __init__(self, cache: Cache, cached_B: Tensor, idle_BQ: Tensor, width: int) -> None:
-        self.cache = cache
-        rows, queries = idle_BQ.shape
+    def __init__(
+        self,
+        cache: Cache,
+        cached_B: Tensor,
+        idle_BQ: Tensor,
+        width: int,
+        chosen_T: Tensor | None,
+    ) -> None:
+        self.cache, self.shape, self.chosen_T = cache, idle_BQ.shape, chosen_T
+        rows, queries = self.shape
         ahead_Q = torch.arange(queries, device=cached_B.device)
         position_BQ = cached_B.long()[:, None] + ahead_Q
         if cache.whole:
-            self.page_T = torch.arange(rows, device=cached_B.device).repeat_interleave(queries)
-            self.offset_T = position_BQ.clamp(max=cache.page - 1).flatten()
+            row_B1 = torch.arange(rows, device=cached_B.device)[:, None]
+            page_BQ = row_B1.expand(-1, queries)
+            offset_BQ = position_BQ.clamp(max=cache.page - 1)
             # One position for idle tokens, whose own may lie behind `width`: attention over none
-            # would leave NaN in the cache. One product for each of a row's tokens: a product for
-            # all of them would sum in another order than that of one.
+            # would leave NaN in the cache.
             used_BQ = (position_BQ + 1).masked_fill(idle_BQ, 1)
-            self.products = [SlotAttention(used_B, width) for used_B in used_BQ.unbind(1)]
-            return
-        self.table_BM = cache.table_RM[:rows]
-        page_BQ = self.table_BM.gather(1, position_BQ // cache.page).long()
-        self.page_T = page_BQ.masked_fill(idle_BQ, SCRATCH).flatten()
-        self.offset_T = (position_BQ % cache.page).flatten()
-        self.used_B = (cached_B + queries).masked_fill(idle_BQ[:, 0], 0)
+            if queries == 1:
+                self.attend = SlotAttention(used_BQ[:, 0], width)
+            else:
+                depth_B, longest_B = (~idle_BQ).sum(1).tolist(), used_BQ.amax(1).tolist()
+                parts = [
+                    slice(first, min(first + ROWS_TOGETHER, rows))
+                    for first in range(0, rows, ROWS_TOGETHER)
+                ]
+                self.parts = [
+                    _Together(
+                        part,
+                        used_BQ[part, : max(depth_B[part])],
+                        min(width, up_to_step(max(longest_B[part]))),
+                    )
+                    for part in parts
+                ]
+        else:
+            self.table_BM = cache.table_RM[:rows]
+            page_BQ = self.table_BM.gather(1, position_BQ // cache.page).long()
+            page_BQ = page_BQ.masked_fill(idle_BQ, SCRATCH)
+            offset_BQ = position_BQ % cache.page
+            self.used_B = (cached_B + queries).masked_fill(idle_BQ[:, 0], 0)
+        self.page_T, self.offset_T = page_BQ.flatten(), offset_BQ.flatten()
+        if chosen_T is not None:
+            self.page_T, self.offset_T = self.page_T[chosen_T], self.offset_T[chosen_T]
 
     def place(self, layer: int) -> Place:
         """Each row's next positions."""
@@ -242,24 +277,96 @@ class _Decoding:
     def __call__(
         self, layer: int, q_TAD: Tensor, k_TKD: Tensor | None, v_TKD: Tensor | None
     ) -> Tensor:
+        if self.chosen_T is None:
+            return self._attended(layer, q_TAD.unflatten(0, self.shape)).flatten(0, 1)
+        q_BQAD = q_TAD.new_zeros(self.shape.numel(), *q_TAD.shape[1:])
+        q_BQAD = q_BQAD.index_copy_(0, self.chosen_T, q_TAD).unflatten(0, self.shape)
+        return self._attended(layer, q_BQAD).flatten(0, 1)[self.chosen_T]
+
+    def _attended(self, layer: int, q_BQAD: Tensor) -> Tensor:
         keys_PLKD, values_PLKD = self.cache.layers[layer]
         scale, window = self.cache.decoder.scale, self.cache.decoder.layers[layer].window
         if self.cache.whole:
-            q_BQAD = q_TAD.unflatten(0, (-1, len(self.products)))
-            attended = [
-                attend(q_BAD, keys_PLKD, values_PLKD, scale, window)
-                for attend, q_BAD in zip(self.products, q_BQAD.unbind(1), strict=True)
-            ]
-            return torch.stack(attended, 1).flatten(0, 1)
+            if self.shape[1] == 1:
+                attended_BAD = self.attend(q_BQAD[:, 0], keys_PLKD, values_PLKD, scale, window)
+                return attended_BAD.unsqueeze(1)
+            parts = [part(q_BQAD, keys_PLKD, values_PLKD, scale, window) for part in self.parts]
+            return torch.cat(parts)
         return decode_attention(
-            q_TAD.unflatten(0, (len(self.used_B), -1)),
+            q_BQAD,
             keys_PLKD,
             values_PLKD,
             self.table_BM,
             self.used_B,
             scale=scale,
             window=window,
-        ).flatten(0, 1)
+        )
+
+
+class _Together:
+    """Attention of several tokens of each of some rows over whole pages.
+
+    Each token has products of its own, since one for all of a row's would sum in another order than
+    that of one; but they follow each other so closely that the keys and values are read from memory
+    once. So few rows are no wider than they need.
+    """
+
+    def __init__(self, rows: slice, used_BQ: Tensor, width: int) -> None:
+        self.rows, self.used_BQ, self.width = rows, used_BQ, width
+        self.biases: dict[int | None, tuple[Tensor, ...]] = {}
+
+    def __call__(
+        self,
+        q_BQAD: Tensor,
+        keys_PLKD: Tensor,
+        values_PLKD: Tensor,
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        """Attended values [B, Q, A, D] of these rows; zeros for tokens that idle in all of them."""
+        count, queries = self.used_BQ.shape
+        q_BQAD = q_BQAD[self.rows]
+        if queries == 0:
+            return torch.zeros_like(q_BQAD)
+        kv_heads, size = keys_PLKD.shape[2:]
+        keys_NDW = keys_PLKD[self.rows, : self.width].permute(0, 2, 3, 1).flatten(0, 1)
+        values_NWD = values_PLKD[self.rows, : self.width].transpose(1, 2).flatten(0, 1)
+        q_QBAD = q_BQAD[:, :queries].transpose(0, 1)
+        q_QNGD = q_QBAD.reshape(queries, count * kv_heads, -1, size)
+        scores_QNGW = torch.stack(
+            [
+                torch.baddbmm(bias_N1W, q_NGD, keys_NDW, alpha=scale)
+                for bias_N1W, q_NGD in zip(
+                    self._bias(window, kv_heads, q_BQAD.dtype), q_QNGD.unbind(), strict=True
+                )
+            ]
+        )
+        weights = scores_QNGW.softmax(-1).unbind()
+        attended_BQKGD = (
+            torch.stack([torch.bmm(weights_NGW, values_NWD) for weights_NGW in weights], 1)
+            .unflatten(0, (count, kv_heads))
+            .transpose(1, 2)
+        )
+        attended_BQAD = attended_BQKGD.flatten(2, 3)
+        return F.pad(attended_BQAD, (0, 0, 0, 0, 0, q_BQAD.shape[1] - queries))
+
+    def _bias(self, window: int | None, kv_heads: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Of each query, what makes it see the positions that it may [B·K, 1, W]."""
+        if window not in self.biases:
+            position_W = torch.arange(self.width)
+            used_QB1 = self.used_BQ.t()[..., None]
+            seen_QBW = position_W < used_QB1
+            if window is not None:
+                seen_QBW &= position_W >= used_QB1 - window
+            bias_QBW = torch.zeros(seen_QBW.shape, dtype=dtype).masked_fill_(~seen_QBW, -torch.inf)
+            bias_QN1W = bias_QBW.repeat_interleave(kv_heads, 1)[:, :, None]
+            self.biases[window] = bias_QN1W.unbind()
+        return self.biases[window]
+
+
+def up_to_step(positions: int) -> int:
+    """The next multiple of WIDTH_STEP."""
+    return positions + -positions % WIDTH_STEP
 
 
 def staged(tensor: Tensor, device: torch.device) -> Tensor:

@@ -99,6 +99,7 @@ class Decoder:
 
     def __init__(self, network: Any, width: int) -> None:
         config, body = network.config, network.model
+        self.width = width
         attention = body.layers[0].self_attn
         self.embedding = body.embed_tokens.weight  # [V, H]
         self.norm = body.norm.weight

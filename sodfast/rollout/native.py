@@ -20,10 +20,11 @@ from torch import Tensor
 from sodfast.errors import UsageError
 from sodfast.model.load import LanguageModel
 from sodfast.rollout.admission import Draw, count_fitting, expected_tokens
-from sodfast.rollout.batch import CPU_ROWS, WIDTH_STEP, Batch, idle_rows
-from sodfast.rollout.cache import PAGE, Cache
+from sodfast.rollout.batch import Batch
+from sodfast.rollout.cache import PAGE, Cache, up_to_step
 from sodfast.rollout.engine import Sample, SampleKey, Sampling, check_prompts
-from sodfast.rollout.speculation import Answers, Drafts, Pace, Setting, resolved
+from sodfast.rollout.passes import CPU_ROWS, idle_rows
+from sodfast.rollout.speculation import Answers, Cost, Drafts, Pace, Setting, resolved
 
 # Share of the free memory that the cache may take; the rest is for logits and activations.
 MEMORY_SHARE = {"cuda": 0.85, "cpu": 0.5}
@@ -51,7 +52,13 @@ class NativeEngine:
     ) -> None:
         self.model = model
         device = model.device.type
-        self.pace = Pace(resolved(speculate, device), device)
+        small = model.network.model.layers[0].self_attn.head_dim < EXACT_HEAD
+        exact = device != "cpu" or not small
+        self.setting: Setting = resolved(speculate, device) if exact else False
+        # Calls with the same seed are of a kind, such as evaluations: in one as many drafts hold
+        # as in the one before.
+        self.cost, self.paces = Cost(device), dict[int, Pace]()
+        self.pace = Pace(False, device)
         self.answers = Answers()
         self.max_rows = max_rows
         self.cache_gib = cache_gib
@@ -78,16 +85,16 @@ class NativeEngine:
             Draw(place, prompt, sample, tuple(prompt.tolist()))
             for place, (prompt, sample) in enumerate(zip(prompts, samples, strict=True))
         ]
+        device, drafts = self.model.device, None
+        self.pace = self.paces.setdefault(key.seed, Pace(self.setting, device.type, self.cost))
         self.pace.begin()
-        drafts = None
         if self.speculates:
-            device = self.model.device
             drafts = Drafts(draws, self.answers, sampling.max_new_tokens, device)
         batch = Batch(
-            self.model, draws, size.rows, _width(tokens), sampling, key,
+            self.model, draws, size.rows, up_to_step(tokens), sampling, key,
             self.memory, size.page, size.pages, self.pace, drafts,
         )  # fmt: skip
-        if self.model.device.type == "cpu":
+        if device.type == "cpu":
             # A CPU's cache is small, and mapping it anew would take a fifth of a lab's rollout.
             self.memory = batch.cache.memory
         finished: dict[int, Sample] = {}
@@ -110,8 +117,7 @@ class NativeEngine:
     @property
     def speculates(self) -> bool:
         """Whether passes check drafts. Not on a CPU with smaller heads than `EXACT_HEAD`."""
-        small = self.model.network.model.layers[0].self_attn.head_dim < EXACT_HEAD
-        return self.pace.setting is not False and not (small and self.model.device.type == "cpu")
+        return self.setting is not False
 
     def size(self, tokens: int, sequences: int) -> "CacheSize":
         """The cache of a call with so many sequences of so many tokens, prompt and answer, at most.
@@ -162,7 +168,7 @@ def cache_size(
     kind = "cuda" if on_gpu else "cpu"
     budget = max(0, int(free * MEMORY_SHARE[kind] if cache_gib is None else cache_gib * 2**30))
     page = PAGE[kind]
-    positions = _width(tokens) if page is None else page
+    positions = up_to_step(tokens) if page is None else page
     each = positions * Cache.bytes_per_token(network)
     longest = -(-tokens // positions)  # pages of the longest sequence
     # Small pages: one more than the sequences', where idle rows write.
@@ -182,10 +188,6 @@ def cache_size(
         pages = min(pages, rows * longest + spare)
         rows = min(rows, pages - spare)
     return CacheSize(rows, page, pages, pages * each)
-
-
-def _width(tokens: int) -> int:
-    return tokens + -tokens % WIDTH_STEP
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -14,9 +14,12 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from sodfast_kernels import find_drafts
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from sodfast.rollout.admission import Draw
 
@@ -25,15 +28,29 @@ Setting = Literal["auto", False, 1, 3, 7, 15]
 # CPU's products are filled.
 QUERIES = (1, 2, 4, 8, 16)
 MOST_QUERIES = QUERIES[-1]
-# A pass costs as much as 1 + tokens / RIDGE passes of none: on a GPU the weights are read once
-# whatever the number of tokens, on a CPU operators are called as often.
-RIDGE = {"cuda": 256, "cpu": 32}
-# Tokens of a pass with drafts at most, which bounds the memory of its logits.
-MOST_TOKENS = {"cuda": 256, "cpu": 4096}
+# Tokens of a pass with drafts at most: on a GPU, about as many as cost what one costs; on a CPU, as
+# many as its own cache holds activations of.
+MOST_TOKENS = {"cuda": 256, "cpu": 1024}
+# Tokens of earlier answers that are remembered on the host, at most: 4 bytes each. A prompt's own
+# count eight times, for they are Python's integers, and an answer counts for some more, since its
+# tensor has a head.
+REMEMBERED, ANSWER_OVERHEAD = 1 << 26, 100
 # Texts that a row searches, its own among them.
 MOST_SOURCES = 64
-# Drafts that count as checked before any was, half of them as right: the first passes try a few.
-PRIOR_CHECKED, PRIOR_RIGHT = 32.0, 16.0
+# Before a call has asked for drafts, so many rows count as having asked and so many drafts as
+# checked, with this share found and right: enough for a few passes to try some.
+PRIOR_COUNT, PRIOR_SHARE = 32.0, 0.75
+# What the call before of the same kind has found counts for so much of that.
+KEPT = 0.75
+# Rows that start before the first drafts of a call were checked, at most.
+FIRST_ROWS = 64
+# A pass with drafts must promise so much more than one without.
+LEAST_GAIN = 1.05
+# What a pass costs for itself, for each row and for each token, in tokens: before any was timed.
+# On a GPU the weights are read once, whatever the number of tokens.
+PRIOR_COST = {"cuda": (256.0, 0.0, 1.0), "cpu": (100.0, 1.5, 1.0)}
+# The prior's weight beside a pass that is timed, and what share of that is left at the next one.
+PRIOR_WEIGHT, MEMORY = 2.0, 0.99
 
 
 def resolved(setting: Setting, device: str) -> Setting:
@@ -43,65 +60,138 @@ def resolved(setting: Setting, device: str) -> Setting:
     return False if setting == "auto" and device == "cuda" else setting
 
 
+class Cost:
+    """Seconds of a pass as a sum: its own, those of each row and those of each token.
+
+    Least squares of the relative errors of the passes that were timed, older ones fading; the prior
+    keeps what no pass has told apart.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.prior = np.array(PRIOR_COST[device])
+        self.squares, self.sums = np.zeros((3, 3)), np.zeros(3)
+        self.weights = self.prior  # until a pass was timed, in tokens
+
+    def observe(self, rows: int, tokens: int, seconds: float) -> None:
+        """A pass of so many rows and tokens took so long."""
+        parts = self.prior * (1, rows, tokens) / seconds
+        self.squares = MEMORY * self.squares + np.outer(parts, parts)
+        self.sums = MEMORY * self.sums + parts
+        scale = self.sums.sum() / self.squares.sum()  # the prior's unit in seconds
+        strength = PRIOR_WEIGHT / scale**2
+        factor = np.linalg.solve(self.squares + strength * np.eye(3), self.sums + strength * scale)
+        self.weights = self.prior * factor.clip(min=scale / 10)
+
+    def __call__(self, rows: int, tokens: float) -> float:
+        return float(self.weights @ (1, rows, tokens))
+
+
 class Pace:
     """How many tokens a row has in the next pass, and what the passes so far brought.
 
-    `right` of `checked` drafts were what was drawn; one that was not there counts as wrong. With a
-    share a of right ones, Q tokens of a row bring (1 − a^Q) / (1 − a), as many as come before the
-    first wrong one, and that one's draw.
+    A row finds drafts in a share f of the passes that ask for some. `right` of `checked` drafts,
+    those up to the first wrong one, were what was drawn. With a share a of right ones, a row with Q
+    tokens gets 1 + f·((1 − a^Q) / (1 − a) − 1) of a pass and has 1 + f·(Q − 1) in it.
     """
 
-    def __init__(self, setting: Setting, device: str) -> None:
-        self.setting = setting
-        self.ridge, self.most = RIDGE[device], MOST_TOKENS[device]
-        self.right, self.checked = PRIOR_RIGHT, PRIOR_CHECKED
+    def __init__(self, setting: Setting, device: str, cost: Cost | None = None) -> None:
+        self.setting, self.device = setting, device
+        self.most, self.cost = MOST_TOKENS[device], cost or Cost(device)
+        self.right = self.found = PRIOR_SHARE * PRIOR_COUNT
+        self.checked = self.asked = PRIOR_COUNT
         self.emitted = self.passes = 0  # tokens, and rows that were alive, summed over the passes
+        self.tried = False
 
     def begin(self) -> None:
         """A call begins: what was counted before fades, so that drafts that once were bad are tried
         again."""
-        self.right = (self.right + PRIOR_RIGHT) / 2
-        self.checked = (self.checked + PRIOR_CHECKED) / 2
+        share, found = self.right / self.checked, self.found / self.asked
+        self.right = PRIOR_COUNT * (KEPT * share + (1 - KEPT) * PRIOR_SHARE)
+        self.found = PRIOR_COUNT * (KEPT * found + (1 - KEPT) * PRIOR_SHARE)
+        self.checked = self.asked = PRIOR_COUNT
         self.emitted = self.passes = 0
+        self.tried = False
 
-    def count(self, emitted: int, passes: int, right: int, checked: int) -> None:
+    def count(
+        self, emitted: int, passes: int, asked: int, found: int, right: int, checked: int
+    ) -> None:
         self.emitted += emitted
         self.passes += passes
+        self.asked += asked
+        self.found += found
         self.right += right
         self.checked += checked
+        self.tried |= asked > 0
 
     @property
     def tokens_per_pass(self) -> float:
         """Tokens that a row that was alive got from a pass, in the mean of this call."""
         return self.emitted / max(1, self.passes)
 
-    def queries(self, tokens: dict[int, int]) -> int:
-        """How many tokens of each row pay best; `tokens`: for each number that is possible, the
-        tokens of the whole pass, idle ones among them."""
-        possible = [q for q, count in tokens.items() if q == 1 or count <= self.most]
+    def rows(self, wanted: int) -> int:
+        """How many rows pay best where `wanted` could be drawn at once. A GPU reads the weights
+        once for all rows, so all of them."""
+        if self.setting is False or self.device != "cpu":
+            return wanted
+        if not self.tried:
+            wanted = min(wanted, FIRST_ROWS)
+        sizes = {q: min(wanted, self.most // q) for q in self._allowed()}
+        return sizes[self._best(sizes)]
+
+    def queries(self, rows: int) -> int:
+        """How many tokens of each of so many rows pay best, idle rows among them."""
+        return self._best({q: rows for q in self._allowed() if q == 1 or q * rows <= self.most})
+
+    def _allowed(self) -> tuple[int, ...]:
+        return QUERIES if self.setting == "auto" else (1, self.setting + 1)
+
+    def _best(self, sizes: Mapping[int, int]) -> int:
+        """Which number of tokens pays best; `sizes`: for each, how many rows there would be."""
         if self.setting != "auto":
-            return max(queries for queries in possible if queries <= self.setting + 1)
-        share = min(self.right / self.checked, 0.999)
+            return max(sizes)
+        share, found = min(self.right / self.checked, 0.999), self.found / self.asked
 
         def speed(queries: int) -> float:
-            return (1 - share**queries) / (1 - share) / (1 + tokens[queries] / self.ridge)
+            rows = sizes[queries]
+            gained = 1 + found * ((1 - share**queries) / (1 - share) - 1)
+            tokens = rows * (1 + found * (queries - 1))
+            return rows * gained / self.cost(rows, tokens) / (LEAST_GAIN if queries > 1 else 1)
 
-        return max(possible, key=lambda queries: (speed(queries), -queries))
+        return max(sizes, key=lambda queries: (speed(queries), -queries))
 
 
 class Answers:
     """What each prompt was last answered, on the host: the last call's answers with the last
-    epoch's. `samples` are the numbers of its answers in their key."""
+    epoch's. Of each answer, its number in the key of its draw and its tokens.
+
+    No more than REMEMBERED tokens are kept; the answers that go first are those to the prompts that
+    were asked least recently.
+    """
 
     def __init__(self) -> None:
         self.last: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
+        self.tokens = 0  # of all prompts and answers
 
     def remember(self, draws: Sequence[Draw], responses: Mapping[int, Tensor]) -> None:
         """Take a call's answers, by place, in the stead of earlier ones to the same prompts."""
         found = defaultdict(list)
         for draw in draws:
             found[draw.ids].append((draw.sample, responses[draw.place].int()))
-        self.last |= found
+        for ids, answers in found.items():
+            self._forget(ids)
+            self.last[ids] = answers
+            self.tokens += _held(ids, answers)
+        while self.tokens > REMEMBERED:
+            self._forget(next(iter(self.last)))
+
+    def _forget(self, ids: tuple[int, ...]) -> None:
+        if ids in self.last:
+            self.tokens -= _held(ids, self.last.pop(ids))
+
+
+def _held(ids: tuple[int, ...], answers: Sequence[tuple[int, Tensor]]) -> int:
+    """What counts against REMEMBERED: a prompt's tokens are Python integers in a tuple."""
+    return 8 * len(ids) + sum(len(answer) + ANSWER_OVERHEAD for _, answer in answers)
 
 
 class Drafts:
@@ -112,19 +202,18 @@ class Drafts:
         self, draws: Sequence[Draw], earlier: Answers, max_new_tokens: int, device: torch.device
     ) -> None:
         asked = {draw.ids: earlier.last.get(draw.ids, []) for draw in draws}
+        prompts = {ids: torch.tensor(ids, dtype=torch.int32) for ids in asked}
         first = dict.fromkeys(asked, 0)  # the text of its first earlier answer
-        texts = [draw.prompt.int() for draw in draws]
+        texts = [prompts[draw.ids] for draw in draws]
         texts.append(torch.zeros(0, dtype=torch.int32))
         self.idle = len(draws)
         for ids, answers in asked.items():
             first[ids] = len(texts)
-            prompt = torch.tensor(ids, dtype=torch.int32)
-            texts += [torch.cat([prompt, answer]) for _, answer in answers]
+            texts += [torch.cat([prompts[ids], answer]) for _, answer in answers]
         # The last column is one more than a text can have: what is not kept is written there.
-        columns = max(max(map(len, asked)) + max_new_tokens, max(map(len, texts))) + 1
-        tokens_NC = torch.zeros(len(texts), columns, dtype=torch.int32)
-        for row, text in zip(tokens_NC, texts, strict=True):
-            row[: len(text)] = text
+        longest = max(map(len, texts))
+        columns = max(max(map(len, asked)) + max_new_tokens, longest) + 1
+        tokens_NC = F.pad(pad_sequence(texts, batch_first=True), (0, columns - longest))
         self.tokens_NC = tokens_NC.to(device)
         self.length_N = torch.tensor([len(text) for text in texts], dtype=torch.int32).to(device)
         self.prompt_N = self.length_N[: self.idle + 1].long()
@@ -137,15 +226,21 @@ class Drafts:
         first: dict[tuple[int, ...], int],
     ) -> Tensor:
         """The texts that each place searches, the preferred ones first."""
-        siblings = defaultdict(list)
+        siblings: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        rank = {}  # of each place among its siblings
         for draw in draws:
+            rank[draw.place] = len(siblings[draw.ids])
             siblings[draw.ids].append(draw.place)
+        last = {
+            ids: {number: first[ids] + i for i, (number, _) in enumerate(answers)}
+            for ids, answers in asked.items()
+        }
         rows = []
         for draw in draws:
-            texts = [(number, first[draw.ids] + i) for i, (number, _) in enumerate(asked[draw.ids])]
-            same = [text for number, text in texts if number == draw.sample]
-            others = [text for number, text in texts if number != draw.sample]
-            beside = [place for place in siblings[draw.ids] if place != draw.place]
+            texts, places = last[draw.ids], siblings[draw.ids]
+            same = [texts[draw.sample]] if draw.sample in texts else []
+            others = [text for text in texts.values() if text not in same]
+            beside = places[: rank[draw.place]] + places[rank[draw.place] + 1 :]
             rows.append([*(same + beside + others)[: MOST_SOURCES - 1], draw.place])
         width = max(map(len, rows))
         rows.append([])

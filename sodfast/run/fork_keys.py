@@ -33,6 +33,7 @@ def fork_config(
 ) -> Config:
     """The configuration of a fork, after `step`, of a run with the configuration `original`.
 
+    Another `seed` gives other random numbers from the fork on, the order of the questions included.
     With `refresh` the teacher stays where it is from there on (schedule.kind=fixed), unless the
     overrides give a schedule to a fork with refresh="now". Raises `UsageError` for keys that belong
     to the student of the source, and where the run cannot go on from there.

@@ -9,6 +9,9 @@ arXiv 2601.20802 (trust region), one of our own (evidence), and whatever the use
 (`PythonSchedule`). What a configuration says about its schedule is read here and nowhere else.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from sodfast.config import (
     CGTRConfig,
     EMAConfig,
@@ -18,6 +21,7 @@ from sodfast.config import (
     PythonScheduleConfig,
     ScheduleConfig,
     TrustRegionConfig,
+    load_config,
 )
 from sodfast.schedule.base import (
     KNOWN,
@@ -55,9 +59,15 @@ __all__ = [
 ]
 
 
-def build_schedule(config: ScheduleConfig) -> Schedule:
-    """Raises `UsageError` where a user's schedule cannot be loaded."""
+def build_schedule(config: ScheduleConfig | Mapping[str, Any]) -> Schedule:
+    """The schedule of a configuration, or of a mapping with the keys of its group `schedule`, such
+    as {"kind": "hard", "every": 20}; what it does not name has the lab's value.
+
+    Raises `UsageError` for a wrong key or value, or where a user's schedule cannot be loaded.
+    """
     match config:
+        case Mapping():
+            return build_schedule(load_config(schedule=config).schedule)
         case FixedConfig():
             return Fixed()
         case HardConfig():

@@ -74,7 +74,7 @@ class Trial:
 class Forks(BaseModel):
     """The section `fork` of a study."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, serialize_by_alias=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     source: str | dict[str, Any] | list[dict[str, Any]] = Field(alias="from")
     step: Annotated[list[Annotated[int, Field(strict=True, ge=0)]], Field(min_length=1)]
@@ -193,7 +193,7 @@ class Study(BaseModel):
 
     def to_yaml(self) -> str:
         absent = {name for name in ("fork", "variants") if not getattr(self, name)}
-        return OmegaConf.to_yaml(OmegaConf.create(self.model_dump(exclude=absent)))
+        return OmegaConf.to_yaml(OmegaConf.create(self.model_dump(by_alias=True, exclude=absent)))
 
 
 @dataclass(frozen=True)
@@ -371,7 +371,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
         nested = isinstance(value, Mapping)
-        flat |= flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+        flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
     return flat
 
 

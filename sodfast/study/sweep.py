@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from sodfast.errors import RunFailed, UsageError
+from sodfast.run.records import require_run
 from sodfast.study.definition import Trial, find_study, load_study
 from sodfast.study.directory import hold, write_table
 from sodfast.study.launch import Launcher, LocalLauncher, Outcome, mark_failed, outcome_of, slots
@@ -43,6 +44,9 @@ def sweep(
     path = find_study(source)
     study = load_study(path, [text for text in arguments if not text.startswith("out=")])
     trials = [*study.sources, *study.trials]
+    if not study.sources:
+        for given in {trial.fork.source for trial in trials if trial.fork}:
+            require_run(Path(given))
     outs = [text.removeprefix("out=") for text in arguments if text.startswith("out=")]
     directory = Path(outs[-1] if outs else f"runs/{path.stem}").absolute()
     if "=" in str(directory) or outs == [""]:

@@ -36,6 +36,16 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.slow
+def test_drafts_leave_forced_lengths_as_they_are_and_take_fewer_passes(tmp_path: Path) -> None:
+    assert bench_8b.main(["8b_speculation", "--rehearse", "--out", str(tmp_path)]) == 0
+    cases = json.loads((tmp_path / "8b_speculation.json").read_text())["cases"]
+    brought = {name: found["rows"][0]["tokens_per_pass"] for name, found in cases.items()}
+    assert list(brought) == ["off", "3 drafts", "7 drafts", "15 drafts"]
+    assert brought["off"] == 1 and all(brought[name] > 1.2 for name in list(brought)[1:])
+    assert len({found["rows"][0]["tokens"] for found in cases.values()}) == 1
+
+
+@pytest.mark.slow
 def test_a_part_is_gone_on_with_where_it_ended(tmp_path: Path) -> None:
     """Steps are written one by one, and alike whichever is the first of a process."""
     arguments = ["8b_steps", "--rehearse", "--out", str(tmp_path)]

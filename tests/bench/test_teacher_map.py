@@ -7,7 +7,18 @@ from typing import Any
 import pytest
 import teacher_map
 from synthetic import SCHEDULES, write_study
-from teacher_map import BLOCKS, EARLIER, MARKED, PAGE, claims, collect, fill, read, with_earlier
+from teacher_map import (
+    BLOCKS,
+    EARLIER,
+    MARKED,
+    PAGE,
+    README,
+    claims,
+    collect,
+    fill,
+    read,
+    with_earlier,
+)
 from teacher_map import SCHEDULES as FILES
 
 EMPTY = "\n".join(f"<!-- {name} -->\nold\n<!-- end -->" for name in BLOCKS)
@@ -19,10 +30,12 @@ def run(schedule: str, seed: int, final: float, regime: str = "A", collapsed: in
     return {**names, "final": final, "collapsed": collapsed, "status": "done", "steps": 9}
 
 
-def test_the_page_is_what_its_data_say() -> None:
-    page = PAGE.read_text()
-    assert fill(page, with_earlier(read(PAGE.with_suffix("")))) == page
-    assert {found[2] for found in MARKED.finditer(page)} == set(BLOCKS)
+def test_the_pages_are_what_their_data_say() -> None:
+    data, names = with_earlier(read(PAGE.with_suffix(""))), []
+    for page in (PAGE, README):
+        assert fill(page.read_text(), data) == page.read_text()
+        names += [found[2] for found in MARKED.finditer(page.read_text())]
+    assert sorted(names) == sorted(BLOCKS)
 
 
 def test_what_has_an_interval_stands_between_marks() -> None:
@@ -69,11 +82,16 @@ def test_it_says_where_our_schedules_lead() -> None:
     data = {"comparisons": [*rows("A", "CGTR", 0.1, 0.1), *rows("B", "CGTR", 0.1, -0.1)]}
     first, second, *_ = teacher_map.answers(data).split("\n\n")
     assert (
-        first == "CGTR ends above every other schedule in 1 of the 2 regimes it was measured in: A."
+        first == "`CGTR` ends above every other schedule in 1 of 2 regimes with several seeds: A."
     )
-    assert second == "evidence has not been measured over several seeds in any regime."
+    assert second == "`evidence` has not been measured over several seeds in any regime."
     data = {"comparisons": rows("A", "fixed", 0.1, 0.1)}
-    assert "in none of the 1 regimes" in teacher_map.answers(data)
+    assert "in 0 of 1 regime with" in teacher_map.answers(data)
+
+
+def test_cells_of_a_csv_are_what_they_were(tmp_path: Path) -> None:
+    (tmp_path / "one.csv").write_text("a,b,c,d,e\n1,0.5,,False,x y\n")
+    assert read(tmp_path) == {"one": [{"a": 1, "b": 0.5, "c": None, "d": False, "e": "x y"}]}
 
 
 def test_the_earlier_study_is_turned_to_its_highest_schedule() -> None:

@@ -1,18 +1,21 @@
 """What refreshes did: on runs whose effects are known, and on real forks of a tiny run."""
 
+import csv
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from synthetic import lab_run
 
 from sodfast.commands import train_fork
-from sodfast.report.effects import HORIZON, attributed, fork_effects, fork_rows, mean_with_interval
+from sodfast.report.effects import attributed, fork_effects, fork_rows, mean_with_interval
+from sodfast.report.page import write_report
 from sodfast.report.runs import Group, Run, load
-
-FORKS = ["steps=6", "eval.every=6", "checkpoint.every=0"]
+from sodfast.study.definition import load_study
+from sodfast.study.directory import run_path
+from sodfast.summary import NEXT_STEPS
 
 
 def run_of(
@@ -30,7 +33,8 @@ def run_of(
         reward = 0.5 + noise + jump * late
         length = 10.0 * (1 + noise) * (growth if late else 1.0)
         lines.append({"step": step, "reward/mean": reward, "length/mean": length})
-        lines[-1] |= {"length/max": 3 * length, "teacher/refreshed": 0}
+        lines[-1] |= {"length/max": 3 * length, "length/tail_ratio": 3.0, "teacher/refreshed": 0}
+        lines[-1] |= {"teacher/age": 9, "teacher/drift": 0.7}
     lines[-1]["eval/mean@16"] = 0.6 + jump
     config = lab_run("steps=120", f"seed={seed}", f"lab.seed={lab}")
     return Run(name, Path(name), config, "done", {}, lines, list(events))
@@ -83,6 +87,12 @@ def test_a_groups_refreshes_are_counted_by_verdict_and_compared_with_a_teacher_a
     assert row["length"] == pytest.approx(math.log(1.5), abs=0.02)
 
 
+def test_a_refresh_after_the_collapse_is_not_judged() -> None:
+    end = {"event": "collapse", "step": 55}
+    row = attributed(group(run_of("hard", 0.3, events=(refresh(30), end, refresh(60)))))
+    assert (row["refreshes"], row["judged"], row["neutral"]) == (2, 1, 1)
+
+
 def test_collapses_are_counted_by_origin() -> None:
     end = {"event": "collapse", "step": 100}
     clock = run_of("hard", events=(*map(refresh, range(1, 100)), end))
@@ -109,14 +119,14 @@ def test_forks_are_paired_by_source_step_and_seeds() -> None:
     assert [row["reward"] for row in rows] == pytest.approx([0.1, 0.1, 0.2, 0.3])
     assert rows[0]["length"] == pytest.approx(math.log(1.2)) and rows[0]["score"] > 0
     assert (rows[0]["age"], rows[0]["drift"]) == (9, 0.7)
-    assert rows[0]["tail"] == pytest.approx(3, abs=0.1)
+    assert rows[0]["tail"] == 3.0
 
 
 def test_an_effect_is_over_the_steps_that_follow() -> None:
     """Later steps do not count, and neither does a refresh that the source had made before."""
     now, never = pair(0.1)
     for line in now.lines:
-        if line["step"] > 60 + HORIZON:
+        if line["step"] > 60 + NEXT_STEPS:
             line["reward/mean"] = 0.0
     (row,) = fork_rows([group(now), group(never)])
     assert row["reward"] == pytest.approx(0.1)
@@ -147,22 +157,36 @@ def test_means_of_forks_are_over_pairs_by_step_and_in_thirds() -> None:
 
 
 @pytest.mark.slow
-def test_real_forks_of_a_run(train: Callable[..., Any], tmp_path: Path) -> None:
-    """What `sodfast fork` leaves is read as it is meant, and equal arms have no effect."""
-    source = tmp_path / "source"
-    train(source, "steps=4", "checkpoint.every=2", "checkpoint.keep=9", "schedule.kind=fixed")
-    arms: dict[str, list[Run]] = {"now": [], "never": [], "again": []}
-    for step in (2, 4):
-        for arm, runs in arms.items():
-            out, kind = tmp_path / f"{arm}{step}", "never" if arm == "again" else arm
-            train_fork(source, [f"out={out}", f"step={step}", f"teacher.refresh={kind}", *FORKS])
-            runs.append(load(out).runs[0])
-    rows = fork_rows([group(*arms["now"]), group(*arms["never"])])
-    assert [(row["run"], row["step"], row["age"]) for row in rows] == [
-        ("source", 2, 2),
-        ("source", 4, 4),
+def test_a_study_of_real_forks(train: Any, tiny_run: list[str], tmp_path: Path) -> None:
+    """What `sodfast fork` leaves is read as it is meant; arms that are the same have no effect."""
+    fixed = dict(text.split("=", 1) for text in tiny_run if not text.startswith("steps="))
+    study = {
+        "base": "lab",
+        "overrides": {key: yaml.safe_load(text) for key, text in fixed.items()},
+        "fork": {"from": {"schedule": {"kind": "fixed"}}, "step": [2, 4], "further": 3},
+        "axes": {"teacher.refresh": ["now", "never"], "seed": [1, 2]},
+    }
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
+    plan = load_study(tmp_path / "study.yaml")
+    (source,) = plan.sources
+    train(run_path(tmp_path, source.name), *source.overrides)
+    for trial in plan.trials:
+        out = run_path(tmp_path, trial.name)
+        train_fork(run_path(tmp_path, source.name), [f"out={out}", *trial.overrides])
+    write_report(tmp_path)
+    with (tmp_path / "tables" / "forks.csv").open() as stream:
+        rows = [*csv.DictReader(stream)]
+    assert [(row["step"], row["seed"], row["age"]) for row in rows] == [
+        (step, seed, step) for step in "24" for seed in "12"
     ]
-    last = {step: line for run in arms["never"] for step, line in enumerate(run.lines)}
-    assert rows[1]["drift"] == last[4]["teacher/drift"] > 0
-    assert all(abs(row["reward"]) <= 1 and row["score"] is not None for row in rows)
-    assert fork_rows([group(*arms["never"]), group(*arms["again"])]) == []
+    runs = {run.name: run for run in load(tmp_path).runs}
+    for row in rows:
+        assert row["run"] == source.name and float(row["drift"]) > 0
+        arms = [
+            runs[f"step{row['step']},refresh-{arm},seed{row['seed']}"] for arm in ("now", "never")
+        ]
+        after = [run.series("reward/mean").values[int(row["step"]) :] for run in arms]
+        assert float(row["reward"]) == pytest.approx(after[0].mean() - after[1].mean())
+    assert (tmp_path / "figures" / "forks.svg").is_file()
+    same = [run for run in runs.values() if "never" in run.name]
+    assert fork_rows([group(*same), group(*same)]) == []

@@ -1,14 +1,11 @@
-"""The report in a real browser: Debian's Chromium, headless, driven by playwright.
+"""The report in a real browser."""
 
-Nothing is installed here: where there is no Chromium, or no playwright, the tests are skipped.
-"""
-
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browsers import open_browser
 from synthetic import (
     SCHEDULES,
     answer,
@@ -21,22 +18,13 @@ from synthetic import (
 
 from sodfast.report.page import write_report
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        CHROMIUM is None, reason="no chromium on PATH (Debian: apt-get install chromium)"
-    ),
-]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-    with playwright.sync_playwright() as driver:
-        running = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with open_browser() as running:
         yield running
-        running.close()
 
 
 def study(directory: Path) -> Path:

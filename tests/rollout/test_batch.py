@@ -17,6 +17,7 @@ from sodfast.rollout.cache import PAGE, SCRATCH, Cache
 from sodfast.rollout.decoder import Decoder
 from sodfast.rollout.engine import Sample
 from sodfast.rollout.native import NativeEngine
+from sodfast.rollout.passes import Passes
 
 POSITIONS = 16
 CAP = 60
@@ -198,8 +199,8 @@ def test_no_step_is_queued_behind_the_caps(
 ) -> None:
     """All answers end at the cap: 17 tokens are one of the prefill and two looks of steps."""
     steps: list[int] = []
-    step: Callable[..., None] = Batch._step
-    monkeypatch.setattr(Batch, "_step", lambda self, *a: (steps.append(1), step(self, *a))[1])
+    step: Callable[..., None] = Passes.step
+    monkeypatch.setattr(Passes, "step", lambda self, *a: (steps.append(1), step(self, *a))[1])
     endless = LanguageModel(model.network, None, (-1,), model.pad_id)
     answer(NativeEngine(endless, 8), PROMPTS[:8], 17)
     assert len(steps) == 16

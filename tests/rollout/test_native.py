@@ -14,7 +14,7 @@ from sodfast.errors import UsageError
 from sodfast.model.load import LanguageModel, trained_parameters
 from sodfast.model.lora import add_adapters
 from sodfast.model.random_weights import shape
-from sodfast.rollout import batch, native
+from sodfast.rollout import batch, native, passes
 from sodfast.rollout.cache import Cache
 from sodfast.rollout.decoder import Decoder, unsupported
 from sodfast.rollout.engine import SampleKey, Sampling
@@ -116,7 +116,7 @@ def test_a_prompt_is_prefilled_once_for_the_samples_that_start_together(
     prompts = [prompt for prompt in ragged(4) for _ in range(8)]
     answer(NativeEngine(model, 64), prompts, 2)
     tokens = sum(len(prompt) for prompt in prompts[::8])
-    assert seen[0] == tokens + -tokens % batch.CPU_ROWS
+    assert seen[0] == tokens + -tokens % passes.CPU_ROWS
 
 
 def test_long_prompts_are_prefilled_in_several_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,8 +278,8 @@ def test_whole_slots_are_what_the_budget_holds() -> None:
     assert [size(budget).rows for budget in (16.1, 31.9, 40.5)] == [16, 16, 32]
     assert size(40.5, rows=17) == CacheSize(17, None, 32, 32 * slot)
     assert size(40.5).at_once(50, 4, 50) == 32
-    assert [batch.idle_rows(rows, False) for rows in (1, 16, 17)] == [15, 0, 15]
-    assert batch.idle_rows(17, True) == 0
+    assert [passes.idle_rows(rows, False) for rows in (1, 16, 17)] == [15, 0, 15]
+    assert passes.idle_rows(17, True) == 0
     assert cache_size(network, 100, 99, None, 33 * slot / 0.5, on_gpu=False).rows == 32
     with pytest.raises(UsageError, match=r"keys and values of 16 sequences of 100 tokens"):
         cache_size(network, 100, 99, None, 20 * slot, on_gpu=False)

@@ -15,17 +15,17 @@ from torch import Tensor
 from sodfast.config import LoRAConfig
 from sodfast.model.load import LanguageModel, load_model, to_ids, trained_parameters
 from sodfast.model.lora import add_adapters
-from sodfast.rollout import batch
+from sodfast.rollout import batch, speculation
 from sodfast.rollout.admission import Draw
 from sodfast.rollout.cache import PAGE, Cache
 from sodfast.rollout.engine import Sample, SampleKey, Sampling
 from sodfast.rollout.native import NativeEngine
 from sodfast.rollout.speculation import (
+    FIRST_ROWS,
     MOST_TOKENS,
-    PRIOR_CHECKED,
-    PRIOR_RIGHT,
-    QUERIES,
+    PRIOR_SHARE,
     Answers,
+    Cost,
     Drafts,
     Pace,
     Setting,
@@ -227,22 +227,67 @@ def test_the_last_answers_stand_in_the_stead_of_earlier_ones() -> None:
     assert kept == {(5,): [[3]], (6,): [[2]]}
 
 
-def test_the_more_rows_and_the_fewer_drafts_hold_the_fewer_there_are() -> None:
-    def queries(pace: Pace, rows: int) -> int:
-        return pace.queries({q: q * rows for q in QUERIES})
+def test_the_answers_to_the_prompts_asked_least_recently_are_forgotten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(speculation, "REMEMBERED", 3 * (speculation.ANSWER_OVERHEAD + 8 + 1))
+    earlier = Answers()
+    for token in (5, 6, 7, 5, 8):
+        earlier.remember(draws((token,)), {0: sample(1)})
+        assert earlier.tokens <= speculation.REMEMBERED
+    assert list(earlier.last) == [(7,), (5,), (8,)]
+    earlier.remember(draws((9,)), {0: torch.zeros(10_000, dtype=torch.int64)})  # too long by itself
+    assert not earlier.last and earlier.tokens == 0
 
+
+def paced(device: str, emitted: int, right: int, setting: Setting = "auto") -> Pace:
+    """After 1,000 rows found drafts, of which so many of up to 10,000 were right."""
+    pace = Pace(setting, device)
+    pace.count(emitted, 1_000, 1_000, 1_000, right, min(10_000, right + 1_000))
+    return pace
+
+
+def test_the_more_rows_and_the_fewer_drafts_hold_the_fewer_there_are() -> None:
     for device in ("cpu", "cuda"):
-        good, bad = Pace("auto", device), Pace("auto", device)
-        good.count(10_000, 1_000, 9_000, 9_100)
-        bad.count(1_010, 1_000, 10, 1_000)
+        good, bad = paced(device, 10_000, 9_900), paced(device, 1_010, 10)
         assert good.tokens_per_pass == 10 and bad.tokens_per_pass == 1.01
-        many = [queries(good, rows) for rows in (1, 4, 16, 64, 256)]
+        many = [good.queries(rows) for rows in (1, 4, 16, 64, 256)]
         assert many == sorted(many, reverse=True) and many[0] == 16
-        assert {queries(bad, rows) for rows in (16, 64, 256)} == {1}
-        assert queries(Pace(False, device), 1) == 1
-        assert queries(Pace(7, device), 16) == 8
-        assert all(q * queries(good, q) <= MOST_TOKENS[device] for q in (1, 16, 64, 256))
-    assert queries(Pace(15, "cuda"), 64) == 4
+        assert {bad.queries(rows) for rows in (16, 64, 256)} == {1}
+        assert Pace(False, device).queries(1) == 1
+        assert Pace(7, device).queries(16) == 8
+        assert all(q * good.queries(q) <= MOST_TOKENS[device] for q in (1, 16, 64, 256))
+    assert Pace(15, "cuda").queries(64) == 1 and Pace(3, "cuda").queries(64) == 4
+
+
+def test_a_cpu_draws_few_rows_at_a_time_where_many_drafts_hold() -> None:
+    good, bad = paced("cpu", 10_000, 9_900), paced("cpu", 1_010, 10)
+    assert good.rows(10) == 10
+    assert good.rows(2_000) * good.queries(good.rows(2_000)) <= MOST_TOKENS["cpu"]
+    assert good.queries(good.rows(2_000)) > 1 and good.rows(2_000) >= MOST_TOKENS["cpu"] / 16
+    assert bad.rows(2_000) > good.rows(2_000) and bad.queries(bad.rows(2_000)) == 1
+    assert Pace("auto", "cpu").rows(2_000) <= FIRST_ROWS  # before anything was tried
+    assert Pace(7, "cpu").rows(32) == 32
+    for pace in (Pace(False, "cpu"), Pace(7, "cuda"), paced("cuda", 10_000, 9_900)):
+        assert pace.rows(2_000) == 2_000
+
+
+def test_the_cost_of_a_pass_is_what_the_passes_took() -> None:
+    """Seconds that are a sum of the three parts, with noise and a few passes that had to wait."""
+    generator, cost = torch.Generator().manual_seed(0), Cost("cpu")
+    own, row, token = 3e-3, 1e-4, 2e-5
+
+    def seconds(rows: int, tokens: int) -> float:
+        return own + row * rows + token * tokens
+
+    for number in range(200):
+        rows = int(torch.randint(1, 200, (), generator=generator))
+        tokens = rows * int(torch.randint(1, 9, (), generator=generator))
+        noise = 1 + 0.1 * float(torch.rand((), generator=generator))
+        cost.observe(rows, tokens, seconds(rows, tokens) * noise * (3 if number % 40 == 7 else 1))
+    for rows, tokens in ((16, 64), (64, 256), (128, 1024), (160, 160)):
+        assert cost(rows, tokens) == pytest.approx(seconds(rows, tokens), rel=0.2)
+    assert (Cost("cpu").weights > 0).all() and (cost.weights > 0).all()
 
 
 def test_auto_is_off_on_a_gpu() -> None:
@@ -252,8 +297,9 @@ def test_auto_is_off_on_a_gpu() -> None:
 
 def test_what_was_counted_fades() -> None:
     pace = Pace("auto", "cpu")
-    pace.count(100, 100, 0, 700)
-    for _ in range(12):
+    pace.count(100, 100, 100, 0, 0, 700)
+    for _ in range(20):
         pace.begin()
-    assert pace.right / pace.checked == pytest.approx(PRIOR_RIGHT / PRIOR_CHECKED, rel=0.05)
+    assert pace.right / pace.checked == pytest.approx(PRIOR_SHARE, rel=0.05)
+    assert pace.found / pace.asked == pytest.approx(PRIOR_SHARE, rel=0.05)
     assert pace.tokens_per_pass == 0

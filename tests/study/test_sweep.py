@@ -126,6 +126,16 @@ def test_forks_run_when_their_source_has_ended(stand_in: Write, tmp_path: Path) 
         run(stand_in(fork=forks(step=(2, 3, 4)), **axes), out)
 
 
+def test_a_run_to_fork_must_be_there(stand_in: Write, tmp_path: Path) -> None:
+    plan = {"from": "nowhere", "step": [2], "further": 2}
+    study = stand_in(fork=plan, **{"teacher.refresh": ["now"]})
+    for base in ("base: lab\n", ""):
+        study.write_text(study.read_text().replace("base: lab\n", base))
+        with pytest.raises(UsageError, match="nowhere is not a run directory"):
+            run(study, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_forks_are_resumed_and_fail_with_their_source(stand_in: Write, tmp_path: Path) -> None:
     axes: dict[str, Any] = {"teacher.refresh": ["now", "never"]}

@@ -231,6 +231,21 @@ def test_a_limit_leaves_nothing_behind() -> None:
     time.sleep(0.05)  # no signal comes late
 
 
+def test_a_call_in_another_thread_is_not_ended() -> None:
+    """Signals reach the main thread alone, and docs/tasks.md says so."""
+    ended: list[bool] = []
+
+    def call() -> None:
+        with time_limit(0.01):
+            time.sleep(0.05)
+        ended.append(True)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+    assert ended == [True]
+
+
 # ---------------------------------------------------------------- classes
 
 
@@ -385,6 +400,49 @@ def test_a_command_that_cannot_use_the_task_writes_nothing(
     assert refused.code == 2 and message in refused.err
     assert refused.err.startswith("sodfast: ") and refused.err.count("\n") == 1
     assert not (rows / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("evaluated", "call"), [(4, 6), (6, 9)])
+def test_a_step_whose_evaluation_fails_is_kept_and_evaluated_by_a_resume(
+    tiny_run: list[str], read_run: Any, rows: Path, evaluated: int, call: int
+) -> None:
+    """The evaluation of step 4, or the closing one of step 6: afterwards the run is as if nothing
+    had happened, answers and checkpoints included."""
+    switch = rows / "broken"
+    text = (
+        FUNCTION
+        + f"""
+sound, calls = reward, []
+def reward(prompts, completions, answer):
+    import os
+    calls.append(1)
+    if os.path.exists({str(switch)!r}) and len(calls) == {call}:
+        raise OSError("no answer")
+    return sound(prompts, completions, answer)
+"""
+    )
+    keys = [*overrides(rows, text), "checkpoint.every=99", "log.samples_every=null"]
+    run(trainer(tiny_run, rows / "whole", *keys))
+    switch.touch()
+    with pytest.raises(RunFailed, match=rf"^step {evaluated}: .*OSError: no answer"):
+        run(trainer(tiny_run, rows / "run", *keys))
+    line = json.loads((rows / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert line["step"] == evaluated and not any(key.startswith("eval/") for key in line)
+    checkpoints = {file.name for file in (rows / "run" / "checkpoints").iterdir()}
+    assert f"step-{evaluated}" in checkpoints
+    summary = json.loads((rows / "run" / "summary.json").read_text())
+    assert (summary["status"], summary["steps"]) == ("failed", evaluated)
+
+    switch.unlink()
+    for _ in range(2):  # the second finds nothing to do
+        run(trainer(tiny_run, rows / "run"))
+        assert read_run(rows / "run") == read_run(rows / "whole")
+        found, expected = (
+            {file.name: file.read_bytes() for file in (rows / name / "samples").iterdir()}
+            for name in ("run", "whole")
+        )
+        assert found == expected
 
 
 def test_rewards_on_another_scale_need_their_thresholds(tiny_run: list[str], rows: Path) -> None:

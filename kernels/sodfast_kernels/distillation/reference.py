@@ -26,12 +26,13 @@ LOG_RATIO_BOUND = 20.0
 class DistillationOutput(NamedTuple):
     """What one call returns. All but `loss` are detached, [N], fp32 (fp64 for fp64 inputs).
 
-    loss: scalar (reduction "sum") or [N] ("none"), differentiable.
-    divergence: D_t, before weight and ratio.
-    student_entropy, teacher_entropy: nats, of the full-vocabulary softmax at the temperature (with
-        `teacher_topk`: of the teacher's buckets).
-    student_logprob, teacher_logprob: of `target_ids`; None without them. With `teacher_topk`, a
-        target outside the stored ids gets the log of the tail's mass.
+    Attributes:
+        loss: scalar (reduction "sum") or [N] ("none"), differentiable.
+        divergence: D_t, before weight and ratio.
+        student_entropy, teacher_entropy: nats, of the full-vocabulary softmax at the temperature
+            (with `teacher_topk`: of the teacher's buckets).
+        student_logprob, teacher_logprob: of `target_ids`; None without them. With `teacher_topk`,
+            a target outside the stored ids gets the log of the tail's mass.
     """
 
     loss: Tensor

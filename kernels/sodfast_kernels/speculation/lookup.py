@@ -88,7 +88,24 @@ def _check(tokens: Tensor, length: Tensor, own: Tensor, sources: Tensor, count: 
 
 
 def _find(tokens: Tensor, length: Tensor, own: Tensor, sources: Tensor, count: int) -> Tensor:
-    rows, ranks = sources.shape
+    ranks = sources.shape[1]
+    best_B = _best(tokens, length, own, sources[:, :1])
+    # The longest match in the first source is the best there can be.
+    open_M = (best_B >> RANK_BITS + POSITION_BITS < LONGEST).nonzero()[:, 0]
+    if len(open_M) and ranks > 1:
+        best_B[open_M] = _best(tokens, length, own[open_M], sources[open_M])
+    rank_B1 = ((1 << RANK_BITS) - 1 - (best_B >> POSITION_BITS & (1 << RANK_BITS) - 1))[:, None]
+    rank_B1 = rank_B1.clamp(max=ranks - 1)
+    place_BK = (best_B & (1 << POSITION_BITS) - 1)[:, None] + torch.arange(count, device=own.device)
+    source_B1 = sources.gather(1, rank_B1).clamp(min=0).long()
+    inside_BK = (best_B > 0)[:, None] & (place_BK < length[source_B1])
+    found_BK = tokens[source_B1, place_BK.clamp(max=tokens.shape[1] - 1)]
+    return found_BK.masked_fill(~inside_BK, NONE)
+
+
+def _best(tokens: Tensor, length: Tensor, own: Tensor, sources: Tensor) -> Tensor:
+    """The integer of each row's best match [B] int64; 0 where there is none."""
+    rows = len(own)
     source_BS = sources.clamp(min=0).long()
     end_BS = length[source_BS].masked_fill(sources < 0, 0)
     columns = max(1, int(end_BS.max())) if rows else 1
@@ -116,9 +133,4 @@ def _find(tokens: Tensor, length: Tensor, own: Tensor, sources: Tensor, count: i
     key_M = key_M.masked_fill(size_M == 0, 0)
     best_B = torch.zeros(rows, dtype=torch.int64, device=own.device)
     best_B.scatter_reduce_(0, row_M, key_M, "amax")
-    rank_B1 = ((1 << RANK_BITS) - 1 - (best_B >> POSITION_BITS & (1 << RANK_BITS) - 1))[:, None]
-    rank_B1 = rank_B1.clamp(max=ranks - 1)
-    place_BK = (best_B & (1 << POSITION_BITS) - 1)[:, None] + torch.arange(count, device=own.device)
-    inside_BK = (best_B > 0)[:, None] & (place_BK < end_BS.gather(1, rank_B1))
-    found_BK = tokens[source_BS.gather(1, rank_B1), place_BK.clamp(max=tokens.shape[1] - 1)]
-    return found_BK.masked_fill(~inside_BK, NONE)
+    return best_B

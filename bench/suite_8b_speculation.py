@@ -1,0 +1,77 @@
+"""Part `8b_speculation`: the rollout of a step of the 8B preset with and without drafts.
+
+64 answers of 1.5k tokens on average, three of them at the cap of 8192, as in `8b_steps`. The
+weights are those of `bench_speculation.cyclic`: every product and the attention run as they do in
+Qwen3-8B, and the next token continues a cycle with a known probability, so how many drafts hold is
+known.
+Real text holds more or fewer; the share of the passes, not the seconds, carries over to it.
+"""
+
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from suite_record import Case, Plan, Result, check
+
+SOURCES = [
+    Path(__file__).with_name("bench_speculation.py"),
+    Path(__file__).with_name("forced_run.py"),
+    *(Path(__file__).parents[1] / "sodfast").rglob("*.py"),
+]
+SETTINGS: dict[str, Any] = {"off": False, "3 drafts": 3, "7 drafts": 7, "15 drafts": 15}
+CYCLE, HOLDS = 256, 0.9
+TAIL_SHARE = 0.7  # of the seconds of `off`, at most, by the best number of drafts
+
+
+class Rollouts:
+    """The cases share the network, and what `off` took."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.seconds: dict[str, float] = {}
+
+    @cached_property
+    def model(self) -> Any:
+        from bench_rollout import Shape, build
+        from bench_speculation import cyclic
+
+        shape = Shape() if self.plan.full else Shape(128, 192, 2, 4, 2, 32, 96, 512)
+        dtype = torch.bfloat16 if self.plan.full else torch.float32
+        cycle = CYCLE if self.plan.full else 32
+        return cyclic(build(shape, self.plan.device, dtype, 0.02), cycle, HOLDS)
+
+    def rollout(self, name: str) -> Result:
+        from forced_run import forced, forced_lengths
+        from suite_timing import clock
+
+        from sodfast.rollout import native
+        from sodfast.rollout.engine import SampleKey, Sampling
+
+        full = self.plan.full
+        mean, cap, words = (1500, 8192, 250) if full else (20, 64, 8)
+        lengths = forced_lengths(64, mean, cap, 3)
+        first = [torch.arange(number, number + words) % 32 for number in range(16)]
+        prompts = [prompt for prompt in first for _ in range(4)]
+        engine = native.NativeEngine(self.model, 256, None, SETTINGS[name])
+        engine.generate(prompts[:4], range(4), Sampling(1.0, 1.0, 16), SampleKey(1, 1))  # compiles
+        with forced(lengths, self.plan.device):
+            start = clock(self.plan.device)
+            answers = engine.generate(prompts, range(64), Sampling(1.0, 1.0, cap), SampleKey(1, 2))
+            self.seconds[name] = clock(self.plan.device) - start
+        assert [len(answer.response) for answer in answers] == lengths
+        checks = []
+        if full and name != "off" and "off" in self.seconds:
+            checks = [check("over off", self.seconds[name] / self.seconds["off"], TAIL_SHARE)]
+        row = {
+            "name": name,
+            "milliseconds": 1e3 * self.seconds[name],
+            "tokens_per_pass": engine.tokens_per_pass,
+            "tokens": sum(lengths),
+        }
+        return {"checks": checks, "rows": [row]}
+
+
+def cases(plan: Plan) -> list[Case]:
+    rollouts = Rollouts(plan)
+    return [Case(name, 2.0, partial(rollouts.rollout, name)) for name in SETTINGS]

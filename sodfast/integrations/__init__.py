@@ -1,0 +1,1 @@
+"""Other people's trainers, with this project's schedules and losses."""
