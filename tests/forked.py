@@ -85,10 +85,13 @@ def _become(
     arguments: list[str], folder: Path, before: Callable[[], object], cpu_seconds: int
 ) -> None:
     """Never returns."""
+    import torch
+
     from sodfast.cli import main
 
     code: object = 0
     try:
+        torch.set_num_threads(1)  # makes its pool anew, which no two threads may do at once
         # The hard limit stays: what a command starts may set limits of its own.
         hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
         resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, hard))

@@ -212,7 +212,7 @@ def _set(layer: DictConfig, key: str, value: Any) -> None:
                 layer[group] = {}
         # A mapping as a value sets its whole group.
         OmegaConf.update(layer, key, value, merge=False)
-    except (OmegaConfBaseException, AttributeError, TypeError) as error:
+    except (OmegaConfBaseException, AttributeError, TypeError, ValueError) as error:
         raise UsageError(f"cannot set {key}: {first_line(error)}") from error
 
 

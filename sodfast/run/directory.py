@@ -115,6 +115,7 @@ def check_out(path: Path) -> None:
         else:
             advice = f"choose another, or empty it (it has no config.yaml for {resume})"
         raise UsageError(f"out={path} exists and is not empty: {advice}")
+    refuse_links(path, (".lock", *_FORKED))
     if os.path.lexists(path) and not os.path.isdir(path):
         raise UsageError(f"out={path} is a file: choose a directory")
     existing = path
@@ -146,7 +147,6 @@ class RunDirectory:
         check_out(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            refuse_links(path, (".lock", *_FORKED))
             run = cls(path, _lock(path))
             try:
                 check_out(path)  # another process may have made a run of it before it was locked

@@ -236,6 +236,10 @@ def test_an_integer_that_python_reads_but_does_not_print_is_refused(
     assert "bits: write a smaller one" in refusal(source=str(tmp_path / "config.yaml"))
 
 
+def test_a_key_of_a_list_is_refused() -> None:
+    assert "cannot set model.attention" in refusal("model=[1, 1]", "model.attention=auto")
+
+
 ENVIRONMENT = ["${oc.env:HOME}", "x ${oc.env:HOME}", "${oc.decode:${oc.env:HOME}}"]
 
 

@@ -27,10 +27,10 @@ Snapshot = dict[str, tuple[int, ...]]
 
 
 def snapshot(folder: Path) -> Snapshot:
-    """Every name below, and what changes when what it names is written."""
+    """Every name below but locks and what is cached, and what changes when it is written."""
     found = {}
     for path in folder.rglob("*"):
-        if path.name != ".lock":
+        if path.name != ".lock" and path.relative_to(folder).parts[0] != "cache":
             stat = path.lstat()
             changes = () if path.is_dir() else (stat.st_size, stat.st_mtime_ns)
             found[str(path.relative_to(folder))] = (stat.st_mode, stat.st_ino, *changes)

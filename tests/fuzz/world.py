@@ -106,4 +106,6 @@ def _build_study(world: Path) -> None:
     varied = {**study, "axes": {"seed": [0]}, "variants": joint}
     (world / "sweep.yaml").write_text(yaml.safe_dump(varied))
     (world / "study" / "base.yaml").write_text("base: lab\n")
-    (world / "study" / "study.yaml").write_text(yaml.safe_dump({**study, "base": "base.yaml"}))
+    (world / "study" / "study.yaml").write_text(
+        yaml.safe_dump({**study, "base": "base.yaml"}, sort_keys=False)
+    )

@@ -63,6 +63,14 @@ def test_check_out_accepts_what_can_become_a_directory(tmp_path: Path) -> None:
     assert files(tmp_path) == {} and sorted(tmp_path.iterdir()) == [empty]
 
 
+@pytest.mark.parametrize("name", [".lock", "checkpoints", "events.jsonl"])
+def test_check_out_refuses_links_in_a_begun_fork(tmp_path: Path, name: str) -> None:
+    """Before a model is built for what cannot be written."""
+    (tmp_path / ".forking").touch()
+    (tmp_path / name).symlink_to(tmp_path / "elsewhere")
+    assert "is a symbolic link" in refusal(check_out, tmp_path)
+
+
 def test_check_out_refuses_what_exists(tmp_path: Path) -> None:
     used = tmp_path / "used"
     used.mkdir()
