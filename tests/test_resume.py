@@ -340,16 +340,28 @@ def test_an_interrupted_process_saves_and_says_130(
     assert train(out) == undisturbed("cgtr")
 
 
-@pytest.mark.slow
-def test_a_kill_at_a_point_of_any_command_is_as_if_it_had_not_been() -> None:
-    """Some points before and after a rename, fsync or unlink of train, resume, fork, export, report
-    and sweep; `make fuzz` tries them all."""
+def tool(*arguments: str) -> str:
+    """What a program of the tests prints, which must end with 0."""
     ended = subprocess.run(
-        [sys.executable, "-m", "crash_points", "--every", "40"],
+        [sys.executable, "-m", *arguments],
         cwd=Path(__file__).parent,
         env={**os.environ, "PYTHONPATH": ".", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert ended.stdout.count(" 0 failed") == 6
+    return ended.stdout
+
+
+@pytest.mark.slow
+def test_a_kill_at_a_point_of_any_command_is_as_if_it_had_not_been() -> None:
+    """Some points before and after a rename, fsync or unlink of train, resume, fork, export, report
+    and sweep; `make fuzz` tries them all."""
+    assert tool("crash_points", "--every", "40").count(" 0 failed") == 6
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments_of_runs_of_every_kind_are_as_if_they_had_not_been() -> None:
+    """A few; `make fuzz` tries hundreds. A failure prints the seed."""
+    last = tool("random_kills", "--kills", "10").splitlines()[-1].split()
+    assert last[0] == "all" and int(last[3]) >= 10 and last[-2:] == ["0", "failed"]
