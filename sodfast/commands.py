@@ -19,6 +19,7 @@ from sodfast.evaluate import Examination, evaluate, evaluate_others
 from sodfast.files import whole_folder
 from sodfast.model.attention import describe, require_flash, without_cudnn
 from sodfast.model.chat import require_switches
+from sodfast.model.joined import apart
 from sodfast.model.liger import use_liger
 from sodfast.model.load import (
     LanguageModel,
@@ -220,7 +221,8 @@ def export_model(run: Path, out: Path, best: bool = False) -> None:
             if student is None:
                 shutil.copytree(path / "student", aside, dirs_exist_ok=True)
             else:
-                student.network.save_pretrained(aside)
+                weights = apart(student.network.state_dict())
+                student.network.save_pretrained(aside, state_dict=weights)
                 student.tokenizer.save_pretrained(aside)
             (aside / "README.md").write_text(card, encoding="utf-8")
     except (OSError, SafetensorError) as error:

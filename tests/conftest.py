@@ -19,7 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 from sodfast.cli import main
 from sodfast.commands import build_trainer
 from sodfast.config import ArithmeticConfig, load_config
-from sodfast.files import read_lines
+from sodfast.files import alone, read_lines
 from sodfast.lab.model import build_tokenizer
 from sodfast.model.load import LanguageModel, load_model
 from sodfast.run.console import Reporter
@@ -55,6 +55,7 @@ SCHEDULES = {
 def pytest_configure() -> None:
     torch.set_num_threads(1)
     disable_progress_bar()
+    gc.disable()  # until all is imported: see `pytest_collection_finish`
     if not torch.cuda.is_available():
         # Read when a Triton kernel is defined: without a GPU kernels run in the interpreter.
         os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -74,24 +75,37 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     """What has been imported stays until the end: the garbage collector, which took a tenth of the
-    tests' time, need not look at it."""
+    tests' time and a fifth of the imports', need not look at it."""
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face directory: a Qwen3 of 60 k parameters that has learned the questions of
     `TASK` by heart and gets about every second one wrong."""
-    return _learned(tmp_path_factory.mktemp("tiny-model"), head_dim=24)
+    return _learned_once(tmp_path_factory, head_dim=24)
 
 
 @pytest.fixture(scope="session")
 def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The like with heads of 32 elements, whose bits do not depend on drafts on a CPU."""
-    return _learned(tmp_path_factory.mktemp("wide-model"), head_dim=32)
+    return _learned_once(tmp_path_factory, head_dim=32)
 
 
-def _learned(path: Path, head_dim: int) -> Path:
+def _learned_once(factory: pytest.TempPathFactory, head_dim: int) -> Path:
+    """Made by the worker that needs it first; the others wait for it and read it."""
+    shared = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    path = shared / f"learned-{head_dim}"
+    with alone(shared / "learning"):
+        if not path.exists():
+            _learned(path, head_dim)
+    return path
+
+
+def _learned(path: Path, head_dim: int) -> None:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     tokenizer = build_tokenizer()
@@ -128,7 +142,6 @@ def _learned(path: Path, head_dim: int) -> Path:
         optimizer.zero_grad()
     network.eval().save_pretrained(path)
     tokenizer.save_pretrained(path)
-    return path
 
 
 @pytest.fixture

@@ -35,6 +35,11 @@ LONGEST_WAY = 12
 Graph = Mapping[str, set[str]]
 
 
+@cache
+def parsed(file: Path) -> ast.Module:
+    return ast.parse(file.read_text())
+
+
 def module_files(package: Path) -> dict[str, Path]:
     """Every module below a package: dotted name → file."""
     names = {}
@@ -57,7 +62,7 @@ def imports(tree: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
 def imported(name: str, file: Path) -> Iterator[str]:
     """Dotted names that the module `name` imports; `from a import b` gives a.b."""
     package = name if file.name == "__init__.py" else name.rpartition(".")[0]
-    for node in imports(ast.parse(file.read_text())):
+    for node in imports(parsed(file)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         else:

@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from conftest import Command, Outcome
+from marks import slow
 
 from sodfast.config import load_config
 from sodfast.model.packing import own_attention
@@ -325,7 +326,7 @@ def test_an_evaluation_that_nobody_can_read_fails_in_one_line(
     assert done.returncode == (0 if output == ">&-" else 1)
 
 
-@pytest.mark.parametrize("level", ["1", "2"])
+@pytest.mark.parametrize("level", ["2", *slow("1")])
 def test_python_without_docstrings_is_refused_and_without_assertions_is_not(
     level: str, here: Path
 ) -> None:

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from marks import slow
 
 import sodfast
 
@@ -92,7 +93,7 @@ def test_the_packages_own_names_are_imported_when_they_are_used() -> None:
     )
 
 
-@pytest.mark.parametrize("module", ["schedule", "config", "cli", "errors", "rng", "summary"])
+@pytest.mark.parametrize("module", ["schedule", "cli", *slow("config", "errors", "rng", "summary")])
 def test_deciding_and_parsing_need_no_torch(module: str) -> None:
     """Bad input is refused, and a recorded run replayed, without loading torch."""
     assert not loaded_by(f"import sodfast.{module}") & {"torch", "transformers", "triton"}

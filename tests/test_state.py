@@ -41,7 +41,7 @@ def test_a_step_is_saved_once_as_it_was_taken(build: Build, tmp_path: Path) -> N
     trainer = build(tmp_path / "run", "steps=1")
     trainer.state.take(0)
     trainer.gain.last["later"] = 1.0
-    assert trainer.state.save(best=()) and not trainer.state.save(best=())
+    assert trainer.state.save(lasting=()) and not trainer.state.save(lasting=())
     stored = checkpoint.load(tmp_path / "run" / "checkpoints" / "step-0")
     assert stored.state["reward_memory"] == {} and stored.teacher is None
     trainer.run.close()
@@ -50,7 +50,7 @@ def test_a_step_is_saved_once_as_it_was_taken(build: Build, tmp_path: Path) -> N
 def test_the_state_of_another_schedule_is_refused(build: Build, tmp_path: Path) -> None:
     one = build(tmp_path / "one", *SCHEDULES["cgtr"])
     two = build(tmp_path / "two", *SCHEDULES["fixed"])
-    one.state.save(best=())
+    one.state.save(lasting=())
     with pytest.raises(UsageError, match="its schedule is not Fixed"):
         two.state.restore(tmp_path / "one" / "checkpoints" / "step-0")
     for trainer in (one, two):

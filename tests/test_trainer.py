@@ -124,7 +124,7 @@ def test_the_lines_hold_the_keys_of_their_schedule(
         assert [line["teacher/age"] for line in lines[1:]] == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("kind", SCHEDULES)
+@pytest.mark.parametrize("kind", ["cgtr", *slow(*(k for k in SCHEDULES if k != "cgtr"))])
 def test_the_summary_follows_from_the_lines(runs: Train, kind: str) -> None:
     run = runs(*SCHEDULES[kind], "steps=5")
     values = {line["step"]: line["eval/mean@2"] for line in run.lines if "eval/mean@2" in line}
@@ -139,6 +139,7 @@ def test_the_summary_follows_from_the_lines(runs: Train, kind: str) -> None:
     assert summary["refresh_steps"] == ([2, 4] if kind in COPYING else [])
 
 
+@pytest.mark.slow
 def test_every_schedule_starts_with_the_same_step(runs: Train) -> None:
     """At step 1 every teacher is the student; only later do they part."""
     first, later = [], []
@@ -363,6 +364,7 @@ def test_a_streamed_teacher_passes_by_once_a_scoring_budget(
     assert len(seen) == passes
 
 
+@pytest.mark.slow
 def test_layers_are_recomputed_where_the_key_says_so(build: Build, tmp_path: Path) -> None:
     counts = []
     for recompute in ("false", "true"):
@@ -512,7 +514,7 @@ def test_a_group_without_success_is_not_distilled(
 
 
 @pytest.mark.parametrize(
-    "cut", ["optimizer.micro_batch_tokens=1000", "optimizer.micro_batch_tokens=1"]
+    "cut", ["optimizer.micro_batch_tokens=1000", *slow("optimizer.micro_batch_tokens=1")]
 )
 def test_equal_weights_and_context_do_not_diverge(runs: Train, cut: str) -> None:
     run = runs("teacher.context=none", "schedule.kind=hard", "schedule.every=1", "steps=3", cut)
@@ -634,7 +636,7 @@ def test_a_lack_of_memory_names_its_phase_and_the_key(
     assert train(out) == runs("steps=5", "eval.every=3", "checkpoint.every=2")
 
 
-@pytest.mark.parametrize("storage", ["device", "host"])
+@pytest.mark.parametrize("storage", ["host", *slow("device")])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_weights_that_are_not_finite_name_their_step(
     build: Build, train: Train, tmp_path: Path, dtype: str, storage: str
@@ -779,6 +781,7 @@ def test_the_best_checkpoint_stays(
     assert cli("eval", "no-run", "--best").code == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("every", "kept"), [(0, [0, 2, 5]), (3, [0, 2, 5, 6])])
 def test_the_checkpoints_of_named_steps_stay(
     build: Build, tmp_path: Path, every: int, kept: list[int]

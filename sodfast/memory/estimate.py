@@ -48,8 +48,8 @@ from sodfast.rollout.batch import PREFILL_TOKENS
 from sodfast.rollout.cache import Cache
 from sodfast.rollout.decoder import unsupported
 from sodfast.rollout.native import CacheSize, cache_size
-from sodfast.rollout.passes import idle_rows, state_bytes
-from sodfast.rollout.speculation import MOST_TOKENS, REMEMBERED, draft_bytes, resolved
+from sodfast.rollout.passes import CPU_ROWS, idle_rows, state_bytes
+from sodfast.rollout.speculation import MOST_QUERIES, MOST_TOKENS, REMEMBERED, draft_bytes, resolved
 from sodfast.schedule import average_rate, student_share
 
 GIB = 2**30
@@ -412,6 +412,13 @@ class Estimate:
             if not packed or sum(packed) + prompt <= PREFILL_TOKENS:
                 packed.append(prompt)
         activations = peak(self.network, prefill, tuple(packed), copies, self.longest, self.on_gpu)
+        if self._drafts and not self.on_gpu:
+            # A pass with drafts, as a prefill of as many tokens with the logits of them all.
+            blocks = -(-min(rows * MOST_QUERIES, MOST_TOKENS["cpu"]) // CPU_ROWS)
+            prompts_of_pass = (CPU_ROWS,) * blocks
+            longest = max(self.longest, CPU_ROWS)
+            checked = peak(self.network, prefill, prompts_of_pass, CPU_ROWS, longest, False)
+            activations = max(activations, checked)
         return {
             "kv_cache": size.bytes,
             # The logits of a captured step; its hidden states are small beside them.

@@ -11,7 +11,7 @@ What gives a parameter other memory (a deep copy, a cast, FSDP's gathering) part
 neighbours. Nothing breaks then: `joined` says so, and decoding multiplies by each.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,6 +49,15 @@ def joined(parameters: Sequence[Tensor]) -> Tensor | None:
         place += parameter.numel()
     shape = (sum(map(len, parameters)), *first.shape[1:])
     return first.detach().as_strided(shape, first.stride())
+
+
+def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same memory, nothing copied, with a storage of its own for each tensor.
+
+    For transformers' `save_pretrained`, which clones tensors that share a storage: those of the
+    layers' joined weights would be in memory twice while they are written.
+    """
+    return {name: torch.from_dlpack(tensor.detach()) for name, tensor in tensors.items()}
 
 
 def _join(parameters: Sequence[nn.Parameter], device: torch.device) -> None:

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from sodfast.errors import RunFailed, UsageError
 from sodfast.files import read_object, sync, sync_entry
+from sodfast.model.joined import apart
 from sodfast.model.load import LanguageModel
 from sodfast.model.lora import save_adapters
 
@@ -175,7 +176,7 @@ def save(
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         if model.base is None:
-            model.network.save_pretrained(aside / "student", state_dict=student)
+            model.network.save_pretrained(aside / "student", state_dict=apart(student))
         else:
             save_adapters(model.network, aside / "student")
         model.tokenizer.save_pretrained(aside / "student")

@@ -108,7 +108,9 @@ def measured(trainer: Trainer, phase: Callable[[], Any], *others: Tensor) -> tup
 def test_each_phases_peak_is_the_plans_within_five_percent(
     overrides: list[str], started: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a CPU, where the objective's own buffers are hidden in one operation from both sides."""
+    """On a CPU, where the objective's own buffers are hidden in one operation from both sides.
+    Without drafts: how many of them `auto` takes depends on the clock."""
+    overrides = [*overrides, "rollout.speculate=off"]
     if "model.lora.rank=4" in overrides:
         pytest.importorskip("peft", reason="needs peft (pip install 'sodfast[lora]')")
     trainer = started(*overrides)
@@ -141,6 +143,18 @@ def test_each_phases_peak_is_the_plans_within_five_percent(
     assert planned.fits and planned.parameters == sum(
         parameter.numel() for parameter in trainer.model.network.parameters()
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", ["15", "auto"])
+def test_passes_with_drafts_stay_within_the_plan(
+    setting: str, started: Callable[..., Trainer]
+) -> None:
+    trainer = started(f"rollout.speculate={setting}")
+    _, rollout = measured(trainer, lambda: trainer._rollout(2))
+    _, evaluate = measured(trainer, lambda: trainer._evaluate(2))
+    planned = Estimate(trainer.config).peaks
+    assert rollout <= 1.05 * planned["rollout"] and evaluate <= 1.05 * planned["evaluate"]
 
 
 # ---------------------------------------------------------------- by hand

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sodfast.config import LoRAConfig
-from sodfast.model.joined import join_weights, joined
+from sodfast.model.joined import apart, join_weights, joined
 from sodfast.model.load import LanguageModel, cast_weights, load_model
 from sodfast.model.lora import add_adapters, merge_adapters
 from sodfast.rollout.decoder import Decoder
@@ -157,3 +157,25 @@ def test_adapters_and_their_merge_leave_the_matrix_live(model: LanguageModel) ->
     merge_adapters(model.network)
     assert all_joined(model.network)
     assert Decoder(model.network, 8).layers[0].qkv.weight is not None
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama"])
+def test_saving_copies_no_weight(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the file is that of a network whose weights were never joined, tied ones left out."""
+    network = tiny(name).network
+    network.save_pretrained(tmp_path / "before")
+    join_weights(network, CPU)
+    state = network.state_dict()
+    found = apart(state)
+    assert all(found[n].data_ptr() == t.data_ptr() and found[n].equal(t) for n, t in state.items())
+    copies = []
+    clone = Tensor.clone
+    monkeypatch.setattr(Tensor, "clone", lambda *a, **k: (copies.append(a), clone(*a, **k))[1])
+    network.save_pretrained(tmp_path / "joined", state_dict=found)
+    assert not copies
+    files = [tmp_path / folder / "model.safetensors" for folder in ("before", "joined")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    network.save_pretrained(tmp_path / "shared")  # what this is for
+    assert copies

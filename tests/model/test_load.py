@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import slow
 from safetensors.torch import load_file, save_file
 from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -252,7 +253,7 @@ def test_a_config_that_names_no_model_is_refused(directory: Path, contents: str)
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("model_type", "t5"),  # an encoder, and a decoder that cannot be had alone
+        *slow(("model_type", "t5")),  # an encoder, and a decoder that cannot be had alone
         ("model_type", "clip"),
         ("rope_parameters", {"rope_type": "nosuch", "rope_theta": 1e4}),
         ("rope_parameters", {"rope_type": "yarn"}),

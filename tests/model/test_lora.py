@@ -254,6 +254,7 @@ def test_after_a_copy_the_teacher_scores_as_the_student(
     assert logits(teacher.network).equal(refreshed) and not logits(student).equal(refreshed)
 
 
+@pytest.mark.slow
 def test_ema_follows_its_recursion_on_the_adapters(model: LanguageModel) -> None:
     student = adapted(model).network
     teacher, rate = Teacher(student, EMAConfig(rate=0.3), 0), 0.3

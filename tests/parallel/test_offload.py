@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import slow
 from sodfast_kernels import ema_update_, parameter_distance
 from torch import Tensor, nn
 from transformers import (
@@ -117,7 +118,7 @@ def test_a_copy_does_not_follow_the_source_until_it_is_told() -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *slow(torch.float32)])
 def test_updates_are_bit_for_bit_those_of_a_copy_on_the_device(
     name: str, dtype: torch.dtype
 ) -> None:

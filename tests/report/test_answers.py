@@ -16,6 +16,7 @@ def run(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
+@pytest.mark.slow
 def test_a_run_without_answers_compares_nothing(run: Path) -> None:
     assert compare(run) == compare(run, evaluation=True) == {}
     assert 'id="answers"' not in write_report(run).read_text()

@@ -60,6 +60,7 @@ def test_refreshes_that_could_not_be_judged_are_left_out() -> None:
     assert drawn["corrective"] > drawn["contaminating"]
 
 
+@pytest.mark.slow
 def test_forks_of_every_regime_are_drawn_with_their_means() -> None:
     rows: list[dict[str, Any]] = [
         {"regime": regime, "step": step, "age": step, "drift": 0.1 * step, "tail": None, **effect}

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from marks import slow
 from synthetic import SCHEDULES, lab_run, schedule_study, write_run, write_study
 
 from sodfast.config import CGTRConfig, EMAConfig, FixedConfig, HardConfig, TrustRegionConfig
@@ -150,10 +151,12 @@ def test_schedules_have_short_names(schedule: Any, name: str) -> None:
     ("file", "text"),
     [
         ("summary.json", b"{"),
-        ("summary.json", b"null"),
-        ("metrics.jsonl", b'{"step": 0, "x": "y"}\n{"step": 1}\n'),
         ("metrics.jsonl", b"\xff\n{}\n"),
-        ("events.jsonl", b'{"step": 1, "event": "refresh"}\n'),
+        *slow(
+            ("summary.json", b"null"),
+            ("metrics.jsonl", b'{"step": 0, "x": "y"}\n{"step": 1}\n'),
+            ("events.jsonl", b'{"step": 1, "event": "refresh"}\n'),
+        ),
         ("events.jsonl", b'{"step": 1, "event": "gate", "gates": {}, "refresh": false}\n'),
     ],
 )

@@ -158,6 +158,26 @@ def test_in_pages_with_steps_queued_ahead(
         assert engine.tokens_per_pass > 1.3
 
 
+@pytest.mark.slow
+def test_calls_of_several_kinds_with_the_same_prompts(model: LanguageModel) -> None:
+    """As in a run: rollouts, probes with other numbers of samples, and two examinations that share
+    a question. Each kind has a pace of its own, and all read what the others were answered."""
+    plain, ours = NativeEngine(model, 9), NativeEngine(model, 9, None, "auto")
+    kinds = {
+        1: (PROMPTS, SAMPLING),
+        2: (PROMPTS[:10], Sampling(1.0, 1.0, 30)),
+        3: (PROMPTS[7:], Sampling(0.0, 1.0, 12)),
+        4: (PROMPTS[8:] + PROMPTS[:4], Sampling(0.6, 0.95, 50, top_k=5)),
+    }
+    for step in (1, 2, 2):
+        for seed, (prompts, sampling) in kinds.items():
+            key, numbers = SampleKey(seed, step), range(len(prompts))
+            expected = plain.generate(prompts, numbers, sampling, key)
+            assert equal_bits(ours.generate(prompts, numbers, sampling, key), expected)
+    assert ours.paces.keys() == kinds.keys()
+    assert len({id(pace.cost) for pace in ours.paces.values()}) == 1
+
+
 def test_heads_too_small_to_be_exact_on_a_cpu_are_left_alone(tiny_model: Path) -> None:
     small = load_model(str(tiny_model), torch.device("cpu"))
     assert not NativeEngine(small, 4, None, 7).speculates

@@ -313,7 +313,7 @@ def damage(path: Path) -> str:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("sealed", [False, True])
+@pytest.mark.parametrize("sealed", [True, *slow(False)])
 def test_parts_of_the_state_are_checked(
     model: LanguageModel,
     optimizer: torch.optim.Optimizer,

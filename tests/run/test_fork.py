@@ -194,6 +194,7 @@ def test_a_fork_of_a_fork_repeats_it_too(source_of: Callable[[str], Path], tmp_p
     assert numbers(back) == numbers(source) and same(tensors(back, 8), tensors(source, 8))
 
 
+@pytest.mark.slow
 def test_a_fork_is_resumed_like_any_run(
     source_of: Callable[[str], Path], train: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -251,6 +252,7 @@ def test_what_cannot_be_forked_is_said_and_nothing_is_made(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_source_that_is_no_run_of_this_version(
     source_of: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -179,6 +179,7 @@ def test_each_variant_and_each_source_has_its_own_forks(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_there_can_be_forked(tmp_path: Path) -> None:
     """Its configuration is the base; overrides and variants change its forks alone."""
     run = tmp_path / "run"

@@ -35,7 +35,7 @@ LAB = [path for path in FILES if path.stem.endswith("_lab")]
 LARGE = [path for path in FILES if path not in LAB]
 
 
-@pytest.mark.parametrize("path", [*LAB, *slow(*LARGE)], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*LAB[:3], *slow(*LAB[3:], *LARGE)], ids=lambda path: path.stem)
 def test_a_study_expands_to_what_it_says(path: Path) -> None:
     study = shipped(path.stem)
     trials = study.trials
@@ -61,6 +61,7 @@ def test_the_main_study_has_six_schedules_and_five_seeds() -> None:
     assert len(axes["schedule"]) >= 6 and len(axes["seed"]) >= 5
 
 
+@pytest.mark.slow
 def test_the_headline_has_ten_runs_a_schedule_on_two_warm_starts() -> None:
     trials = shipped("headline_lab").trials
     kinds = [trial.config.schedule.model_dump_json() for trial in trials]
@@ -120,6 +121,7 @@ def test_the_sensitivity_study_moves_one_threshold_at_a_time() -> None:
     }
 
 
+@pytest.mark.slow
 def test_the_refresh_sweep_has_the_papers_schedules() -> None:
     for name in ("refresh_sweep_lab", "refresh_sweep_qwen3_8b"):
         schedules = shipped(name).axes["schedule"]

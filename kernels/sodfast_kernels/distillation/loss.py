@@ -187,9 +187,8 @@ def distillation_loss(
     """Distillation and policy gradient in one pass, with per-token statistics.
 
     loss = Σ_t distill_weight_t·ρ_t·D_t + Σ_t policy_weight_t·L_t, where D is the divergence of SDPO
-    (arXiv 2601.20802), ρ its capped, detached token ratio, and L the clipped policy loss
-    max(−A·r, −A·clip(r, 1 − low, 1 + high)), r the ratio to `old_logprob`. Log-ratios are clamped
-    to ±20.
+    (arXiv 2601.20802), ρ its capped, detached token ratio, and L the clipped policy loss max(−A·r,
+    −A·clip(r, 1 − low, 1 + high)), r the ratio to `old_logprob`. Log-ratios are clamped to ±20.
 
     Args:
         student_logits: [N, V], fp16, bf16, fp32 or fp64; gradients flow here.

@@ -45,6 +45,7 @@ def test_any_number_of_splits_and_some_of_them_empty(monkeypatch, splits, window
     agree(cache, window=window)
 
 
+@pytest.mark.slow
 @pytest.mark.triton
 def test_scratch_that_no_split_wrote_is_never_read(monkeypatch):
     empty = torch.empty

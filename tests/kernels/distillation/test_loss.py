@@ -20,6 +20,7 @@ IDS = torch.arange(N, device=DEVICE)
 ONES = torch.ones(N, device=DEVICE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_accumulating_twice_in_one_graph_and_backward_twice(backend):
     hidden, head, *teacher = hidden_and_head()

@@ -88,7 +88,7 @@ def policy_by_hand(ratio, advantage, dual):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dual", [None, DUAL])
+@pytest.mark.parametrize("dual", [DUAL, *slow(None)])
 @pytest.mark.parametrize("form", ["full", *slow("top_k", "stored"), "without a teacher"])
 def test_the_dual_clip_bounds_negative_advantages_alone(backend, dual, form):
     generator = torch.Generator().manual_seed(3)

@@ -154,7 +154,7 @@ def test_among_equal_logits_the_lower_indices_stay(backend, top_p):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("given", TRUNCATIONS, ids=str)
+@pytest.mark.parametrize("given", [*slow(*TRUNCATIONS[:-2]), *TRUNCATIONS[-2:]], ids=str)
 def test_rows_that_are_not_finite_have_entropy_nan_and_a_valid_token(backend, given):
     logits = torch.randn(5, 60, generator=torch.Generator().manual_seed(7))
     logits[0, 7], logits[1, 7], logits[2], logits[3, 1:] = NAN, INF, -INF, -INF

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_inputs import DEVICE, TRUNCATIONS, draw_keys, draw_tokens
+from marks import slow
 from sodfast_kernels import sample_tokens
 from sodfast_kernels.sampling import kernel as sampling_kernel
 
@@ -24,7 +25,7 @@ def agree(logits, **given):
 
 @pytest.mark.triton
 @pytest.mark.parametrize("given", TRUNCATIONS, ids=str)
-@pytest.mark.parametrize("vocabulary", [2, 3, 130, 1027])
+@pytest.mark.parametrize("vocabulary", [130, *slow(2, 3, 1027)])
 def test_the_kernel_draws_what_the_definition_draws(given, vocabulary):
     generator = torch.Generator().manual_seed(vocabulary)
     logits = 2 * torch.randn(2, vocabulary + 5, generator=generator)
@@ -47,13 +48,14 @@ def test_several_chunks_and_blocks(given):
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize("given", TRUNCATIONS, ids=str)
+@pytest.mark.parametrize("given", [*slow(*TRUNCATIONS[:-2]), *TRUNCATIONS[-2:]], ids=str)
 def test_ties_in_the_kernel(given):
     logits = torch.randint(0, 3, (3, 200), generator=torch.Generator().manual_seed(6)).float()
     agree(logits, **given)
     agree(torch.full((2, 200), -0.0).index_fill(1, torch.arange(0, 200, 2), 0.0), **given)
 
 
+@pytest.mark.slow
 @pytest.mark.triton
 @settings(max_examples=25, deadline=None)
 @given(
