@@ -361,7 +361,10 @@ def _stop(message: str, code: int, alone: bool = False) -> None:
     # that only one rank knows of is printed by that rank.
     launched = "TORCHELASTIC_RUN_ID" in os.environ
     if alone or not launched or os.environ.get("RANK", "0") == "0":
-        print("sodfast: " + " ".join(message.split()), file=sys.stderr)
+        text = " ".join(message.split())
+        if len(text) > 2500:  # of a name or a value; what is wrong with it stands before or after
+            text = f"{text[:2000]} … {text[-400:]}"
+        print(f"sodfast: {text}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -278,6 +278,12 @@ def test_an_error_is_printed_by_rank_0_and_where_no_rank_is_named(
     refused(cli("train", "stepz=3"), "stepz")
 
 
+def test_a_line_about_a_long_name_says_its_beginning_and_what_is_wrong(cli: Command) -> None:
+    outcome = cli("train", "x" * 100_000, "--dry-run")
+    assert outcome.code == 2 and outcome.err.count("\n") == 1 and len(outcome.err) < 3000
+    assert "no configuration file 'xxx" in outcome.err and "presets: base" in outcome.err
+
+
 def test_paths_longer_than_any_are_refused(cli: Command, here: Path, finished: Path) -> None:
     for path in ("x" * 5000, "x/" * 2400, "x/" * 1500):
         for arguments in (["--resume", path], [path], [f"out={path}"], [f"model.path={path}"]):

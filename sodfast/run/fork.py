@@ -47,6 +47,9 @@ def prepare_fork(
     state, original = checkpoint.verify(path), source_config(source)
     if state["fingerprint"] != fingerprint(original):
         raise UsageError(f"{source}/config.yaml is not what its checkpoints were made with")
+    for file in path.rglob("*"):
+        if not file.exists():
+            raise UsageError(f"{file} is a link to nothing: replace it by what it named")
     lines = [line for line in read_metrics(source) if line["step"] <= step]
     if len(lines) != step + 1:
         raise UsageError(f"{source}/metrics.jsonl lacks lines up to the checkpoint's step {step}")

@@ -289,6 +289,18 @@ def test_a_damaged_checkpoint_is_not_forked_and_nothing_is_left(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_link_to_nothing_is_found_before_anything_is_made(
+    source_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(source_of("fixed"), source)
+    link = source / "checkpoints" / "step-4" / "student" / "extra.json"
+    link.symlink_to(link)
+    with pytest.raises(UsageError, match=r"extra\.json is a link to nothing"):
+        fork(source, tmp_path / "out", "step=4")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_model_that_has_gone_is_missed_before_anything_is_made(
     tmp_path: Path, source_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
