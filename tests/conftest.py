@@ -2,6 +2,7 @@
 
 import gc
 import json
+import logging
 import os
 import signal
 import sys
@@ -75,9 +76,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     """What has been imported stays until the end: the garbage collector, which took a tenth of the
-    tests' time and a fifth of the imports', need not look at it."""
+    tests' time and a fifth of the imports', need not look at it. Nor need pytest hang its handlers
+    on each of torch's forty loggers, six times a test."""
     gc.freeze()
     gc.enable()
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch."):
+            logging.getLogger(name).propagate = True
 
 
 @pytest.fixture(scope="session")

@@ -149,6 +149,7 @@ def student(run: Path, step: int) -> bytes:
     return (run / "checkpoints" / f"step-{step}" / "student" / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_with_samples_differs_in_nothing_else(train: Train, tmp_path: Path) -> None:
     """Metrics and events bit for bit, and the weights."""
     found = {}

@@ -65,6 +65,7 @@ def test_the_samples_of_a_step(tiny_run: list[str], tmp_path: Path) -> None:
     assert sum(rewards) / 16 == pytest.approx(run.metrics[2]["reward/mean"])
 
 
+@pytest.mark.slow
 def test_step_by_step_is_the_same_run(tiny_run: list[str], tmp_path: Path) -> None:
     whole = sodfast.train("lab", overrides(tiny_run, tmp_path / "whole"))
     config = sodfast.load_config("lab", overrides(tiny_run, tmp_path / "steps"))

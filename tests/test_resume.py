@@ -121,6 +121,7 @@ def test_a_teacher_that_is_the_student_needs_no_file(
     assert train(out, f"steps={STEPS}") == undisturbed("hard")
 
 
+@pytest.mark.slow
 def test_lines_after_the_checkpoint_are_written_again(
     train: Train, undisturbed: Train, tmp_path: Path
 ) -> None:

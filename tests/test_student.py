@@ -55,6 +55,7 @@ def gradient(build: Build, out: Path, rollouts: Any, *overrides: str) -> torch.T
     return grads[0]
 
 
+@pytest.mark.slow
 def test_bf16_gradients_point_where_fp32_ones_do(build: Build, tmp_path: Path) -> None:
     """However a step is cut: each of the 16 sums over micro-batches rounds at 2⁻⁹."""
     trainer = build(tmp_path / "rollouts")

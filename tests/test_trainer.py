@@ -216,7 +216,8 @@ def test_a_question_visited_again_has_a_gain(runs: Train) -> None:
 # ---------------------------------------------------------------- what is switched off
 
 
-@pytest.mark.parametrize("stop", ["false", *slow("true")])
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", ["false", "true"])
 def test_a_run_without_evaluation_and_checkpoints(
     train: Train, runs: Train, tmp_path: Path, stop: str
 ) -> None:

@@ -315,9 +315,8 @@ def test_a_failed_save_leaves_the_entry_and_no_litter(
     assert path.read_bytes() == b"before"
 
 
-@pytest.mark.parametrize(
-    "fault", ["a file", *slow("below a file", "no home", "full", "unwritable")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["a file", "below a file", "no home", "full", "unwritable"])
 def test_a_cache_that_cannot_be_used_costs_nothing_but_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fault: str
 ) -> None:

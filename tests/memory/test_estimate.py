@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from architectures import gemma, qwen
-from marks import slow
 from torch import Tensor
 from torch.distributed._tools.mem_tracker import MemTracker
 
@@ -374,7 +373,8 @@ def test_a_run_of_random_weights_is_planned_as_the_shape_itself() -> None:
         architecture(load_config(None, ["model.random=Qwen/Qwen9"]))
 
 
-@pytest.mark.parametrize("engine", ["native", *slow("hf")])
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["native", "hf"])
 def test_a_run_without_evaluation_takes_no_memory_for_it(engine: str) -> None:
     overrides = ["model.random=sodfast/tiny", "device=cpu", f"rollout.engine={engine}"]
     phases = Estimate(load_config(None, overrides)).phases

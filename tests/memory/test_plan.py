@@ -163,6 +163,7 @@ def test_several_changes_are_the_fewest(small: Config) -> None:
             assert not Estimate(override(tight, [other for other in found if other != text])).fits
 
 
+@pytest.mark.slow
 def test_the_lab_has_a_plan(cli: Command) -> None:
     result = last_line(cli("plan", "device=cpu").out)
     assert result["fits"] and result["parameters"] == 642_368 and result["host_bytes"] == {}

@@ -253,8 +253,8 @@ def test_a_config_that_names_no_model_is_refused(directory: Path, contents: str)
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        *slow(("model_type", "t5")),  # an encoder, and a decoder that cannot be had alone
-        ("model_type", "clip"),
+        # An encoder, and a decoder that cannot be had alone.
+        *slow(("model_type", "t5"), ("model_type", "clip")),
         ("rope_parameters", {"rope_type": "nosuch", "rope_theta": 1e4}),
         ("rope_parameters", {"rope_type": "yarn"}),
         ("rope_parameters", 3),

@@ -99,6 +99,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.mark.slow
 def test_means_errors_and_differences_are_those_of_the_metrics(study: Path) -> None:
     """By hand: three seeds of hard 50; against fixed, whose seed 1 is missing, two pairs."""
     scores = [last_score(study, f"hard-every50,seed{seed}") for seed in range(3)]

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from marks import slow
 from rollouts import answer, equal_bits, ragged, same_tokens, tiny
 from torch import Tensor
 
@@ -119,7 +118,8 @@ def test_when_pages_run_out_the_youngest_waits_and_is_answered_with_the_same_bit
         assert max(events["alive"]) > 1  # and not one after the other, for fear of it
 
 
-@pytest.mark.parametrize(("steps", "queued"), [(3, 3), *slow((8, 1), (8, 2))])
+@pytest.mark.slow
+@pytest.mark.parametrize(("steps", "queued"), [(3, 3), (8, 1), (8, 2)])
 def test_queueing_ahead_changes_no_bit(
     steps: int,
     queued: int,

@@ -88,7 +88,8 @@ def files(run: Path) -> dict[str, bytes]:
     return {str(p.relative_to(run)): p.read_bytes() for p in run.rglob("*") if p.is_file()}
 
 
-@pytest.mark.parametrize("kind", ["cgtr", *slow("fixed", "hard", "ema", "trust_region")])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["cgtr", "fixed", "hard", "ema", "trust_region"])
 def test_with_nothing_changed_it_repeats_its_source(
     source_of: Callable[[str], Path], kind: str, tmp_path: Path
 ) -> None:
@@ -266,7 +267,7 @@ def test_a_source_that_is_no_run_of_this_version(
         fork(source, tmp_path / "out", "step=4")
 
 
-@pytest.mark.parametrize("hashed", [True, False])
+@pytest.mark.parametrize("hashed", [True, *slow(False)])
 def test_a_damaged_checkpoint_is_not_forked_and_nothing_is_left(
     source_of: Callable[[str], Path], tmp_path: Path, hashed: bool
 ) -> None:

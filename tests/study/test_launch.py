@@ -39,6 +39,7 @@ def run(directory: Path, trial: Trial, stop: Event | None = None) -> Outcome:
     return run_trial(directory, trial, environment, str(directory), stop or Event())
 
 
+@pytest.mark.slow
 def test_a_trial_says_how_it_ended_and_its_log_how_it_began(
     trial: Callable[[str], tuple[Path, Trial]],
 ) -> None:

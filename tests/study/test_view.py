@@ -94,6 +94,7 @@ def many(tmp_path: Path) -> tuple[Path, Any]:
     return tmp_path, load_study(study).trials
 
 
+@pytest.mark.slow
 def test_the_live_table_shows_what_matters_of_200_trials(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
