@@ -1,13 +1,12 @@
 """Drafts change no answer, whatever they are and however many; which ones there are, and how many
-tokens a pass has."""
+tokens a pass has. Whole runs: test_speculation_in_runs.py."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import SCHEDULES
 from marks import slow
 from rollouts import EOS, equal_bits, ragged, same_tokens, tiny
 from torch import Tensor
@@ -17,7 +16,7 @@ from sodfast.model.load import LanguageModel, load_model, to_ids, trained_parame
 from sodfast.model.lora import add_adapters
 from sodfast.rollout import batch, speculation
 from sodfast.rollout.admission import Draw
-from sodfast.rollout.cache import PAGE, Cache
+from sodfast.rollout.cache import PAGE, Cache, up_to_step
 from sodfast.rollout.engine import Sample, SampleKey, Sampling
 from sodfast.rollout.native import NativeEngine
 from sodfast.rollout.speculation import (
@@ -90,6 +89,21 @@ def test_answers_are_those_without_drafts_where_rows_are_refilled(
     model: LanguageModel, setting: Setting, rows: int
 ) -> None:
     lossless(model, setting, rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", [7, "auto"])
+def test_answers_are_those_without_drafts_where_the_cache_is_short(
+    model: LanguageModel, setting: Setting
+) -> None:
+    """Sixteen rows, the least of a CPU: the other eight samples wait for one."""
+    positions = up_to_step(max(map(len, PROMPTS)) + SAMPLING.max_new_tokens)
+    gib = 16.5 * positions * Cache.bytes_per_token(model.network) / 2**30
+    short = NativeEngine(model, 64, gib, setting)
+    assert short.size(positions, len(PROMPTS)).rows == 16 < len(PROMPTS)
+    plain = NativeEngine(model, 64)
+    for step in (4, 5, 5):
+        assert equal_bits(asked(short, step=step), asked(plain, step=step))
 
 
 @pytest.mark.slow
@@ -183,23 +197,6 @@ def test_heads_too_small_to_be_exact_on_a_cpu_are_left_alone(tiny_model: Path) -
     assert not NativeEngine(small, 4, None, 7).speculates
     assert NativeEngine(tiny("qwen3"), 4, None, 7).speculates
     assert not NativeEngine(tiny("qwen3"), 4, None, False).speculates
-
-
-# ---------------------------------------------------------------- whole runs
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", SCHEDULES)
-def test_a_run_and_its_resume_are_those_without_drafts(
-    kind: str, train: Callable[..., Any], wide_model: Path, tmp_path: Path
-) -> None:
-    overrides = [*SCHEDULES[kind], f"model.path={wide_model}", "task.train=12", "steps=7"]
-    overrides += ["checkpoint.every=1"]
-    plain = train(tmp_path / "off", *overrides, "rollout.speculate=off")
-    assert train(tmp_path / "on", *overrides, "rollout.speculate=7") == plain
-    cut = train(tmp_path / "cut", *overrides, "rollout.speculate=7", "steps=3")
-    assert cut.lines[-1]["step"] == 3
-    assert train(tmp_path / "cut", "steps=7") == plain
 
 
 # ---------------------------------------------------------------- which drafts, and how many
