@@ -14,7 +14,7 @@ from torch import Tensor
 from sodfast.config import LoRAConfig
 from sodfast.model.load import LanguageModel, load_model, to_ids, trained_parameters
 from sodfast.model.lora import add_adapters
-from sodfast.rollout import batch, speculation
+from sodfast.rollout import batch, native, speculation
 from sodfast.rollout.admission import Draw
 from sodfast.rollout.cache import PAGE, Cache, up_to_step
 from sodfast.rollout.engine import Sample, SampleKey, Sampling
@@ -28,6 +28,7 @@ from sodfast.rollout.speculation import (
     Drafts,
     Pace,
     Setting,
+    count_texts,
     draft_bytes,
     resolved,
 )
@@ -202,6 +203,18 @@ def test_heads_too_small_to_be_exact_on_a_cpu_are_left_alone(tiny_model: Path) -
 # ---------------------------------------------------------------- which drafts, and how many
 
 
+def test_a_call_with_too_many_texts_checks_no_drafts(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampling = Sampling(0.5, 0.9, 12)
+    engine: Any = NativeEngine(model, 64, None, 7)
+    plain = asked(NativeEngine(model, 64), sampling=sampling)
+    monkeypatch.setattr(native, "MOST_TEXT_BYTES", draft_bytes(len(PROMPTS), 20))
+    assert equal_bits(asked(engine, sampling=sampling), plain) and engine.tokens_per_pass == 1
+    monkeypatch.undo()  # what that call has answered is remembered
+    assert equal_bits(asked(engine, sampling=sampling), plain) and engine.tokens_per_pass > 2
+
+
 def draws(*prompts: tuple[int, ...]) -> list[Draw]:
     return [Draw(place, torch.tensor(ids), place, ids) for place, ids in enumerate(prompts)]
 
@@ -215,7 +228,11 @@ def test_the_same_samples_last_answer_comes_first_then_siblings_then_the_others(
     earlier.remember(
         draws((5, 6), (5, 6), (7, 8)), {0: sample(1, 2), 1: sample(3), 2: sample(4, 4, 4)}
     )
-    drafts = Drafts(draws((5, 6), (5, 6), (9, 9)), earlier, 4, torch.device("cpu"))
+    asking = draws((5, 6), (5, 6), (9, 9))
+    drafts = Drafts(asking, earlier, 4, torch.device("cpu"))
+    assert count_texts(asking, earlier) == len(drafts.tokens_NC) == 6
+    taken = (drafts.tokens_NC, drafts.length_N, drafts.sources_NS, drafts.prompt_N)
+    assert sum(tensor.nbytes for tensor in taken) <= draft_bytes(6, 2 + 4)
     assert drafts.sources_NS.tolist() == [[4, 1, 5, 0], [5, 0, 4, 1], [2, -1, -1, -1], [-1] * 4]
     assert [drafts.tokens_NC[text, : drafts.length_N[text]].tolist() for text in (4, 5)] == [
         [5, 6, 1, 2],
