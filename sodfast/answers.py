@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sodfast.config import Config
 from sodfast.context import Hint
-from sodfast.model.load import LanguageModel
+from sodfast.model.language_model import LanguageModel
 from sodfast.parallel.ranks import ALONE, Ranks
 from sodfast.rollout.engine import Sample
 from sodfast.run.samples import Answer, Rollout

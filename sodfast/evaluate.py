@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import comb, fsum
 
 from sodfast.config import Config
-from sodfast.model.load import LanguageModel, to_ids
+from sodfast.model.language_model import LanguageModel, to_ids
 from sodfast.parallel.ranks import ALONE, Ranks
 from sodfast.rewards import grade_answers
 from sodfast.rng import Stream, draw_key

@@ -28,7 +28,7 @@ from sodfast.context import Questions, TeacherContext, teacher_prompts
 from sodfast.errors import RunFailed
 from sodfast.evaluate import Examination, evaluate, evaluate_others
 from sodfast.metrics import RewardGain, length_metrics, mean_entropy, reward_metrics
-from sodfast.model.load import LanguageModel, to_ids
+from sodfast.model.language_model import LanguageModel, to_ids
 from sodfast.objective import group_advantages
 from sodfast.parallel.ranks import ALONE, Ranks
 from sodfast.probe import is_due, longest_mean, probe

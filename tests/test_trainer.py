@@ -16,7 +16,7 @@ from sodfast.commands import build_trainer, evaluate_model, export_model
 from sodfast.config import load_config
 from sodfast.errors import RunFailed, UsageError
 from sodfast.files import read_lines
-from sodfast.model.load import decoder_layers
+from sodfast.model.language_model import decoder_layers
 from sodfast.run import checkpoint
 from sodfast.run.console import Reporter
 from sodfast.run.interrupt import Interrupted

@@ -38,7 +38,7 @@ from sodfast.memory.trace import (
     training,
 )
 from sodfast.model.directory import read_config
-from sodfast.model.load import output_head, trained_parameters
+from sodfast.model.language_model import output_head, trained_parameters
 from sodfast.model.packing import micro_batches
 from sodfast.model.random_weights import shape, shipped_shapes
 from sodfast.optimizer import build_optimizer

@@ -30,7 +30,12 @@ from sodfast.config import LoRAConfig, ObjectiveConfig
 from sodfast.errors import UsageError
 from sodfast.model import liger, lora
 from sodfast.model.directory import name_no_code, refusing
-from sodfast.model.load import decoder_layers, output_head, recompute_layers, trained_parameters
+from sodfast.model.language_model import (
+    decoder_layers,
+    output_head,
+    recompute_layers,
+    trained_parameters,
+)
 from sodfast.model.packing import can_pack, response_hidden, use_packed_attention
 from sodfast.objective import micro_batch_loss
 from sodfast.rollout.cache import Cache

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from sodfast.config import LoRAConfig
 from sodfast.model.joined import apart, join_weights, joined
-from sodfast.model.load import LanguageModel, cast_weights, load_model
+from sodfast.model.language_model import LanguageModel, cast_weights
+from sodfast.model.load import load_model
 from sodfast.model.lora import add_adapters, merge_adapters
 from sodfast.rollout.decoder import Decoder
 from sodfast.rollout.native import NativeEngine

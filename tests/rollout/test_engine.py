@@ -15,7 +15,8 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from sodfast.config import load_config
 from sodfast.errors import RunFailed
 from sodfast.lab.model import build_tokenizer
-from sodfast.model.load import LanguageModel, load_model, to_ids, wrap_model
+from sodfast.model.language_model import LanguageModel, to_ids
+from sodfast.model.load import load_model, wrap_model
 from sodfast.model.packing import own_attention
 from sodfast.rollout.engine import Engine, SampleKey, Sampling, stop_length
 from sodfast.rollout.hf import HFEngine

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from sodfast.config import LoRAConfig
 from sodfast.errors import UsageError
-from sodfast.model.load import LanguageModel, trained_parameters
+from sodfast.model.language_model import LanguageModel, trained_parameters
 from sodfast.model.lora import add_adapters
 from sodfast.model.random_weights import shape
 from sodfast.rollout import batch, native, passes

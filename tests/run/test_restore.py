@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sodfast.config import CGTRConfig, FixedConfig, OptimizerConfig
 from sodfast.errors import UsageError
-from sodfast.model.load import LanguageModel
+from sodfast.model.language_model import LanguageModel
 from sodfast.optimizer import build_optimizer
 from sodfast.parallel.fsdp import Weights
 from sodfast.run import checkpoint
