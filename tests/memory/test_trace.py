@@ -13,7 +13,8 @@ from sodfast_kernels.distillation.arguments import Call, Settings, Sides, Tokens
 
 from sodfast.config import load_config
 from sodfast.memory import trace
-from sodfast.memory.trace import LiveBytes, depths, empty_network, peak, prefill, scoring, training
+from sodfast.memory.network import empty_network
+from sodfast.memory.trace import LiveBytes, depths, peak, prefill, scoring, training
 
 # ---------------------------------------------------------------- what is counted
 
