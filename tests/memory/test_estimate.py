@@ -129,7 +129,7 @@ def test_each_phases_peak_is_the_plans_within_five_percent(
     line |= {"step": 2, **trainer._statistics(rollouts)}
     # In a step in which the drift of a teacher in host memory is measured.
     _, peaks["refresh"] = measured(trainer, lambda: trainer._move_teacher(DRIFT_EVERY, line))
-    _, peaks["evaluate"] = measured(trainer, lambda: trainer._evaluate(2))
+    _, peaks["evaluate"] = measured(trainer, lambda: trainer.evaluator.evaluate(2))
 
     lengths = [
         Lengths(len(sample.prompt), len(hint.prompt), len(sample.response))
@@ -151,7 +151,7 @@ def test_passes_with_drafts_stay_within_the_plan(
 ) -> None:
     trainer = started(f"rollout.speculate={setting}")
     _, rollout = measured(trainer, lambda: trainer._rollout(2))
-    _, evaluate = measured(trainer, lambda: trainer._evaluate(2))
+    _, evaluate = measured(trainer, lambda: trainer.evaluator.evaluate(2))
     planned = Estimate(trainer.config).peaks
     assert rollout <= 1.05 * planned["rollout"] and evaluate <= 1.05 * planned["evaluate"]
 
