@@ -23,7 +23,7 @@ from sodfast.rollout.hf import HFEngine
 from sodfast.rollout.native import NativeEngine
 
 
-@pytest.fixture(params=["qwen3", "llama"])
+@pytest.fixture(params=["llama", *slow("qwen3")])
 def any_model(request: pytest.FixtureRequest, tiny_model: Path) -> LanguageModel:
     """The tiny Qwen3, and a random Llama: untied head, grouped keys, long and wild samples."""
     if request.param == "qwen3":
@@ -88,7 +88,7 @@ def test_a_longer_cap_only_lengthens_capped_samples(
         assert a.capped or a.response.equal(b.response)
 
 
-@pytest.mark.parametrize("temperature", [0.6, 1.0, 0.0])
+@pytest.mark.parametrize("temperature", [0.6, 0.0, *slow(1.0)])
 def test_logprob_and_entropy_are_those_of_a_teacher_forced_forward(
     engine_name: str, any_model: LanguageModel, temperature: float
 ) -> None:
