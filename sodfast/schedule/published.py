@@ -67,7 +67,7 @@ class TrustRegion(Schedule):
 class CGTR(Schedule):
     """Consolidation-Gated Teacher Refresh (arXiv 2606.03532 §4, App. C, Table 9).
 
-    Every `check_every` steps φ ← θ iff every active gate passes:
+    Every `check_every` steps φ ← θ iff every active gate passes::
 
     isolation  t − t_last ≥ min_isolation, with t_last = 0 at the start
     reward     mean reward of the last `window` steps > r_ref + reward_margin; r_ref starts as the
