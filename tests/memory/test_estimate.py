@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import gemma
+from marks import slow
 from torch import Tensor
 from torch.distributed._tools.mem_tracker import MemTracker
 
@@ -198,8 +199,7 @@ def test_weights_and_what_goes_with_them(by_hand: Callable[..., Estimate]) -> No
     [
         # Beside a byte for each of both moments, one for the exponent of each block of 256.
         ("8bit", 2, 2 * (2 * (16 + 8 + 8 + 16 + 1 + 1 + 3 * 32 + 1 + 1) + 2 * 125 + 1)),
-        ("fp32", 8, 0),
-        ("exact", 10, 0),  # with what bf16 cuts off a weight
+        *slow(("fp32", 8, 0), ("exact", 10, 0)),  # exact: with what bf16 cuts off a weight
     ],
 )
 def test_the_optimizers_state_is_that_of_its_kind(
@@ -258,7 +258,7 @@ def test_a_cpu_keeps_its_cache_and_takes_sequences_in_sixteens(
     assert estimate.host == {}
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("device", ["cuda", *slow("cpu")])
 def test_the_estimate_and_the_engine_give_one_answer(
     device: str, by_hand: Callable[..., Estimate]
 ) -> None:
@@ -317,8 +317,7 @@ def test_longer_answers_take_more_and_smaller_micro_batches_less(
     ("preset", "parameters"),
     [
         ("qwen3_4b_80gb", 4_022_468_096),
-        ("qwen3_1_7b_80gb", 1_720_574_976),
-        ("qwen3_0_6b_80gb", 596_049_920),
+        *slow(("qwen3_1_7b_80gb", 1_720_574_976), ("qwen3_0_6b_80gb", 596_049_920)),
     ],
 )
 @pytest.mark.usefixtures("offline")

@@ -79,7 +79,7 @@ def test_the_objectives_buffers_on_a_cpu_are_bounded(
     assert 0.5 * bound < taken <= bound
 
 
-@pytest.mark.parametrize("top_k", [None, 20])
+@pytest.mark.parametrize("top_k", [20, *slow(None)])
 @pytest.mark.parametrize(
     ("triton", "dtype"),
     # Off a GPU, products of 16-bit matrices copy them into fp32.

@@ -84,7 +84,12 @@ def test_weights_that_would_be_unpickled_are_refused(
 
 
 @pytest.mark.parametrize(
-    "name", ["w.bin", "../w.safetensors", "part/w.safetensors", "/w.safetensors", "..", "", 7, None]
+    "name",
+    [
+        "w.bin",
+        "../w.safetensors",
+        *slow("part/w.safetensors", "/w.safetensors", "..", "", 7, None),
+    ],
 )
 @pytest.mark.parametrize("where", ["index", "config"])
 def test_weights_are_named_files_of_the_directory_itself(
@@ -127,7 +132,7 @@ def test_a_damaged_index_is_a_usage_error(directory: Path, index: str) -> None:
     refusal(directory)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "garbage", "empty"])
+@pytest.mark.parametrize("damage", ["truncated", *slow("garbage", "empty")])
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
 def test_a_damaged_file_is_a_usage_error(directory: Path, name: str, damage: str) -> None:
     whole = (directory / name).read_bytes()
@@ -190,27 +195,29 @@ def test_a_config_that_names_no_model_is_refused(directory: Path, contents: str)
         # An encoder, and a decoder that cannot be had alone.
         *slow(("model_type", "t5"), ("model_type", "clip")),
         ("rope_parameters", {"rope_type": "nosuch", "rope_theta": 1e4}),
-        ("rope_parameters", {"rope_type": "yarn"}),
-        ("rope_parameters", 3),
         ("hidden_act", "nosuch"),
-        ("hidden_act", None),
-        ("dtype", "nosuch"),
-        ("dtype", []),
-        ("num_attention_heads", 0),
-        ("num_key_value_heads", -1),
-        ("num_hidden_layers", 0),
-        ("num_hidden_layers", 500),
         ("num_hidden_layers", 10**11),
-        ("num_hidden_layers", "x"),
-        ("num_labels", 10**9),
-        ("vocab_size", 10**13),
         ("vocab_size", 10**9),
-        ("head_dim", 0),
-        ("rms_norm_eps", "x"),
-        ("layer_types", 3),
-        ("quantization_config", 3),
-        ("auto_map", 3),
-        ("pad_token_id", 9999),
+        *slow(
+            ("rope_parameters", {"rope_type": "yarn"}),
+            ("rope_parameters", 3),
+            ("hidden_act", None),
+            ("dtype", "nosuch"),
+            ("dtype", []),
+            ("num_attention_heads", 0),
+            ("num_key_value_heads", -1),
+            ("num_hidden_layers", 0),
+            ("num_hidden_layers", 500),
+            ("num_hidden_layers", "x"),
+            ("num_labels", 10**9),
+            ("vocab_size", 10**13),
+            ("head_dim", 0),
+            ("rms_norm_eps", "x"),
+            ("layer_types", 3),
+            ("quantization_config", 3),
+            ("auto_map", 3),
+            ("pad_token_id", 9999),
+        ),
     ],
 )
 def test_a_config_that_makes_no_model_is_one_line(directory: Path, key: str, value: Any) -> None:
@@ -221,10 +228,13 @@ def test_a_config_that_makes_no_model_is_one_line(directory: Path, key: str, val
 @pytest.mark.parametrize(
     ("file", "contents"),
     [
-        *(("tokenizer.json", text) for text in ("[]", "null", "{}", '{"version": "1.0"}')),
-        *(("tokenizer_config.json", text) for text in ("[]", "null", "3", "{", "\xff{")),
-        *(("generation_config.json", text) for text in ("[]", "null", "3", "{")),
+        ("tokenizer.json", "[]"),
+        ("tokenizer_config.json", "[]"),
+        ("generation_config.json", "[]"),
         ("special_tokens_map.json", "[]"),
+        *slow(*(("tokenizer.json", text) for text in ("null", "{}", '{"version": "1.0"}'))),
+        *slow(*(("tokenizer_config.json", text) for text in ("null", "3", "{", "\xff{"))),
+        *slow(*(("generation_config.json", text) for text in ("null", "3", "{"))),
     ],
 )
 def test_a_file_of_the_wrong_shape_is_named(directory: Path, file: str, contents: str) -> None:

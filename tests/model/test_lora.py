@@ -393,6 +393,7 @@ def finished(build: Build, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     return out, trainer
 
 
+@pytest.mark.slow
 def test_a_checkpoint_holds_adapters_that_peft_reads(finished: tuple[Path, Trainer]) -> None:
     out, trainer = finished
     path = out / "checkpoints" / "step-4"

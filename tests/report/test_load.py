@@ -96,14 +96,14 @@ def test_a_metric_that_is_not_finite_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "text"),
     [
-        ("summary.json", b"{"),
         ("metrics.jsonl", b"\xff\n{}\n"),
         *slow(
+            ("summary.json", b"{"),
             ("summary.json", b"null"),
             ("metrics.jsonl", b'{"step": 0, "x": "y"}\n{"step": 1}\n'),
             ("events.jsonl", b'{"step": 1, "event": "refresh"}\n'),
+            ("events.jsonl", b'{"step": 1, "event": "gate", "gates": {}, "refresh": false}\n'),
         ),
-        ("events.jsonl", b'{"step": 1, "event": "gate", "gates": {}, "refresh": false}\n'),
     ],
 )
 def test_a_damaged_trial_has_no_lines_and_a_damaged_run_is_refused(

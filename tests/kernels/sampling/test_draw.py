@@ -165,7 +165,7 @@ def test_rows_that_are_not_finite_have_entropy_nan_and_a_valid_token(backend, gi
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("given", [{}, {"top_p": 0.9}, {"top_k": 7}], ids=str)
+@pytest.mark.parametrize("given", [{"top_p": 0.9}, *slow({}, {"top_k": 7})], ids=str)
 def test_a_draw_depends_on_its_key_and_row_alone(backend, given):
     logits = torch.randn(5, 50, generator=torch.Generator().manual_seed(3))
     key = draw_keys(5, position=4)
