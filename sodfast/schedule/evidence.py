@@ -35,7 +35,7 @@ PROBE_KEYS = tuple(f"probe/{one.name}" for one in fields(ProbedStep)[len(fields(
 class Evidence(Schedule):
     """Refresh where the copy would be the better teacher (our own; see `ProbedStep`).
 
-    At every probe, which is every `probe_every` steps, φ ← θ iff every active gate passes::
+    At every probe, which is every `probe_every` steps, φ ← θ iff every active gate passes:
 
         isolation  t − t_last ≥ min_isolation, with t_last = 0 at the start
         reward     z = Σd / √Σd² ≥ min_z, where d is a question's gain
