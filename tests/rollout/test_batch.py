@@ -11,10 +11,11 @@ from torch import Tensor
 
 from sodfast.model.language_model import LanguageModel
 from sodfast.rollout import batch
+from sodfast.rollout.admission import Draw
 from sodfast.rollout.batch import Batch
 from sodfast.rollout.cache import PAGE, SCRATCH, Cache
 from sodfast.rollout.decoder import Decoder
-from sodfast.rollout.engine import Sample
+from sodfast.rollout.engine import Sample, SampleKey, Sampling
 from sodfast.rollout.native import NativeEngine
 from sodfast.rollout.passes import Passes
 
@@ -214,3 +215,21 @@ def test_idle_rows_of_a_model_with_a_window_leave_nothing_behind() -> None:
     prompts = [prompt for prompt in ragged(12) for _ in range(4)]
     together = answer(NativeEngine(model, 64), prompts, CAP)
     assert equal_bits(answer(NativeEngine(model, 10), prompts, CAP), together)
+
+
+# ---------------------------------------------------------------- company before a prefill
+
+
+@pytest.mark.parametrize(
+    ("tokens", "free", "started"), [(1, 24, 24), (1, 12, 0), (9, 24, 0), (9, 48, 48)]
+)
+def test_the_more_tokens_a_row_gets_from_a_pass_the_more_company_samples_wait_for(
+    model: LanguageModel, tokens: int, free: int, started: int
+) -> None:
+    """A quarter of 64 rows at one token a pass, three quarters at nine; many more samples wait."""
+    prompt = torch.tensor([5, 6])
+    draws = [Draw(place, prompt, place, (5, 6)) for place in range(200)]
+    rows = Batch(model, draws, 64, 16, Sampling(1.0, 1.0, 8), SampleKey(1, 1))
+    rows.rows = [*draws[: 64 - free], *[None] * free]
+    rows.pace.count(tokens * 1_000, 1_000, 0, 0, 0, 0)
+    assert rows._admissible() == started
