@@ -107,8 +107,7 @@ def build_trainer(
         # Read when CUDA's allocator starts, after this line; vLLM has one of its own that knows no
         # such segments.
         os.environ.setdefault("PYTORCH_ALLOC_CONF", allocator_settings())
-        if ranks.size > 1:
-            torch.cuda.set_device(device)  # on which NCCL and FSDP work
+    make_current(device)
     limit_memory(device, config.memory_gib)
     without_cudnn(device)
     # Ranks that name a new directory by the clock may not name the same one.
@@ -177,6 +176,7 @@ def evaluate_model(
         config = load_config(preset, [f"model.path={source}", *overrides])
     task = build_task(config.task)
     device = pick_device(config.device)
+    make_current(device)
     without_cudnn(device)
     if path is None:
         model = load_model(source, device, getattr(torch, config.model.dtype))
@@ -356,7 +356,11 @@ def _attention(
 
 
 def pick_device(name: str, ranks: Ranks = ALONE) -> torch.device:
-    """The device that `name` means; with several ranks a GPU of its own for each of a machine's."""
+    """The device that `name` means; with several ranks a GPU of its own for each of a machine's.
+
+    A GPU has its index, 0 where none is named: some of torch's functions refuse a device without
+    one, and it would equal no tensor's.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device, gpus = torch.device(name), torch.cuda.device_count()
@@ -368,7 +372,15 @@ def pick_device(name: str, ranks: Ranks = ALONE) -> torch.device:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     elif device.type == "cuda" and (device.index or 0) >= gpus:
         raise UsageError(f"device={name}: this machine has {gpus} GPUs")
+    elif device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
     return device
+
+
+def make_current(device: torch.device) -> None:
+    """Make a GPU the one that streams, graphs and figures of memory are of, and NCCL works on."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def allocator_settings() -> str:

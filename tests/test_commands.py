@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.cuda._utils import _get_device_index
 
 from sodfast import commands
 from sodfast.commands import (
@@ -20,6 +21,7 @@ from sodfast.commands import (
     evaluate_model,
     export_model,
     limit_memory,
+    make_current,
     pick_device,
     train_run,
 )
@@ -49,9 +51,9 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     [
         (0, "auto", "cpu"),
         (0, "cpu", "cpu"),
-        (1, "auto", "cuda"),
+        (1, "auto", "cuda:0"),
         (1, "cpu", "cpu"),
-        (1, "cuda", "cuda"),
+        (1, "cuda", "cuda:0"),
         (2, "cuda:1", "cuda:1"),
     ],
 )
@@ -59,7 +61,10 @@ def test_one_process_takes_the_device_that_it_names(
     gpus: Callable[[int], None], count: int, name: str, expected: str
 ) -> None:
     gpus(count)
-    assert pick_device(name) == torch.device(expected)
+    device = pick_device(name)
+    assert device == torch.device(expected)
+    # What limits the allocator takes none without an index.
+    assert device.type == "cpu" or _get_device_index(device) == device.index
 
 
 @pytest.mark.parametrize(("count", "name"), [(0, "cuda"), (0, "cuda:0"), (1, "cuda:1")])
@@ -91,15 +96,27 @@ def test_the_allocator_is_held_to_the_planned_memory(monkeypatch: pytest.MonkeyP
         torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=141 * 2**30)
     )
     monkeypatch.setattr(
-        torch.cuda, "set_per_process_memory_fraction", lambda share, _: fractions.append(share)
+        torch.cuda,
+        "set_per_process_memory_fraction",
+        lambda share, device: fractions.append((share, _get_device_index(device))),
     )
     limit_memory(torch.device("cpu"), 78)
-    limit_memory(torch.device("cuda"), None)
+    limit_memory(torch.device("cuda", 1), None)
     assert fractions == []
-    limit_memory(torch.device("cuda"), 78)
-    assert fractions == [78 / 141]
+    limit_memory(torch.device("cuda", 1), 78)
+    assert fractions == [(78 / 141, 1)]
     with pytest.raises(UsageError, match=r"memory_gib=150: this GPU has 141\.0 GiB"):
-        limit_memory(torch.device("cuda"), 150)
+        limit_memory(torch.device("cuda", 1), 150)
+
+
+def test_a_gpu_is_made_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    current = []
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda device: current.append(_get_device_index(device))
+    )
+    make_current(torch.device("cpu"))
+    make_current(torch.device("cuda", 1))
+    assert current == [1]
 
 
 # ---------------------------------------------------------------- refused before any work
@@ -177,8 +194,8 @@ def test_the_allocator_is_told_what_it_knows(
 
     monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
     monkeypatch.setattr(commands, "pinned_setting", lambda: setting)
-    monkeypatch.setattr(commands, "pick_device", lambda *_: torch.device("cuda"))
-    monkeypatch.setattr(commands, "limit_memory", stop)
+    monkeypatch.setattr(commands, "pick_device", lambda *_: torch.device("cuda", 0))
+    monkeypatch.setattr(commands, "make_current", stop)  # which starts CUDA
     with pytest.raises(UsageError, match="far enough"):
         build(tmp_path / "run")
     expected = ["expandable_segments:True", *([setting] if setting else [])]
