@@ -72,7 +72,9 @@ def main(
         print(f"bench/{name}.py needs a CUDA device; --rehearse runs it on a CPU")
         return 2
     gpu = not options.rehearse and torch.cuda.is_available()
-    device = torch.device("cuda", 0) if gpu else torch.device("cpu")  # some of torch needs the index
+    device = (
+        torch.device("cuda", 0) if gpu else torch.device("cpu")
+    )  # some of torch needs the index
     plan = Plan(device, full=not options.rehearse, without=frozenset(options.without))
     if options.list:
         for part in options.parts:
