@@ -34,7 +34,6 @@ def serve(tree: str) -> None:
 
     from sodfast.commands import build_model, pick_device
     from sodfast.config import load_config
-    from sodfast.model.load import to_ids
     from sodfast.rollout.engine import SampleKey, Sampling
     from sodfast.rollout.native import NativeEngine
     from sodfast.tasks import build_task
@@ -45,7 +44,7 @@ def serve(tree: str) -> None:
     torch.set_num_threads(1)
     questions = build_task(config.task).train[: rollout.prompts_per_step]
     prompts = [
-        to_ids(model.encode_question(question))
+        torch.tensor(model.encode_question(question))
         for question in questions
         for _ in range(rollout.samples_per_prompt)
     ]

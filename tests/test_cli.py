@@ -309,7 +309,7 @@ def test_any_locale_will_do(finished: Path, here: Path, environment: str, name: 
     assert tree(run)["metrics.jsonl"] == tree(finished)["metrics.jsonl"]
 
 
-@pytest.mark.parametrize("output", ["> /dev/full", "| (exec <&-)"])
+@pytest.mark.parametrize("output", ["> /dev/full", *slow("| (exec <&-)")])
 def test_a_result_that_nobody_can_read_is_a_failure_in_one_line(here: Path, output: str) -> None:
     command = [sys.executable, "-m", "sodfast", "train", "--dry-run"]
     run = f'set -o pipefail; exec 3>err; "$@" 2>&3 {output}'

@@ -12,7 +12,6 @@ which its own `linear_scratch_bytes` states.
 Shapes: T tokens, N response tokens, H hidden size, H' that of the teacher's rows, V vocabulary.
 """
 
-import json
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
@@ -24,27 +23,25 @@ from typing import Any
 import torch
 from sodfast_kernels import linear_scratch_bytes
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sodfast.config import LoRAConfig, ObjectiveConfig
-from sodfast.errors import UsageError
-from sodfast.model import liger, lora
-from sodfast.model.directory import name_no_code, refusing
-from sodfast.model.load import decoder_layers, output_head, recompute_layers, trained_parameters
-from sodfast.model.packing import can_pack, response_hidden, use_packed_attention
+from sodfast.config import ObjectiveConfig
+from sodfast.memory.network import FAKE
+from sodfast.model.language_model import (
+    decoder_layers,
+    output_head,
+    trained_parameters,
+)
+from sodfast.model.packing import response_hidden
 from sodfast.objective import micro_batch_loss
 from sodfast.rollout.cache import Cache
 from sodfast.rollout.decoder import Decoder
 from sodfast.rollout.engine import Sample
-from sodfast.rollout.native import CacheSize
-from sodfast.rollout.passes import idle_rows
 
 # The layers of most networks repeat after a few. A deeper network is measured with these multiples
 # of that few, and the line through the two peaks gives its own.
 DEPTHS = (2, 3)
-# Lengths and ids may be real tensors, so that the phases can read them.
-FAKE = FakeTensorMode(allow_non_fake_inputs=True)
 
 Sequences = tuple[tuple[int, int], ...]  # tokens of (prompt or context, response) of a micro-batch
 Peaks = tuple[int, ...]  # of a phase's parts, bytes
@@ -94,54 +91,6 @@ class LiveBytes(TorchDispatchMode):
 
     def _forget(self, key: int) -> None:
         self._live -= self._sizes.pop(key)
-
-
-@cache
-def empty_network(
-    contents: str,
-    dtype: torch.dtype,
-    recompute: bool,
-    use_liger: bool,
-    adapters: LoRAConfig | None = None,
-    kept: int = 0,
-) -> Any:
-    """A network without weights, set up as `commands.build_model` sets up one that has some.
-
-    `contents`: of a config.json. `use_liger`: with Liger's kernels where they are installed and
-    know the network; without them it takes more. `kept`: how many layers `recompute` spares.
-    Raises `UsageError` for a network that transformers does not know or that cannot be trained
-    here.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
-
-    with refusing(
-        "model.path: its config.json makes no model", "give that of a causal language model"
-    ):
-        config = AutoConfig.for_model(**json.loads(contents))
-        name_no_code(config)
-        with FAKE, no_init_weights():
-            network = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        network.tie_weights()
-    if not can_pack(network):
-        raise UsageError(
-            f"model.path: sequences of a {type(network).__name__} cannot be packed: choose "
-            "another model"
-        )
-    use_packed_attention(network.eval())
-    if adapters is not None:
-        lora.require_peft()
-        lora.inject_adapters(network, adapters, seed=0)
-        for module in network.modules():  # peft gives the adapters that it adds real memory
-            for name, parameter in module.named_parameters(recurse=False):
-                if not isinstance(parameter, FakeTensor):
-                    fake = FAKE.from_tensor(parameter.detach())
-                    module.register_parameter(name, nn.Parameter(fake, parameter.requires_grad))
-    if use_liger and liger.unsupported(network, torch.device("cuda")) is None:
-        liger.patch(network)
-    if recompute:
-        recompute_layers(network, kept)
-    return network
 
 
 @cache
@@ -256,23 +205,25 @@ def scoring(network: Any, sequences: Sequences) -> Peaks:
     return (live.take_peak(),)
 
 
-def prefill(network: Any, pack: Pack, size: CacheSize, width: int, on_gpu: bool) -> Peaks:
+def prefill(
+    network: Any, pack: Pack, page: int | None, pages: int, width: int, on_gpu: bool
+) -> Peaks:
     """The native engine's prefill of one pack of prompts, and the logits behind it.
 
-    `size` and `width` (positions of the longest sequence): of its cache, whose own keys and values
-    are not counted. So what a prompt writes is what it writes in a run: on a GPU once for all of
-    its samples, but for the last, partial page of each.
+    `page`, `pages` and `width` (positions of the longest sequence): of its cache, whose own keys
+    and values are not counted. So what a prompt writes is what it writes in a run: on a GPU once
+    for all of its samples, but for the last, partial page of each.
     """
     lengths, samples = zip(*pack, strict=True)
     ends = accumulate(samples)
     rows = [range(end - count, end) for end, count in zip(ends, samples, strict=True)]
-    total = sum(samples) + idle_rows(sum(samples), on_gpu)
-    cache = Cache(Decoder(network, width), total, width, None, size.page, size.pages)
+    total = sum(samples)
+    cache = Cache(Decoder(network, width), total, width, None, page, pages)
     for length, sharing in zip(lengths, rows, strict=True):
         cache.start(sharing, length)
     with torch.no_grad(), LiveBytes([*_tensors(network), cache.memory]) as live:
         decoder = Decoder(network, width)
-        ids_T = torch.zeros(sum(lengths) + idle_rows(sum(lengths), on_gpu), dtype=torch.int64)
+        ids_T = torch.zeros(sum(lengths), dtype=torch.int64)
         attend = cache.prefilling(lengths, rows)
         hidden_TH = decoder.forward(ids_T, ids_T, attend)
         if on_gpu:  # where 16-bit heads are multiplied without a copy in fp32

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from sodfast_kernels import gumbel_noise, sample_tokens
 from torch import Tensor
 
-from sodfast.model.load import LanguageModel
+from sodfast.model.language_model import LanguageModel
 from sodfast.rollout.admission import Draw
 from sodfast.rollout.cache import Cache, staged
 from sodfast.rollout.engine import SampleKey, Sampling
@@ -200,7 +200,8 @@ class Passes:
         )
         token_BQ, logprob_BQ, entropy_BQ = (_put_back(x, position_BQ, chosen_T) for x in drawn)
         done_B, ended_BQ = self.done[rows].clone(), (token_BQ[..., None] == self.eos).any(2)
-        kept_BQ, tested = ~done_B[:, None], ()
+        kept_BQ = ~done_B[:, None]
+        tested: tuple[Tensor, ...] = ()
         if draft_BK is not None:
             right_BK = token_BQ[:, :-1] == draft_BK
             holds_BK = right_BK & ~ended_BQ[:, :-1]

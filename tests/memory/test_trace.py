@@ -14,12 +14,12 @@ from sodfast_kernels.distillation.arguments import Call, Settings, Sides, Tokens
 
 from sodfast.config import load_config
 from sodfast.memory import trace
-from sodfast.memory.trace import LiveBytes, depths, empty_network, peak, prefill, scoring, training
+from sodfast.memory.network import empty_network
+from sodfast.memory.trace import LiveBytes, depths, peak, prefill, scoring, training
 from sodfast.rollout.admission import Draw
 from sodfast.rollout.batch import Batch
 from sodfast.rollout.decoder import Decoder
 from sodfast.rollout.engine import SampleKey, Sampling
-from sodfast.rollout.native import CacheSize
 
 # ---------------------------------------------------------------- what is counted
 
@@ -84,7 +84,7 @@ def test_the_objectives_buffers_on_a_cpu_are_bounded(
     assert 0.5 * bound < taken <= bound
 
 
-@pytest.mark.parametrize("top_k", [None, 20])
+@pytest.mark.parametrize("top_k", [20, *slow(None)])
 @pytest.mark.parametrize(
     ("triton", "dtype"),
     # Off a GPU, products of 16-bit matrices copy them into fp32.
@@ -273,21 +273,20 @@ def test_scoring_leaves_its_hidden_states(network: Any) -> None:
     assert few > 20 * 64 * 4 and few + 20 * 64 * 4 < many
 
 
-def paged(rows: int, width: int) -> CacheSize:
-    """A GPU's cache in which so many sequences have room, each with pages of its own."""
-    pages = 1 + rows * -(-width // 64)
-    return CacheSize(rows, 64, pages, 0)
+def paged(rows: int, width: int) -> tuple[int, int]:
+    """Page and pages of a GPU's cache in which so many sequences have pages of their own."""
+    return 64, 1 + rows * -(-width // 64)
 
 
 def test_a_prefill_ends_in_fp32_logits_of_every_sample(network: Any) -> None:
     one, two = (
-        peak(network, prefill, ((9, copies), (7, copies)), paged(80, 32), 32, True)
+        peak(network, prefill, ((9, copies), (7, copies)), *paged(80, 32), 32, True)
         for copies in (20, 40)
     )
     assert two - one >= 2 * 20 * 500 * 4
     size = paged(1, 1024)
-    assert peak(network, prefill, ((900, 1),), size, 1024, True) > peak(
-        network, prefill, ((90, 1),), size, 1024, True
+    assert peak(network, prefill, ((900, 1),), *size, 1024, True) > peak(
+        network, prefill, ((90, 1),), *size, 1024, True
     )
 
 
@@ -295,10 +294,10 @@ def test_a_prefill_writes_a_shared_page_once(network: Any) -> None:
     """Sixteen samples of a prompt of ten whole pages write what one does; a last, partial page is
     written for each, and where a page is a whole sequence so is everything."""
     one, many, partial = (
-        peak(network, prefill, ((tokens, copies),), paged(16, 704), 704, True)
+        peak(network, prefill, ((tokens, copies),), *paged(16, 704), 704, True)
         for tokens, copies in ((640, 1), (640, 16), (650, 16))
     )
-    whole = peak(network, prefill, ((640, 16),), CacheSize(16, None, 16, 0), 704, True)
+    whole = peak(network, prefill, ((640, 16),), None, 16, 704, True)
     assert one == many < partial < whole
 
 
@@ -310,7 +309,7 @@ def test_the_plans_prefill_is_the_engines() -> None:
         empty_network(contents, torch.float32, False, False),
         prefill,
         ((70, 3), (9, 2)),
-        paged(5, 128),
+        *paged(5, 128),
         128,
         True,
     )
@@ -318,9 +317,9 @@ def test_the_plans_prefill_is_the_engines() -> None:
         Draw(row, ids, row, tuple(ids.tolist()))
         for row, ids in enumerate([torch.arange(70) % 7] * 3 + [torch.arange(9)] * 2)
     ]
-    size, sampling = paged(5, 128), Sampling(1.0, 1.0, 50)
+    (page, pages), sampling = paged(5, 128), Sampling(1.0, 1.0, 50)
     batch = Batch(
-        model, draws, 5, 128, sampling, SampleKey(1, 1), page=size.page, pages=size.pages
+        model, draws, 5, 128, sampling, SampleKey(1, 1), page=page, pages=pages
     )  # fmt: skip
     packs: list[Any] = []
     batch.passes.prefill = packs.append  # type: ignore[method-assign]
