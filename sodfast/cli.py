@@ -5,8 +5,9 @@ import json
 import os
 import signal
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TextIO, cast
 
 import typer
 
@@ -321,6 +322,17 @@ def _print(*lines: str, screen: "Screen | None" = None) -> None:
         raise typer.Exit(1)
 
 
+def _help(arguments: list[str]) -> int:
+    """Let typer, which writes help texts by itself, write one as `_print` writes all else."""
+    from sodfast.run.console import Screen
+
+    screen = Screen()
+    with redirect_stdout(cast("TextIO", screen)):
+        app(arguments, standalone_mode=False)
+        screen.flush()
+    return int(screen.off)
+
+
 def _split(arguments: list[str]) -> tuple[str | None, list[str]]:
     """CONFIG is the one argument without `=`, and comes first."""
     if arguments and "=" not in arguments[0]:
@@ -343,8 +355,9 @@ def main() -> None:
         _stop("transformers needs the docstrings that PYTHONOPTIMIZE=2 removes: set it to 1", 2)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # not every locale has what tables are drawn with
+    arguments = sys.argv[1:] or ["--help"]
     try:
-        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        code = _help(arguments) if "--help" in arguments else app(arguments, standalone_mode=False)
         sys.exit(code or (0 if sys.argv[1:] else 2))
     except UsageError as error:
         _stop(str(error), 2)

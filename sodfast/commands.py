@@ -16,7 +16,7 @@ from sodfast.config import Config, load_config, read_overrides, validate
 from sodfast.context import Questions, fitting_questions
 from sodfast.errors import UsageError
 from sodfast.evaluate import Examination, evaluate, evaluate_others
-from sodfast.files import whole_folder
+from sodfast.files import copy_files, whole_folder
 from sodfast.model.attention import describe, require_flash, without_cudnn
 from sodfast.model.chat import require_switches
 from sodfast.model.joined import apart
@@ -210,7 +210,7 @@ def export_model(run: Path, out: Path, best: bool = False) -> None:
     card = model_card(run, config, step)
     student = None
     if config.model.lora is None:
-        checkpoint.verify(path, "student/")
+        names = checkpoint.file_names(path, checkpoint.verify(path, "student/"), "student/")
     else:
         disable_progress_bar()
         student = _student(config, path, torch.device("cpu"))
@@ -219,7 +219,7 @@ def export_model(run: Path, out: Path, best: bool = False) -> None:
         # It gets its name only when it is whole, so that a full disk or a kill is in nobody's way.
         with whole_folder(out) as aside:
             if student is None:
-                shutil.copytree(path / "student", aside, dirs_exist_ok=True)
+                copy_files(path / "student", aside, names)
             else:
                 weights = apart(student.network.state_dict())
                 student.network.save_pretrained(aside, state_dict=weights)

@@ -7,7 +7,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -58,6 +58,19 @@ def _leftovers(directory: Path, names: Iterable[str]) -> list[Path]:
     """What stands aside in `directory` to get one of these names."""
     aside = re.compile(rf"({'|'.join(map(re.escape, names))})\.[0-9a-f]{{16}}\.tmp")
     return [directory / name for name in os.listdir(directory) if aside.fullmatch(name)]
+
+
+def copy_files(
+    source: Path,
+    target: Path,
+    names: Iterable[str],
+    copy: Callable[[Path, Path], object] = shutil.copyfile,
+) -> None:
+    """Copy these files, by their names from `source`, to the same names in the folder `target`. Of
+    a link what it names is copied."""
+    for name in names:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        copy(source / name, target / name)
 
 
 @contextmanager
@@ -173,6 +186,10 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 
 def _read(file: Path) -> bytes:
     try:
+        if (
+            file.is_fifo() or file.is_char_device()
+        ):  # a pipe waits for a writer, /dev/zero has no end
+            raise UsageError(f"{file} is no regular file: replace it by one")
         return file.read_bytes()
     except FileNotFoundError:
         raise

@@ -309,9 +309,12 @@ def test_any_locale_will_do(finished: Path, here: Path, environment: str, name: 
     assert tree(run)["metrics.jsonl"] == tree(finished)["metrics.jsonl"]
 
 
+@pytest.mark.parametrize("option", ["--dry-run", "--help"])
 @pytest.mark.parametrize("output", ["> /dev/full", "| (exec <&-)"])
-def test_a_result_that_nobody_can_read_is_a_failure_in_one_line(here: Path, output: str) -> None:
-    command = [sys.executable, "-m", "sodfast", "train", "--dry-run"]
+def test_a_result_that_nobody_can_read_is_a_failure_in_one_line(
+    here: Path, output: str, option: str
+) -> None:
+    command = [sys.executable, "-m", "sodfast", "train", option]
     run = f'set -o pipefail; exec 3>err; "$@" 2>&3 {output}'
     done = subprocess.run(["bash", "-c", run, "bash", *command], timeout=300)
     said = (here / "err").read_text()

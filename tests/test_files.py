@@ -16,6 +16,7 @@ from sodfast.errors import UsageError
 from sodfast.files import (
     is_held,
     read_lines,
+    read_object,
     remove_leftovers,
     replace_text,
     to_csv,
@@ -186,6 +187,17 @@ def test_a_broken_line_before_the_last_is_named(tmp_path: Path) -> None:
     file.write_text('{"step": 0}\n{"step": \n{"step": 2}\n')
     with pytest.raises(UsageError, match=r"events\.jsonl:2: not JSON"):
         read_lines(file)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_file_that_never_ends_is_refused(tmp_path: Path, kind: str) -> None:
+    file = tmp_path / "summary.json"
+    if kind == "pipe":
+        os.mkfifo(file)
+    else:
+        file.symlink_to("/dev/zero")
+    with pytest.raises(UsageError, match=r"summary\.json is no regular file"):
+        read_object(file)
 
 
 # ---------------------------------------------------------------- locks

@@ -118,6 +118,9 @@ def check_out(path: Path) -> None:
     refuse_links(path, (".lock", *_FORKED))
     if os.path.lexists(path) and not os.path.isdir(path):
         raise UsageError(f"out={path} is a file: choose a directory")
+    for folder in path.absolute().parents:
+        if folder.name == "checkpoints" and os.path.isfile(folder.parent / "config.yaml"):
+            raise UsageError(f"out={path} lies among the checkpoints of a run: choose another")
     existing = path
     while not os.path.lexists(existing):
         existing = existing.parent
