@@ -41,6 +41,7 @@ ADDED: dict[str, Any] = {
     "teacher.demonstrate_self": False,
     "teacher.micro_batch_tokens": None,
     "optimizer.lr_burst": None,
+    "schedule.timeout": 60.0,
     "objective.dual_clip": None,
     "objective.old_logprob": "engine",
     "eval.questions": None,
