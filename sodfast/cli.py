@@ -377,7 +377,8 @@ def _stop(message: str, code: int, alone: bool = False) -> None:
         text = " ".join(message.split())
         if len(text) > 2500:  # of a name or a value; what is wrong with it stands before or after
             text = f"{text[:2000]} … {text[-400:]}"
-        print(f"sodfast: {text}", file=sys.stderr)
+        if sys.stderr is None or not sys.stderr.closed:  # by the user's own code
+            print(f"sodfast: {text}", file=sys.stderr)
     sys.exit(code)
 
 

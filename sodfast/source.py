@@ -111,7 +111,9 @@ class Source:
         The working directory and the standard streams are afterwards what they were before: what
         is written from then on goes to where it was meant to go.
         """
-        directory, streams = os.open(".", os.O_RDONLY), (sys.stdout, sys.stderr)
+        # O_PATH needs no right to read the directory, but not every system has it.
+        directory = os.open(".", getattr(os, "O_PATH", os.O_RDONLY))
+        streams = sys.stdout, sys.stderr
         key, seconds = limit or ("", inf)
         try:
             with time_limit(seconds):

@@ -75,8 +75,9 @@ def _discard(stream: TextIO) -> None:
     if stream.closed:
         return
     nothing = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, stream.fileno())
-    os.close(nothing)
+    if nothing != stream.fileno():  # it gets the stream's own number where that has been closed
+        os.dup2(nothing, stream.fileno())
+        os.close(nothing)
 
 
 def open_console(screen: Screen | None) -> Console:

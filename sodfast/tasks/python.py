@@ -213,9 +213,13 @@ def _grade(result: Any, question: Question) -> Grade:
 
 
 def _reward(value: Any) -> float:
-    if not isinstance(value, Real) or not math.isfinite(value):
+    try:
+        reward = float(value) if isinstance(value, Real) else math.nan
+    except OverflowError:  # of an integer
+        reward = math.inf
+    if not math.isfinite(reward):
         raise _Refused(f"a reward must be a finite number, not {str(value)[:40]!r}")
-    return float(value)
+    return reward
 
 
 def _text(value: Any, what: str) -> str | None:

@@ -109,6 +109,22 @@ def _pipe_without_a_reader() -> TextIO:
     return os.fdopen(writing, "w")
 
 
+def test_a_descriptor_that_the_users_code_closes_is_switched_off_with_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """The next file that is opened gets its number, be it the one that discards what is written."""
+    stream = (tmp_path / "out").open("w")
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", stream)
+        screen = Screen()
+        os.close(stream.fileno())
+        for _ in range(3):
+            print("text", file=screen, flush=True)
+    stream.close()
+    said = capsys.readouterr().err
+    assert screen.off and said.count("\n") == 1 and "(Bad file descriptor)" in said
+
+
 def test_an_output_that_the_users_code_closes_is_switched_off_with_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

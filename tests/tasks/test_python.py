@@ -178,6 +178,7 @@ def test_what_is_no_reward_function(rows: Path) -> None:
         ("return [1.0, 2.0, 3.0]", "own.py, reward: 3 rewards for 2 completions"),
         ("return [1.0, float('nan')]", "must be a finite number, not 'nan' (row 'line 2')"),
         ("return [float('inf'), 1]", "must be a finite number, not 'inf' (row 'line 1')"),
+        ("return [10**400, 1]", "must be a finite number, not '1000000"),
         ("return ['right', 1]", "must be a finite number, not 'right' (row 'line 1')"),
         ("return [None, 1]", "must be a finite number, not 'None' (row 'line 1')"),
         ("return [(1, 2), 1]", "feedback must be text or None, not '2' (row 'line 1')"),
