@@ -8,6 +8,7 @@ such a run is a false one. The gates are those of `schedule.CGTR` (arXiv 2606.03
 Shapes: R runs, T steps, P prompts of a step, L observed steps, K probes.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import ceil
@@ -258,7 +259,7 @@ def calibrate_source(
     Under evidence they are those in the teacher's contexts, and probes show them where there are
     some."""
     file = Path(source or "", "config.yaml")
-    if source is None or not file.is_file():
+    if source is None or not os.path.isfile(file):
         config = load_config(source, overrides)
         return calibrate(config, parse_success(success or "1,1"), None, rate)
     config = validate(read_overrides(file, overrides))

@@ -298,7 +298,7 @@ def report_directories(
     page that shows several runs side by side, the keys that differ first."""
     from sodfast.report.page import write_comparison, write_report, write_studies
 
-    if out is not None and all((path / "study.yaml").is_file() for path in directories):
+    if out is not None and all(os.path.isfile(path / "study.yaml") for path in directories):
         _print(str(write_studies(directories, out, baseline)))
         return
     if len(directories) > 1:
@@ -365,6 +365,10 @@ def main() -> None:
         _stop(f"{str(error).rstrip('.')}: see sodfast --help", 2)
     except RunFailed as error:
         _stop(str(error), 1, error.alone)
+    except OSError as error:
+        # What the system refuses wherever it is asked, such as a folder that may not be read, is no
+        # defect of the program.
+        _stop(str(error), 1)
     except (Interrupted, KeyboardInterrupt):
         sys.exit(130)
 

@@ -16,7 +16,7 @@ from sodfast.config import Config, load_config, read_overrides, validate
 from sodfast.context import Questions, fitting_questions
 from sodfast.errors import UsageError
 from sodfast.evaluate import Examination, evaluate, evaluate_others
-from sodfast.files import copy_files, whole_folder
+from sodfast.files import copy_files, require_usable, whole_folder
 from sodfast.model.attention import describe, require_flash, without_cudnn
 from sodfast.model.chat import require_switches
 from sodfast.model.joined import apart
@@ -38,7 +38,7 @@ from sodfast.rollout.engine import Engine
 from sodfast.run import checkpoint
 from sodfast.run.card import model_card
 from sodfast.run.console import Reporter, Screen, build_reporter, print_run
-from sodfast.run.directory import RunDirectory, check_out, default_out, require_usable
+from sodfast.run.directory import RunDirectory, check_out, default_out
 from sodfast.run.environment import environment
 from sodfast.run.fork import Beginning, prepare_fork
 from sodfast.run.fork_keys import fork_config, read_fork, source_config

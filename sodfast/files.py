@@ -17,6 +17,7 @@ from sodfast.errors import UsageError
 
 # What a spreadsheet takes for a formula: a sign that is not a number's, an @, a control character.
 _FORMULA = re.compile(r"[=@\t\r]|[+-](?!\.?\d+\.?\d*(e[+-]?\d+)?\Z)")
+_DEEPEST = 255  # folders that Python makes in one call without exhausting its stack
 
 
 def replace_bytes(file: Path, data: bytes) -> None:
@@ -140,6 +141,19 @@ def _inert(cell: Any) -> Any:
     return f"'{cell}" if isinstance(cell, str) and _FORMULA.match(cell) else cell
 
 
+def require_usable(path: Path, called: str) -> None:
+    """Raise `UsageError`, in which the path is `called` so, for a name that no file can have: one
+    that is too long or too deep, or a loop of links."""
+    if len(path.parts) > _DEEPEST:
+        raise UsageError(f"{called} cannot be used: more than {_DEEPEST} folders deep")
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise UsageError(f"{called} cannot be used: {error.strerror}") from error
+
+
 def refuse_links(directory: Path, names: Iterable[str]) -> None:
     """Raise `UsageError` where one of these names in `directory` is a symbolic link: what is
     written there would land elsewhere."""
@@ -166,7 +180,7 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     A last line cut short by a power failure, be it within a character, is left out. Raises
     `UsageError` with file and line for anything else.
     """
-    if not file.is_file():
+    if not os.path.isfile(file):
         return []
     texts = _read(file).removesuffix(b"\n").split(b"\n")
     lines = []

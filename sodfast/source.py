@@ -179,7 +179,7 @@ def find_source(text: str, key: str = "task.source") -> Source:
     place, _, name = text.rpartition(":")
     if place.endswith(".py"):
         file = Path(os.path.abspath(place))
-        if not file.is_file():
+        if not os.path.isfile(file):
             raise UsageError(f"{key}: there is no file {place}")
         return Source(file, file.stem, name, file.parent, key)
     if os.getcwd() not in sys.path:

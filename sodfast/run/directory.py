@@ -14,7 +14,13 @@ from typing import IO, Any
 
 from sodfast.config import BEFORE, RENAMED, Config, read_overrides, validate
 from sodfast.errors import RunFailed, UsageError
-from sodfast.files import refuse_links, remove_leftovers, replace_text, try_lock
+from sodfast.files import (
+    refuse_links,
+    remove_leftovers,
+    replace_text,
+    require_usable,
+    try_lock,
+)
 from sodfast.run import checkpoint, samples
 from sodfast.run.records import read_events, read_metrics, require_run
 from sodfast.run.samples import Answer
@@ -30,7 +36,6 @@ _FORKING = ".forking"
 _FORKED = {_FORKING, "metrics.jsonl", "events.jsonl", "checkpoints"}
 # The files that are replaced whole, while the lock is held.
 _REPLACED = ("environment.json", "config.yaml", "metrics.jsonl", "events.jsonl", "summary.json")
-_DEEPEST = 255  # folders that Python makes in one call without exhausting its stack
 
 # Keys that release 0.1.0 did not have, with the values that mean what it did.
 ADDED: dict[str, Any] = {
@@ -87,19 +92,6 @@ def fingerprint(config: Config) -> str:
 def default_out(config: Config) -> str:
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     return f"runs/{stamp}-{config.schedule.kind}-seed{config.seed}"
-
-
-def require_usable(path: Path, called: str) -> None:
-    """Raise `UsageError`, in which the path is `called` so, for a name that no file can have: one
-    that is too long or too deep, or a loop of links."""
-    if len(path.parts) > _DEEPEST:
-        raise UsageError(f"{called} cannot be used: more than {_DEEPEST} folders deep")
-    try:
-        os.lstat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    except OSError as error:
-        raise UsageError(f"{called} cannot be used: {error.strerror}") from error
 
 
 def check_out(path: Path) -> None:
