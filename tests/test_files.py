@@ -215,6 +215,13 @@ def test_a_lock_is_held_once_and_until_it_is_closed(tmp_path: Path) -> None:
     again.close()
 
 
+def test_a_pipe_in_the_place_of_a_lock_makes_nobody_wait(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "lock")
+    assert not is_held(tmp_path / "lock")
+    with pytest.raises(OSError, match="No such device"):
+        try_lock(tmp_path / "lock")
+
+
 def test_a_lock_is_held_while_a_process_that_inherited_it_lives(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     lock = try_lock(path)
