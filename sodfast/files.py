@@ -224,7 +224,7 @@ def _parse(text: bytes) -> Any:
 def try_lock(path: Path) -> IO[str] | None:
     """The lock, held until the file is closed in every process that inherited it, however these
     end; None: held by another."""
-    lock = path.open("a", opener=_without_waiting)
+    lock = os.fdopen(_without_waiting(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "a")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -233,15 +233,15 @@ def try_lock(path: Path) -> IO[str] | None:
     return lock
 
 
-def _without_waiting(path: str, flags: int) -> int:
-    """An opener. A pipe in the place of a lock would wait for whoever is at its other end."""
+def _without_waiting(path: Path, flags: int) -> int:
+    """A descriptor. A pipe in the place of a lock would wait for whoever is at its other end."""
     return os.open(path, flags | os.O_NONBLOCK, 0o666)
 
 
 def is_held(lock: Path) -> bool:
     """Whether a living process holds this lock."""
     try:
-        with open(lock, opener=_without_waiting) as stream:
+        with os.fdopen(_without_waiting(lock, os.O_RDONLY)) as stream:
             fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except (FileNotFoundError, IsADirectoryError):
         return False
