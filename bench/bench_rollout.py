@@ -36,7 +36,7 @@ from suite_timing import clock
 from torch import Tensor
 
 from sodfast.config import load_config
-from sodfast.model.load import LanguageModel
+from sodfast.model.language_model import LanguageModel
 from sodfast.model.packing import own_attention
 from sodfast.rollout.admission import Draw
 from sodfast.rollout.batch import STEPS_PER_LOOK, Batch
@@ -223,7 +223,7 @@ def lab_phase(rounds: int, progress: Progress) -> dict[str, Any]:
     """One step's rollouts of the lab's default run. `generate` draws tokens of its own; it is made
     to answer at native's lengths, since a phase takes as long as its longest answer."""
     from sodfast.commands import build_model, pick_device
-    from sodfast.model.load import to_ids
+    from sodfast.model.language_model import to_ids
     from sodfast.tasks import build_task
 
     config = load_config(None, ["device=cpu"])

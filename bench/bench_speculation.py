@@ -34,7 +34,7 @@ from torch import Tensor
 
 from sodfast.api import Trainer
 from sodfast.config import load_config
-from sodfast.model.load import LanguageModel, to_ids
+from sodfast.model.language_model import LanguageModel, to_ids
 from sodfast.rewards import grade_answers
 from sodfast.rng import PromptOrder, Stream, draw_key
 from sodfast.rollout import batch

@@ -18,7 +18,7 @@ from sodfast.commands import build_model
 from sodfast.config import Config, load_config, override
 from sodfast.context import Questions
 from sodfast.memory.estimate import Estimate, Lengths
-from sodfast.model.load import LanguageModel
+from sodfast.model.language_model import LanguageModel
 from sodfast.rollout import native
 from sodfast.rollout.admission import Draw
 from sodfast.rollout.batch import Batch

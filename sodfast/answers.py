@@ -4,18 +4,21 @@ They become the lines of samples/ (run/samples.py). Nothing is computed a second
 entropies are the rollout's, divergences those that the updates' loss has computed.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from sodfast.config import Config
 from sodfast.context import Hint
-from sodfast.model.load import LanguageModel
+from sodfast.model.language_model import LanguageModel
 from sodfast.parallel.ranks import ALONE, Ranks
 from sodfast.rollout.engine import Sample
 from sodfast.run.samples import Answer, Rollout
 from sodfast.tasks.base import Grade, Question
+
+if TYPE_CHECKING:
+    from sodfast.student import Rollouts
 
 _BROKEN = "\ufffd"  # what bytes that are no whole character decode to
 _LONGEST = 4  # bytes of a character in UTF-8
@@ -69,26 +72,23 @@ class AnswerLog:
                 lines = [Answer(**self._line(step, *answer, None, None)) for answer in found]
                 self.write(step, lines, True)
 
-    def keep_rollouts(
-        self,
-        step: int,
-        questions: Sequence[Question],
-        samples: Sequence[Sample],
-        texts: Sequence[str],
-        grades: Sequence[Grade],
-        hints: Sequence[Hint | None],
-        advantages: Sequence[float],
-        divergences: Mapping[int, Tensor],
-    ) -> None:
-        """Write the rollouts of a step; the arguments have an entry for each. `divergences`: D_t
-        [L] fp32 by the index of the rollout, of those that this rank has trained on and that had a
-        teacher's scores. Raises `RunFailed` when the disk refuses."""
-        own = {row: _numbers(values) for row, values in divergences.items()}
+    def keep_rollouts(self, step: int, rollouts: "Rollouts") -> None:
+        """Write the rollouts of a step. Their divergences on this rank are of those that it has
+        trained on and that had a teacher's scores. Raises `RunFailed` when the disk refuses."""
+        own = {row: _numbers(values) for row, values in rollouts.divergences.items()}
         parts = self.ranks.gather(own)
         distilled = {row: values for part in parts for row, values in part.items()}
         with self.ranks.together():
             if self.ranks.main:
-                found = zip(questions, samples, texts, grades, hints, advantages, strict=True)
+                found = zip(
+                    rollouts.asked,
+                    rollouts.samples,
+                    rollouts.texts,
+                    rollouts.grades,
+                    rollouts.contexts,
+                    rollouts.advantages,
+                    strict=True,
+                )
                 lines = [
                     Rollout(**self._line(step, *answer), divergence=distilled.get(row))
                     for row, answer in enumerate(found)

@@ -20,15 +20,14 @@ from sodfast.files import copy_files, require_usable, whole_folder
 from sodfast.model.attention import describe, require_flash, without_cudnn
 from sodfast.model.chat import require_switches
 from sodfast.model.joined import apart
-from sodfast.model.liger import use_liger
-from sodfast.model.load import (
+from sodfast.model.language_model import (
     LanguageModel,
     cast_weights,
     decoder_layers,
-    load_model,
     recompute_layers,
-    wrap_model,
 )
+from sodfast.model.liger import use_liger
+from sodfast.model.load import load_model, wrap_model
 from sodfast.model.lora import add_adapters, merge_adapters, require_peft
 from sodfast.model.random_weights import random_model
 from sodfast.parallel.offload import pinned_setting

@@ -17,7 +17,7 @@ from torch import Tensor
 from sodfast.config import Config, TeacherConfig
 from sodfast.errors import UsageError
 from sodfast.model.chat import opens_thinking
-from sodfast.model.load import LanguageModel, to_ids
+from sodfast.model.language_model import LanguageModel, to_ids
 from sodfast.rng import Stream, generator
 from sodfast.run.console import Reporter
 from sodfast.tasks.base import Grade, Question, Task

@@ -1,16 +1,20 @@
 """Evaluation: mean@k, best@k and maj@k on held-out questions, on a random stream of its own."""
 
+import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import comb, fsum
 
 from sodfast.config import Config
-from sodfast.model.load import LanguageModel, to_ids
+from sodfast.metrics import pass_metrics
+from sodfast.model.language_model import LanguageModel, to_ids
 from sodfast.parallel.ranks import ALONE, Ranks
 from sodfast.rewards import grade_answers
 from sodfast.rng import Stream, draw_key
 from sodfast.rollout.engine import Engine, Sample, SampleKey, Sampling
+from sodfast.run.phases import oom_hint
 from sodfast.tasks.base import Grade, Question, Task
 
 # Called with the question, sample, text and grade of every answer.
@@ -86,6 +90,51 @@ def evaluate_others(
         )
         metrics |= {f"eval/{name}/{key.removeprefix('eval/')}": v for key, v in found.items()}
     return metrics
+
+
+class Evaluator:
+    """Evaluates the student of a run: on the run's own test, and on those of `eval.tasks`.
+
+    `keep(step, questions, samples, texts, grades)` is called with the answers to the run's own.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: LanguageModel,
+        engine: Engine,
+        task: Task,
+        questions: Sequence[Question],
+        others: Mapping[str, Examination],
+        ranks: Ranks,
+        keep: Callable[..., object],
+        progress: Callable[[int, int], None],
+    ) -> None:
+        self.config = config
+        self.model = model
+        self.engine = engine
+        self.task = task
+        self.questions = questions
+        self.others = others
+        self.ranks = ranks
+        self.keep = keep
+        self.progress = progress
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """The `eval/*` keys after a step, and what they took.
+
+        Raises `RunFailed` as the engine does, and where memory runs out.
+        """
+        start = time.perf_counter()
+        model, engine, ranks, progress = self.model, self.engine, self.ranks, self.progress
+        keep = partial(self.keep, step)
+        with oom_hint("evaluate"):
+            metrics = evaluate(
+                model, engine, self.task, self.questions, self.config, step, progress, ranks, keep
+            )
+            metrics |= pass_metrics("rollout/eval_tokens_per_pass", engine)
+            metrics |= evaluate_others(model, engine, self.others, step, progress, ranks)
+        return {**metrics, "time/eval": time.perf_counter() - start}
 
 
 def evaluation_metrics(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sodfast.objective import likelihood_ratio
 from sodfast.parallel.ranks import Ranks
-from sodfast.rollout.engine import Sample
+from sodfast.rollout.engine import Engine, Sample
 
 
 def reward_metrics(rewards: Sequence[float], group_size: int, success: float) -> dict[str, float]:
@@ -53,6 +53,13 @@ def mean_entropy(samples: Sequence[Sample]) -> float:
     over every response token of the step, as measured when it was sampled."""
     tokens = sum(len(sample.response) for sample in samples)
     return fsum(float(sample.entropy.double().sum()) for sample in samples) / tokens
+
+
+def pass_metrics(key: str, engine: Engine) -> dict[str, float]:
+    """As `key` the tokens that a sequence got from a pass of the engine's last call, where the
+    engine counts them."""
+    tokens = engine.tokens_per_pass
+    return {} if tokens is None else {key: tokens}
 
 
 class RewardGain:

@@ -10,7 +10,7 @@ from math import ceil, fsum
 from torch import Tensor
 
 from sodfast.config import Config, EvidenceConfig
-from sodfast.model.load import LanguageModel
+from sodfast.model.language_model import LanguageModel
 from sodfast.parallel.ranks import Ranks
 from sodfast.rewards import grade_answers, with_noise
 from sodfast.rng import Stream, draw_key

@@ -16,7 +16,7 @@ from sodfast.config import Config
 from sodfast.context import Hint
 from sodfast.errors import RunFailed
 from sodfast.metrics import TokenTotals
-from sodfast.model.load import LanguageModel
+from sodfast.model.language_model import LanguageModel
 from sodfast.model.packing import micro_batches, response_hidden
 from sodfast.objective import micro_batch_loss, sequence_weights
 from sodfast.parallel.fsdp import ShardedWeights, Weights

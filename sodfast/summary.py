@@ -7,6 +7,8 @@ from collections.abc import Container, Mapping, Sequence
 from math import fsum
 from typing import Any
 
+from sodfast.config import Config
+
 SPIKE_STEPS = 5  # steps on either side of a refresh that the spike ratio compares
 TAIL_STEPS = 10  # steps up to a fork that its length tail is a mean over
 NEXT_STEPS = 30  # steps after a fork over which the effect of what it changed is looked for
@@ -42,6 +44,19 @@ def best_step(
     key = f"eval/mean@{eval_samples}"
     scores = [(line[key], -line["step"]) for line in lines if key in line and line["step"] in among]
     return -max(scores)[1] if scores else None
+
+
+def lasting_steps(config: Config, lines: Sequence[Mapping[str, Any]]) -> set[int]:
+    """The steps whose checkpoints stay: those of checkpoint.at and, with checkpoint.best, the best
+    of all evaluations, and of those that do not depend on where the run ends, which a continued run
+    is left with."""
+    named = set(config.checkpoint.at)
+    if not config.checkpoint.best:
+        return named
+    steps = [line["step"] for line in lines]
+    every = [step for step in steps if config.eval.due(step)]
+    found = (best_step(lines, config.eval.samples, among) for among in (steps, every))
+    return named | {step for step in found if step is not None}
 
 
 def summarize(lines: Sequence[Mapping[str, Any]], eval_samples: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from sodfast_kernels import ema_update_
 from torch import Tensor, nn
 
 from sodfast.config import ScheduleConfig
-from sodfast.model.load import output_head, trained_parameters
+from sodfast.model.language_model import output_head, trained_parameters
 from sodfast.model.packing import micro_batches, response_hidden
 from sodfast.parallel.fsdp import ShardedCopy, ShardedWeights, Weights
 from sodfast.parallel.offload import HostCopy

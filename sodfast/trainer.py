@@ -10,7 +10,6 @@ the teacher's context). A step commits as a whole: whatever ends a run before a 
 optimizer update leaves the state of the step before.
 """
 
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import replace
@@ -26,9 +25,9 @@ from sodfast.collapse import CollapseDetector, SignalWatch
 from sodfast.config import Config
 from sodfast.context import Questions, TeacherContext, teacher_prompts
 from sodfast.errors import RunFailed
-from sodfast.evaluate import Examination, evaluate, evaluate_others
-from sodfast.metrics import RewardGain, length_metrics, mean_entropy, reward_metrics
-from sodfast.model.load import LanguageModel, to_ids
+from sodfast.evaluate import Evaluator, Examination
+from sodfast.metrics import RewardGain, length_metrics, mean_entropy, pass_metrics, reward_metrics
+from sodfast.model.language_model import LanguageModel, to_ids
 from sodfast.objective import group_advantages
 from sodfast.parallel.ranks import ALONE, Ranks
 from sodfast.probe import is_due, longest_mean, probe
@@ -45,7 +44,7 @@ from sodfast.run.phases import PhaseClock, oom_hint
 from sodfast.schedule import Schedule
 from sodfast.state import RunState
 from sodfast.student import Rollouts, Student, Update
-from sodfast.summary import best_step, summarize
+from sodfast.summary import lasting_steps, summarize
 from sodfast.tasks.base import Task
 from sodfast.teacher import Teacher, TeacherScores
 
@@ -73,7 +72,6 @@ class Trainer:
         examinations: Mapping[str, Examination] | None = None,
     ) -> None:
         self.config = config
-        self.examinations = examinations or {}
         self.model = model
         self.engine = engine
         self.ranks = ranks
@@ -87,6 +85,17 @@ class Trainer:
         self.reporter = reporter
         self.context = TeacherContext(config.teacher, model)
         self.data = data
+        self.evaluator = Evaluator(
+            config,
+            model,
+            self.engine,
+            task,
+            data.test,
+            examinations or {},
+            ranks,
+            self.answers.keep_evaluation,
+            partial(reporter.phase, "evaluate"),
+        )
 
         self.teacher = Teacher(
             model.network, config.schedule, config.seed, config.teacher.storage, weights
@@ -189,16 +198,16 @@ class Trainer:
         self.step = stored.step
         if not stored.hashed:
             self.reporter.message(f"{path} is of an earlier release: it has no hashes to check")
-        closing = self._due_at_the_end(self.step)
+        closing = self.config.eval.due_at_the_end(self.step)
         self.lines = self.run.rewind(
             self.step, self.config, without_evaluation=closing and not self.ended
         )
-        if self._due(self.step) or (closing and self.ended):
+        if self.config.eval.due(self.step) or (closing and self.ended):
             kept = {k: v for k, v in self.lines[-1].items() if k.startswith("eval/")}
             if kept:  # the state may be from before it; seen twice, it says the same
                 self.collapse.observe({"step": self.step, **kept})
             else:  # it failed, or the run went on at this step, at which `steps` now ends it
-                evaluation = self._evaluate(self.step)
+                evaluation = self.evaluator.evaluate(self.step)
                 self.lines[-1] |= evaluation
                 self._observe_collapse({"step": self.step, **evaluation})
                 self.run.write_metrics(self.lines)
@@ -207,7 +216,7 @@ class Trainer:
     def _evaluate_start(self, interruption: Interruption, logger: Logger) -> None:
         line: dict[str, Any] = {"step": 0}
         if self.config.eval.every:
-            line |= self._evaluate(0)
+            line |= self.evaluator.evaluate(0)
         with interruption.shielded():
             self.collapse.observe(line)
             self.state.take(0)
@@ -222,7 +231,7 @@ class Trainer:
         interruption.boundary()
         with self.clock("rollout"):
             rollouts = self._rollout(step)
-        passes = self._passes("rollout/tokens_per_pass")
+        passes = pass_metrics("rollout/tokens_per_pass", self.engine)
         updates = self.student.plan(step, rollouts)
         interruption.boundary()
         probed = self._probe(step, rollouts)
@@ -344,28 +353,19 @@ class Trainer:
         Where an evaluation fails the step is kept all the same, and a resume makes up for it.
         """
         step = line["step"]
-        evaluated, failed = self._due(step), None
+        evaluated, failed = self.config.eval.due(step), None
         if evaluated:
             failed = self._examine(line)
         self._observe_collapse(line)
         self.step = step
-        self.state.take(step)  # before a closing evaluation: see `_due_at_the_end`
-        if self.ended and self._due_at_the_end(step):
+        self.state.take(step)  # before a closing evaluation: see `EvalConfig.due_at_the_end`
+        if self.ended and self.config.eval.due_at_the_end(step):
             evaluated, closing = True, {"step": step}
             failed = self._examine(closing)
             line |= closing
             self._observe_collapse(closing)
         if self.answers.due(step, evaluated):
-            self.answers.keep_rollouts(
-                step,
-                rollouts.asked,
-                rollouts.samples,
-                rollouts.texts,
-                rollouts.grades,
-                rollouts.contexts,
-                rollouts.advantages,
-                rollouts.divergences,
-            )
+            self.answers.keep_rollouts(step, rollouts)
         self._commit(line, logger)
         every = self.config.checkpoint.every
         if self.ended or (every and step % every == 0) or step in self._lasting():
@@ -377,7 +377,7 @@ class Trainer:
     def _examine(self, line: dict[str, Any]) -> RunFailed | None:
         """Add the evaluation of its step to a line; returns why that failed, if it did."""
         try:
-            line |= self._evaluate(line["step"])
+            line |= self.evaluator.evaluate(line["step"])
         except RunFailed as error:
             if self._alone(error):
                 raise
@@ -400,50 +400,9 @@ class Trainer:
 
     # ---------------------------------------------------------------- small parts
 
-    def _evaluate(self, step: int) -> dict[str, float]:
-        """The `eval/*` keys, and what they took."""
-        start = time.perf_counter()
-        progress = partial(self.reporter.phase, "evaluate")
-        with oom_hint("evaluate"):
-            metrics = evaluate(
-                self.model,
-                self.engine,
-                self.task,
-                self.data.test,
-                self.config,
-                step,
-                progress,
-                self.ranks,
-                partial(self.answers.keep_evaluation, step),
-            )
-            metrics |= self._passes("rollout/eval_tokens_per_pass")
-            metrics |= evaluate_others(
-                self.model, self.engine, self.examinations, step, progress, self.ranks
-            )
-        return {**metrics, "time/eval": time.perf_counter() - start}
-
-    def _passes(self, key: str) -> dict[str, float]:
-        """What the engine counted in its last call, where it counts."""
-        tokens = self.engine.tokens_per_pass
-        return {} if tokens is None else {key: tokens}
-
     def _alone(self, error: RunFailed) -> bool:
         """Whether one of several ranks has failed without the others, which wait for it."""
         return self.ranks.size > 1 and isinstance(error.__cause__, OutOfMemoryError)
-
-    def _due(self, step: int) -> bool:
-        """Whether a step is evaluated no matter where the run ends."""
-        every = self.config.eval.every
-        return every > 0 and step % every == 0
-
-    def _due_at_the_end(self, step: int) -> bool:
-        """Whether a step is evaluated only because the run ends there.
-
-        The last step of a run is evaluated unless eval.every=0. Where it is not due otherwise, that
-        closing evaluation belongs to this end of the run alone: the checkpoint holds the state from
-        before it, and a run that is continued drops it.
-        """
-        return self.config.eval.every > 0 and not self._due(step)
 
     @property
     def ended(self) -> bool:
@@ -452,17 +411,7 @@ class Trainer:
         return self.step >= self.config.steps or collapsed
 
     def _lasting(self) -> set[int]:
-        """The steps whose checkpoints stay: those of checkpoint.at and, with checkpoint.best, the
-        best of all evaluations, and of those that do not depend on where the run ends, which a
-        continued run is left with.
-        """
-        named = set(self.config.checkpoint.at)
-        if not self.config.checkpoint.best:
-            return named
-        steps = [line["step"] for line in self.lines]
-        every = filter(self._due, steps)
-        found = (best_step(self.lines, self.config.eval.samples, s) for s in (steps, list(every)))
-        return named | {step for step in found if step is not None}
+        return lasting_steps(self.config, self.lines)
 
     def _event(self, step: int, event: str, **fields: Any) -> None:
         self._append(self.run.events, {"step": step, "event": event, **fields})

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sodfast.model.load import LanguageModel
+from sodfast.model.language_model import LanguageModel
 from sodfast.run import checkpoint
 from sodfast.run.restore import optimizer_tensors
 

@@ -22,7 +22,8 @@ from sodfast.commands import build_trainer
 from sodfast.config import ArithmeticConfig, load_config
 from sodfast.files import alone, read_lines
 from sodfast.lab.model import build_tokenizer
-from sodfast.model.load import LanguageModel, load_model
+from sodfast.model.language_model import LanguageModel
+from sodfast.model.load import load_model
 from sodfast.run.console import Reporter
 from sodfast.run.directory import stored_config
 from sodfast.tasks.arithmetic import ArithmeticTask

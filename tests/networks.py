@@ -20,7 +20,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from sodfast.model.load import output_head
+from sodfast.model.language_model import output_head
 from sodfast.model.packing import (
     response_hidden,
     use_packed_attention,

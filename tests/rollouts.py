@@ -17,7 +17,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from sodfast.model.load import LanguageModel, to_ids
+from sodfast.model.language_model import LanguageModel, to_ids
 from sodfast.rollout.cache import Cache
 from sodfast.rollout.engine import Engine, Sample, SampleKey, Sampling
 

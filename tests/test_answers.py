@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sodfast.answers import AnswerLog
 from sodfast.config import load_config
-from sodfast.model.load import LanguageModel
+from sodfast.model.language_model import LanguageModel
 from sodfast.model.packing import own_attention
 from sodfast.model.random_weights import byte_tokenizer
 from sodfast.rollout.engine import Sample

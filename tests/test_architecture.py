@@ -30,7 +30,7 @@ FLOORS = [
     {"__main__"},
 ]
 MACHINES = {"tasks", "lab", "model", "rollout", "parallel", "run", "memory", "study", "report"}
-LONGEST_WAY = 12
+LONGEST_WAY = 11
 
 Graph = Mapping[str, set[str]]
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sodfast.commands import build_trainer
 from sodfast.config import load_config
-from sodfast.model.load import LanguageModel
+from sodfast.model.language_model import LanguageModel
 from sodfast.model.packing import own_attention
 from sodfast.run.console import Reporter
 from sodfast.run.samples import read_samples

@@ -315,8 +315,8 @@ def test_any_locale_will_do(finished: Path, here: Path, environment: str, name: 
     assert tree(run)["metrics.jsonl"] == tree(finished)["metrics.jsonl"]
 
 
-@pytest.mark.parametrize("option", ["--dry-run", "--help"])
-@pytest.mark.parametrize("output", ["> /dev/full", "| (exec <&-)"])
+@pytest.mark.parametrize("option", ["--dry-run", *slow("--help")])
+@pytest.mark.parametrize("output", ["> /dev/full", *slow("| (exec <&-)")])
 def test_a_result_that_nobody_can_read_is_a_failure_in_one_line(
     here: Path, output: str, option: str
 ) -> None:

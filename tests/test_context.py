@@ -23,7 +23,7 @@ from sodfast.context import (
 )
 from sodfast.errors import UsageError
 from sodfast.lab.model import build_tokenizer
-from sodfast.model.load import LanguageModel
+from sodfast.model.language_model import LanguageModel
 from sodfast.model.random_weights import byte_tokenizer
 from sodfast.run.console import Reporter
 from sodfast.tasks.arithmetic import question_pools

@@ -14,7 +14,14 @@ from sodfast_kernels import sample_tokens
 
 from sodfast import evaluate as evaluation
 from sodfast.config import ArithmeticConfig, Config, EvalConfig
-from sodfast.evaluate import best_at_k, evaluation_metrics, majority_at_k
+from sodfast.evaluate import (
+    Evaluator,
+    Examination,
+    best_at_k,
+    evaluation_metrics,
+    majority_at_k,
+)
+from sodfast.parallel.ranks import ALONE
 from sodfast.rng import Stream, draw_key
 from sodfast.rollout.engine import Sample, SampleKey, Sampling
 from sodfast.tasks.base import Question
@@ -266,3 +273,42 @@ def test_mean_at_k_is_unbiased_and_common_draws_make_differences_small() -> None
     fresh = (0.6 * 0.4 + 0.65 * 0.35) / 16
     assert variances[False] == pytest.approx(fresh, rel=0.2)
     assert variances[True] == pytest.approx((0.05 - 0.05**2) / 16, rel=0.3)
+
+
+def test_a_runs_evaluation_is_its_own_test_and_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers are kept, and passes counted, of its own alone."""
+    engine: Any = SimpleNamespace(tokens_per_pass=0)
+    kept: list[Any] = []
+
+    def evaluate(*arguments: Any) -> dict[str, float]:
+        engine.tokens_per_pass += 1
+        task, questions, step, keep = *arguments[2:4], arguments[5], arguments[8:]
+        for each in keep:
+            each(questions, [], [], [])
+        return {"eval/mean@1": 100 * step + task}
+
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    config, model, task = Config(), SimpleNamespace(), 1
+    others: Any = {"more": Examination(config, 2, ["other"])}  # type: ignore[arg-type]
+    arguments: Any = (
+        config,
+        model,
+        engine,
+        task,
+        ["own"],
+        others,
+        ALONE,
+        lambda *of: kept.append(of),
+        print,
+    )
+    metrics = Evaluator(*arguments).evaluate(3)
+    assert metrics.pop("time/eval") >= 0
+    assert metrics == {
+        "eval/mean@1": 301,
+        "eval/more/mean@1": 302,
+        "rollout/eval_tokens_per_pass": 1,
+    }
+    assert kept == [(3, ["own"], [], [], [])]
+    engine.tokens_per_pass = None
+    monkeypatch.setattr(evaluation, "evaluate", lambda *arguments: {"eval/mean@1": 0.0})
+    assert "rollout/eval_tokens_per_pass" not in Evaluator(*arguments).evaluate(3)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marks import slow
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -468,7 +469,7 @@ def test_the_data_clip_and_cap_some_ratios() -> None:
     assert any(0.8 < ratio < 1.28 for ratio in ratios)
 
 
-@pytest.mark.parametrize("reduction", ["sequence_mean", "token_mean"])
+@pytest.mark.parametrize("reduction", ["token_mean", *slow("sequence_mean")])
 @settings(max_examples=25, deadline=None)
 @given(order=st.permutations(range(6)), cuts=st.sets(st.integers(1, 5)))
 def test_the_cut_into_micro_batches_does_not_matter(

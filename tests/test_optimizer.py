@@ -6,6 +6,7 @@ from copy import deepcopy
 import pytest
 import sodfast_kernels
 import torch
+from marks import slow
 from sodfast_kernels.parameters.formats import join
 from sodfast_kernels.philox import random_bits
 from torch import Tensor, nn
@@ -136,7 +137,7 @@ def test_the_fused_update_is_torchs_on_fp32_weights(
         torch.testing.assert_close(master, theirs.detach(), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("state", [*FUSED, "plain"])
+@pytest.mark.parametrize("state", ["8bit", "plain", *slow(*FUSED[1:])])
 def test_updates_below_the_weights_spacing(state: str) -> None:
     """150 updates of 1/50 of the spacing are 3 spacings: plain bf16 makes none of them."""
     spacing = 2.0**-8  # of bf16 just below 1
@@ -198,11 +199,15 @@ def test_weights_and_the_teachers_average_round_by_different_bits() -> None:
 # ---------------------------------------------------------------- what is not finite
 
 
-@pytest.mark.parametrize("where", ["loss", "gradient", "both"])
-@pytest.mark.parametrize("before", [0, 2])
+@pytest.mark.parametrize("where", ["loss", "gradient", *slow("both")])
+@pytest.mark.parametrize("before", [2, *slow(0)])
 @pytest.mark.parametrize(
     ("dtype", "state"),
-    [("float32", "torch"), ("float32", "8bit"), *(("bfloat16", s) for s in (*FUSED, "plain"))],
+    [
+        ("float32", "torch"),
+        ("bfloat16", "8bit"),
+        *slow(("float32", "8bit"), *(("bfloat16", s) for s in (*FUSED[1:], "plain"))),
+    ],
 )
 def test_an_update_that_fails_never_happened(
     dtype: str, state: str, before: int, where: str

@@ -137,20 +137,17 @@ finally:
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [
-        ("--help", 0),
-        ("--version", 0),
         ("train --dry-run", 0),
         ("train stepps=3", 2),
-        *(
-            pytest.param(arguments, code, marks=pytest.mark.slow)
-            for arguments, code in (
-                ("train --help", 0),
-                ("eval --help", 0),
-                ("export --help", 0),
-                ("train lab steps=3 --dry-run", 0),
-                ("train no-such-file.yaml", 2),
-                ("train --no-such-option", 2),
-            )
+        *slow(
+            ("--help", 0),
+            ("--version", 0),
+            ("train --help", 0),
+            ("eval --help", 0),
+            ("export --help", 0),
+            ("train lab steps=3 --dry-run", 0),
+            ("train no-such-file.yaml", 2),
+            ("train --no-such-option", 2),
         ),
     ],
 )

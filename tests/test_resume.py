@@ -257,7 +257,7 @@ def test_a_signal_during_the_first_evaluation_leaves_a_run_to_resume(
         raise AssertionError("the signal was not handled")
 
     with monkeypatch.context() as patch:
-        patch.setattr("sodfast.trainer.evaluate", interrupt)
+        patch.setattr("sodfast.evaluate.evaluate", interrupt)
         assert trainer.train() == "interrupted"
     trainer.run.close()
     assert checkpoint.steps(tmp_path / "run" / "checkpoints") == []

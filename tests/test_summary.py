@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from sodfast.summary import spike_ratios, summarize, summarize_fork
+from sodfast.config import load_config
+from sodfast.summary import lasting_steps, spike_ratios, summarize, summarize_fork
 
 # ---------------------------------------------------------------- temporal KL
 
@@ -117,3 +118,20 @@ def test_what_a_fork_had_come_to_and_what_followed() -> None:
     assert summarize_fork(lines, 80)["reward_next30"] == pytest.approx(0.855)
     assert summarize_fork(lines, 90).keys() == {"fork_age", "fork_drift", "fork_tail"}
     assert summarize_fork(lines[:1], 0) == {}
+
+
+# ---------------------------------------------------------------- checkpoints that stay
+
+
+def test_named_steps_and_the_best_evaluation_last() -> None:
+    """Beside the best of all, the best of the evaluations that a longer run would have, too."""
+    keys = ["eval.every=2", "eval.samples=1", "checkpoint.at=[1]"]
+    scores = {0: 0.1, 2: 0.6, 4: 0.6, 5: 0.9}  # the run ends at 5, where none is due otherwise
+    lines: list[dict[str, Any]] = [{"step": step} for step in range(6)]
+    for step, score in scores.items():
+        lines[step]["eval/mean@1"] = score
+    assert lasting_steps(load_config("lab", keys), lines) == {1}
+    best = load_config("lab", [*keys, "checkpoint.best=true"])
+    assert lasting_steps(best, lines) == {1, 2, 5}
+    assert lasting_steps(best, lines[:5]) == {1, 2}
+    assert lasting_steps(best, []) == {1}

@@ -23,7 +23,7 @@ from sodfast.config import (
     TrustRegionConfig,
     load_config,
 )
-from sodfast.model.load import LanguageModel
+from sodfast.model.language_model import LanguageModel
 from sodfast.model.packing import own_attention
 from sodfast.run.console import Reporter
 from sodfast.schedule import Decision

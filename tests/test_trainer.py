@@ -16,7 +16,7 @@ from sodfast.commands import build_trainer, evaluate_model, export_model
 from sodfast.config import load_config
 from sodfast.errors import RunFailed, UsageError
 from sodfast.files import read_lines
-from sodfast.model.load import decoder_layers
+from sodfast.model.language_model import decoder_layers
 from sodfast.run import checkpoint
 from sodfast.run.console import Reporter
 from sodfast.run.interrupt import Interrupted
@@ -687,7 +687,7 @@ def test_a_lost_score_collapses(
     resume without new steps keeps it, a longer run has not seen it."""
     scores = {0: 0.5, 3: 0.0, 4: 0.5, 5: 0.5}
     monkeypatch.setattr(
-        "sodfast.trainer.evaluate", lambda *arguments: {"eval/mean@2": scores[arguments[5]]}
+        "sodfast.evaluate.evaluate", lambda *arguments: {"eval/mean@2": scores[arguments[5]]}
     )
     out = tmp_path / "run"
 
@@ -756,7 +756,7 @@ def test_the_best_checkpoint_stays(
         step: int = arguments[5]
         return {"eval/mean@2": scores[step]}
 
-    monkeypatch.setattr("sodfast.trainer.evaluate", scored)
+    monkeypatch.setattr("sodfast.evaluate.evaluate", scored)
     out = tmp_path / "run"
     keys = ("checkpoint.best=true", "checkpoint.every=3", "checkpoint.keep=1", "eval.every=1")
     trainer = build(out, *keys, "steps=7")
@@ -806,7 +806,7 @@ def test_an_evaluation_that_closes_a_run_takes_no_other_best_away(
     def scored(*arguments: Any, **keywords: Any) -> dict[str, float]:
         return {"eval/mean@2": scores[arguments[5]]}
 
-    monkeypatch.setattr("sodfast.trainer.evaluate", scored)
+    monkeypatch.setattr("sodfast.evaluate.evaluate", scored)
     out = tmp_path / "run"
     keys = ("checkpoint.best=true", "checkpoint.every=9", "checkpoint.keep=1", "eval.every=2")
     for steps, expected in ((5, [2, 5]), (7, [2, 7])):

@@ -210,3 +210,16 @@ class EvalConfig(Section):
     common_draws: bool = True
     """Whether all evaluations draw the same random numbers, so that two of them differ where the
     student does; false: fresh ones at each step."""
+
+    def due(self, step: int) -> bool:
+        """Whether a step is evaluated no matter where the run ends."""
+        return self.every > 0 and step % self.every == 0
+
+    def due_at_the_end(self, step: int) -> bool:
+        """Whether a step is evaluated only because the run ends there.
+
+        The last step of a run is evaluated unless eval.every=0. Where it is not due otherwise, that
+        closing evaluation belongs to this end of the run alone: the checkpoint holds the state from
+        before it, and a run that is continued drops it.
+        """
+        return self.every > 0 and not self.due(step)

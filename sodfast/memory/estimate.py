@@ -15,32 +15,19 @@ from bisect import bisect
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
-from pathlib import Path
-from typing import Any
+from functools import cached_property, partial
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from sodfast_kernels import AdamW, ParameterUpdate
 from sodfast_kernels.parameters import empty_state
 from sodfast_kernels.philox import CHUNK
 
 from sodfast.config import ArithmeticConfig, Config
 from sodfast.errors import UsageError
-from sodfast.memory.trace import (
-    FAKE,
-    LiveBytes,
-    Sequences,
-    empty_network,
-    peak,
-    prefill,
-    scoring,
-    training,
-)
-from sodfast.model.directory import read_config
-from sodfast.model.load import output_head, trained_parameters
+from sodfast.memory.network import FAKE, architecture, block_sizes, empty_network, parameter_sizes
+from sodfast.memory.trace import LiveBytes, Sequences, peak, prefill, scoring, training
+from sodfast.model.language_model import output_head, trained_parameters
 from sodfast.model.packing import micro_batches
-from sodfast.model.random_weights import shape, shipped_shapes
 from sodfast.optimizer import build_optimizer
 from sodfast.parallel.fsdp import Weights
 from sodfast.parallel.offload import SLOTS, block_bytes, blocks, pinned_bytes
@@ -60,27 +47,6 @@ AUTO_SHARE = 0.95
 CUBLAS_WORKSPACE = 32 * 2**20
 
 Items = dict[str, int]  # item → bytes
-
-
-@cache
-def _sizes(network: Any) -> tuple[int, int, int]:
-    """How many numbers a network has, their bytes, and the bytes of those that are trained."""
-    parameters = list(network.parameters())
-    trained = trained_parameters(network).values()
-    return (
-        sum(p.numel() for p in parameters),
-        sum(p.nbytes for p in parameters),
-        sum(p.nbytes for p in trained),
-    )
-
-
-@cache
-def _block_sizes(network: Any) -> tuple[list[int], list[int]]:
-    """Bytes of each layer of the decoder, and of each run of other parameters."""
-    found = [(layer is not None, block_bytes(parameters)) for layer, parameters in blocks(network)]
-    return [size for inside, size in found if inside], [
-        size for inside, size in found if not inside
-    ]
 
 
 @dataclass(frozen=True)
@@ -125,7 +91,7 @@ class Estimate:
         self.network = self._network(0)
         self.head = output_head(self.network)
         # Gradients take as much as what is trained, and so does a teacher on the device.
-        self.parameters, self.weights, self.trained = _sizes(self.network)
+        self.parameters, self.weights, self.trained = parameter_sizes(self.network)
         self.token_bytes = Cache.bytes_per_token(self.network)
         self.given = rollouts is not None
         self.rollouts = _at_the_caps(config) if rollouts is None else list(rollouts)
@@ -134,7 +100,7 @@ class Estimate:
         self.on_host = config.teacher.storage == "host"
         # The decoder's layers, and the runs of other parameters, as a teacher in host memory holds
         # and streams them.
-        self.layers, self.others = _block_sizes(self.network)
+        self.layers, self.others = block_sizes(self.network)
         # Trust region puts the hidden states and the heads of two models side by side.
         self.teachers = 1 if student_share(config.schedule) is None else 2
 
@@ -436,34 +402,3 @@ def _at_the_caps(config: Config) -> list[Lengths]:
         context = teacher.max_prompt_tokens if shown else rollout.max_prompt_tokens
     longest = Lengths(rollout.max_prompt_tokens, context, rollout.max_new_tokens)
     return [longest] * (rollout.prompts_per_step * rollout.samples_per_prompt)
-
-
-def architecture(config: Config) -> dict[str, Any]:
-    """The contents of the model's config.json: the lab's, a directory's, the hub cache's, or a
-    shipped shape.
-
-    Raises `UsageError` where there is none.
-    """
-    path = config.model.path
-    if config.model.random is not None:
-        return shape(config.model.random)
-    if path is None:
-        from sodfast.lab import model as lab
-
-        return lab.architecture(config.lab).to_dict()
-    known = shipped_shapes()
-    if path in known:
-        return known[path]
-    file = Path(path) / "config.json"
-    if not Path(path).is_dir():
-        try:
-            found = try_to_load_from_cache(path, "config.json")
-        except ValueError:  # no id at all
-            found = None
-        if not isinstance(found, str):
-            raise UsageError(
-                f"model.path={path}: a plan needs the model's config.json: give a directory that "
-                f"holds it, or one of {', '.join(known)}"
-            )
-        file = Path(found)
-    return read_config(file.parent, f"model.path={path}")

@@ -12,7 +12,6 @@ which its own `linear_scratch_bytes` states.
 Shapes: T tokens, N response tokens, H hidden size, H' that of the teacher's rows, V vocabulary.
 """
 
-import json
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
@@ -23,15 +22,17 @@ from typing import Any
 import torch
 from sodfast_kernels import linear_scratch_bytes
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sodfast.config import LoRAConfig, ObjectiveConfig
-from sodfast.errors import UsageError
-from sodfast.model import liger, lora
-from sodfast.model.directory import name_no_code, refusing
-from sodfast.model.load import decoder_layers, output_head, recompute_layers, trained_parameters
-from sodfast.model.packing import can_pack, response_hidden, use_packed_attention
+from sodfast.config import ObjectiveConfig
+from sodfast.memory.network import FAKE
+from sodfast.model.language_model import (
+    decoder_layers,
+    output_head,
+    trained_parameters,
+)
+from sodfast.model.packing import response_hidden
 from sodfast.objective import micro_batch_loss
 from sodfast.rollout.cache import Cache
 from sodfast.rollout.decoder import Decoder
@@ -40,8 +41,6 @@ from sodfast.rollout.engine import Sample
 # The layers of most networks repeat after a few. A deeper network is measured with these multiples
 # of that few, and the line through the two peaks gives its own.
 DEPTHS = (2, 3)
-# Lengths and ids may be real tensors, so that the phases can read them.
-FAKE = FakeTensorMode(allow_non_fake_inputs=True)
 
 Sequences = tuple[tuple[int, int], ...]  # tokens of (prompt or context, response) of a micro-batch
 Peaks = tuple[int, ...]  # of a phase's parts, bytes
@@ -90,54 +89,6 @@ class LiveBytes(TorchDispatchMode):
 
     def _forget(self, key: int) -> None:
         self._live -= self._sizes.pop(key)
-
-
-@cache
-def empty_network(
-    contents: str,
-    dtype: torch.dtype,
-    recompute: bool,
-    use_liger: bool,
-    adapters: LoRAConfig | None = None,
-    kept: int = 0,
-) -> Any:
-    """A network without weights, set up as `commands.build_model` sets up one that has some.
-
-    `contents`: of a config.json. `use_liger`: with Liger's kernels where they are installed and
-    know the network; without them it takes more. `kept`: how many layers `recompute` spares.
-    Raises `UsageError` for a network that transformers does not know or that cannot be trained
-    here.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
-
-    with refusing(
-        "model.path: its config.json makes no model", "give that of a causal language model"
-    ):
-        config = AutoConfig.for_model(**json.loads(contents))
-        name_no_code(config)
-        with FAKE, no_init_weights():
-            network = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        network.tie_weights()
-    if not can_pack(network):
-        raise UsageError(
-            f"model.path: sequences of a {type(network).__name__} cannot be packed: choose "
-            "another model"
-        )
-    use_packed_attention(network.eval())
-    if adapters is not None:
-        lora.require_peft()
-        lora.inject_adapters(network, adapters, seed=0)
-        for module in network.modules():  # peft gives the adapters that it adds real memory
-            for name, parameter in module.named_parameters(recurse=False):
-                if not isinstance(parameter, FakeTensor):
-                    fake = FAKE.from_tensor(parameter.detach())
-                    module.register_parameter(name, nn.Parameter(fake, parameter.requires_grad))
-    if use_liger and liger.unsupported(network, torch.device("cuda")) is None:
-        liger.patch(network)
-    if recompute:
-        recompute_layers(network, kept)
-    return network
 
 
 @cache

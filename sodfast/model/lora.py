@@ -24,7 +24,7 @@ from torch import nn
 
 from sodfast.config import LoRAConfig
 from sodfast.errors import UsageError
-from sodfast.model.load import LanguageModel, trained_parameters
+from sodfast.model.language_model import LanguageModel, trained_parameters
 from sodfast.rng import Stream, draw_key
 
 ADAPTER = "default"  # peft's name for the only adapter of a network

@@ -14,7 +14,8 @@ import torch
 
 from sodfast.config import PRESETS
 from sodfast.errors import UsageError
-from sodfast.model.load import LanguageModel, wrap_model
+from sodfast.model.language_model import LanguageModel
+from sodfast.model.load import wrap_model
 
 
 def shipped_shapes() -> dict[str, dict[str, Any]]:

@@ -35,7 +35,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from sodfast.model.load import decoder_layers, output_head, trained_parameters
+from sodfast.model.language_model import decoder_layers, output_head, trained_parameters
 from sodfast.model.packing import response_hidden
 from sodfast.parallel.ranks import Ranks
 

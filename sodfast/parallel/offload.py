@@ -35,7 +35,7 @@ from sodfast_kernels import ParameterUpdate
 from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
-from sodfast.model.load import decoder_layers, output_head
+from sodfast.model.language_model import decoder_layers, output_head
 
 SLOTS = 3  # the layer in use and two ahead of it
 ALIGNMENT = 512  # bytes, as CUDA's allocator: kernels find addresses as aligned as elsewhere

@@ -1,6 +1,6 @@
 """A run or a study as one HTML page with its figures, and its tables as CSV.
 
-    runs.load → groups → tables.py (rows) → plots.py and maps.py (SVG) → page.html.j2 (all words)
+    load.py → groups → tables.py (rows) → plots.py and maps.py (SVG) → page.html.j2 (all words)
 
 The same runs give the same bytes: nothing on the page depends on the clock. Only finished runs
 (done or collapsed) enter a mean; the others are listed, and drawn as thin lines.
@@ -24,7 +24,8 @@ from sodfast.report import canvas, maps, plots, tables
 from sodfast.report.answers import Shown, compare
 from sodfast.report.early_warning import MAX_FALSE_ALARM_RATE, Forecast, forecast
 from sodfast.report.intervals import Curve, Series, bin_width, group_curve
-from sodfast.report.runs import Group, Line, Run, Source, load, load_side_by_side, load_studies
+from sodfast.report.load import load, load_side_by_side, load_studies
+from sodfast.report.runs import Group, Line, Run, Source
 from sodfast.report.templates import template
 from sodfast.run.environment import describe
 from sodfast.run.show import SHADES

@@ -1,13 +1,12 @@
-"""What a report reads: a run, or studies, as runs in groups that differ only by their seeds.
+"""What a report is about: a run, or studies, as runs in groups that differ only by their seeds.
 
-What is shown of a run follows from its config.yaml, metrics.jsonl and events.jsonl alone, and
-each file is read once.
+What is shown of a run follows from its config.yaml, metrics.jsonl and events.jsonl alone. load.py
+reads them.
 """
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,19 +20,13 @@ from sodfast.config import (
     EvidenceConfig,
     PythonScheduleConfig,
     ScheduleConfig,
-    read_overrides,
-    validate,
 )
-from sodfast.errors import UsageError
 from sodfast.report.intervals import Curve, Series, group_curve
-from sodfast.run.records import require_run
 from sodfast.schedule import Schedule, build_schedule
 from sodfast.study.definition import VARIANT, flatten
-from sodfast.study.directory import TrialRun, finished_status, read_records, read_runs
 from sodfast.summary import spike_ratios
 
 GATES = EvidenceConfig().gates  # CGTR's among them
-REPLICATES = ("seed", "lab.seed")  # axes whose values repeat a trial: groups are over them
 STUDY = "study"  # the axis of several studies that are read as one
 _INSIDE = (
     "schedule",
@@ -225,6 +218,7 @@ class Source:
         return label if len(found) == 1 else f"{self.axis}={self.value}"
 
 
+<<<<<<< HEAD
 def load(directory: Path, baseline: str | None = None) -> Source:
     """Read a run or a study directory, each metrics file once.
 
@@ -338,6 +332,8 @@ def _baseline(groups: Sequence[Group], text: str | None) -> tuple[str | None, st
     return axis, points[0][axis]
 
 
+=======
+>>>>>>> main
 _CALLED = {
     "fixed": "fixed",
     "hard": "hard, every {every}",

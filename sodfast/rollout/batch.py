@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from sodfast.errors import RunFailed
-from sodfast.model.load import LanguageModel
+from sodfast.model.language_model import LanguageModel
 from sodfast.rollout.admission import Draw, count_fitting, expected_tokens, prompt_groups
 from sodfast.rollout.cache import Cache, up_to_step
 from sodfast.rollout.decoder import Decoder

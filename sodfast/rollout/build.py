@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from sodfast.config import RolloutConfig
 from sodfast.errors import UsageError
-from sodfast.model.load import LanguageModel
+from sodfast.model.language_model import LanguageModel
 from sodfast.rollout.engine import Engine
 from sodfast.rollout.hf import HFEngine
 

@@ -12,7 +12,7 @@ from typing import Protocol
 from torch import Tensor
 
 from sodfast.config import Config, EvalConfig, RolloutConfig
-from sodfast.model.load import LanguageModel
+from sodfast.model.language_model import LanguageModel
 
 Progress = Callable[[int, int], None]  # sequences done, of how many
 

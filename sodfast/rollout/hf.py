@@ -15,7 +15,7 @@ from sodfast_kernels import sample_tokens
 from torch import Tensor
 
 from sodfast.errors import RunFailed
-from sodfast.model.load import LanguageModel
+from sodfast.model.language_model import LanguageModel
 from sodfast.model.packing import own_attention
 from sodfast.rollout.engine import Progress, Sample, SampleKey, Sampling, check_prompts, stop_length
 

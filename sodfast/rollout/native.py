@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sodfast.errors import UsageError
-from sodfast.model.load import LanguageModel
+from sodfast.model.language_model import LanguageModel
 from sodfast.rollout.admission import Draw, count_fitting, expected_tokens
 from sodfast.rollout.batch import Batch
 from sodfast.rollout.cache import PAGE, Cache, up_to_step

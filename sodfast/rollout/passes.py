@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from sodfast_kernels import gumbel_noise, sample_tokens
 from torch import Tensor
 
-from sodfast.model.load import LanguageModel
+from sodfast.model.language_model import LanguageModel
 from sodfast.rollout.admission import Draw
 from sodfast.rollout.cache import Cache, staged
 from sodfast.rollout.engine import SampleKey, Sampling

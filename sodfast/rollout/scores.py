@@ -8,7 +8,7 @@ from sodfast_kernels import linear_distillation_loss
 from torch import Tensor
 
 from sodfast.errors import RunFailed
-from sodfast.model.load import LanguageModel
+from sodfast.model.language_model import LanguageModel
 from sodfast.model.packing import micro_batches, response_hidden
 from sodfast.rollout.engine import Sample
 

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from sodfast.config import RolloutConfig
 from sodfast.errors import RunFailed, UsageError
-from sodfast.model.load import LanguageModel
+from sodfast.model.language_model import LanguageModel
 from sodfast.model.packing import micro_batches
 from sodfast.rollout.engine import (
     Progress,

@@ -33,7 +33,7 @@ from torch import Tensor
 from sodfast.errors import RunFailed, UsageError
 from sodfast.files import read_object, sync, sync_entry
 from sodfast.model.joined import apart
-from sodfast.model.load import LanguageModel
+from sodfast.model.language_model import LanguageModel
 from sodfast.model.lora import save_adapters
 
 _STEP = re.compile(r"step-(0|[1-9]\d{0,17})")

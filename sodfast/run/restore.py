@@ -9,7 +9,7 @@ from sodfast_kernels.parameters import empty_state
 from torch import Tensor, nn
 
 from sodfast.errors import UsageError
-from sodfast.model.load import LanguageModel, trained_parameters
+from sodfast.model.language_model import LanguageModel, trained_parameters
 from sodfast.model.lora import peft_name
 from sodfast.run.checkpoint import Checkpoint, damaged
 from sodfast.schedule import Schedule

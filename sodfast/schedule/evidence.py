@@ -37,11 +37,11 @@ class Evidence(Schedule):
 
     At every probe, which is every `probe_every` steps, φ ← θ iff every active gate passes:
 
-    isolation  t − t_last ≥ min_isolation, with t_last = 0 at the start
-    reward     z = Σd / √Σd² ≥ min_z, where d is a question's gain
-    length     candidate's mean answer / incumbent's ≤ max_length_ratio
-    tail       mean of the longest 5 % of the student's rollouts / their mean, over the last
-               `probes` probes, ≤ max_tail_growth · the same over the run's first `probes`
+        isolation  t − t_last ≥ min_isolation, with t_last = 0 at the start
+        reward     z = Σd / √Σd² ≥ min_z, where d is a question's gain
+        length     candidate's mean answer / incumbent's ≤ max_length_ratio
+        tail       mean of the longest 5 % of the student's rollouts / their mean, over the last
+                   `probes` probes, ≤ max_tail_growth · the same over the run's first `probes`
 
     Reward and length look at the probes since the last refresh, at most the last `probes`: earlier
     ones compared with another incumbent. Nothing is compared with a window of the past: the

@@ -69,11 +69,11 @@ class CGTR(Schedule):
 
     Every `check_every` steps φ ← θ iff every active gate passes:
 
-    isolation  t − t_last ≥ min_isolation, with t_last = 0 at the start
-    reward     mean reward of the last `window` steps > r_ref + reward_margin; r_ref starts as the
-               mean of the first `window` steps and becomes the window's mean at each refresh;
-               blocks while fewer than `window` steps exist
-    length     max(length) / mean(length) pooled over the last `window` steps ≤ max_tail_ratio
+        isolation  t − t_last ≥ min_isolation, with t_last = 0 at the start
+        reward     mean reward of the last `window` steps > r_ref + reward_margin; r_ref starts as
+                   the mean of the first `window` steps and becomes the window's mean at each
+                   refresh; blocks while fewer than `window` steps exist
+        length     max(length) / mean(length) pooled over the last `window` steps ≤ max_tail_ratio
 
     Every step holds equally many rollouts, so the mean of the steps' means is the pooled mean;
     it is formed that way (float64, exact sum) so that a check can be recomputed from the metrics

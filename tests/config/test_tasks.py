@@ -1,11 +1,12 @@
 """The tasks' keys: paths in full, other examinations, and what of theirs is refused."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from configurations import refusal
 
-from sodfast.config import load_config
+from sodfast.config import EvalConfig, load_config
 
 
 def test_paths_of_a_users_task_are_kept_in_full(
@@ -51,3 +52,14 @@ def test_noise_and_later_phases_are_bounded() -> None:
     assert "unknown key task.arrival" in refusal(
         "task.name=math", "task.train=a.jsonl", "model.path=m", "task.arrival={step: 3}"
     )
+
+
+@pytest.mark.parametrize(
+    ("every", "due", "due_at_the_end"), [(0, [], []), (3, [0, 3], [1, 2, 4]), (1, range(5), [])]
+)
+def test_each_step_is_evaluated_for_one_reason(
+    every: int, due: Sequence[int], due_at_the_end: Sequence[int]
+) -> None:
+    config = EvalConfig(every=every)
+    assert [step for step in range(5) if config.due(step)] == list(due)
+    assert [step for step in range(5) if config.due_at_the_end(step)] == list(due_at_the_end)

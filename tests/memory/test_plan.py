@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from conftest import Command
+from marks import slow
 
 from sodfast.config import Config, load_config, override
 from sodfast.memory.estimate import GIB, Estimate
@@ -174,15 +175,17 @@ def test_the_lab_has_a_plan(cli: Command) -> None:
     ("overrides", "named"),
     [
         (["model.path=nobody/nothing"], "config.json"),
-        (["model.path=a/b/c/d"], "config.json"),
-        (["model.path={empty}"], "config.json cannot be read"),
-        (["model.path={broken}"], "config.json cannot be read"),
-        (["model.path={list}"], "names no model_type"),
-        (["model.path={strange}"], "makes no model"),
-        (["model.path={mamba}"], "cannot be packed"),
         (["rollout.engine=vllm"], "rollout.engine"),
-        (["zebra=1"], "unknown key zebra"),
-        (["memory_gib=0"], "memory_gib"),
+        *slow(
+            (["model.path=a/b/c/d"], "config.json"),
+            (["model.path={empty}"], "config.json cannot be read"),
+            (["model.path={broken}"], "config.json cannot be read"),
+            (["model.path={list}"], "names no model_type"),
+            (["model.path={strange}"], "makes no model"),
+            (["model.path={mamba}"], "cannot be packed"),
+            (["zebra=1"], "unknown key zebra"),
+            (["memory_gib=0"], "memory_gib"),
+        ),
     ],
 )
 def test_bad_input_is_one_line(

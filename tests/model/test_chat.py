@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marks import slow
 from tokenizers import (
     Tokenizer,
     decoders,
@@ -118,7 +119,7 @@ texts = st.lists(st.sampled_from(PIECES), min_size=1, max_size=8).map("".join)
 # ---------------------------------------------------------------- special tokens in a text
 
 
-@pytest.mark.parametrize("template", [CHATML, TRIMMED, LOUD, JOINED, None])
+@pytest.mark.parametrize("template", [CHATML, JOINED, *slow(TRIMMED, LOUD, None)])
 @settings(max_examples=60, deadline=None)
 @given(user=texts, system=st.none() | texts)
 def test_the_special_tokens_of_a_prompt_are_the_templates(
@@ -137,7 +138,7 @@ def test_the_special_tokens_of_a_prompt_are_the_templates(
     assert tokenizer.decode(ids) == rendered(tokenizer, shown)
 
 
-@pytest.mark.parametrize("template", [CHATML, TRIMMED, LOUD, JOINED, None])
+@pytest.mark.parametrize("template", [CHATML, JOINED, *slow(TRIMMED, LOUD, None)])
 @settings(max_examples=60, deadline=None)
 @given(
     user=st.text(min_size=1, max_size=30).filter(lambda text: "<|" not in text),

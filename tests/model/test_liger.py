@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from sodfast.errors import UsageError
 from sodfast.model import liger
+from sodfast.model.language_model import decoder_layers, recompute_layers
 from sodfast.model.liger import patch, use_liger
-from sodfast.model.load import decoder_layers, recompute_layers
 
 CUDA = torch.device("cuda")
 

@@ -1,4 +1,4 @@
-"""Loading, prompts, and which models are refused."""
+"""Loading, and which models are refused."""
 
 import json
 import pickle
@@ -14,15 +14,10 @@ from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCau
 
 from sodfast.errors import UsageError
 from sodfast.lab.model import build_tokenizer
-from sodfast.model.load import LanguageModel, cast_weights, load_model, to_ids, wrap_model
-from sodfast.tasks.base import Question
+from sodfast.model.language_model import LanguageModel, cast_weights
+from sodfast.model.load import load_model, wrap_model
 
 CPU = torch.device("cpu")
-TEMPLATE = (
-    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
-    "{% if add_generation_prompt %}[assistant]{% if enable_thinking is false %}<quiet>{% endif %}"
-    "{% endif %}"
-)
 
 
 def tiny_llama(**changes: Any) -> LlamaForCausalLM:
@@ -46,67 +41,6 @@ def wrap(network: Any, **changes: Any) -> LanguageModel:
     for name, value in changes.items():
         setattr(tokenizer, name, value)
     return wrap_model(network, tokenizer, CPU, "the model")
-
-
-# ---------------------------------------------------------------- prompts
-
-
-def test_a_chat_template_is_used_with_thinking_off(model: LanguageModel) -> None:
-    rendered: list[tuple[list[dict[str, str]], dict[str, Any]]] = []
-
-    class Tokenizer:
-        chat_template = TEMPLATE
-
-        def apply_chat_template(self, messages: list[dict[str, str]], **options: Any) -> str:
-            rendered.append((messages, options))
-            return "1+1="
-
-        def __call__(self, text: str, **options: Any) -> Any:
-            assert options == {"add_special_tokens": False}  # the template has them already
-            return model.tokenizer(text)
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(model.tokenizer, name)
-
-    chat = LanguageModel(model.network, Tokenizer(), model.eos_ids, model.pad_id)
-    question = Question(prompt="P", answer="", system="S", id="1")
-    assert chat.encode_question(question) == model.encode("1+1=")
-    chat.encode("P", "")
-    system, user = {"role": "system", "content": "S"}, {"role": "user", "content": "P"}
-    options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
-    # "x" stands for any text: which special tokens are the template's own is read off it.
-    asked = [(shown, given) for shown, given in rendered if shown[-1]["content"] != "x"]
-    assert asked == [([system, user], options), ([user], options)]
-
-
-def test_a_template_sees_that_thinking_is_off() -> None:
-    model = wrap(tiny_llama(), chat_template=TEMPLATE)
-    text = model.tokenizer.apply_chat_template(
-        [{"role": "user", "content": "1"}],
-        tokenize=False,
-        add_generation_prompt=True,
-        enable_thinking=False,
-    )
-    assert text == "[user]1[assistant]<quiet>"
-    assert model.encode("1") == model.tokenizer(text).input_ids
-
-
-def test_a_template_without_system_messages_says_so() -> None:
-    template = "{% if messages[0].role == 'system' %}{{ raise_exception('none here') }}{% endif %}1"
-    model = wrap(tiny_llama(), chat_template=template)
-    assert model.encode("2") == model.tokenizer("1").input_ids
-    with pytest.raises(UsageError, match=r"system and user.*none here"):
-        model.encode("2", "3")
-
-
-def test_without_a_chat_template_the_text_stands_as_it_is(model: LanguageModel) -> None:
-    assert model.decode(model.encode("17*8+6=")) == "17*8+6="
-    assert model.encode("1+", "2") == model.tokenizer("2\n\n1+").input_ids
-
-
-def test_special_tokens_are_not_decoded(model: LanguageModel) -> None:
-    ids = [*model.encode("4="), model.pad_id, model.eos_ids[0]]
-    assert model.decode(ids) == model.decode(to_ids(ids)) == "4="
 
 
 # ---------------------------------------------------------------- loading
@@ -150,7 +84,12 @@ def test_weights_that_would_be_unpickled_are_refused(
 
 
 @pytest.mark.parametrize(
-    "name", ["w.bin", "../w.safetensors", "part/w.safetensors", "/w.safetensors", "..", "", 7, None]
+    "name",
+    [
+        "w.bin",
+        "../w.safetensors",
+        *slow("part/w.safetensors", "/w.safetensors", "..", "", 7, None),
+    ],
 )
 @pytest.mark.parametrize("where", ["index", "config"])
 def test_weights_are_named_files_of_the_directory_itself(
@@ -193,7 +132,7 @@ def test_a_damaged_index_is_a_usage_error(directory: Path, index: str) -> None:
     refusal(directory)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "garbage", "empty"])
+@pytest.mark.parametrize("damage", ["truncated", *slow("garbage", "empty")])
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
 def test_a_damaged_file_is_a_usage_error(directory: Path, name: str, damage: str) -> None:
     whole = (directory / name).read_bytes()
@@ -256,27 +195,29 @@ def test_a_config_that_names_no_model_is_refused(directory: Path, contents: str)
         # An encoder, and a decoder that cannot be had alone.
         *slow(("model_type", "t5"), ("model_type", "clip")),
         ("rope_parameters", {"rope_type": "nosuch", "rope_theta": 1e4}),
-        ("rope_parameters", {"rope_type": "yarn"}),
-        ("rope_parameters", 3),
         ("hidden_act", "nosuch"),
-        ("hidden_act", None),
-        ("dtype", "nosuch"),
-        ("dtype", []),
-        ("num_attention_heads", 0),
-        ("num_key_value_heads", -1),
-        ("num_hidden_layers", 0),
-        ("num_hidden_layers", 500),
         ("num_hidden_layers", 10**11),
-        ("num_hidden_layers", "x"),
-        ("num_labels", 10**9),
-        ("vocab_size", 10**13),
         ("vocab_size", 10**9),
-        ("head_dim", 0),
-        ("rms_norm_eps", "x"),
-        ("layer_types", 3),
-        ("quantization_config", 3),
-        ("auto_map", 3),
-        ("pad_token_id", 9999),
+        *slow(
+            ("rope_parameters", {"rope_type": "yarn"}),
+            ("rope_parameters", 3),
+            ("hidden_act", None),
+            ("dtype", "nosuch"),
+            ("dtype", []),
+            ("num_attention_heads", 0),
+            ("num_key_value_heads", -1),
+            ("num_hidden_layers", 0),
+            ("num_hidden_layers", 500),
+            ("num_hidden_layers", "x"),
+            ("num_labels", 10**9),
+            ("vocab_size", 10**13),
+            ("head_dim", 0),
+            ("rms_norm_eps", "x"),
+            ("layer_types", 3),
+            ("quantization_config", 3),
+            ("auto_map", 3),
+            ("pad_token_id", 9999),
+        ),
     ],
 )
 def test_a_config_that_makes_no_model_is_one_line(directory: Path, key: str, value: Any) -> None:
@@ -287,10 +228,13 @@ def test_a_config_that_makes_no_model_is_one_line(directory: Path, key: str, val
 @pytest.mark.parametrize(
     ("file", "contents"),
     [
-        *(("tokenizer.json", text) for text in ("[]", "null", "{}", '{"version": "1.0"}')),
-        *(("tokenizer_config.json", text) for text in ("[]", "null", "3", "{", "\xff{")),
-        *(("generation_config.json", text) for text in ("[]", "null", "3", "{")),
+        ("tokenizer.json", "[]"),
+        ("tokenizer_config.json", "[]"),
+        ("generation_config.json", "[]"),
         ("special_tokens_map.json", "[]"),
+        *slow(*(("tokenizer.json", text) for text in ("null", "{}", '{"version": "1.0"}'))),
+        *slow(*(("tokenizer_config.json", text) for text in ("null", "3", "{", "\xff{"))),
+        *slow(*(("generation_config.json", text) for text in ("null", "3", "{"))),
     ],
 )
 def test_a_file_of_the_wrong_shape_is_named(directory: Path, file: str, contents: str) -> None:

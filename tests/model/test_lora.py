@@ -28,7 +28,8 @@ from sodfast.config import (
 from sodfast.errors import UsageError
 from sodfast.files import read_lines
 from sodfast.model import lora
-from sodfast.model.load import LanguageModel, load_model, trained_parameters
+from sodfast.model.language_model import LanguageModel, trained_parameters
+from sodfast.model.load import load_model
 from sodfast.model.lora import add_adapters, merge_adapters
 from sodfast.model.packing import own_attention
 from sodfast.run import checkpoint
@@ -392,6 +393,7 @@ def finished(build: Build, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     return out, trainer
 
 
+@pytest.mark.slow
 def test_a_checkpoint_holds_adapters_that_peft_reads(finished: tuple[Path, Trainer]) -> None:
     out, trainer = finished
     path = out / "checkpoints" / "step-4"

@@ -3,8 +3,6 @@
 Suffixes: N response tokens, H hidden size, V vocabulary.
 """
 
-import copy
-from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -29,9 +27,8 @@ from transformers import (
 )
 
 from sodfast.config import EMAConfig
-from sodfast.errors import UsageError
+from sodfast.model.language_model import cast_weights, decoder_layers, output_head, recompute_layers
 from sodfast.model.liger import patch
-from sodfast.model.load import cast_weights, decoder_layers, output_head, recompute_layers
 from sodfast.model.packing import (
     ATTENTION,
     micro_batches,
@@ -201,71 +198,6 @@ def test_a_saved_model_does_not_know_of_it(tmp_path: Path) -> None:
     assert ATTENTION not in (tmp_path / "config.json").read_text()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert loaded.config._attn_implementation == "sdpa"
-
-
-# ---------------------------------------------------------------- recomputed layers
-
-
-def count_runs(network: Any) -> Callable[[], int]:
-    """How often a layer's MLP has begun to run."""
-    runs = []
-    for layer in decoder_layers(network):
-        layer.mlp.register_forward_pre_hook(lambda *_: runs.append(1))
-    return lambda: len(runs)
-
-
-@pytest.mark.parametrize("kept", [0, 1])
-@pytest.mark.parametrize("name", ["qwen3", "gemma2"])
-def test_recomputing_changes_no_bit(name: str, kept: int) -> None:
-    network, pairs = packed(build(name)), random_pairs(SIZES_OF_PAIRS)
-    thrifty = copy.deepcopy(network)
-    recompute_layers(thrifty, kept)
-    hidden_NH, same_NH = hidden_of(network, pairs), hidden_of(thrifty, pairs)
-    assert same_NH.equal(hidden_NH)
-    found, expected = gradients(thrifty, same_NH), gradients(network, hidden_NH)
-    assert all(found[path].equal(expected[path]) for path in expected)
-
-
-def test_layers_run_again_in_the_backward_pass_only() -> None:
-    network, pairs = packed(build("llama")), random_pairs(SIZES_OF_PAIRS)
-    recompute_layers(network)
-    runs = count_runs(network)
-    with torch.no_grad():
-        hidden_of(network, pairs)
-    assert runs() == 3
-    hidden_NH = hidden_of(network, pairs)
-    assert runs() == 6
-    hidden_NH.sum().backward()
-    assert runs() == 9
-
-
-@pytest.mark.parametrize("kept", [0, 1, 3])
-def test_the_last_layers_can_keep_their_activations(kept: int) -> None:
-    """Each of those runs once for all; the others give the same gradients at a second run."""
-    network, pairs = packed(build("llama")), random_pairs(SIZES_OF_PAIRS)
-    full, mixed = copy.deepcopy(network), copy.deepcopy(network)
-    recompute_layers(full)
-    recompute_layers(mixed, kept)
-    runs: list[int] = []
-    for number, layer in enumerate(decoder_layers(mixed)):
-        layer.mlp.register_forward_pre_hook(lambda *_, n=number: runs.append(n))
-    found, expected = (gradients(n, hidden_of(n, pairs)) for n in (mixed, full))
-    assert all(found[path].equal(expected[path]) for path in expected)
-    assert runs == [0, 1, 2, *reversed(range(3 - kept))]
-
-
-def test_no_more_layers_can_keep_their_activations_than_there_are() -> None:
-    with pytest.raises(UsageError, match=r"model\.kept_layers=4: the model has 3 decoder layers"):
-        recompute_layers(build("llama"), 4)
-
-
-def test_a_recomputing_model_is_saved_as_any_other(tmp_path: Path) -> None:
-    network = build("llama")
-    recompute_layers(network)
-    network.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    ids = torch.arange(5)[None]
-    assert loaded(ids).logits.allclose(network(ids).logits, atol=1e-6)
 
 
 # ---------------------------------------------------------------- micro-batches

@@ -14,7 +14,8 @@ from torch.distributed.tensor import DTensor
 
 from sodfast.commands import build_trainer
 from sodfast.config import EMAConfig, OptimizerConfig, load_config
-from sodfast.model.load import LanguageModel, load_model
+from sodfast.model.language_model import LanguageModel
+from sodfast.model.load import load_model
 from sodfast.optimizer import alignment, build_optimizer, update
 from sodfast.parallel.fsdp import Chunk, ShardedWeights, Weights
 from sodfast.parallel.ranks import Ranks

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from sodfast.errors import UsageError
-from sodfast.model.load import decoder_layers, output_head
+from sodfast.model.language_model import decoder_layers, output_head
 from sodfast.model.packing import packed_hidden, use_packed_attention
 from sodfast.parallel.offload import ALIGNMENT, SLOTS, HostCopy, pinned_bytes, pinned_setting
 

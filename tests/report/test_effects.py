@@ -11,8 +11,9 @@ from synthetic import lab_run
 
 from sodfast.commands import train_fork
 from sodfast.report.effects import attributed, fork_effects, fork_rows, mean_with_interval
+from sodfast.report.load import load
 from sodfast.report.page import write_report
-from sodfast.report.runs import Group, Run, load
+from sodfast.report.runs import Group, Run
 from sodfast.study.definition import load_study
 from sodfast.study.directory import run_path
 from sodfast.summary import NEXT_STEPS

@@ -343,7 +343,8 @@ def test_a_damaged_trial_is_named_and_left_out(tmp_path: Path) -> None:
         assert found.tables[name] == expected.tables[name]
 
 
-@pytest.mark.parametrize("text", ["{", *slow("[]", '{"threads": 1}')])
+@pytest.mark.slow
+@pytest.mark.parametrize("text", ["{", "[]", '{"threads": 1}'])
 def test_a_damaged_environment_is_no_obstacle(tmp_path: Path, text: str) -> None:
     write_run(tmp_path / "run", lab_run("steps=4"))
     (tmp_path / "run" / "environment.json").write_text(text)
@@ -542,6 +543,7 @@ def two_runs(tmp_path: Path) -> list[Path]:
     return [tmp_path / "a" / "hard", tmp_path / "b" / "gated"]
 
 
+@pytest.mark.slow
 def test_runs_stand_side_by_side_with_their_differing_keys_first(
     two_runs: list[Path], tmp_path: Path
 ) -> None:

@@ -85,7 +85,7 @@ def test_a_threshold_is_drawn_where_the_data_come_near() -> None:
     assert "limit 3.2" not in texts(far)
 
 
-@pytest.mark.parametrize("values", [[], [(0, 0.0)], [(0, 5.0), (1, 5.0)]])
+@pytest.mark.parametrize("values", [[], *slow([(0, 0.0)], [(0, 5.0), (1, 5.0)])])
 def test_little_data_makes_a_figure(values: list[tuple[float, float]]) -> None:
     steps, numbers = np.array(values).reshape(-1, 2).T
     found = group_curve([Series(steps, numbers)], [], 1)

@@ -68,8 +68,11 @@ def test_unchanged_values_reproduce_the_record_exactly(
 @pytest.mark.parametrize(
     "schedule",
     [
-        ["schedule.kind=hard", "schedule.every=2"],
-        *slow(["schedule.kind=ema"], ["schedule.kind=trust_region"]),
+        *slow(
+            ["schedule.kind=hard", "schedule.every=2"],
+            ["schedule.kind=ema"],
+            ["schedule.kind=trust_region"],
+        ),
         [*OPEN_GATES, "schedule.length_unit=shard", "schedule.shards=2"],
     ],
 )

@@ -9,7 +9,7 @@ import torch
 from rollouts import answer, equal_bits, ragged, same_tokens, tiny
 from torch import Tensor
 
-from sodfast.model.load import LanguageModel
+from sodfast.model.language_model import LanguageModel
 from sodfast.rollout import batch
 from sodfast.rollout.batch import Batch
 from sodfast.rollout.cache import PAGE, SCRATCH, Cache

@@ -7,7 +7,8 @@ from rollouts import PROMPTS, sample
 from sodfast.config import RolloutConfig
 from sodfast.errors import UsageError
 from sodfast.lab.model import build_tokenizer
-from sodfast.model.load import LanguageModel, wrap_model
+from sodfast.model.language_model import LanguageModel
+from sodfast.model.load import wrap_model
 from sodfast.rollout.build import build_engine
 
 

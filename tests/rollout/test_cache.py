@@ -4,7 +4,7 @@ import pytest
 import torch
 from rollouts import NETWORKS, prefill, sequences, tiny
 
-from sodfast.model.load import LanguageModel
+from sodfast.model.language_model import LanguageModel
 from sodfast.rollout.cache import SCRATCH, Cache
 from sodfast.rollout.decoder import Decoder
 

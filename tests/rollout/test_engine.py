@@ -15,14 +15,15 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from sodfast.config import load_config
 from sodfast.errors import RunFailed
 from sodfast.lab.model import build_tokenizer
-from sodfast.model.load import LanguageModel, load_model, to_ids, wrap_model
+from sodfast.model.language_model import LanguageModel, to_ids
+from sodfast.model.load import load_model, wrap_model
 from sodfast.model.packing import own_attention
 from sodfast.rollout.engine import Engine, SampleKey, Sampling, stop_length
 from sodfast.rollout.hf import HFEngine
 from sodfast.rollout.native import NativeEngine
 
 
-@pytest.fixture(params=["qwen3", "llama"])
+@pytest.fixture(params=["llama", *slow("qwen3")])
 def any_model(request: pytest.FixtureRequest, tiny_model: Path) -> LanguageModel:
     """The tiny Qwen3, and a random Llama: untied head, grouped keys, long and wild samples."""
     if request.param == "qwen3":
@@ -87,7 +88,7 @@ def test_a_longer_cap_only_lengthens_capped_samples(
         assert a.capped or a.response.equal(b.response)
 
 
-@pytest.mark.parametrize("temperature", [0.6, 1.0, 0.0])
+@pytest.mark.parametrize("temperature", [0.6, 0.0, *slow(1.0)])
 def test_logprob_and_entropy_are_those_of_a_teacher_forced_forward(
     engine_name: str, any_model: LanguageModel, temperature: float
 ) -> None:

@@ -7,7 +7,7 @@ import torch
 from rollouts import PROMPTS, sample
 from transformers import GenerationConfig
 
-from sodfast.model.load import LanguageModel, to_ids
+from sodfast.model.language_model import LanguageModel, to_ids
 from sodfast.rollout.hf import HFEngine, left_padded
 
 

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from sodfast.config import LoRAConfig
 from sodfast.errors import UsageError
-from sodfast.model.load import LanguageModel, trained_parameters
+from sodfast.model.language_model import LanguageModel, trained_parameters
 from sodfast.model.lora import add_adapters
 from sodfast.model.random_weights import shape
 from sodfast.rollout import batch, native, passes
@@ -182,6 +182,7 @@ def test_adapters_answer_the_same_in_other_company(rank: int) -> None:
     assert equal_bits(answer(NativeEngine(model, 5), prompts, 30), together)
 
 
+@pytest.mark.slow
 def test_old_cache_memory_changes_nothing() -> None:
     """A CPU keeps the cache's memory from call to call, with what stood in it."""
     model = tiny("mistral")
@@ -193,6 +194,7 @@ def test_old_cache_memory_changes_nothing() -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_short_budget_means_fewer_slots_and_the_same_answers() -> None:
     model, prompts = tiny("qwen3"), ragged(40)
     width = max(len(prompt) for prompt in prompts) + 30

@@ -6,7 +6,7 @@ import pytest
 import torch
 from rollouts import answer, ragged, tiny
 
-from sodfast.model.load import LanguageModel
+from sodfast.model.language_model import LanguageModel
 from sodfast.rollout.admission import Draw
 from sodfast.rollout.cache import Cache
 from sodfast.rollout.decoder import Decoder

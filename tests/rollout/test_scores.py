@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from sodfast.model.load import LanguageModel
+from sodfast.model.language_model import LanguageModel
 from sodfast.model.packing import own_attention
 from sodfast.rollout.engine import Sample
 from sodfast.rollout.scores import recompute, student_scores

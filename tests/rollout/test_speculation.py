@@ -13,7 +13,8 @@ from rollouts import EOS, equal_bits, ragged, same_tokens, tiny
 from torch import Tensor
 
 from sodfast.config import LoRAConfig
-from sodfast.model.load import LanguageModel, load_model, to_ids, trained_parameters
+from sodfast.model.language_model import LanguageModel, to_ids, trained_parameters
+from sodfast.model.load import load_model
 from sodfast.model.lora import add_adapters
 from sodfast.rollout import batch, speculation
 from sodfast.rollout.admission import Draw

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sodfast.config import ObjectiveConfig, RolloutConfig
 from sodfast.errors import RunFailed, UsageError
-from sodfast.model.load import LanguageModel, to_ids
+from sodfast.model.language_model import LanguageModel, to_ids
 from sodfast.model.packing import own_attention
 from sodfast.objective import micro_batch_loss, truncated_importance_weight
 from sodfast.rollout import vllm as vllm_engine

@@ -21,7 +21,8 @@ from torch import Tensor
 import sodfast
 from sodfast.config import OptimizerConfig
 from sodfast.errors import RunFailed, UsageError
-from sodfast.model.load import LanguageModel, load_model
+from sodfast.model.language_model import LanguageModel
+from sodfast.model.load import load_model
 from sodfast.optimizer import build_optimizer
 from sodfast.parallel.fsdp import Weights
 from sodfast.run import checkpoint

@@ -207,6 +207,7 @@ def test_refusals_are_one_line(kept: Callable[..., Path], cli: Command, tmp_path
     assert "step-4.jsonl:1: Invalid JSON" in outcome.err
 
 
+@pytest.mark.slow
 def test_an_output_that_nobody_can_read_is_one_line(kept: Callable[..., Path]) -> None:
     run = kept([answer(4, ["3"])])
     show = [sys.executable, "-m", "sodfast", "show", str(run)]

@@ -153,6 +153,7 @@ def test_forks_go_on_from_a_source_that_the_study_makes(tmp_path: Path) -> None:
     assert (again.trials, again.sources) == (study.trials, study.sources)
 
 
+@pytest.mark.slow
 def test_each_variant_and_each_source_has_its_own_forks(tmp_path: Path) -> None:
     sources = [{"seed": 5}, {"seed": 6, "schedule": {"kind": "fixed"}}]
     study = load_study(

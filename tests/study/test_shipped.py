@@ -85,6 +85,7 @@ def test_a_burst_ends_at_a_tick_of_one_clock_and_of_no_other() -> None:
     assert ends == {(50, 100)}
 
 
+@pytest.mark.slow
 def test_the_forks_are_pairs_that_differ_in_the_refresh_alone() -> None:
     study = shipped("forks_lab")
     pairs: dict[tuple[str, ...], set[str]] = {}

@@ -54,22 +54,30 @@ def test_a_program_is_the_last_block(response: str, program: str) -> None:
 @pytest.mark.parametrize(
     ("program", "words"),
     [
-        (RIGHT, None),
         (f"```python\n{RIGHT}\n```", None),
         ("print(3)", "Test 2 failed.\nInput:\n-1 1\nExpected:\n0\nGot:\n3"),
-        ("print(' 3 ')", "Test 1 failed.\nInput:\n1 2\nExpected:\n3\nGot:\n 3 "),
         ("1 / 0", "ZeroDivisionError: division by zero"),
-        ("print(3", "SyntaxError: '(' was never closed"),
-        (f"{RIGHT}\nexit(2)", "Expected:\n3\nThe program ended with exit code 2."),
-        ("import os\nos._exit(0)", "Test 1 failed.\nInput:\n1 2\nExpected:\n3\nGot:\n"),
-        *slow(("while True: pass", "Expected:\n3\nThe program took longer than 3 seconds.")),
-        ("x = bytearray(10**10)", "MemoryError"),
-        ("while True: print('x' * 1000)", "The program wrote more than 64 KiB."),
-        ("import os\nwhile True: os.fork()", "BlockingIOError: [Errno 11] Resource temporarily"),
-        ("open('/usr/lib/x', 'w')", "OSError: [Errno 30] Read-only file system: '/usr/lib/x'"),
-        ("import os\nos.listdir('/home')", "FileNotFoundError: [Errno 2] No such file"),
-        ("import socket\nsocket.create_connection(('1.1.1.1', 1), 1)", "Network is unreachable"),
         ("  \n", "The response holds no program."),
+        *slow(
+            (RIGHT, None),
+            ("print(' 3 ')", "Test 1 failed.\nInput:\n1 2\nExpected:\n3\nGot:\n 3 "),
+            ("print(3", "SyntaxError: '(' was never closed"),
+            (f"{RIGHT}\nexit(2)", "Expected:\n3\nThe program ended with exit code 2."),
+            ("import os\nos._exit(0)", "Test 1 failed.\nInput:\n1 2\nExpected:\n3\nGot:\n"),
+            ("while True: pass", "Expected:\n3\nThe program took longer than 3 seconds."),
+            ("x = bytearray(10**10)", "MemoryError"),
+            ("while True: print('x' * 1000)", "The program wrote more than 64 KiB."),
+            (
+                "import os\nwhile True: os.fork()",
+                "BlockingIOError: [Errno 11] Resource temporarily",
+            ),
+            ("open('/usr/lib/x', 'w')", "OSError: [Errno 30] Read-only file system: '/usr/lib/x'"),
+            ("import os\nos.listdir('/home')", "FileNotFoundError: [Errno 2] No such file"),
+            (
+                "import socket\nsocket.create_connection(('1.1.1.1', 1), 1)",
+                "Network is unreachable",
+            ),
+        ),
     ],
 )
 def test_programs_with_input_and_output(task: CodeTask, program: str, words: str | None) -> None:
@@ -79,30 +87,26 @@ def test_programs_with_input_and_output(task: CodeTask, program: str, words: str
     assert "sandbox_runner" not in str(given.feedback)
 
 
+ONE = "assert add(1, 2) == 3"
 HUMAN = "def check(candidate):\n    assert candidate(1, 2) == 3\n    assert candidate(0, 0) == 0\n"
 
 
 @pytest.mark.parametrize(
     ("tests", "entry_point", "program", "words"),
     [
-        (["assert add(1, 2) == 3"], None, "def add(a, b): return a + b", None),
         (["x = 3", "assert add(1, 2) == x"], "add", "def add(a, b): return a + b", None),
-        (HUMAN, "add", "def add(a, b): return a + b", None),
         (HUMAN, "add", "def add(a, b): return 3", "assert candidate(0, 0) == 0"),
-        (HUMAN, "add", "def sub(a, b): return 3", "NameError: name 'add' is not defined"),
-        (["assert add(1, 2) == 3"], None, "def add(a, b): return 1", "assert add(1, 2) == 3"),
-        (["assert add(1, 2) == 3"], None, "def add(a, b): return a.x", "AttributeError: 'int'"),
-        (["assert add(1, 2) == 3"], None, "import sys\nsys.exit(0)", "ended before its tests"),
-        (["assert add(1, 2) == 3"], None, "import os\nos._exit(0)", "ended before its tests"),
+        ([ONE], None, "import os\nos._exit(0)", "ended before its tests"),
         *slow(
-            (
-                ["assert add(1, 2) == 3"],
-                None,
-                "def add(a, b):\n  while 1: 1",
-                "longer than 3 seconds",
-            )
+            ([ONE], None, "def add(a, b): return a + b", None),
+            (HUMAN, "add", "def add(a, b): return a + b", None),
+            (HUMAN, "add", "def sub(a, b): return 3", "NameError: name 'add' is not defined"),
+            ([ONE], None, "def add(a, b): return 1", "assert add(1, 2) == 3"),
+            ([ONE], None, "def add(a, b): return a.x", "AttributeError: 'int'"),
+            ([ONE], None, "import sys\nsys.exit(0)", "ended before its tests"),
+            ([ONE], None, "def add(a, b):\n  while 1: 1", "longer than 3 seconds"),
+            (["assert x == 3"], None, "x = 3\nif __name__ == '__main__': input()", None),
         ),
-        (["assert x == 3"], None, "x = 3\nif __name__ == '__main__': input()", None),
     ],
 )
 def test_programs_with_asserts(

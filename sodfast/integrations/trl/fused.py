@@ -17,7 +17,7 @@ from torch import Tensor
 from sodfast.errors import UsageError
 from sodfast.integrations.trl.callback import MixedTeacher
 from sodfast.integrations.trl.known import require_trainer
-from sodfast.model.load import output_head
+from sodfast.model.language_model import output_head
 
 
 class Projection(NamedTuple):

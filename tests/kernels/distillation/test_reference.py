@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from marks import slow
 from sodfast_kernels import reference
 from sodfast_kernels.distillation.reference import TAIL_FLOOR, top_ids
 
@@ -74,7 +75,7 @@ def test_value_and_published_gradient(alpha, support):
     torch.testing.assert_close(student.grad, gradient, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("alpha", [0.3, *slow(0, 0.5, 1)])
 @pytest.mark.parametrize("top_k, add_tail", [(None, True), (4, True), (4, False)])
 def test_gradcheck_with_every_term(alpha, top_k, add_tail):
     generator = torch.Generator().manual_seed(3)

@@ -32,7 +32,7 @@ def error(actual, expected):
     return ((actual.double() - expected).norm() / expected.norm()).item()
 
 
-@pytest.mark.parametrize("alpha", [0, 0.5, *slow(0.3, 1)])
+@pytest.mark.parametrize("alpha", [0.5, *slow(0, 0.3, 1)])
 @pytest.mark.parametrize("top_k", [20, *slow(None, 100)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradient_error_is_that_of_the_definition(alpha, top_k, dtype):

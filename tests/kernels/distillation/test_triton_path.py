@@ -121,7 +121,7 @@ def test_no_rows_give_zeros(dtype):
     assert hidden.grad.shape == (0, H) and not head.grad.any()
 
 
-@pytest.mark.parametrize("sides", ["hidden", "head"])
+@pytest.mark.parametrize("sides", ["hidden", *slow("head")])
 def test_the_gradient_of_one_side_alone_is_the_same(monkeypatch, sides):
     monkeypatch.setattr(triton_path, "FROZEN_SLAB_ROWS", 3)
     hidden, head, *teacher = tensors()

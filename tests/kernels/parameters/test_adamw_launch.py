@@ -147,9 +147,9 @@ def add_group(optimizer: AdamW, params: list[nn.Parameter]) -> None:
     "change",
     [
         swap_weight,
-        replace_moment,
-        add_group,
         *slow(
+            replace_moment,
+            add_group,
             shorten,
             reinterpret,
             swap_moment,

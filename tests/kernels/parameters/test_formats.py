@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marks import slow
 from sodfast_kernels.parameters.formats import BLOCK, M_TOP, V_TOP, decode, encode, join, split
 from sodfast_kernels.philox import random_bits
 
@@ -51,7 +52,7 @@ def uneven(count: int, top: int) -> torch.Tensor:
     return values if top == M_TOP else values.square()
 
 
-@pytest.mark.parametrize("top", [M_TOP, V_TOP])
+@pytest.mark.parametrize("top", [M_TOP, *slow(V_TOP)])
 def test_codes_are_unbiased(top):
     values = uneven(3 * BLOCK + 7, top)
     rounds = 400

@@ -10,7 +10,7 @@ from sodfast_kernels.parameters import items
 pytestmark = pytest.mark.triton
 
 
-@pytest.mark.parametrize("student_dtype", FLOATS)
+@pytest.mark.parametrize("student_dtype", [torch.bfloat16, *slow(torch.float32, torch.float16)])
 @pytest.mark.parametrize("teacher_dtype", FLOATS)
 @pytest.mark.parametrize("rate", [0.04, *slow(0.0, 1.0)])
 def test_update_gives_the_bits_of_the_pytorch_path(teacher_dtype, student_dtype, rate):
