@@ -11,6 +11,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from conftest import SCHEDULES
+from marks import slow
 from torch import Tensor
 
 from sodfast.commands import build_trainer
@@ -150,7 +151,7 @@ def test_a_later_update_of_the_same_step_does_not_touch_the_teacher(
     assert weights(teacher.network).equal(start)
 
 
-@pytest.mark.parametrize("rate", [0.04, 0.5, 1.0])
+@pytest.mark.parametrize("rate", [0.04, *slow(0.5, 1.0)])
 def test_ema_follows_its_recursion(model: LanguageModel, storage: Storage, rate: float) -> None:
     teacher = Teacher(model.network, EMAConfig(rate=rate), 0, storage)
     average = weights(model.network)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import stand_in_vllm
 import torch
+from marks import slow
 from stand_in_vllm import LLM, Network
 from torch import Tensor
 
@@ -201,10 +202,9 @@ def test_logprobs_are_the_students_and_vllms_are_kept(
 @pytest.mark.parametrize(
     ("settings", "mode"),
     [
-        ({}, "processed_logprobs"),
         ({"temperature": 0.6}, "processed_logprobs"),
         ({"top_p": 0.9}, "raw_logprobs"),
-        ({"top_k": 5}, "raw_logprobs"),
+        *slow(({}, "processed_logprobs"), ({"top_k": 5}, "raw_logprobs")),
     ],
 )
 def test_rollouts_have_vllms_untruncated_logprob(
