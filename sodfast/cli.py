@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TextIO, cast
 
 import typer
 
-from sodfast.errors import RunFailed, UsageError
-from sodfast.run.interrupt import Interrupted
+from sodfast.errors import Interrupted, RunFailed, UsageError
 
 if TYPE_CHECKING:
     from sodfast.run.console import Screen

@@ -14,7 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from sodfast.config import Config, load_config, read_overrides, validate
 from sodfast.context import Questions, fitting_questions
-from sodfast.errors import UsageError
+from sodfast.errors import Interrupted, UsageError
 from sodfast.evaluate import Examination, evaluate, evaluate_others
 from sodfast.files import copy_files, require_usable, whole_folder
 from sodfast.model.attention import describe, require_flash, without_cudnn
@@ -41,7 +41,6 @@ from sodfast.run.directory import RunDirectory, check_out, default_out
 from sodfast.run.environment import environment
 from sodfast.run.fork import Beginning, prepare_fork
 from sodfast.run.fork_keys import fork_config, read_fork, source_config
-from sodfast.run.interrupt import Interrupted
 from sodfast.run.loggers import require_sinks
 from sodfast.run.records import read_metrics
 from sodfast.run.restore import restore_student

@@ -16,8 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from sodfast.errors import RunFailed, UsageError
-from sodfast.run.interrupt import Interrupted
+from sodfast.errors import Interrupted, RunFailed, UsageError
 
 # Names of the modules that the last `Source.load` has imported. The next one may have others of the
 # same names in another folder.

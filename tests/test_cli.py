@@ -17,9 +17,9 @@ from conftest import Command, Outcome
 from marks import slow
 
 from sodfast.config import load_config
+from sodfast.errors import Interrupted
 from sodfast.model.packing import own_attention
 from sodfast.run.directory import ABOUT_EVALUATION, RunDirectory
-from sodfast.run.interrupt import Interrupted
 from sodfast.trainer import Trainer
 
 

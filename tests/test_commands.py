@@ -24,11 +24,10 @@ from sodfast.commands import (
     train_run,
 )
 from sodfast.config import load_config
-from sodfast.errors import UsageError
+from sodfast.errors import Interrupted, UsageError
 from sodfast.parallel.ranks import Ranks
 from sodfast.run.console import Reporter
 from sodfast.run.directory import RunDirectory
-from sodfast.run.interrupt import Interrupted
 
 # ---------------------------------------------------------------- devices
 

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sodfast.errors import RunFailed, UsageError
-from sodfast.run.interrupt import Interrupted
+from sodfast.errors import Interrupted, RunFailed, UsageError
 from sodfast.source import describe_error, find_source, time_limit
 
 

@@ -22,12 +22,12 @@ from torch import Tensor
 from sodfast import student as student_module
 from sodfast.commands import build_trainer, export_model
 from sodfast.config import load_config
-from sodfast.errors import RunFailed, UsageError
+from sodfast.errors import Interrupted, RunFailed, UsageError
 from sodfast.files import read_lines
 from sodfast.parallel.ranks import Ranks, join
 from sodfast.run.console import Reporter
 from sodfast.run.directory import stored_config
-from sodfast.run.interrupt import Interrupted, Interruption
+from sodfast.run.interrupt import Interruption
 from sodfast.run.samples import read_samples, sampled_steps
 from sodfast.trainer import Trainer
 
