@@ -14,9 +14,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from sodfast.config import Config, load_config, read_overrides, validate
 from sodfast.context import Questions, fitting_questions
-from sodfast.errors import UsageError
+from sodfast.errors import Interrupted, UsageError
 from sodfast.evaluate import Examination, evaluate, evaluate_others
-from sodfast.files import whole_folder
+from sodfast.files import copy_files, require_usable, whole_folder
 from sodfast.model.attention import describe, require_flash, without_cudnn
 from sodfast.model.chat import require_switches
 from sodfast.model.joined import apart
@@ -37,11 +37,10 @@ from sodfast.rollout.engine import Engine
 from sodfast.run import checkpoint
 from sodfast.run.card import model_card
 from sodfast.run.console import Reporter, Screen, build_reporter, print_run
-from sodfast.run.directory import RunDirectory, check_out, default_out, require_usable
+from sodfast.run.directory import RunDirectory, check_out, default_out
 from sodfast.run.environment import environment
 from sodfast.run.fork import Beginning, prepare_fork
 from sodfast.run.fork_keys import fork_config, read_fork, source_config
-from sodfast.run.interrupt import Interrupted
 from sodfast.run.loggers import require_sinks
 from sodfast.run.records import read_metrics
 from sodfast.run.restore import restore_student
@@ -209,7 +208,7 @@ def export_model(run: Path, out: Path, best: bool = False) -> None:
     card = model_card(run, config, step)
     student = None
     if config.model.lora is None:
-        checkpoint.verify(path, "student/")
+        names = checkpoint.file_names(path, checkpoint.verify(path, "student/"), "student/")
     else:
         disable_progress_bar()
         student = _student(config, path, torch.device("cpu"))
@@ -218,7 +217,7 @@ def export_model(run: Path, out: Path, best: bool = False) -> None:
         # It gets its name only when it is whole, so that a full disk or a kill is in nobody's way.
         with whole_folder(out) as aside:
             if student is None:
-                shutil.copytree(path / "student", aside, dirs_exist_ok=True)
+                copy_files(path / "student", aside, names)
             else:
                 weights = apart(student.network.state_dict())
                 student.network.save_pretrained(aside, state_dict=weights)

@@ -26,11 +26,10 @@ from sodfast.commands import (
     train_run,
 )
 from sodfast.config import load_config
-from sodfast.errors import UsageError
+from sodfast.errors import Interrupted, UsageError
 from sodfast.parallel.ranks import Ranks
 from sodfast.run.console import Reporter
 from sodfast.run.directory import RunDirectory
-from sodfast.run.interrupt import Interrupted
 
 # ---------------------------------------------------------------- devices
 
@@ -317,7 +316,9 @@ def test_an_export_never_overwrites_and_names_what_it_cannot_write(
 
 
 @pytest.mark.parametrize("end", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-@pytest.mark.parametrize("place", ["shutil.copytree", "sodfast.files.sync", "os.rename"])
+@pytest.mark.parametrize(
+    "place", ["sodfast.commands.copy_files", "sodfast.files.sync", "os.rename"]
+)
 def test_an_export_that_ends_early_leaves_nothing_in_the_way(
     finished: Path,
     tmp_path: Path,
@@ -361,6 +362,16 @@ def test_an_export_follows_no_link_and_copies_no_damage(finished: Path, tmp_path
     with pytest.raises(UsageError, match=r"student/model\.safetensors has been changed"):
         export_model(run, tmp_path / "new")
     assert not list(tmp_path.glob("new*"))
+
+
+def test_an_export_takes_the_files_of_the_checkpoint_alone(finished: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    student = run / "checkpoints" / "step-2" / "student"
+    names = {path.name for path in student.iterdir()}
+    (student / "everything").symlink_to("/")
+    (student / "loop").symlink_to(".")
+    export_model(run, tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names | {"README.md"}
 
 
 # ---------------------------------------------------------------- the preset that is meant
