@@ -72,9 +72,8 @@ def main(
         print(f"bench/{name}.py needs a CUDA device; --rehearse runs it on a CPU")
         return 2
     gpu = not options.rehearse and torch.cuda.is_available()
-    device = (
-        torch.device("cuda", 0) if gpu else torch.device("cpu")
-    )  # some of torch needs the index
+    # Some of torch's functions refuse a GPU without its index.
+    device = torch.device("cuda", 0) if gpu else torch.device("cpu")
     plan = Plan(device, full=not options.rehearse, without=frozenset(options.without))
     if options.list:
         for part in options.parts:
