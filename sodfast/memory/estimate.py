@@ -36,7 +36,14 @@ from sodfast.rollout.cache import Cache
 from sodfast.rollout.decoder import unsupported
 from sodfast.rollout.native import CacheSize, cache_size
 from sodfast.rollout.passes import CPU_ROWS, idle_rows, state_bytes
-from sodfast.rollout.speculation import MOST_QUERIES, MOST_TOKENS, REMEMBERED, draft_bytes, resolved
+from sodfast.rollout.speculation import (
+    MOST_QUERIES,
+    MOST_TEXT_BYTES,
+    MOST_TOKENS,
+    REMEMBERED,
+    draft_bytes,
+    resolved,
+)
 from sodfast.schedule import average_rate, student_share
 
 GIB = 2**30
@@ -357,9 +364,23 @@ class Estimate:
             prompts = prompts[:1] * -(-sequences // copies)
         return prompts, copies, sequences
 
+    def _text_bytes(self, evaluating: bool) -> int:
+        """Of what a call's drafts are looked up in: a text for each of its samples, also of those
+        that wait, and the last answers to the same prompts. As much as the engine takes at most
+        where an evaluation's questions are not known."""
+        config, task = self.config.eval, self.config.task
+        samples = len(self.rollouts)
+        if evaluating:
+            tests = [task.test] if isinstance(task, ArithmeticConfig) else []
+            tests += [] if config.questions is None else [config.questions]
+            if not tests or config.tasks:
+                return MOST_TEXT_BYTES
+            samples = min(tests) * config.samples
+        return min(MOST_TEXT_BYTES, draft_bytes(2 * samples + 1, self.longest))
+
     def _sampling(self, evaluating: bool) -> Items:
         """Cache and activations of the engine."""
-        prompts, copies, sequences = self._asked(evaluating)
+        prompts, copies, _ = self._asked(evaluating)
         started, new_tokens = self.at_once(evaluating), self.config.rollout.max_new_tokens
         if not self.native:
             # All prompts of a batch at once, padded; the cache grows with the answers.
@@ -371,7 +392,7 @@ class Estimate:
         tokens, drafts = rows, 0  # of a captured step, and bytes
         if self._drafts:
             tokens = max(rows, MOST_TOKENS["cuda"])
-            drafts = draft_bytes(2 * sequences, self.longest)  # these texts and the last ones
+            drafts = self._text_bytes(evaluating)
         started += idle_rows(started, self.on_gpu)
         groups = [
             (range(prompt), range(first, min(first + copies, started)))

@@ -43,7 +43,9 @@ STEPS_PER_LOOK = {"cuda": 8, "cpu": 1}
 # Looks that are queued before the host waits for the first of them, each behind its steps.
 QUEUED_LOOKS = {"cuda": 2, "cpu": 1}
 # Waiting samples start when they will be this share of all living rows: a prefill costs about a
-# step. On a CPU, where rows that idle cost next to nothing, they wait for company longer.
+# step. On a CPU, where rows that idle cost next to nothing, they wait for company longer. Where a
+# row gets n tokens from a pass, a sample lives for an n-th of the passes, and √n times this share
+# is as good a balance between prefills and rows that idle.
 REFILL_SHARE = {"cuda": 1 / 8, "cpu": 1 / 4}
 # Prompt tokens of one packed forward, which bounds the memory of its activations.
 PREFILL_TOKENS = 16_384
@@ -146,7 +148,8 @@ class Batch:
             )
             wanted = [(draw.ids, len(draw.ids), max(expected, draw.drawn)) for draw in following]
             count = max(count_fitting(wanted, free, self.cache.page), not alive)
-        enough = min(len(self.waiting), REFILL_SHARE[self.device.type] * (alive + count))
+        share = REFILL_SHARE[self.device.type] * math.sqrt(max(1, self.pace.tokens_per_pass))
+        enough = min(len(self.waiting), min(1, share) * (alive + count))
         return count if count >= enough else 0
 
     def _admit(self, draws: Sequence[Draw]) -> None:

@@ -61,7 +61,9 @@ class Cache:
         self.device = decoder.embedding.device
         self.whole = page is None
         self.page, pages = (width, rows) if page is None else (page, pages)
-        self.memory, self.layers = self._lay_out(pages, memory)
+        self.memory, self.all_layers = self._lay_out(pages, memory)
+        keys, values = (stored.unbind() for stored in self.all_layers)
+        self.layers = list(zip(keys, values, strict=True))
         # The pages of each row: as lists, and as tables of which some rows end in entries that mean
         # nothing.
         self.held: list[list[int]] = [[row] if self.whole else [] for row in range(rows)]
@@ -70,27 +72,23 @@ class Cache:
         self.free = list(range(SCRATCH + 1, pages))[::-1]
         self.holders = [0] * pages  # rows that hold a page
 
-    def _lay_out(
-        self, pages: int, memory: Tensor | None
-    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """Keys and values [P, page, K, D] of each layer. In memory that is the order of small
-        pages, as `decode_attention` reads them; whole ones have keys as [P, K, D, page] and values
-        as [P, K, page, D], which makes both products of attention plain batched ones."""
+    def _lay_out(self, pages: int, memory: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Keys and values [layers, P, page, K, D]. In memory that is the order of small pages, as
+        `decode_attention` reads them; whole ones have keys as [P, K, D, page] and values as
+        [P, K, page, D], which makes both products of attention plain batched ones."""
         weight, page = self.decoder.embedding, self.page
         kv, size = self.decoder.kv_heads, self.decoder.head_dim
         shape = (len(self.decoder.layers), 2, pages * page * kv * size)
         # Zeros, or what an earlier cache has left: the products need what is masked to be finite.
         if memory is None or memory.numel() < prod(shape) or memory.dtype != weight.dtype:
             memory = weight.new_zeros(prod(shape))
-        layers = []
-        for keys, values in memory[: prod(shape)].view(shape):
-            if self.whole:
-                keys_PLKD = keys.view(pages, kv, size, page).permute(0, 3, 1, 2)
-                values_PLKD = values.view(pages, kv, page, size).transpose(1, 2)
-            else:
-                keys_PLKD, values_PLKD = (x.view(pages, page, kv, size) for x in (keys, values))
-            layers.append((keys_PLKD, values_PLKD))
-        return memory, layers
+        keys, values = memory[: prod(shape)].view(shape).unbind(1)
+        if self.whole:
+            keys = keys.unflatten(1, (pages, kv, size, page)).permute(0, 1, 4, 2, 3)
+            values = values.unflatten(1, (pages, kv, page, size)).transpose(2, 3)
+        else:
+            keys, values = (x.unflatten(1, (pages, page, kv, size)) for x in (keys, values))
+        return memory, (keys, values)
 
     @staticmethod
     def bytes_per_token(network: Any) -> int:
@@ -142,9 +140,9 @@ class Cache:
         """Give the pages of some rows to rows that hold nothing. A whole page stays where it is,
         and its first `width` positions are copied."""
         if self.whole:
-            source_N, target_N = torch.tensor(sources), torch.tensor(targets)
-            for cached_PLKD in (tensor for pair in self.layers for tensor in pair):
-                cached_PLKD[target_N, :width] = cached_PLKD[source_N, :width]
+            for stored in self.all_layers:
+                for source, target in zip(sources, targets, strict=True):
+                    stored[:, target, :width] = stored[:, source, :width]
             return
         for source, target in zip(sources, targets, strict=True):
             self._append(target, self.held[source])

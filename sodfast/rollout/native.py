@@ -24,7 +24,17 @@ from sodfast.rollout.batch import Batch
 from sodfast.rollout.cache import PAGE, Cache, up_to_step
 from sodfast.rollout.engine import Sample, SampleKey, Sampling, check_prompts
 from sodfast.rollout.passes import CPU_ROWS, idle_rows
-from sodfast.rollout.speculation import Answers, Cost, Drafts, Pace, Setting, resolved
+from sodfast.rollout.speculation import (
+    MOST_TEXT_BYTES,
+    Answers,
+    Cost,
+    Drafts,
+    Pace,
+    Setting,
+    count_texts,
+    draft_bytes,
+    resolved,
+)
 
 # Share of the free memory that the cache may take; the rest is for logits and activations.
 MEMORY_SHARE = {"cuda": 0.85, "cpu": 0.5}
@@ -86,10 +96,12 @@ class NativeEngine:
             for place, (prompt, sample) in enumerate(zip(prompts, samples, strict=True))
         ]
         device, drafts = self.model.device, None
-        self.pace = self.paces.setdefault(key.seed, Pace(self.setting, device.type, self.cost))
-        self.pace.begin()
-        if self.speculates:
+        self.pace = Pace(False, device.type)
+        texts = count_texts(draws, self.answers)
+        if self.speculates and draft_bytes(texts, tokens) <= MOST_TEXT_BYTES:
             drafts = Drafts(draws, self.answers, sampling.max_new_tokens, device)
+            self.pace = self.paces.setdefault(key.seed, Pace(self.setting, device.type, self.cost))
+            self.pace.begin()
         batch = Batch(
             self.model, draws, size.rows, up_to_step(tokens), sampling, key,
             self.memory, size.page, size.pages, self.pace, drafts,

@@ -35,6 +35,8 @@ MOST_TOKENS = {"cuda": 256, "cpu": 1024}
 # count eight times, for they are Python's integers, and an answer counts for some more, since its
 # tensor has a head.
 REMEMBERED, ANSWER_OVERHEAD = 1 << 26, 100
+# Bytes that the texts of one call may take on the device: one with more of them checks no drafts.
+MOST_TEXT_BYTES = 1 << 30
 # Texts that a row searches, its own among them.
 MOST_SOURCES = 64
 # Before a call has asked for drafts, so many rows count as having asked and so many drafts as
@@ -263,6 +265,12 @@ class Drafts:
         column_BQ = (prompt_B1 + position_BQ).where(kept_BQ, self.tokens_NC.shape[1] - 1)
         self.tokens_NC[place_B[:, None], column_BQ] = token_BQ.int()
         self.length_N[place_B] += kept_BQ.sum(1, dtype=torch.int32)
+
+
+def count_texts(draws: Sequence[Draw], earlier: Answers) -> int:
+    """How many texts the `Drafts` of these have."""
+    prompts = {draw.ids for draw in draws}
+    return len(draws) + 1 + sum(len(earlier.last.get(ids, ())) for ids in prompts)
 
 
 def draft_bytes(texts: int, tokens: int) -> int:

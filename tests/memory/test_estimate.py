@@ -20,6 +20,7 @@ from sodfast.lab.model import build_tokenizer
 from sodfast.memory import trace
 from sodfast.memory.estimate import GIB, Estimate, Lengths
 from sodfast.rollout.native import cache_size
+from sodfast.rollout.speculation import MOST_TEXT_BYTES
 from sodfast.run.console import Reporter
 from sodfast.teacher import DRIFT_EVERY
 from sodfast.trainer import Trainer
@@ -175,6 +176,30 @@ def by_hand(small_model: Path) -> Callable[..., Estimate]:
         return Estimate(load_config(None, [path, "device=cuda", *overrides]))
 
     return estimate
+
+
+@pytest.mark.parametrize("setting", [1, 15])
+def test_the_texts_of_a_number_of_drafts_that_is_given(
+    by_hand: Callable[..., Estimate], setting: int
+) -> None:
+    """Those of all samples of a call, more of which wait than have a row, and of the last ones; 64
+    sources of each text."""
+    settings = ["eval.samples=16", "task.test=500", "rollout.batch_size=64"]
+    more = [f"rollout.speculate={setting}"]
+    known, asked = by_hand(*settings, *more), by_hand(*settings, *more, "eval.questions=30")
+    off = by_hand(*settings)
+
+    def texts(estimate: Estimate, phase: str) -> int:
+        return estimate.phases[phase]["activations"] - off.phases[phase]["activations"]
+
+    each = 4 * (32 + 96 + 2 + 64)
+    assert texts(known, "rollout") == (2 * 16 * 4 + 1) * each
+    assert texts(known, "evaluate") == (2 * 500 * 16 + 1) * each
+    assert texts(asked, "evaluate") == (2 * 30 * 16 + 1) * each
+    # A pass has as many tokens whatever the number of drafts, so its logits take as much.
+    assert known.phases["rollout"]["graphs"] == 256 * 500 * 4
+    others = by_hand(*settings, *more, "eval.tasks.other.name=arithmetic")
+    assert texts(others, "evaluate") == MOST_TEXT_BYTES
 
 
 def test_weights_and_what_goes_with_them(by_hand: Callable[..., Estimate]) -> None:

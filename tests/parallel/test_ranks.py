@@ -177,6 +177,30 @@ def test_two_ranks_resumed_are_the_run_that_never_stopped(
     assert read_run(out) == read_run(runs(kind)[1])
 
 
+@pytest.mark.parametrize("kind", ["hard", "trust_region"])
+def test_drafts_change_nothing_on_two_ranks(
+    pair: Pair, settings: list[str], wide_model: Path, read_run: Read, tmp_path: Path, kind: str
+) -> None:
+    """Bit for bit, also in a run that is stopped, whose ranks then remember no answers."""
+    overrides = [*settings, *SCHEDULES[kind], f"model.path={wide_model}"]
+    parts = {"off": ("off", [STEPS]), "on": ("7", [STEPS]), "cut": ("7", [1, 3, STEPS])}
+    for name, (setting, ends) in parts.items():
+        first, *others = ends
+        pair(train, tmp_path / name, [*overrides, f"rollout.speculate={setting}", f"steps={first}"])
+        for end in others:
+            pair(train, tmp_path / name, [f"steps={end}"])
+        passes = read_lines(tmp_path / name / "metrics.jsonl")[-1]["rollout/tokens_per_pass"]
+        assert (passes > 1) == (setting != "off")
+    plain, stored = read_run(tmp_path / "off"), tensors(tmp_path / "off")
+    for name in ("on", "cut"):
+        assert read_run(tmp_path / name) == plain
+        found = tensors(tmp_path / name)
+        assert found.keys() == stored.keys()
+        assert all(tensor.equal(stored[key]) for key, tensor in found.items())
+        for step in range(1, STEPS + 1):
+            assert read_samples(tmp_path / name, step) == read_samples(tmp_path / "off", step)
+
+
 def test_an_exported_model_is_the_one_of_one_rank(
     runs: Callable[[str], tuple[Path, Path]], tmp_path: Path
 ) -> None:

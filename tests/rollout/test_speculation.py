@@ -1,13 +1,12 @@
 """Drafts change no answer, whatever they are and however many; which ones there are, and how many
-tokens a pass has."""
+tokens a pass has. Whole runs: test_speculation_in_runs.py."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import SCHEDULES
 from marks import slow
 from rollouts import EOS, equal_bits, ragged, same_tokens, tiny
 from torch import Tensor
@@ -16,9 +15,9 @@ from sodfast.config import LoRAConfig
 from sodfast.model.language_model import LanguageModel, to_ids, trained_parameters
 from sodfast.model.load import load_model
 from sodfast.model.lora import add_adapters
-from sodfast.rollout import batch, speculation
+from sodfast.rollout import batch, native, speculation
 from sodfast.rollout.admission import Draw
-from sodfast.rollout.cache import PAGE, Cache
+from sodfast.rollout.cache import PAGE, Cache, up_to_step
 from sodfast.rollout.engine import Sample, SampleKey, Sampling
 from sodfast.rollout.native import NativeEngine
 from sodfast.rollout.speculation import (
@@ -30,6 +29,7 @@ from sodfast.rollout.speculation import (
     Drafts,
     Pace,
     Setting,
+    count_texts,
     draft_bytes,
     resolved,
 )
@@ -91,6 +91,21 @@ def test_answers_are_those_without_drafts_where_rows_are_refilled(
     model: LanguageModel, setting: Setting, rows: int
 ) -> None:
     lossless(model, setting, rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", [7, "auto"])
+def test_answers_are_those_without_drafts_where_the_cache_is_short(
+    model: LanguageModel, setting: Setting
+) -> None:
+    """Sixteen rows, the least of a CPU: the other eight samples wait for one."""
+    positions = up_to_step(max(map(len, PROMPTS)) + SAMPLING.max_new_tokens)
+    gib = 16.5 * positions * Cache.bytes_per_token(model.network) / 2**30
+    short = NativeEngine(model, 64, gib, setting)
+    assert short.size(positions, len(PROMPTS)).rows == 16 < len(PROMPTS)
+    plain = NativeEngine(model, 64)
+    for step in (4, 5, 5):
+        assert equal_bits(asked(short, step=step), asked(plain, step=step))
 
 
 @pytest.mark.slow
@@ -186,24 +201,19 @@ def test_heads_too_small_to_be_exact_on_a_cpu_are_left_alone(tiny_model: Path) -
     assert not NativeEngine(tiny("qwen3"), 4, None, False).speculates
 
 
-# ---------------------------------------------------------------- whole runs
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", SCHEDULES)
-def test_a_run_and_its_resume_are_those_without_drafts(
-    kind: str, train: Callable[..., Any], wide_model: Path, tmp_path: Path
-) -> None:
-    overrides = [*SCHEDULES[kind], f"model.path={wide_model}", "task.train=12", "steps=7"]
-    overrides += ["checkpoint.every=1"]
-    plain = train(tmp_path / "off", *overrides, "rollout.speculate=off")
-    assert train(tmp_path / "on", *overrides, "rollout.speculate=7") == plain
-    cut = train(tmp_path / "cut", *overrides, "rollout.speculate=7", "steps=3")
-    assert cut.lines[-1]["step"] == 3
-    assert train(tmp_path / "cut", "steps=7") == plain
-
-
 # ---------------------------------------------------------------- which drafts, and how many
+
+
+def test_a_call_with_too_many_texts_checks_no_drafts(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampling = Sampling(0.5, 0.9, 12)
+    engine: Any = NativeEngine(model, 64, None, 7)
+    plain = asked(NativeEngine(model, 64), sampling=sampling)
+    monkeypatch.setattr(native, "MOST_TEXT_BYTES", draft_bytes(len(PROMPTS), 20))
+    assert equal_bits(asked(engine, sampling=sampling), plain) and engine.tokens_per_pass == 1
+    monkeypatch.undo()  # what that call has answered is remembered
+    assert equal_bits(asked(engine, sampling=sampling), plain) and engine.tokens_per_pass > 2
 
 
 def draws(*prompts: tuple[int, ...]) -> list[Draw]:
@@ -219,7 +229,11 @@ def test_the_same_samples_last_answer_comes_first_then_siblings_then_the_others(
     earlier.remember(
         draws((5, 6), (5, 6), (7, 8)), {0: sample(1, 2), 1: sample(3), 2: sample(4, 4, 4)}
     )
-    drafts = Drafts(draws((5, 6), (5, 6), (9, 9)), earlier, 4, torch.device("cpu"))
+    asking = draws((5, 6), (5, 6), (9, 9))
+    drafts = Drafts(asking, earlier, 4, torch.device("cpu"))
+    assert count_texts(asking, earlier) == len(drafts.tokens_NC) == 6
+    taken = (drafts.tokens_NC, drafts.length_N, drafts.sources_NS, drafts.prompt_N)
+    assert sum(tensor.nbytes for tensor in taken) <= draft_bytes(6, 2 + 4)
     assert drafts.sources_NS.tolist() == [[4, 1, 5, 0], [5, 0, 4, 1], [2, -1, -1, -1], [-1] * 4]
     assert [drafts.tokens_NC[text, : drafts.length_N[text]].tolist() for text in (4, 5)] == [
         [5, 6, 1, 2],

@@ -122,12 +122,10 @@ def _best(tokens: Tensor, length: Tensor, own: Tensor, sources: Tensor) -> Tenso
     row_M, rank_M, before_M = alive_BSP.nonzero(as_tuple=True)
     position_M = before_M + 1
     alive_M = position_M < end_BS[row_M, rank_M]
-    size_M = SHORTEST * alive_M.long()
-    for back in range(SHORTEST, LONGEST):
-        place_M = position_M - 1 - back
-        found_M = text_BSC[row_M, rank_M, place_M.clamp(min=0)]
-        alive_M = alive_M & (place_M >= 0) & (found_M == tail_BL[row_M, back])
-        size_M += alive_M
+    place_ML = position_M[:, None] - back_L[SHORTEST:]
+    found_ML = text_BSC[row_M[:, None], rank_M[:, None], place_ML.clamp(min=0)]
+    same_ML = (place_ML >= 0) & (found_ML == tail_BL[row_M, SHORTEST:])
+    size_M = alive_M * (SHORTEST + same_ML.cumprod(1).sum(1))
     first_M = (1 << RANK_BITS) - 1 - rank_M
     key_M = size_M << RANK_BITS + POSITION_BITS | first_M << POSITION_BITS | position_M
     key_M = key_M.masked_fill(size_M == 0, 0)
