@@ -36,6 +36,7 @@ from suite_timing import clock
 from torch import Tensor
 
 from sodfast.config import load_config
+from sodfast.model.joined import join_weights
 from sodfast.model.language_model import LanguageModel
 from sodfast.model.packing import own_attention
 from sodfast.rollout.admission import Draw
@@ -276,7 +277,8 @@ TINY_SHAPE = Shape(64, 128, 2, 4, 2, 32, 97, 512)
 
 
 def build(shape: Shape, device: torch.device, dtype: torch.dtype, spread: float) -> LanguageModel:
-    """Random weights of standard deviation `spread`, made on the device. EOS is token 1."""
+    """Random weights of standard deviation `spread`, made on the device and laid out as those of a
+    loaded model: decoding then does one product in place of several. EOS is token 1."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(
@@ -303,6 +305,7 @@ def build(shape: Shape, device: torch.device, dtype: torch.dtype, spread: float)
             network = Qwen3ForCausalLM(config).eval()
     finally:
         torch.set_default_dtype(before)
+    join_weights(network, device)
     # Answers stay token ids here, so there is no tokenizer.
     return LanguageModel(network, None, (1,), 0)
 

@@ -72,7 +72,8 @@ def main(
         print(f"bench/{name}.py needs a CUDA device; --rehearse runs it on a CPU")
         return 2
     gpu = not options.rehearse and torch.cuda.is_available()
-    device = torch.device("cuda" if gpu else "cpu")
+    # Some of torch's functions refuse a GPU without its index.
+    device = torch.device("cuda", 0) if gpu else torch.device("cpu")
     plan = Plan(device, full=not options.rehearse, without=frozenset(options.without))
     if options.list:
         for part in options.parts:
@@ -128,7 +129,8 @@ def run_part(part: str, module: Any, plan: Any, folder: Path, deadline: float) -
     sources += [Path(module.__file__), *(ROOT / "kernels").rglob("*.py")]
     sources += getattr(module, "SOURCES", [])
     record = Record(folder / f"{part}.json", part, versions(plan, sources))
-    lost = ""
+    # What the part before leaves, such as a trainer, may be in cycles that only a collection frees.
+    lost = fault_of_device(plan)
     for case in module.cases(plan):
         left = (deadline - time.monotonic()) / 60
         if record.has(case.name):

@@ -11,6 +11,7 @@ Without studies only the last is done. Everything said with an interval stands b
 
 import argparse
 import csv
+import os
 import re
 import shutil
 import tempfile
@@ -21,7 +22,8 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
-from sodfast.files import to_csv
+from sodfast.errors import UsageError
+from sodfast.files import copy_files, to_csv
 from sodfast.report.intervals import paired_difference, wilson_interval
 from sodfast.report.page import write_studies
 from sodfast.report.templates import number, template
@@ -313,9 +315,15 @@ def main() -> None:
     parser.add_argument("--forks", nargs="*", type=Path, default=[])
     arguments = parser.parse_args()
     folder = PAGE.with_suffix("")
-    for studies, names in ((arguments.studies, SCHEDULES), (arguments.forks, FORKS)):
-        if studies:
-            collect(studies, names, folder)
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            for studies, names in ((arguments.studies, SCHEDULES), (arguments.forks, FORKS)):
+                if studies:
+                    collect(studies, names, Path(scratch))
+        except UsageError as error:
+            parser.exit(2, f"teacher_map: {error}\n")
+        # Only now, so that a study that cannot be used leaves the page's data as they are.
+        copy_files(Path(scratch), folder, os.listdir(scratch))
     for page in (PAGE, README):
         page.write_text(fill(page.read_text(), with_earlier(read(folder))))
 

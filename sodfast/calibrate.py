@@ -8,6 +8,7 @@ such a run is a false one. The gates are those of `schedule.CGTR` (arXiv 2606.03
 Shapes: R runs, T steps, P prompts of a step, L observed steps, K probes.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import ceil
@@ -31,6 +32,9 @@ from sodfast.run.records import read_metrics
 from sodfast.success import Array, Success, fit_success, parse_success
 
 RUNS = 4_000
+# Prompts of a simulated run, of which a step counts for 100 at least: RUNS of these take minutes
+# and a gigabyte.
+MOST_PROMPTS = 2_500_000
 OPENING = 30
 # Windows that a margin is given for, in steps.
 WINDOWS = (5, 10, 15, 30, 60)
@@ -52,12 +56,15 @@ class Rates:
     refreshes: float
 
 
-def observed(lines: Sequence[Mapping[str, Any]], config: Config) -> tuple[Success, Array | None]:
-    """Success rates and lengths [L, 2] of a run's first steps: those before its first refresh, at
-    most `OPENING`. Lengths are those that the length gate of `config` looks at, where the run has
-    them.
+def observed(
+    lines: Sequence[Mapping[str, Any]], config: Config, given: Success | None = None
+) -> tuple[Success, Array | None]:
+    """Success rates, unless they are `given`, and lengths [L, 2] of a run's first steps: those
+    before its first refresh, at most `OPENING`. Lengths are those that the length gate of `config`
+    looks at, where the run has them.
 
-    Raises `UsageError` where the run has no finished step or its rewards are all alike.
+    Raises `UsageError` where none are given and the run has no finished step or its rewards are all
+    alike.
     """
     opening: list[Mapping[str, Any]] = []
     for line in lines:
@@ -65,17 +72,19 @@ def observed(lines: Sequence[Mapping[str, Any]], config: Config) -> tuple[Succes
             opening.append(line)
         if line.get("teacher/refreshed") or len(opening) == OPENING:
             break
-    if not opening:
+    if not opening and given is None:
         raise UsageError("the run has no finished step to measure: give --success instead")
+    unit = "length/shard_" if config.length_shards else "length/"
+    names = f"{unit}mean", f"{unit}max"
+    lengths = None
+    if opening and all(name in line for line in opening for name in names):
+        lengths = np.array([[line[name] for name in names] for line in opening], dtype=np.float64)
+    if given is not None:
+        return given, lengths
     mean, solved = (
         float(np.mean([line[key] for line in opening]))
         for key in ("reward/mean", "reward/success_group_fraction")
     )
-    unit = "length/shard_" if config.length_shards else "length/"
-    names = f"{unit}mean", f"{unit}max"
-    lengths = None
-    if all(name in line for line in opening for name in names):
-        lengths = np.array([[line[name] for name in names] for line in opening], dtype=np.float64)
     return fit_success(mean, solved, config.rollout.samples_per_prompt), lengths
 
 
@@ -250,26 +259,34 @@ def calibrate_source(
     Under evidence they are those in the teacher's contexts, and probes show them where there are
     some."""
     file = Path(source or "", "config.yaml")
-    if source is None or not file.is_file():
+    if source is None or not os.path.isfile(file):
         config = load_config(source, overrides)
         return calibrate(config, parse_success(success or "1,1"), None, rate)
     config = validate(read_overrides(file, overrides))
     lines = read_metrics(file.parent)
-    found, lengths = observed(lines, config)
-    if isinstance(config.schedule, EvidenceConfig):
-        found = observed_probes(lines, config.schedule.probe_samples) or found
-    return calibrate(config, parse_success(success) if success else found, lengths, rate)
+    given = parse_success(success) if success else None
+    rates, lengths = observed(lines, config, given)
+    if given is None and isinstance(config.schedule, EvidenceConfig):
+        rates = observed_probes(lines, config.schedule.probe_samples) or rates
+    return calibrate(config, rates, lengths, rate)
 
 
 def calibrate(
     config: Config, success: Success, lengths: Array | None, rate: float, runs: int = RUNS
 ) -> "Calibration | ProbeCalibration":
-    """Simulate `runs` runs of the configuration. Raises `UsageError` for a schedule without gates.
+    """Simulate `runs` runs of the configuration. Raises `UsageError` for a schedule without gates,
+    and for runs that would take hours or more memory than there is.
 
     `lengths` [L, 2] are for CGTR's length gate alone.
     """
     if not 0 < rate < 1:
         raise UsageError(f"--rate={rate:g}: give a share of runs such as 0.1")
+    prompts = config.rollout.prompts_per_step
+    if config.steps * max(prompts, 100) > MOST_PROMPTS:
+        raise UsageError(
+            f"{config.steps} steps of {prompts} prompts are too many to simulate: lower steps to "
+            f"{MOST_PROMPTS // max(prompts, 100)} or less, or rollout.prompts_per_step"
+        )
     if isinstance(config.schedule, EvidenceConfig):
         return _calibrate_probes(config, config.schedule, success, rate, runs)
     cgtr = config.schedule

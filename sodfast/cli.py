@@ -5,13 +5,13 @@ import json
 import os
 import signal
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TextIO, cast
 
 import typer
 
-from sodfast.errors import RunFailed, UsageError
-from sodfast.run.interrupt import Interrupted
+from sodfast.errors import Interrupted, RunFailed, UsageError
 
 if TYPE_CHECKING:
     from sodfast.run.console import Screen
@@ -297,7 +297,7 @@ def report_directories(
     page that shows several runs side by side, the keys that differ first."""
     from sodfast.report.page import write_comparison, write_report, write_studies
 
-    if out is not None and all((path / "study.yaml").is_file() for path in directories):
+    if out is not None and all(os.path.isfile(path / "study.yaml") for path in directories):
         _print(str(write_studies(directories, out, baseline)))
         return
     if len(directories) > 1:
@@ -319,6 +319,17 @@ def _print(*lines: str, screen: "Screen | None" = None) -> None:
     print(*lines, sep="\n", file=screen, flush=True)
     if screen.off:
         raise typer.Exit(1)
+
+
+def _help(arguments: list[str]) -> int:
+    """Let typer, which writes help texts by itself, write one as `_print` writes all else."""
+    from sodfast.run.console import Screen
+
+    screen = Screen()
+    with redirect_stdout(cast("TextIO", screen)):
+        app(arguments, standalone_mode=False)
+        screen.flush()
+    return int(screen.off)
 
 
 def _split(arguments: list[str]) -> tuple[str | None, list[str]]:
@@ -343,8 +354,9 @@ def main() -> None:
         _stop("transformers needs the docstrings that PYTHONOPTIMIZE=2 removes: set it to 1", 2)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # not every locale has what tables are drawn with
+    arguments = sys.argv[1:] or ["--help"]
     try:
-        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        code = _help(arguments) if "--help" in arguments else app(arguments, standalone_mode=False)
         sys.exit(code or (0 if sys.argv[1:] else 2))
     except UsageError as error:
         _stop(str(error), 2)
@@ -352,6 +364,10 @@ def main() -> None:
         _stop(f"{str(error).rstrip('.')}: see sodfast --help", 2)
     except RunFailed as error:
         _stop(str(error), 1, error.alone)
+    except OSError as error:
+        # What the system refuses wherever it is asked, such as a folder that may not be read, is no
+        # defect of the program.
+        _stop(str(error), 1)
     except (Interrupted, KeyboardInterrupt):
         sys.exit(130)
 
@@ -364,7 +380,8 @@ def _stop(message: str, code: int, alone: bool = False) -> None:
         text = " ".join(message.split())
         if len(text) > 2500:  # of a name or a value; what is wrong with it stands before or after
             text = f"{text[:2000]} … {text[-400:]}"
-        print(f"sodfast: {text}", file=sys.stderr)
+        if sys.stderr is None or not sys.stderr.closed:  # by the user's own code
+            print(f"sodfast: {text}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -14,9 +14,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from sodfast.config import Config, load_config, read_overrides, validate
 from sodfast.context import Questions, fitting_questions
-from sodfast.errors import UsageError
+from sodfast.errors import Interrupted, UsageError
 from sodfast.evaluate import Examination, evaluate, evaluate_others
-from sodfast.files import whole_folder
+from sodfast.files import copy_files, require_usable, whole_folder
 from sodfast.model.attention import describe, require_flash, without_cudnn
 from sodfast.model.chat import require_switches
 from sodfast.model.joined import apart
@@ -37,11 +37,10 @@ from sodfast.rollout.engine import Engine
 from sodfast.run import checkpoint
 from sodfast.run.card import model_card
 from sodfast.run.console import Reporter, Screen, build_reporter, print_run
-from sodfast.run.directory import RunDirectory, check_out, default_out, require_usable
+from sodfast.run.directory import RunDirectory, check_out, default_out
 from sodfast.run.environment import environment
 from sodfast.run.fork import Beginning, prepare_fork
 from sodfast.run.fork_keys import fork_config, read_fork, source_config
-from sodfast.run.interrupt import Interrupted
 from sodfast.run.loggers import require_sinks
 from sodfast.run.records import read_metrics
 from sodfast.run.restore import restore_student
@@ -106,8 +105,7 @@ def build_trainer(
         # Read when CUDA's allocator starts, after this line; vLLM has one of its own that knows no
         # such segments.
         os.environ.setdefault("PYTORCH_ALLOC_CONF", allocator_settings())
-        if ranks.size > 1:
-            torch.cuda.set_device(device)  # on which NCCL and FSDP work
+    make_current(device)
     limit_memory(device, config.memory_gib)
     without_cudnn(device)
     # Ranks that name a new directory by the clock may not name the same one.
@@ -176,6 +174,7 @@ def evaluate_model(
         config = load_config(preset, [f"model.path={source}", *overrides])
     task = build_task(config.task)
     device = pick_device(config.device)
+    make_current(device)
     without_cudnn(device)
     if path is None:
         model = load_model(source, device, getattr(torch, config.model.dtype))
@@ -209,7 +208,7 @@ def export_model(run: Path, out: Path, best: bool = False) -> None:
     card = model_card(run, config, step)
     student = None
     if config.model.lora is None:
-        checkpoint.verify(path, "student/")
+        names = checkpoint.file_names(path, checkpoint.verify(path, "student/"), "student/")
     else:
         disable_progress_bar()
         student = _student(config, path, torch.device("cpu"))
@@ -218,7 +217,7 @@ def export_model(run: Path, out: Path, best: bool = False) -> None:
         # It gets its name only when it is whole, so that a full disk or a kill is in nobody's way.
         with whole_folder(out) as aside:
             if student is None:
-                shutil.copytree(path / "student", aside, dirs_exist_ok=True)
+                copy_files(path / "student", aside, names)
             else:
                 weights = apart(student.network.state_dict())
                 student.network.save_pretrained(aside, state_dict=weights)
@@ -355,7 +354,11 @@ def _attention(
 
 
 def pick_device(name: str, ranks: Ranks = ALONE) -> torch.device:
-    """The device that `name` means; with several ranks a GPU of its own for each of a machine's."""
+    """The device that `name` means; with several ranks a GPU of its own for each of a machine's.
+
+    A GPU has its index, 0 where none is named: some of torch's functions refuse a device without
+    one, and it would equal no tensor's.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device, gpus = torch.device(name), torch.cuda.device_count()
@@ -367,7 +370,15 @@ def pick_device(name: str, ranks: Ranks = ALONE) -> torch.device:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     elif device.type == "cuda" and (device.index or 0) >= gpus:
         raise UsageError(f"device={name}: this machine has {gpus} GPUs")
+    elif device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
     return device
+
+
+def make_current(device: torch.device) -> None:
+    """Make a GPU the one that streams, graphs and figures of memory are of, and NCCL works on."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def allocator_settings() -> str:

@@ -7,7 +7,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +17,7 @@ from sodfast.errors import UsageError
 
 # What a spreadsheet takes for a formula: a sign that is not a number's, an @, a control character.
 _FORMULA = re.compile(r"[=@\t\r]|[+-](?!\.?\d+\.?\d*(e[+-]?\d+)?\Z)")
+_DEEPEST = 255  # folders that Python makes in one call without exhausting its stack
 
 
 def replace_bytes(file: Path, data: bytes) -> None:
@@ -58,6 +59,19 @@ def _leftovers(directory: Path, names: Iterable[str]) -> list[Path]:
     """What stands aside in `directory` to get one of these names."""
     aside = re.compile(rf"({'|'.join(map(re.escape, names))})\.[0-9a-f]{{16}}\.tmp")
     return [directory / name for name in os.listdir(directory) if aside.fullmatch(name)]
+
+
+def copy_files(
+    source: Path,
+    target: Path,
+    names: Iterable[str],
+    copy: Callable[[Path, Path], object] = shutil.copyfile,
+) -> None:
+    """Copy these files, by their names from `source`, to the same names in the folder `target`. Of
+    a link what it names is copied."""
+    for name in names:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        copy(source / name, target / name)
 
 
 @contextmanager
@@ -127,6 +141,19 @@ def _inert(cell: Any) -> Any:
     return f"'{cell}" if isinstance(cell, str) and _FORMULA.match(cell) else cell
 
 
+def require_usable(path: Path, called: str) -> None:
+    """Raise `UsageError`, in which the path is `called` so, for a name that no file can have: one
+    that is too long or too deep, or a loop of links."""
+    if len(path.parts) > _DEEPEST:
+        raise UsageError(f"{called} cannot be used: more than {_DEEPEST} folders deep")
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise UsageError(f"{called} cannot be used: {error.strerror}") from error
+
+
 def refuse_links(directory: Path, names: Iterable[str]) -> None:
     """Raise `UsageError` where one of these names in `directory` is a symbolic link: what is
     written there would land elsewhere."""
@@ -153,7 +180,7 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     A last line cut short by a power failure, be it within a character, is left out. Raises
     `UsageError` with file and line for anything else.
     """
-    if not file.is_file():
+    if not os.path.isfile(file):
         return []
     texts = _read(file).removesuffix(b"\n").split(b"\n")
     lines = []
@@ -173,6 +200,10 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 
 def _read(file: Path) -> bytes:
     try:
+        if (
+            file.is_fifo() or file.is_char_device()
+        ):  # a pipe waits for a writer, /dev/zero has no end
+            raise UsageError(f"{file} is no regular file: replace it by one")
         return file.read_bytes()
     except FileNotFoundError:
         raise
@@ -193,7 +224,7 @@ def _parse(text: bytes) -> Any:
 def try_lock(path: Path) -> IO[str] | None:
     """The lock, held until the file is closed in every process that inherited it, however these
     end; None: held by another."""
-    lock = path.open("a")
+    lock = os.fdopen(_without_waiting(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "a")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -202,10 +233,15 @@ def try_lock(path: Path) -> IO[str] | None:
     return lock
 
 
+def _without_waiting(path: Path, flags: int) -> int:
+    """A descriptor. A pipe in the place of a lock would wait for whoever is at its other end."""
+    return os.open(path, flags | os.O_NONBLOCK, 0o666)
+
+
 def is_held(lock: Path) -> bool:
     """Whether a living process holds this lock."""
     try:
-        with lock.open() as stream:
+        with os.fdopen(_without_waiting(lock, os.O_RDONLY)) as stream:
             fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except (FileNotFoundError, IsADirectoryError):
         return False

@@ -4,14 +4,19 @@ import ast
 import importlib
 import importlib.util
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
-from sodfast.errors import UsageError
+from sodfast.errors import Interrupted, RunFailed, UsageError
 
 # Names of the modules that the last `Source.load` has imported. The next one may have others of the
 # same names in another folder.
@@ -76,9 +81,8 @@ class Source:
         importlib.invalidate_caches()
         writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True
         try:
-            module = importlib.import_module(self.module)
-        except (Exception, SystemExit) as error:  # whatever the user's own code raises
-            raise UsageError(f"{self.key}: {describe_error(error, self.files())}") from error
+            with self.running(self.unusable):
+                module = importlib.import_module(self.module)
         finally:
             sys.dont_write_bytecode = writes
             _LOADED.update(
@@ -95,6 +99,74 @@ class Source:
             raise UsageError(f"{self.key}: {self.file} has no {self.name!r} (it has {names})")
         return getattr(module, self.name)
 
+    @contextmanager
+    def running(
+        self, failure: Callable[[str], Exception], limit: tuple[str, float] | None = None
+    ) -> Iterator[None]:
+        """The user's code runs in the block. Whatever it raises becomes `failure` of a text of one
+        line that begins with the place; so does a block that takes longer than `limit`, the
+        seconds and the key that sets them. `UsageError`, `RunFailed` and interruptions pass.
+
+        The working directory and the standard streams are afterwards what they were before: what
+        is written from then on goes to where it was meant to go.
+        """
+        # O_PATH needs no right to read the directory, but not every system has it.
+        directory = os.open(".", getattr(os, "O_PATH", os.O_RDONLY))
+        streams = sys.stdout, sys.stderr
+        key, seconds = limit or ("", inf)
+        try:
+            with time_limit(seconds):
+                yield
+        except (UsageError, RunFailed, Interrupted, KeyboardInterrupt):
+            raise
+        except TimeUp as error:
+            where = describe_error(error, self.files()).rpartition(":")[0]
+            raise failure(f"{where}: took longer than {key}={seconds:g} seconds") from error
+        except BaseException as error:
+            raise failure(describe_error(error, self.files())) from error
+        finally:
+            os.fchdir(directory)
+            os.close(directory)
+            sys.stdout, sys.stderr = streams
+
+    def unusable(self, text: str) -> UsageError:
+        """The error that names the key."""
+        return UsageError(f"{self.key}: {text}")
+
+
+class TimeUp(BaseException):
+    """A call has taken too long. Not an `Exception`, so that the user's code does not handle it."""
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """End the block with `TimeUp` when it takes longer, also one that sleeps or waits.
+
+    Python's signals reach the main thread alone: in another one there is no limit. SIGVTALRM is
+    taken because libraries that users call, math-verify among them, take SIGALRM themselves.
+    """
+    if seconds == inf or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    armed = True
+
+    def up(number: int, frame: FrameType | None) -> None:
+        if armed:
+            raise TimeUp
+
+    previous = signal.signal(signal.SIGVTALRM, up)
+    arguments = (threading.get_ident(), signal.SIGVTALRM)
+    timer = threading.Timer(seconds, signal.pthread_kill, arguments)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        armed = False
+        timer.cancel()
+        timer.join()  # a signal that it has sent is handled before the handler goes
+        signal.signal(signal.SIGVTALRM, previous)
+
 
 def find_source(text: str, key: str = "task.source") -> Source:
     """The source that `FILE.py:NAME` or `module.submodule:NAME` means, for the key that holds it. A
@@ -106,7 +178,7 @@ def find_source(text: str, key: str = "task.source") -> Source:
     place, _, name = text.rpartition(":")
     if place.endswith(".py"):
         file = Path(os.path.abspath(place))
-        if not file.is_file():
+        if not os.path.isfile(file):
             raise UsageError(f"{key}: there is no file {place}")
         return Source(file, file.stem, name, file.parent, key)
     if os.getcwd() not in sys.path:
@@ -133,7 +205,10 @@ def describe_error(error: BaseException, files: list[Path]) -> str:
     place = f"{frame.filename}:{frame.lineno}"
     if isinstance(error, SyntaxError):
         place = f"{error.filename}:{error.lineno}"
-    message = " ".join(str(error).split())[:300]
+    try:
+        message = " ".join(str(error).split())[:300]
+    except Exception:  # the text of the user's own exception is the user's code, too
+        message = ""
     return f"{place}: {type(error).__name__}" + (f": {message}" if message else "")
 
 

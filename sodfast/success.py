@@ -55,7 +55,9 @@ def fit_success(mean: float, solved: float, samples: int) -> Success:
     Raises `UsageError` where every rollout, or none, succeeds.
     """
     if not 0 < mean < 1:
-        raise UsageError(f"the rewards' mean is {mean:g}: there is nothing to simulate")
+        raise UsageError(
+            f"the rewards' mean is {mean:g}: there is nothing to simulate: give --success instead"
+        )
 
     def unsolved(concentration: float) -> float:
         a, b = mean * concentration, (1 - mean) * concentration

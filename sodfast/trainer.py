@@ -24,7 +24,7 @@ from sodfast.answers import AnswerLog
 from sodfast.collapse import CollapseDetector, SignalWatch
 from sodfast.config import Config
 from sodfast.context import Questions, TeacherContext, teacher_prompts
-from sodfast.errors import RunFailed
+from sodfast.errors import Interrupted, RunFailed
 from sodfast.evaluate import Evaluator, Examination
 from sodfast.metrics import RewardGain, length_metrics, mean_entropy, pass_metrics, reward_metrics
 from sodfast.model.language_model import LanguageModel, to_ids
@@ -38,7 +38,7 @@ from sodfast.rollout.shared import SharedEngine
 from sodfast.run import checkpoint
 from sodfast.run.console import Reporter
 from sodfast.run.directory import RunDirectory
-from sodfast.run.interrupt import Interrupted, Interruption
+from sodfast.run.interrupt import Interruption
 from sodfast.run.loggers import Logger
 from sodfast.run.phases import PhaseClock, oom_hint
 from sodfast.schedule import Schedule

@@ -96,7 +96,7 @@ def test_step_by_step_is_the_same_run(tiny_run: list[str], tmp_path: Path) -> No
 def test_ctrl_c_saves_the_last_finished_step(
     tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sodfast.run.interrupt import Interrupted
+    from sodfast.errors import Interrupted
 
     config = sodfast.load_config("lab", overrides(tiny_run, tmp_path / "run"))
     trainer = sodfast.Trainer.build(config)

@@ -133,6 +133,22 @@ def test_a_runs_opening_ends_at_its_first_refresh() -> None:
         observed([line | {"reward/mean": 0.0} for line in lines[1:]], config)
 
 
+def test_given_rates_need_no_reward_of_the_run() -> None:
+    config, _ = configured()
+    line = {"step": 1, "reward/mean": 0.0, "length/mean": 2.0, "length/max": 5.0}
+    rates, lengths = observed([line], config, EVEN)
+    assert rates == EVEN and lengths is not None and lengths.tolist() == [[2.0, 5.0]]
+    assert observed([], config, EVEN) == (EVEN, None)
+
+
+@pytest.mark.parametrize("override", ["steps=1000000", "rollout.prompts_per_step=100000000"])
+@pytest.mark.parametrize("kind", ["cgtr", "evidence"])
+def test_what_would_take_all_memory_is_refused(kind: str, override: str) -> None:
+    config = load_config("lab", ["steps=300", f"schedule.kind={kind}", override])
+    with pytest.raises(UsageError, match="too many to simulate"):
+        calibrate(config, EVEN, None, 0.1)
+
+
 def test_a_run_says_how_its_rewards_and_lengths_vary(finished: Path) -> None:
     result = CliRunner().invoke(app, ["calibrate", str(finished), "steps=40", "--rate", "0.2"])
     assert result.exit_code == 0, result.output

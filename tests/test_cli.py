@@ -17,9 +17,9 @@ from conftest import Command, Outcome
 from marks import slow
 
 from sodfast.config import load_config
+from sodfast.errors import Interrupted
 from sodfast.model.packing import own_attention
 from sodfast.run.directory import ABOUT_EVALUATION, RunDirectory
-from sodfast.run.interrupt import Interrupted
 from sodfast.trainer import Trainer
 
 
@@ -291,7 +291,13 @@ def test_paths_longer_than_any_are_refused(cli: Command, here: Path, finished: P
         refused(cli("eval", path))
         refused(cli("export", path, "out"))
         refused(cli("export", str(finished), path))
-    assert tree(here) == {}
+        refused(cli("sweep", "schedules_lab", f"out={path}"))
+        refused(cli("report", str(finished), "--out", path))
+        for command in ("sweep", "report", "calibrate", "show", "replay"):
+            refused(cli(command, path))
+    (here / "study.yaml").write_text(f"base: {'x' * 5000}\naxes: {{seed: [0]}}\n")
+    refused(cli("sweep", "study.yaml", "out=new"))
+    assert list(tree(here)) == ["study.yaml"]
 
 
 @pytest.mark.slow
@@ -309,9 +315,12 @@ def test_any_locale_will_do(finished: Path, here: Path, environment: str, name: 
     assert tree(run)["metrics.jsonl"] == tree(finished)["metrics.jsonl"]
 
 
+@pytest.mark.parametrize("option", ["--dry-run", *slow("--help")])
 @pytest.mark.parametrize("output", ["> /dev/full", *slow("| (exec <&-)")])
-def test_a_result_that_nobody_can_read_is_a_failure_in_one_line(here: Path, output: str) -> None:
-    command = [sys.executable, "-m", "sodfast", "train", "--dry-run"]
+def test_a_result_that_nobody_can_read_is_a_failure_in_one_line(
+    here: Path, output: str, option: str
+) -> None:
+    command = [sys.executable, "-m", "sodfast", "train", option]
     run = f'set -o pipefail; exec 3>err; "$@" 2>&3 {output}'
     done = subprocess.run(["bash", "-c", run, "bash", *command], timeout=300)
     said = (here / "err").read_text()
@@ -456,7 +465,8 @@ def test_exit_codes(cli: Command, tiny_run: list[str], monkeypatch: pytest.Monke
     from sodfast import commands
     from sodfast.errors import RunFailed
 
-    ends = {Interrupted(): 130, KeyboardInterrupt(): 130, RunFailed("step 3: a\nb"): 1}
+    refused = PermissionError(13, "Permission denied", "run/samples")
+    ends = {Interrupted(): 130, KeyboardInterrupt(): 130, RunFailed("step 3: a\nb"): 1, refused: 1}
     for end, code in ends.items():
 
         def stop(*arguments: Any, end: BaseException = end) -> None:
@@ -465,7 +475,8 @@ def test_exit_codes(cli: Command, tiny_run: list[str], monkeypatch: pytest.Monke
         monkeypatch.setattr(commands, "train_run", stop)
         outcome = cli("train", *tiny_run)
         assert outcome.code == code
-        assert outcome.err == ("sodfast: step 3: a b\n" if code == 1 else "")
+        wrong = "step 3: a b" if end is not refused else f"{refused}"
+        assert outcome.err == (f"sodfast: {wrong}\n" if code == 1 else "")
 
 
 def test_sigterm_before_the_training_is_an_interruption_too(

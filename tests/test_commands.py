@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.cuda._utils import _get_device_index
 
 from sodfast import commands
 from sodfast.commands import (
@@ -20,15 +21,15 @@ from sodfast.commands import (
     evaluate_model,
     export_model,
     limit_memory,
+    make_current,
     pick_device,
     train_run,
 )
 from sodfast.config import load_config
-from sodfast.errors import UsageError
+from sodfast.errors import Interrupted, UsageError
 from sodfast.parallel.ranks import Ranks
 from sodfast.run.console import Reporter
 from sodfast.run.directory import RunDirectory
-from sodfast.run.interrupt import Interrupted
 
 # ---------------------------------------------------------------- devices
 
@@ -49,9 +50,9 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     [
         (0, "auto", "cpu"),
         (0, "cpu", "cpu"),
-        (1, "auto", "cuda"),
+        (1, "auto", "cuda:0"),
         (1, "cpu", "cpu"),
-        (1, "cuda", "cuda"),
+        (1, "cuda", "cuda:0"),
         (2, "cuda:1", "cuda:1"),
     ],
 )
@@ -59,7 +60,10 @@ def test_one_process_takes_the_device_that_it_names(
     gpus: Callable[[int], None], count: int, name: str, expected: str
 ) -> None:
     gpus(count)
-    assert pick_device(name) == torch.device(expected)
+    device = pick_device(name)
+    assert device == torch.device(expected)
+    # What limits the allocator takes none without an index.
+    assert device.type == "cpu" or _get_device_index(device) == device.index
 
 
 @pytest.mark.parametrize(("count", "name"), [(0, "cuda"), (0, "cuda:0"), (1, "cuda:1")])
@@ -91,15 +95,27 @@ def test_the_allocator_is_held_to_the_planned_memory(monkeypatch: pytest.MonkeyP
         torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=141 * 2**30)
     )
     monkeypatch.setattr(
-        torch.cuda, "set_per_process_memory_fraction", lambda share, _: fractions.append(share)
+        torch.cuda,
+        "set_per_process_memory_fraction",
+        lambda share, device: fractions.append((share, _get_device_index(device))),
     )
     limit_memory(torch.device("cpu"), 78)
-    limit_memory(torch.device("cuda"), None)
+    limit_memory(torch.device("cuda", 1), None)
     assert fractions == []
-    limit_memory(torch.device("cuda"), 78)
-    assert fractions == [78 / 141]
+    limit_memory(torch.device("cuda", 1), 78)
+    assert fractions == [(78 / 141, 1)]
     with pytest.raises(UsageError, match=r"memory_gib=150: this GPU has 141\.0 GiB"):
-        limit_memory(torch.device("cuda"), 150)
+        limit_memory(torch.device("cuda", 1), 150)
+
+
+def test_a_gpu_is_made_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    current = []
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda device: current.append(_get_device_index(device))
+    )
+    make_current(torch.device("cpu"))
+    make_current(torch.device("cuda", 1))
+    assert current == [1]
 
 
 # ---------------------------------------------------------------- refused before any work
@@ -177,8 +193,8 @@ def test_the_allocator_is_told_what_it_knows(
 
     monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
     monkeypatch.setattr(commands, "pinned_setting", lambda: setting)
-    monkeypatch.setattr(commands, "pick_device", lambda *_: torch.device("cuda"))
-    monkeypatch.setattr(commands, "limit_memory", stop)
+    monkeypatch.setattr(commands, "pick_device", lambda *_: torch.device("cuda", 0))
+    monkeypatch.setattr(commands, "make_current", stop)  # which starts CUDA
     with pytest.raises(UsageError, match="far enough"):
         build(tmp_path / "run")
     expected = ["expandable_segments:True", *([setting] if setting else [])]
@@ -300,7 +316,9 @@ def test_an_export_never_overwrites_and_names_what_it_cannot_write(
 
 
 @pytest.mark.parametrize("end", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-@pytest.mark.parametrize("place", ["shutil.copytree", "sodfast.files.sync", "os.rename"])
+@pytest.mark.parametrize(
+    "place", ["sodfast.commands.copy_files", "sodfast.files.sync", "os.rename"]
+)
 def test_an_export_that_ends_early_leaves_nothing_in_the_way(
     finished: Path,
     tmp_path: Path,
@@ -344,6 +362,16 @@ def test_an_export_follows_no_link_and_copies_no_damage(finished: Path, tmp_path
     with pytest.raises(UsageError, match=r"student/model\.safetensors has been changed"):
         export_model(run, tmp_path / "new")
     assert not list(tmp_path.glob("new*"))
+
+
+def test_an_export_takes_the_files_of_the_checkpoint_alone(finished: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    student = run / "checkpoints" / "step-2" / "student"
+    names = {path.name for path in student.iterdir()}
+    (student / "everything").symlink_to("/")
+    (student / "loop").symlink_to(".")
+    export_model(run, tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names | {"README.md"}
 
 
 # ---------------------------------------------------------------- the preset that is meant

@@ -16,6 +16,7 @@ from sodfast.errors import UsageError
 from sodfast.files import (
     is_held,
     read_lines,
+    read_object,
     remove_leftovers,
     replace_text,
     to_csv,
@@ -188,6 +189,17 @@ def test_a_broken_line_before_the_last_is_named(tmp_path: Path) -> None:
         read_lines(file)
 
 
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_file_that_never_ends_is_refused(tmp_path: Path, kind: str) -> None:
+    file = tmp_path / "summary.json"
+    if kind == "pipe":
+        os.mkfifo(file)
+    else:
+        file.symlink_to("/dev/zero")
+    with pytest.raises(UsageError, match=r"summary\.json is no regular file"):
+        read_object(file)
+
+
 # ---------------------------------------------------------------- locks
 
 
@@ -201,6 +213,13 @@ def test_a_lock_is_held_once_and_until_it_is_closed(tmp_path: Path) -> None:
     again = try_lock(path)
     assert again is not None
     again.close()
+
+
+def test_a_pipe_in_the_place_of_a_lock_makes_nobody_wait(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "lock")
+    assert not is_held(tmp_path / "lock")
+    with pytest.raises(OSError, match="No such device"):
+        try_lock(tmp_path / "lock")
 
 
 def test_a_lock_is_held_while_a_process_that_inherited_it_lives(tmp_path: Path) -> None:

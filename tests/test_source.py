@@ -1,13 +1,15 @@
 """The user's own Python: found, listed with what it imports, loaded as it is now."""
 
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from sodfast.errors import UsageError
-from sodfast.source import describe_error, find_source
+from sodfast.errors import Interrupted, RunFailed, UsageError
+from sodfast.source import describe_error, find_source, time_limit
 
 
 @pytest.fixture(autouse=True)
@@ -117,3 +119,83 @@ def test_an_error_is_placed_at_the_users_last_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError) as error:
         call()
     assert describe_error(error.value, [file]).startswith(f"{file}:3: JSONDecodeError: Expecting")
+
+
+# ---------------------------------------------------------------- calls
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("raise GeneratorExit", "GeneratorExit"),
+        ("raise SystemExit(0)", "SystemExit: 0"),
+        ("import asyncio\nraise asyncio.CancelledError", "CancelledError"),
+        ("class E(Exception):\n    def __str__(self): 1 / 0\nraise E", "E"),
+    ],
+)
+def test_whatever_the_users_code_raises_is_one_line(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "own.py").write_text(text)
+    last = text.count("\n") + 1
+    assert refusal(f"{tmp_path}/own.py:x") == f"task.source: {tmp_path}/own.py:{last}: {said}"
+
+
+@pytest.mark.parametrize(
+    "error", [UsageError("a"), RunFailed("b"), Interrupted(), KeyboardInterrupt()]
+)
+def test_errors_that_are_ours_and_interruptions_pass(tmp_path: Path, error: BaseException) -> None:
+    (tmp_path / "own.py").write_text("x = 1\n")
+    source = find_source(f"{tmp_path}/own.py:x")
+    with pytest.raises(type(error)) as raised, source.running(source.unusable):
+        raise error
+    assert raised.value is error
+
+
+def test_the_users_code_changes_no_place_that_is_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run whose `out` is relative would go on elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "own.py").write_text(
+        "import os, sys\nos.chdir('elsewhere')\nsys.stdout = x = None\n"
+    )
+    streams = sys.stdout, sys.stderr
+    assert find_source("own.py:x").load() is None
+    assert Path.cwd() == tmp_path and (sys.stdout, sys.stderr) == streams
+
+
+def test_a_folder_that_the_users_code_deletes_is_no_place_of_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text(
+        "import os\nos.mkdir('a')\nos.chdir('a')\nos.rmdir('../a')\nx = 1"
+    )
+    assert find_source("own.py:x").load() == 1
+    assert Path.cwd() == tmp_path
+
+
+def test_a_limit_leaves_nothing_behind() -> None:
+    threads = threading.active_count()
+    for _ in range(3):
+        with time_limit(60):
+            pass
+    assert threading.active_count() == threads
+    with time_limit(0.01):
+        pass
+    time.sleep(0.05)  # no signal comes late
+
+
+def test_a_call_in_another_thread_is_not_ended() -> None:
+    """Signals reach the main thread alone, and docs/tasks.md says so."""
+    ended: list[bool] = []
+
+    def call() -> None:
+        with time_limit(0.01):
+            time.sleep(0.05)
+        ended.append(True)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+    assert ended == [True]

@@ -14,12 +14,11 @@ from transformers import AutoModelForCausalLM
 
 from sodfast.commands import build_trainer, evaluate_model, export_model
 from sodfast.config import load_config
-from sodfast.errors import RunFailed, UsageError
+from sodfast.errors import Interrupted, RunFailed, UsageError
 from sodfast.files import read_lines
 from sodfast.model.language_model import decoder_layers
 from sodfast.run import checkpoint
 from sodfast.run.console import Reporter
-from sodfast.run.interrupt import Interrupted
 from sodfast.schedule import PROBE_KEYS
 from sodfast.trainer import Trainer
 

@@ -30,10 +30,12 @@ def uses_triton(backend: str, tensors: Iterable[Tensor], top_k: int | None = Non
         return False
     tensors = list(tensors)
     cuda = all(tensor.device.type == "cuda" for tensor in tensors)
+    if backend == "auto" and not cuda:
+        return False
     double = any(tensor.dtype == torch.float64 for tensor in tensors)
     too_many = top_k is not None and top_k > MAX_TOP_K
     if backend == "auto":
-        return INSTALLED and len(tensors) > 0 and cuda and not double and not too_many
+        return INSTALLED and len(tensors) > 0 and not double and not too_many
     if double:
         raise ValueError('backend "triton" does not take fp64 tensors; use backend="torch"')
     if too_many:

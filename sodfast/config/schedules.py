@@ -125,6 +125,8 @@ class PythonScheduleConfig(Section):
     Decision`."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Keywords that the class is built from."""
+    timeout: AboveZero = 60.0
+    """Seconds for a call; a longer one fails the run, which nothing else could interrupt."""
 
 
 ScheduleConfig = Annotated[

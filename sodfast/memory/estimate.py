@@ -31,7 +31,7 @@ from sodfast.model.packing import micro_batches
 from sodfast.optimizer import build_optimizer
 from sodfast.parallel.fsdp import Weights
 from sodfast.parallel.offload import SLOTS, block_bytes, blocks, pinned_bytes
-from sodfast.rollout.batch import PREFILL_TOKENS
+from sodfast.rollout.batch import packs
 from sodfast.rollout.cache import Cache
 from sodfast.rollout.decoder import unsupported
 from sodfast.rollout.native import CacheSize, cache_size
@@ -394,17 +394,28 @@ class Estimate:
             tokens = max(rows, MOST_TOKENS["cuda"])
             drafts = self._text_bytes(evaluating)
         started += idle_rows(started, self.on_gpu)
-        packed: list[int] = []
-        for prompt in prompts[: -(-started // copies)]:
-            if not packed or sum(packed) + prompt <= PREFILL_TOKENS:
-                packed.append(prompt)
-        activations = peak(self.network, prefill, tuple(packed), copies, self.longest, self.on_gpu)
+        groups = [
+            (range(prompt), range(first, min(first + copies, started)))
+            for prompt, first in zip(prompts, range(0, started, copies), strict=False)
+        ]
+        activations = max(
+            peak(
+                self.network,
+                prefill,
+                tuple((len(prompt), len(sharing)) for prompt, sharing in pack),
+                size.page,
+                size.pages,
+                self.longest,
+                self.on_gpu,
+            )
+            for pack in packs(groups)
+        )
         if self._drafts and not self.on_gpu:
             # A pass with drafts, as a prefill of as many tokens with the logits of them all.
             blocks = -(-min(rows * MOST_QUERIES, MOST_TOKENS["cpu"]) // CPU_ROWS)
-            prompts_of_pass = (CPU_ROWS,) * blocks
+            prompts_of_pass = ((CPU_ROWS, CPU_ROWS),) * blocks
             longest = max(self.longest, CPU_ROWS)
-            checked = peak(self.network, prefill, prompts_of_pass, CPU_ROWS, longest, False)
+            checked = peak(self.network, prefill, prompts_of_pass, None, 0, longest, False)
             activations = max(activations, checked)
         return {
             "kv_cache": size.bytes,

@@ -17,6 +17,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ DEPTHS = (2, 3)
 
 Sequences = tuple[tuple[int, int], ...]  # tokens of (prompt or context, response) of a micro-batch
 Peaks = tuple[int, ...]  # of a phase's parts, bytes
+Pack = tuple[tuple[int, int], ...]  # tokens of each prompt of a prefill, and its samples
 
 
 class LiveBytes(TorchDispatchMode):
@@ -203,21 +205,31 @@ def scoring(network: Any, sequences: Sequences) -> Peaks:
     return (live.take_peak(),)
 
 
-def prefill(network: Any, prompts: tuple[int, ...], copies: int, width: int, on_gpu: bool) -> Peaks:
-    """The native engine's prefill of prompts of these lengths, each for `copies` samples, and the
-    logits behind it. `width`: positions of a slot, whose keys and values are not counted."""
-    slots, tokens = len(prompts) * copies, sum(prompts)
-    cache = Cache(Decoder(network, width), slots, width)
-    rows = [range(i * copies, (i + 1) * copies) for i in range(len(prompts))]
+def prefill(
+    network: Any, pack: Pack, page: int | None, pages: int, width: int, on_gpu: bool
+) -> Peaks:
+    """The native engine's prefill of one pack of prompts, and the logits behind it.
+
+    `page`, `pages` and `width` (positions of the longest sequence): of its cache, whose own keys
+    and values are not counted. So what a prompt writes is what it writes in a run: on a GPU once
+    for all of its samples, but for the last, partial page of each.
+    """
+    lengths, samples = zip(*pack, strict=True)
+    ends = accumulate(samples)
+    rows = [range(end - count, end) for end, count in zip(ends, samples, strict=True)]
+    total = sum(samples)
+    cache = Cache(Decoder(network, width), total, width, None, page, pages)
+    for length, sharing in zip(lengths, rows, strict=True):
+        cache.start(sharing, length)
     with torch.no_grad(), LiveBytes([*_tensors(network), cache.memory]) as live:
         decoder = Decoder(network, width)
-        ids_T = torch.zeros(tokens, dtype=torch.int64)
-        attend = cache.prefilling(prompts, rows)
+        ids_T = torch.zeros(sum(lengths), dtype=torch.int64)
+        attend = cache.prefilling(lengths, rows)
         hidden_TH = decoder.forward(ids_T, ids_T, attend)
         if on_gpu:  # where 16-bit heads are multiplied without a copy in fp32
-            hidden_TH.new_empty(slots, len(decoder.head), dtype=torch.float32)
+            hidden_TH.new_empty(total, len(decoder.head), dtype=torch.float32)
         else:
-            decoder.logits(hidden_TH[:1].expand(slots, -1))
+            decoder.logits(hidden_TH[:1].expand(total, -1))
     return (live.take_peak(),)
 
 

@@ -143,6 +143,9 @@ def _require_own_files(folder: Path, name: str) -> None:
     several files, and unpickles what is not called `*.safetensors`; it follows the names of
     tokenizers that tokenizer_config.json gives.
     """
+    for path in folder.iterdir():
+        if path.is_fifo():
+            raise UsageError(f"{name}: {path.name} is a pipe: give the file that was saved")
     single = read_config(folder, name).get("transformers_weights")
     names = [] if single is None else [single]
     if (folder / INDEX).is_file():

@@ -98,13 +98,21 @@ ALONE = Ranks()
 
 @contextmanager
 def join() -> Iterator[Ranks]:
-    """The ranks that torchrun has started, until the block ends; one rank where it has not."""
-    size = int(os.environ.get("WORLD_SIZE", "1")) if dist.is_torchelastic_launched() else 1
+    """The ranks that torchrun has started, until the block ends; one rank where it has not. Raises
+    `UsageError` where the variables by which it says so are none of its own."""
+    try:
+        size = int(os.environ.get("WORLD_SIZE", "1")) if dist.is_torchelastic_launched() else 1
+        if size != 1:
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, timeout=PATIENCE)
+    except ValueError as error:
+        raise UsageError(
+            f"this process cannot join the others of torchrun, which its variables name: {error}; "
+            "start it by torchrun, or unset TORCHELASTIC_RUN_ID"
+        ) from error
     if size == 1:
         yield ALONE
         return
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=PATIENCE)
     try:
         yield Ranks(dist.get_rank(), size)
     finally:

@@ -22,9 +22,9 @@ def load(directory: Path, baseline: str | None = None) -> Source:
 
     Raises `UsageError`, also for a damaged run; a damaged trial of a study has no lines.
     """
-    if (directory / "study.yaml").is_file():
+    if os.path.isfile(directory / "study.yaml"):
         return _source_of({directory: [_run_of(trial) for trial in read_runs(directory)]}, baseline)
-    if not (directory / "config.yaml").is_file():
+    if not os.path.isfile(directory / "config.yaml"):
         raise UsageError(
             f"{directory} is neither a run nor a study directory: it has no config.yaml and no "
             "study.yaml"

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from operator import attrgetter, methodcaller
-from os.path import lexists
+from os.path import isdir, lexists
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ def write_report(directory: Path, baseline: str | None = None) -> Path:
 def write_studies(directories: Sequence[Path], out: Path, baseline: str | None = None) -> Path:
     """Write one report of several studies, each a regime under the name of its directory, into the
     directory `out`; returns the page's path. Raises `UsageError` as `write_report`."""
-    if out.exists() and not out.is_dir():
+    if lexists(out) and not isdir(out):
         raise UsageError(f"--out {out} cannot be used: name a directory")
     return _write_report(load_studies(directories, baseline), out)
 
@@ -65,7 +65,7 @@ def write_studies(directories: Sequence[Path], out: Path, baseline: str | None =
 def _write_report(source: Source, directory: Path) -> Path:
     page, rows, figures = _build(source)
     files = {f"tables/{name}.csv": table.to_csv() for name, table in rows.items()}
-    if directory.exists():
+    if lexists(directory):
         refuse_links(directory, ("tables", "figures"))
     files |= {f"figures/{name}.svg": canvas.standalone(svg) for name, svg in figures.items()}
     _write(directory, {**files, "report.html": page})

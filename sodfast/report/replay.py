@@ -5,6 +5,7 @@ another teacher would have made other rollouts, and so other metrics. What is sa
 steps is what the schedule says about these data, not what the other run would have done.
 """
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -126,7 +127,7 @@ def replay_run(run: Path, overrides: Sequence[str]) -> Replay:
 def _training_lines(run: Path, recorded: Config, other: Config) -> list[dict[str, Any]]:
     """The metrics of every step from 1, with what the other schedule looks at."""
     file = run / "metrics.jsonl"
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise UsageError(f"{file} does not exist: the run has no metrics to replay")
     lines = [line for line in read_metrics(run) if line["step"] != 0]
     if not lines:

@@ -20,10 +20,10 @@ H hidden, S steps, V vocabulary.
 
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from functools import partial
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -49,6 +49,7 @@ QUEUED_LOOKS = {"cuda": 2, "cpu": 1}
 REFILL_SHARE = {"cuda": 1 / 8, "cpu": 1 / 4}
 # Prompt tokens of one packed forward, which bounds the memory of its activations.
 PREFILL_TOKENS = 16_384
+Prompt = TypeVar("Prompt", bound=Sized)
 
 
 class Look(NamedTuple):
@@ -161,7 +162,7 @@ class Batch:
         groups = list(prompt_groups(draws, first))
         for prompt, rows in groups:
             self.cache.start(rows, len(prompt))
-        for pack in _packs(groups):
+        for pack in packs(groups):
             self.passes.prefill(pack)
 
     def _give_up_youngest(self) -> None:
@@ -321,9 +322,10 @@ class Batch:
         return samples
 
 
-def _packs(groups: Iterable[tuple[Tensor, range]]) -> Iterator[list[tuple[Tensor, range]]]:
-    """Lists of prompts, each within PREFILL_TOKENS, unless a single prompt exceeds it."""
-    pack: list[tuple[Tensor, range]] = []
+def packs(groups: Iterable[tuple[Prompt, range]]) -> Iterator[list[tuple[Prompt, range]]]:
+    """Lists of prompts and their rows, each within PREFILL_TOKENS, unless a single prompt exceeds
+    it. `sodfast plan`, which knows the prompts' lengths alone, asks here too."""
+    pack: list[tuple[Prompt, range]] = []
     tokens = 0
     for prompt, rows in groups:
         if pack and tokens + len(prompt) > PREFILL_TOKENS:

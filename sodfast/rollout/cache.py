@@ -232,6 +232,7 @@ class _Decoding:
         chosen_T: Tensor | None,
     ) -> None:
         self.cache, self.shape, self.chosen_T = cache, idle_BQ.shape, chosen_T
+        self.slots: SlotAttention | None = None  # over whole pages, of one token of each row
         rows, queries = self.shape
         ahead_Q = torch.arange(queries, device=cached_B.device)
         position_BQ = cached_B.long()[:, None] + ahead_Q
@@ -243,7 +244,7 @@ class _Decoding:
             # would leave NaN in the cache.
             used_BQ = (position_BQ + 1).masked_fill(idle_BQ, 1)
             if queries == 1:
-                self.attend = SlotAttention(used_BQ[:, 0], width)
+                self.slots = SlotAttention(used_BQ[:, 0], width)
             else:
                 depth_B, longest_B = (~idle_BQ).sum(1).tolist(), used_BQ.amax(1).tolist()
                 parts = [
@@ -276,21 +277,22 @@ class _Decoding:
         self, layer: int, q_TAD: Tensor, k_TKD: Tensor | None, v_TKD: Tensor | None
     ) -> Tensor:
         if self.chosen_T is None:
-            return self._attended(layer, q_TAD.unflatten(0, self.shape)).flatten(0, 1)
-        q_BQAD = q_TAD.new_zeros(self.shape.numel(), *q_TAD.shape[1:])
-        q_BQAD = q_BQAD.index_copy_(0, self.chosen_T, q_TAD).unflatten(0, self.shape)
-        return self._attended(layer, q_BQAD).flatten(0, 1)[self.chosen_T]
+            return self._attended(layer, q_TAD)
+        every_TAD = q_TAD.new_zeros(self.shape.numel(), *q_TAD.shape[1:])
+        every_TAD.index_copy_(0, self.chosen_T, q_TAD)
+        return self._attended(layer, every_TAD)[self.chosen_T]
 
-    def _attended(self, layer: int, q_BQAD: Tensor) -> Tensor:
+    def _attended(self, layer: int, q_TAD: Tensor) -> Tensor:
+        """Of all B·Q tokens."""
         keys_PLKD, values_PLKD = self.cache.layers[layer]
         scale, window = self.cache.decoder.scale, self.cache.decoder.layers[layer].window
+        if self.slots is not None:
+            return self.slots(q_TAD, keys_PLKD, values_PLKD, scale, window)
+        q_BQAD = q_TAD.unflatten(0, self.shape)
         if self.cache.whole:
-            if self.shape[1] == 1:
-                attended_BAD = self.attend(q_BQAD[:, 0], keys_PLKD, values_PLKD, scale, window)
-                return attended_BAD.unsqueeze(1)
             parts = [part(q_BQAD, keys_PLKD, values_PLKD, scale, window) for part in self.parts]
-            return torch.cat(parts)
-        return decode_attention(
+            return torch.cat(parts).flatten(0, 1)
+        attended_BQAD = decode_attention(
             q_BQAD,
             keys_PLKD,
             values_PLKD,
@@ -299,6 +301,7 @@ class _Decoding:
             scale=scale,
             window=window,
         )
+        return attended_BQAD.flatten(0, 1)
 
 
 class _Together:

@@ -5,8 +5,9 @@ A pass feeds the last token of each row, and behind it drafts of the next ones w
 those up to the first that is not the draft in its place. batch.py says which rows there are.
 
 On a GPU passes of as many rows and drafts have the same shape, so that they can be a CUDA graph:
-idle tokens run along. On a CPU a pass has only the tokens that can count: the last one of each row
-that is alive, and the drafts that were found.
+idle tokens run along. On a CPU a pass that checks drafts has only the tokens that can count: the
+last one of each row that is alive, and the drafts that were found. Without drafts the rows of a
+batch, a multiple of CPU_ROWS, all run: to leave out the few that idle would cost more.
 
 Shapes: B rows, Q tokens of each in a pass, K = Q − 1 drafts, T tokens of a pass, N tokens to be
 read, H hidden, V vocabulary.
@@ -57,6 +58,7 @@ class Passes:
             return torch.zeros(rows, *columns, dtype=dtype, device=self.device)
 
         self.token = state(torch.int64)  # the last token drawn; its keys are not cached yet
+        self.row_R1 = torch.arange(rows, device=self.device)[:, None]
         self.cached = state(torch.int32)  # positions in the cache
         self.count = state(torch.int64)  # tokens drawn
         self.cap = state(torch.int64) + sampling.max_new_tokens  # tokens that may be drawn
@@ -121,19 +123,22 @@ class Passes:
         """One pass over the first `rows` rows, each with its last token and up to `queries` − 1
         drafts; `width` bounds the positions after it."""
         cached_B, done_B = self.cached[:rows], self.done[:rows]
-        ahead_Q = torch.arange(queries, device=self.device)
-        idle_BQ = self.count[:rows, None] + ahead_Q >= self.cap[:rows, None]
-        idle_BQ |= done_B[:, None]
-        token_BQ, draft_BK = self.token[:rows, None], None
+        token_BQ, position_BQ, idle_BQ = (
+            x[:, None] for x in (self.token[:rows], cached_B.long(), done_B)
+        )
+        draft_BK, chosen_T = None, None
         if queries > 1:
             assert self.drafts is not None
+            ahead_Q = torch.arange(queries, device=self.device)
             draft_BK = self.drafts.find(self.place[:rows], queries - 1)
             token_BQ = torch.cat([token_BQ, draft_BK.clamp(min=0)], 1)
+            position_BQ = (position_BQ + ahead_Q).clamp(max=self.decoder.width - 1)
+            idle_BQ = idle_BQ | (self.count[:rows, None] + ahead_Q >= self.cap[:rows, None])
             idle_BQ[:, 1:] |= draft_BK < 0
-        chosen_T = None if self.on_gpu else _chosen(idle_BQ)
+        if not self.on_gpu and (queries > 1 or rows % CPU_ROWS):
+            chosen_T = _chosen(idle_BQ)
         self.ran = idle_BQ.numel() if chosen_T is None else len(chosen_T)
         attend = self.cache.decoding(cached_B, idle_BQ, width, chosen_T)
-        position_BQ = (cached_B.long()[:, None] + ahead_Q).clamp(max=self.decoder.width - 1)
         hidden_TH = self.decoder.forward(
             _take(token_BQ, chosen_T), _take(position_BQ, chosen_T), attend
         )
@@ -141,9 +146,11 @@ class Passes:
         alive = rows - done_B.sum()
         emitted_B, tested = self._draw(0, rows, logits_TV, noise_TV, draft_BK, chosen_T)
         cached_B += emitted_B
-        asked = alive * (draft_BK is not None)
-        found = asked if draft_BK is None else (~idle_BQ[:, 1]).sum()
-        self.passed += torch.stack([emitted_B.sum(), alive, asked, found, *tested])
+        if draft_BK is None:
+            self.passed[:2] += alive  # each living row draws one
+        else:
+            found = (~idle_BQ[:, 1]).sum()
+            self.passed += torch.stack([emitted_B.sum(), alive, alive, found, *tested])
 
     def prefill(self, pack: Sequence[tuple[Tensor, range]]) -> None:
         """Run prompts, each once, and draw the first token of the rows that share it."""
@@ -170,12 +177,13 @@ class Passes:
         noise_TV: Tensor | None,
         draft_BK: Tensor | None,
         chosen_T: Tensor | None,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Draw the tokens of the rows first … last−1 and write down those that are kept: up to the
         first that is not the draft in its place, that ends the answer or that is at the cap.
 
         Returns how many there are of each row [B] int64, 0 where it is done; and, of all rows, the
-        drafts that were right and those that were looked at, which may be wrong."""
+        drafts that were right and those that were looked at, which may be wrong; without drafts
+        nothing of those."""
         rows = slice(first, last)
         queries = 1 if draft_BK is None else draft_BK.shape[1] + 1
         position_BQ = self.count[rows, None] + torch.arange(queries, device=self.device)
@@ -192,7 +200,8 @@ class Passes:
         )
         token_BQ, logprob_BQ, entropy_BQ = (_put_back(x, position_BQ, chosen_T) for x in drawn)
         done_B, ended_BQ = self.done[rows].clone(), (token_BQ[..., None] == self.eos).any(2)
-        kept_BQ, tested = ~done_B[:, None], (position_BQ.new_zeros(()),) * 2
+        kept_BQ = ~done_B[:, None]
+        tested: tuple[Tensor, ...] = ()
         if draft_BK is not None:
             right_BK = token_BQ[:, :-1] == draft_BK
             holds_BK = right_BK & ~ended_BQ[:, :-1]
@@ -200,14 +209,17 @@ class Passes:
             kept_BQ &= position_BQ < self.cap[rows, None]
             tested_BK = kept_BQ[:, :-1] & (draft_BK >= 0)
             tested = ((tested_BK & right_BK).sum(), tested_BK.sum())
-        row_B1 = torch.arange(first, last, device=self.device)[:, None]
+        row_B1 = self.row_R1[rows]
         column_BQ = position_BQ.where(kept_BQ, self.sampling.max_new_tokens)
         self.tokens[row_B1, column_BQ] = token_BQ
         self.logprob[row_B1, column_BQ] = logprob_BQ
         self.entropy[row_B1, column_BQ] = entropy_BQ
         emitted_B = kept_BQ.sum(1)
-        last_B1 = (emitted_B - 1).clamp(min=0)[:, None]
-        self.token[rows] = token_BQ.gather(1, last_B1)[:, 0]
+        if draft_BK is None:
+            self.token[rows] = token_BQ[:, 0]
+        else:
+            last_B1 = (emitted_B - 1).clamp(min=0)[:, None]
+            self.token[rows] = token_BQ.gather(1, last_B1)[:, 0]
         self.count[rows] += emitted_B
         self.done[rows] |= (ended_BQ & kept_BQ).any(1) | (self.count[rows] >= self.cap[rows])
         if self.drafts is not None:

@@ -22,7 +22,7 @@ import shutil
 from collections.abc import Container, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -256,15 +256,28 @@ def load_state(path: Path) -> dict[str, Any]:
 
 
 def _require_sizes(path: Path, files: Mapping[str, _File]) -> None:
-    """Raise `ValueError` for a file of another size or weights that are not listed, `OSError` for
-    a file that is missing."""
+    """Raise `ValueError` for a file of another size, a name outside the checkpoint or weights that
+    are not listed, `OSError` for a file that is missing."""
     for name, file in files.items():
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise ValueError(f"{name} does not lie in it")
         size = (path / name).stat().st_size
         if size != file.size:
             raise ValueError(f"{name} has {size} bytes, not {file.size}")
     weights = {file.relative_to(path).as_posix() for file in path.rglob("*.safetensors")}
     for name in sorted(weights - files.keys()):
         raise ValueError(f"{name} does not belong to it")
+
+
+def file_names(path: Path, state: Mapping[str, Any], folder: str = "") -> list[str]:
+    """The files of a checkpoint but state.json, by their names from `path`; those in `folder`, from
+    there. They are what `state`, its JSON half, lists or, where release 0.1.0 wrote no list, all
+    that is there; whatever else lies there, such as a link to a folder elsewhere, is none of it."""
+    names = state.get("files")
+    if names is None:
+        found = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
+        names = [name for name in found if name != "state.json"]
+    return sorted(name.removeprefix(folder) for name in names if name.startswith(folder))
 
 
 def verify(path: Path, folder: str = "") -> dict[str, Any]:
@@ -320,10 +333,11 @@ def damaged(path: Path, error: Exception) -> UsageError:
 
 def _describe(path: Path) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of every file below `path`, by its name from there."""
-    files = sorted(file for file in path.rglob("*") if file.is_file())
+    names = file_names(path, {})
+    hashes = _hashes([path / name for name in names])
     return {
-        file.relative_to(path).as_posix(): {"size": file.stat().st_size, "sha256": sha256}
-        for file, sha256 in zip(files, _hashes(files), strict=True)
+        name: {"size": (path / name).stat().st_size, "sha256": sha256}
+        for name, sha256 in zip(names, hashes, strict=True)
     }
 
 

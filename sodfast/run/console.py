@@ -3,7 +3,8 @@
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TextIO, cast
@@ -26,8 +27,9 @@ PLAIN_SECONDS = 5.0  # plain output reports at most this often within a phase
 class Screen:
     """Standard output of a command that must not end because nobody reads it.
 
-    Where it cannot be written (its reader has gone, its disk is full), one line on standard error
-    says so, and whatever is written from then on is discarded: `off` is then True.
+    Where it cannot be written (its reader has gone, its disk is full, the user's own code has
+    closed it), one line on standard error says so, and whatever is written from then on is
+    discarded: `off` is then True.
     """
 
     def __init__(self) -> None:
@@ -36,25 +38,31 @@ class Screen:
         self.off = False
 
     def write(self, text: str) -> int:
-        try:
-            self._out.write(text)
-        except OSError as error:
-            self._switch_off(error)
+        self._try(partial(self._out.write, text))
         return len(text)
 
     def flush(self) -> None:
-        try:
-            self._out.flush()
-        except OSError as error:
-            self._switch_off(error)
+        self._try(self._out.flush)
 
     def isatty(self) -> bool:
-        return self._out.isatty()
+        return not self._out.closed and self._out.isatty()
 
-    def _switch_off(self, error: OSError) -> None:
+    def _try(self, write: Callable[[], object]) -> None:
+        if self._out.closed:
+            if not self.off:
+                self._switch_off("it has been closed")
+            return
+        try:
+            write()
+        except OSError as error:
+            self._switch_off(str(error.strerror))
+
+    def _switch_off(self, reason: str) -> None:
         _discard(self._out)
         self.off = True
-        text = f"sodfast: standard output cannot be written ({error.strerror}): going on without it"
+        text = f"sodfast: standard output cannot be written ({reason}): going on without it"
+        if self._err.closed:
+            return
         try:
             print(text, file=self._err, flush=True)
         except OSError:  # both may go to the same place
@@ -64,9 +72,12 @@ class Screen:
 def _discard(stream: TextIO) -> None:
     """Connect a stream's descriptor to nothing; what is still buffered, which Python would try to
     write again when it exits, goes there, too."""
+    if stream.closed:
+        return
     nothing = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, stream.fileno())
-    os.close(nothing)
+    if nothing != stream.fileno():  # it gets the stream's own number where that has been closed
+        os.dup2(nothing, stream.fileno())
+        os.close(nothing)
 
 
 def open_console(screen: Screen | None) -> Console:

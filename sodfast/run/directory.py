@@ -14,7 +14,13 @@ from typing import IO, Any
 
 from sodfast.config import BEFORE, RENAMED, Config, read_overrides, validate
 from sodfast.errors import RunFailed, UsageError
-from sodfast.files import refuse_links, remove_leftovers, replace_text, try_lock
+from sodfast.files import (
+    refuse_links,
+    remove_leftovers,
+    replace_text,
+    require_usable,
+    try_lock,
+)
 from sodfast.run import checkpoint, samples
 from sodfast.run.records import read_events, read_metrics, require_run
 from sodfast.run.samples import Answer
@@ -30,7 +36,6 @@ _FORKING = ".forking"
 _FORKED = {_FORKING, "metrics.jsonl", "events.jsonl", "checkpoints"}
 # The files that are replaced whole, while the lock is held.
 _REPLACED = ("environment.json", "config.yaml", "metrics.jsonl", "events.jsonl", "summary.json")
-_DEEPEST = 255  # folders that Python makes in one call without exhausting its stack
 
 # Keys that release 0.1.0 did not have, with the values that mean what it did.
 ADDED: dict[str, Any] = {
@@ -41,6 +46,7 @@ ADDED: dict[str, Any] = {
     "teacher.demonstrate_self": False,
     "teacher.micro_batch_tokens": None,
     "optimizer.lr_burst": None,
+    "schedule.timeout": 60.0,
     "objective.dual_clip": None,
     "objective.old_logprob": "engine",
     "eval.questions": None,
@@ -88,19 +94,6 @@ def default_out(config: Config) -> str:
     return f"runs/{stamp}-{config.schedule.kind}-seed{config.seed}"
 
 
-def require_usable(path: Path, called: str) -> None:
-    """Raise `UsageError`, in which the path is `called` so, for a name that no file can have: one
-    that is too long or too deep, or a loop of links."""
-    if len(path.parts) > _DEEPEST:
-        raise UsageError(f"{called} cannot be used: more than {_DEEPEST} folders deep")
-    try:
-        os.lstat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    except OSError as error:
-        raise UsageError(f"{called} cannot be used: {error.strerror}") from error
-
-
 def check_out(path: Path) -> None:
     """Raise `UsageError` unless `path` can become a new run directory: one that does not exist, is
     empty, or was begun, perhaps as a fork, and has no config.yaml yet. Writes nothing."""
@@ -118,6 +111,9 @@ def check_out(path: Path) -> None:
     refuse_links(path, (".lock", *_FORKED))
     if os.path.lexists(path) and not os.path.isdir(path):
         raise UsageError(f"out={path} is a file: choose a directory")
+    for folder in path.absolute().parents:
+        if folder.name == "checkpoints" and os.path.isfile(folder.parent / "config.yaml"):
+            raise UsageError(f"out={path} lies among the checkpoints of a run: choose another")
     existing = path
     while not os.path.lexists(existing):
         existing = existing.parent

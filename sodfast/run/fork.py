@@ -12,6 +12,7 @@ from typing import Any
 
 from sodfast.config import Config
 from sodfast.errors import UsageError
+from sodfast.files import copy_files
 from sodfast.run import checkpoint
 from sodfast.run.directory import RunDirectory, fingerprint
 from sodfast.run.fork_keys import Refresh, source_config
@@ -47,9 +48,6 @@ def prepare_fork(
     state, original = checkpoint.verify(path), source_config(source)
     if state["fingerprint"] != fingerprint(original):
         raise UsageError(f"{source}/config.yaml is not what its checkpoints were made with")
-    for file in path.rglob("*"):
-        if not file.exists():
-            raise UsageError(f"{file} is a link to nothing: replace it by what it named")
     lines = [line for line in read_metrics(source) if line["step"] <= step]
     if len(lines) != step + 1:
         raise UsageError(f"{source}/metrics.jsonl lacks lines up to the checkpoint's step {step}")
@@ -73,10 +71,12 @@ def prepare_fork(
                 "leave out schedule.length_unit=shard, or fork a run that has it"
             ) from error
         state["schedule"] = schedule.state_dict()
+    names = checkpoint.file_names(path, state)
     state["fingerprint"] = fingerprint(config)
     state["task_files"] = run_files(config)  # a fork may also change the user's reward
     state["teacher_is_student"] = state.get("teacher_is_student", True) or refresh == "now"
     if refresh == "now":
+        names = [name for name in names if name != "teacher.safetensors"]
         state.get("files", {}).pop("teacher.safetensors", None)
 
     def write(run: RunDirectory) -> None:
@@ -84,8 +84,7 @@ def prepare_fork(
             for line in kept:
                 run.append(file, line)
         copy = run.checkpoints / path.name
-        without = ["state.json", *(["teacher.safetensors"] if refresh == "now" else [])]
-        shutil.copytree(path, copy, copy_function=_share, ignore=shutil.ignore_patterns(*without))
+        copy_files(path, copy, names, _share)
         checkpoint.write_state(copy, state)
 
     def begin(environment: dict[str, Any]) -> None:
@@ -94,9 +93,10 @@ def prepare_fork(
     return begin
 
 
-def _share(source: str, target: str) -> None:
-    """A hard link, or a copy where the two lie on different file systems."""
-    if os.stat(source).st_dev == os.stat(os.path.dirname(target)).st_dev:
-        os.link(source, target)
-    else:
+def _share(source: Path, target: Path) -> None:
+    """A hard link or, where the file system or its rules allow none, as for another user's file, a
+    copy. Of a link, what it names."""
+    try:
+        os.link(os.path.realpath(source), target)
+    except OSError:
         shutil.copyfile(source, target)

@@ -6,10 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-
-class Interrupted(BaseException):
-    """The user or the cluster wants the process to end. Not an `Exception`, so that no library's
-    error handling swallows it."""
+from sodfast.errors import Interrupted
 
 
 class Interruption:

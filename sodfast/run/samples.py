@@ -8,9 +8,9 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from sodfast.errors import UsageError
 
@@ -27,7 +27,7 @@ class Answer(BaseModel):
     id: str  # of the question
     prompt: str
     response: str  # without special tokens
-    tokens: list[int]  # [L]
+    tokens: Annotated[list[int], Field(min_length=1)]  # [L]
     # [L], joined the response. A character that several tokens spell stands with the last of them;
     # a special token has no text.
     text: list[str]
@@ -108,6 +108,8 @@ def iterate_samples(run: Path, step: int, evaluation: bool = False) -> Iterator[
     file = sample_file(run, step, evaluation)
     if not file.is_file():
         steps = sampled_steps(run, evaluation)
+        if step in steps:
+            raise UsageError(f"{file} is no regular file: replace it by one")
         known = f"only of {', '.join(map(str, steps))}" if steps else "nor of any other"
         raise UsageError(
             f"{run} has no answers of {'the evaluation after ' if evaluation else ''}step {step}, "

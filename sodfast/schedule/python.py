@@ -1,15 +1,15 @@
 """A schedule of the user's own: a class in a file of theirs, found, asked and checked."""
 
 import json
+import sys
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import replace
-from math import isfinite
 from typing import Any, get_args
 
 from sodfast.config import PythonScheduleConfig
 from sodfast.errors import RunFailed, UsageError
 from sodfast.schedule.base import Action, Decision, Schedule, StepStatistics, trained
-from sodfast.source import describe_error, find_source
+from sodfast.source import find_source
 
 
 class PythonSchedule(Schedule):
@@ -28,11 +28,10 @@ class PythonSchedule(Schedule):
     def __init__(self, config: PythonScheduleConfig) -> None:
         self.config = config
         self._source = source = find_source(config.source, "schedule.source")
+        self._limit = ("schedule.timeout", config.timeout)
         kind = source.load()
-        try:
+        with source.running(source.unusable):
             self._own = kind(**config.options)
-        except (Exception, SystemExit) as error:  # whatever the user's own code raises
-            raise UsageError(f"{source.key}: {describe_error(error, source.files())}") from error
         both = "state_dict", "load_state_dict"
         needed = ("observe", *(both if any(hasattr(self._own, name) for name in both) else ()))
         for name in needed:
@@ -77,10 +76,8 @@ class PythonSchedule(Schedule):
 
     def _ask(self, method: str, *arguments: Any) -> Any:
         call: Callable[..., Any] = getattr(self._own, method)
-        try:
+        with self._source.running(RunFailed, self._limit):
             return call(*arguments)
-        except (Exception, SystemExit) as error:  # whatever the user's own code raises
-            raise RunFailed(describe_error(error, self._source.files())) from error
 
 
 def _unusable(decision: Any) -> str | None:
@@ -93,9 +90,11 @@ def _unusable(decision: Any) -> str | None:
         return f"rate must lie in [0, 1], not {decision.rate!r}"
     if decision.gates is not None:
         return "gates are CGTR's: say in metrics what was decided upon"
+    if not isinstance(decision.metrics, Mapping):
+        return f"metrics must be a dict, not {str(decision.metrics)[:40]!r}"
     for name, value in decision.metrics.items():
-        if not str(name).startswith("schedule/"):
+        if not isinstance(name, str) or not name.startswith("schedule/"):
             return f"names in metrics begin with schedule/, unlike {name!r}"
-        if not isinstance(value, int | float) or not isfinite(value):
+        if not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
             return f"metrics: {name} must be a finite number, not {str(value)[:40]!r}"
     return None

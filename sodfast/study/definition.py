@@ -231,7 +231,7 @@ def _point(choices: Sequence[_Choice]) -> dict[str, str]:
 def find_study(source: str) -> Path:
     """The file of a shipped study's name, or of a path."""
     path = STUDIES / f"{source}.yaml"
-    if not path.is_file():
+    if not os.path.isfile(path):
         path = Path(source)
     if not os.path.isfile(path):
         names = ", ".join(sorted(study.stem for study in STUDIES.glob("*.yaml"))) or "none"
@@ -271,7 +271,7 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
 def _placed(study: Study, path: Path) -> Study:
     """The study of the file `path` with a base, whose path and that of a given source are full."""
     base, fork = study.base, study.fork
-    if base and not (PRESETS / f"{base}.yaml").is_file():
+    if base and not os.path.isfile(PRESETS / f"{base}.yaml"):
         base = str((path.parent / base).absolute())
     if fork is not None and isinstance(fork.source, str):
         run = (path.parent / fork.source).absolute()
@@ -284,7 +284,7 @@ def _placed(study: Study, path: Path) -> Study:
 def _base_of_forks(base: str, run: Path) -> str:
     """The configuration of `run`, or the copy that a study directory has of it; the run may have
     been deleted or continued since."""
-    if not base or (run / "config.yaml").is_file():
+    if not base or os.path.isfile(run / "config.yaml"):
         original = source_config(run)
         base = base or str(run / "config.yaml")
         later = {name: getattr(original, name) for name in ("out", "steps")}

@@ -25,6 +25,7 @@ from sodfast.files import (
     refuse_links,
     remove_leftovers,
     replace_text,
+    require_usable,
     to_csv,
     try_lock,
 )
@@ -59,7 +60,7 @@ def failure_path(directory: Path, name: str) -> Path:
 
 def open_study(directory: Path) -> Study:
     """The study of a study directory. Raises `UsageError`."""
-    if not (directory / "study.yaml").is_file():
+    if not os.path.isfile(directory / "study.yaml"):
         raise UsageError(f"{directory} is not a study directory: it has no study.yaml")
     return load_study(directory / "study.yaml")
 
@@ -98,6 +99,7 @@ def hold(directory: Path, study: Study) -> Iterator[None]:
 
 def _check_usable(directory: Path) -> None:
     """Raise `UsageError` for a directory that holds something else, or links to somewhere else."""
+    require_usable(directory, f"out={directory}")
     names = set(os.listdir(directory)) if directory.exists() else set()
     # A sweep that was killed while it began has left no study.yaml, but nothing of another's.
     others = [name for name in names - {".lock", "base.yaml"} if not name.endswith(".tmp")]
@@ -188,7 +190,7 @@ def _status(directory: Path, trial: Trial) -> Status:
         return "running"
     if failure_path(directory, trial.name).exists():
         return "failed"
-    if not (path / "config.yaml").is_file():
+    if not os.path.isfile(path / "config.yaml"):
         return "missing"
     return finished_status(path, trial.config) or "interrupted"
 

@@ -3,18 +3,14 @@ scores the rows of a file by TRL's convention, `reward(prompts, completions, **c
 
 import inspect
 import math
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from numbers import Real
-from types import FrameType
 from typing import Any, TypeVar
 
 from sodfast.config import PythonConfig
 from sodfast.errors import RunFailed, UsageError
-from sodfast.source import Source, describe_error, find_source
+from sodfast.source import Source, TimeUp, find_source
 from sodfast.tasks.base import Grade, Question, Task
 from sodfast.tasks.rows import load_questions
 
@@ -54,13 +50,9 @@ class ClassTask:
                 "task.options instead"
             )
         self._call = _Call(source, config.timeout)
-        try:
+        with source.running(source.unusable):
             task = kind(**config.options)
             questions = {key: list(getattr(task, key)) for key in ("train", "test")}
-        except UsageError:
-            raise
-        except (Exception, SystemExit) as error:  # whatever the user's own code raises
-            raise UsageError(f"task.source: {describe_error(error, source.files())}") from error
         if not callable(getattr(task, "score", None)):
             raise UsageError(f"task.source: the class {source.name} has no method score")
         self.train: Sequence[Question] = _named(questions["train"], "train")
@@ -129,7 +121,7 @@ class FunctionTask:
             return self._grade(questions, responses)
         except RunFailed as error:
             # An exception does not say which row it is about: the function is asked row by row.
-            if len(questions) > 1 and not isinstance(error.__cause__, _Refused | _TimeUp):
+            if len(questions) > 1 and not isinstance(error.__cause__, _Refused | TimeUp):
                 for question, response in zip(questions, responses, strict=True):
                     self._grade([question], [response])
             raise
@@ -158,62 +150,22 @@ class _Refused(ValueError):
     """What the user's code returned cannot be used."""
 
 
-class _TimeUp(BaseException):
-    """A call has taken too long. Not an `Exception`, so that the user's code does not handle it."""
-
-
 class _Call:
     """Calls into the user's code, each within `seconds`; a failure becomes `RunFailed`."""
 
     def __init__(self, source: Source, seconds: float) -> None:
         self._source = source
-        self._seconds = seconds
+        self._limit = ("task.timeout", seconds)
 
     def __call__(self, question: Question | None, ask: Callable[[], T]) -> T:
         """What `ask` returns. `question`: what the call is about, None for several."""
         row = "" if question is None else f" (row {question.id!r})"
-        try:
-            with time_limit(self._seconds):
+        with self._source.running(lambda text: RunFailed(f"{text}{row}"), self._limit):
+            try:
                 return ask()
-        except _Refused as error:
-            raise RunFailed(f"{self._source.file}, {self._source.name}: {error}{row}") from error
-        except _TimeUp as error:
-            where = describe_error(error, self._source.files()).rpartition(":")[0]
-            raise RunFailed(
-                f"{where}: took longer than task.timeout={self._seconds:g} seconds{row}"
-            ) from error
-        except (Exception, SystemExit) as error:  # whatever the user's own code raises
-            raise RunFailed(f"{describe_error(error, self._source.files())}{row}") from error
-
-
-@contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """End the block with an exception when it takes longer, also one that sleeps or waits.
-
-    Python's signals reach the main thread alone: in another one there is no limit. SIGVTALRM is
-    taken because libraries that users call, math-verify among them, take SIGALRM themselves.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    armed = True
-
-    def up(number: int, frame: FrameType | None) -> None:
-        if armed:
-            raise _TimeUp
-
-    previous = signal.signal(signal.SIGVTALRM, up)
-    arguments = (threading.get_ident(), signal.SIGVTALRM)
-    timer = threading.Timer(seconds, signal.pthread_kill, arguments)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        armed = False
-        timer.cancel()
-        timer.join()  # a signal that it has sent is handled before the handler goes
-        signal.signal(signal.SIGVTALRM, previous)
+            except _Refused as error:
+                place = f"{self._source.file}, {self._source.name}"
+                raise RunFailed(f"{place}: {error}{row}") from error
 
 
 def _named(questions: Sequence[Any], key: str) -> Sequence[Question]:
@@ -261,9 +213,13 @@ def _grade(result: Any, question: Question) -> Grade:
 
 
 def _reward(value: Any) -> float:
-    if not isinstance(value, Real) or not math.isfinite(value):
+    try:
+        reward = float(value) if isinstance(value, Real) else math.nan
+    except OverflowError:  # of an integer
+        reward = math.inf
+    if not math.isfinite(reward):
         raise _Refused(f"a reward must be a finite number, not {str(value)[:40]!r}")
-    return float(value)
+    return reward
 
 
 def _text(value: Any, what: str) -> str | None:

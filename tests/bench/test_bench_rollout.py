@@ -33,6 +33,15 @@ def test_qwen3_8b_has_its_number_of_parameters(bench: Any) -> None:
     assert model.network.dtype == torch.bfloat16
 
 
+def test_a_layer_decodes_with_four_products_as_that_of_a_loaded_model(model: Any) -> None:
+    """Weights apart would be measured as seven."""
+    from sodfast.rollout.decoder import Decoder
+
+    for layer in Decoder(model.network, 8).layers:
+        for product in (layer.qkv, layer.output, layer.gate_up, layer.down):
+            assert product.weight is not None
+
+
 @pytest.mark.slow
 def test_the_tail_is_geometric_and_every_rival_answers_at_the_same_lengths(bench: Any) -> None:
     """The rivals assert their lengths themselves; one that differed would be listed as failed."""

@@ -1,9 +1,11 @@
 """How the suite runs its cases: what it needs, what it keeps, what it leaves out, and what its exit
 code says. What the cases measure is tested with their modules."""
 
+import gc
 import json
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -224,6 +226,45 @@ def test_without_a_gpu_it_says_so(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu_suite.main(["logits"]) == 2
     assert "--rehearse" in capsys.readouterr().out
+
+
+def test_the_gpu_has_an_index_and_each_part_begins_with_what_the_one_before_left_freed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some functions of torch refuse a device without an index. A part's objects may be in cycles:
+    a network beside the next part's would not fit."""
+    gpus: list[torch.device] = []
+    alive: list[Any] = []
+
+    class Network:
+        def __init__(self) -> None:
+            self.itself = self
+
+    def cases(plan: Plan) -> list[Case]:
+        gpus.append(plan.device)
+        assert not any(made() for made in alive)
+        network = Network()
+        alive.append(weakref.ref(network))
+        return [Case("runs", 1.0, lambda: PASS if network else MISS)]
+
+    for name, value in {
+        "is_available": lambda: True,
+        "get_device_properties": lambda device: SimpleNamespace(total_memory=141 << 30),
+        "get_device_name": lambda device: "a GPU",
+        "set_per_process_memory_fraction": lambda share: None,
+        "synchronize": lambda: None,
+        "empty_cache": lambda: None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(gpu_suite, "import_module", lambda name: module)
+    monkeypatch.setattr(gpu_suite, "report", lambda *_: 0)
+    module = SimpleNamespace(cases=cases, __file__=__file__)
+    gc.disable()
+    try:
+        assert gpu_suite.main(["logits", "sampling", "--out", str(tmp_path)]) == 0
+    finally:
+        gc.enable()
+    assert gpus == [torch.device("cuda", 0)] * 2
 
 
 def test_an_unknown_part_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

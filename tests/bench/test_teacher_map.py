@@ -38,6 +38,26 @@ def test_the_pages_are_what_their_data_say() -> None:
     assert sorted(names) == sorted(BLOCKS)
 
 
+@pytest.mark.parametrize("arguments", [["nosuch"], ["study", "--forks", "nosuch"]])
+def test_a_study_that_cannot_be_used_changes_nothing(
+    arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(teacher_map, "PAGE", tmp_path / "page.md")
+    write_study(
+        tmp_path / "study", {"base": "lab", "overrides": {"steps": 4}, "axes": {"seed": [0]}}
+    )
+    monkeypatch.setattr("sys.argv", ["teacher_map", *arguments])
+    with pytest.raises(SystemExit) as end:
+        teacher_map.main()
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.startswith("teacher_map: nosuch ") and said.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["study"]
+
+
 def test_what_has_an_interval_stands_between_marks() -> None:
     page = PAGE.read_text()
     prose = MARKED.sub("", page)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from architectures import gemma, qwen
 from marks import slow
+from rollouts import tiny
 from sodfast_kernels import linear_distillation_loss, linear_scratch_bytes
 from sodfast_kernels.distillation import torch_path
 from sodfast_kernels.distillation.arguments import Call, Settings, Sides, Tokens
@@ -15,6 +16,10 @@ from sodfast.config import load_config
 from sodfast.memory import trace
 from sodfast.memory.network import empty_network
 from sodfast.memory.trace import LiveBytes, depths, peak, prefill, scoring, training
+from sodfast.rollout.admission import Draw
+from sodfast.rollout.batch import Batch
+from sodfast.rollout.decoder import Decoder
+from sodfast.rollout.engine import SampleKey, Sampling
 
 # ---------------------------------------------------------------- what is counted
 
@@ -268,9 +273,63 @@ def test_scoring_leaves_its_hidden_states(network: Any) -> None:
     assert few > 20 * 64 * 4 and few + 20 * 64 * 4 < many
 
 
+def paged(rows: int, width: int) -> tuple[int, int]:
+    """Page and pages of a GPU's cache in which so many sequences have pages of their own."""
+    return 64, 1 + rows * -(-width // 64)
+
+
 def test_a_prefill_ends_in_fp32_logits_of_every_sample(network: Any) -> None:
-    one, two = (peak(network, prefill, (9, 7), copies, 32, True) for copies in (20, 40))
-    assert two - one >= 2 * 20 * 500 * 4
-    assert peak(network, prefill, (900,), 1, 1024, True) > peak(
-        network, prefill, (90,), 1, 1024, True
+    one, two = (
+        peak(network, prefill, ((9, copies), (7, copies)), *paged(80, 32), 32, True)
+        for copies in (20, 40)
     )
+    assert two - one >= 2 * 20 * 500 * 4
+    size = paged(1, 1024)
+    assert peak(network, prefill, ((900, 1),), *size, 1024, True) > peak(
+        network, prefill, ((90, 1),), *size, 1024, True
+    )
+
+
+def test_a_prefill_writes_a_shared_page_once(network: Any) -> None:
+    """Sixteen samples of a prompt of ten whole pages write what one does; a last, partial page is
+    written for each, and where a page is a whole sequence so is everything."""
+    one, many, partial = (
+        peak(network, prefill, ((tokens, copies),), *paged(16, 704), 704, True)
+        for tokens, copies in ((640, 1), (640, 16), (650, 16))
+    )
+    whole = peak(network, prefill, ((640, 16),), None, 16, 704, True)
+    assert one == many < partial < whole
+
+
+def test_the_plans_prefill_is_the_engines() -> None:
+    """The engine's own pass over pages, with tensors that have memory."""
+    model = tiny("qwen3")
+    contents = json.dumps(model.network.config.to_dict())
+    planned = peak(
+        empty_network(contents, torch.float32, False, False),
+        prefill,
+        ((70, 3), (9, 2)),
+        *paged(5, 128),
+        128,
+        True,
+    )
+    draws = [
+        Draw(row, ids, row, tuple(ids.tolist()))
+        for row, ids in enumerate([torch.arange(70) % 7] * 3 + [torch.arange(9)] * 2)
+    ]
+    (page, pages), sampling = paged(5, 128), Sampling(1.0, 1.0, 50)
+    batch = Batch(
+        model, draws, 5, 128, sampling, SampleKey(1, 1), page=page, pages=pages
+    )  # fmt: skip
+    packs: list[Any] = []
+    batch.passes.prefill = packs.append  # type: ignore[method-assign]
+    batch._admit(draws)
+    (pack,) = packs
+    with torch.no_grad(), LiveBytes([*model.network.parameters(), batch.cache.memory]) as live:
+        lengths = [len(prompt) for prompt, _ in pack]
+        position_T = torch.cat([torch.arange(length) for length in lengths])
+        attend = batch.cache.prefilling(lengths, [rows for _, rows in pack])
+        decoder = Decoder(model.network, 128)  # its angles count
+        decoder.forward(torch.cat([ids for ids, _ in pack]), position_T, attend)
+    assert lengths == [70, 9]
+    assert planned == pytest.approx(live.take_peak(), rel=0.02)

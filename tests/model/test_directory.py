@@ -1,6 +1,7 @@
 """Where a model is read from: which files are fetched, and that none leads elsewhere."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,14 @@ def test_an_id_without_a_network_is_refused_at_once(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UsageError, match="the hub does not give it"):
         find_model("no-such-org/no-such-model")
+
+
+def test_a_pipe_among_the_models_files_is_refused(directory: Path) -> None:
+    """It would wait for a writer for ever."""
+    (directory / "model.safetensors").unlink()
+    os.mkfifo(directory / "model.safetensors")
+    with pytest.raises(UsageError, match=r"model\.safetensors is a pipe"):
+        find_model(str(directory))
 
 
 def test_an_adapter_beside_the_model_is_refused(directory: Path) -> None:

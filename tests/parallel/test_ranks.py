@@ -22,12 +22,12 @@ from torch import Tensor
 from sodfast import student as student_module
 from sodfast.commands import build_trainer, export_model
 from sodfast.config import load_config
-from sodfast.errors import RunFailed, UsageError
+from sodfast.errors import Interrupted, RunFailed, UsageError
 from sodfast.files import read_lines
-from sodfast.parallel.ranks import Ranks
+from sodfast.parallel.ranks import Ranks, join
 from sodfast.run.console import Reporter
 from sodfast.run.directory import stored_config
-from sodfast.run.interrupt import Interrupted, Interruption
+from sodfast.run.interrupt import Interruption
 from sodfast.run.samples import read_samples, sampled_steps
 from sodfast.trainer import Trainer
 
@@ -490,3 +490,13 @@ def test_one_rank_says_nothing() -> None:
     with pytest.raises(RunFailed, match="own"), alone.together():
         raise RunFailed("own")
     assert alone.deal([1, 3, 2]) == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize("variables", [{"WORLD_SIZE": "two"}, {"WORLD_SIZE": "2", "RANK": "zero"}])
+def test_variables_that_are_not_torchruns_are_refused(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]
+) -> None:
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", **variables}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match="start it by torchrun"), join():
+        raise AssertionError

@@ -1,11 +1,16 @@
 """Passes over rows, without the batch that says which rows there are."""
 
 from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from rollouts import answer, ragged, tiny
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from sodfast.memory.trace import _no_kernels
 from sodfast.model.language_model import LanguageModel
 from sodfast.rollout.admission import Draw
 from sodfast.rollout.cache import Cache
@@ -104,3 +109,44 @@ def test_what_the_host_looks_at(passes: Passes) -> None:
     assert status[:4].tolist() == [*passes.done[:3].long().tolist(), 1]
     assert status[4:8].equal(passes.count) and status[8:].equal(passes.passed)
     assert status.dtype == torch.int64
+
+
+@pytest.mark.skipif(
+    not torch.backends.cuda.is_built(), reason="needs a torch that is built with CUDA"
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpus_pass_reads_nothing_on_the_host(
+    dtype: torch.dtype, model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On CUDA tensors without memory, which refuse to say what they hold: a prefill, and the step
+    that a graph captures, with every call of torch that a GPU would see. Kernels are not launched.
+    """
+    pytest.importorskip("triton")
+    from transformers import AutoModelForCausalLM
+
+    for name in ("_exchange_device", "_maybe_exchange_device"):
+        monkeypatch.setattr(torch.cuda, name, lambda index: index)
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda device: SimpleNamespace(multi_processor_count=132),
+    )
+    for module in ("cache", "passes"):
+        monkeypatch.setattr(f"sodfast.rollout.{module}.staged", lambda tensor, device: tensor)
+    sampling = Sampling(temperature=1.0, top_p=0.9, max_new_tokens=CAP)
+    draws = [Draw(n, ids, n, tuple(ids.tolist())) for n, ids in enumerate(PROMPTS)]
+    gpu = torch.device("cuda", 0)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), _no_kernels():
+        with gpu:
+            network: Any = AutoModelForCausalLM.from_config(model.network.config, dtype=dtype)
+        fake = replace(model, network=network)
+        assert fake.device == gpu
+        cache = Cache(Decoder(network, 64), 4, 64, None, 64, 9)
+        found = Passes(fake, cache, 4, sampling, SampleKey(1, 4), None)
+        found.start(0, draws)
+        for row, draw in enumerate(draws):
+            cache.start([row], len(draw.ids))
+        found.prefill([(draw.prompt, range(row, row + 1)) for row, draw in enumerate(draws)])
+        found.step(4, 1, 64)
+        state = [*found.advancing(), found.tokens, found.logprob, found.status(4)]
+    assert {tensor.device for tensor in state} == {gpu}

@@ -282,10 +282,23 @@ def edit(path: Path, sealed: bool = False, **values: Any) -> None:
     without hashes."""
     state = json.loads((path / "state.json").read_text())
     files = {"files": checkpoint._describe(path)} if sealed else {}
-    files.get("files", {}).pop("state.json", None)
     kept = {k: v for k, v in state.items() if k not in ("files", "sha256")} | values | files
     seal = {"sha256": checkpoint._digest(kept)} if sealed else {}
     (path / "state.json").write_text(json.dumps({**kept, **seal}))
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "student/../../elsewhere", "/elsewhere"])
+def test_a_file_outside_of_the_checkpoint_is_none_of_its(
+    model: LanguageModel, optimizer: torch.optim.Optimizer, tmp_path: Path, name: str
+) -> None:
+    """A fork and an export copy the files that are listed to where they are listed."""
+    path = save(tmp_path, 1, model, optimizer)
+    state = json.loads((path / "state.json").read_text())
+    del state["sha256"]
+    state["files"][name] = {"size": 0, "sha256": ""}
+    state["sha256"] = checkpoint._digest(state)
+    (path / "state.json").write_text(json.dumps(state))
+    assert f"{name} does not lie in it" in damage(path)
 
 
 def damage(path: Path) -> str:

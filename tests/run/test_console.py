@@ -109,6 +109,38 @@ def _pipe_without_a_reader() -> TextIO:
     return os.fdopen(writing, "w")
 
 
+def test_a_descriptor_that_the_users_code_closes_is_switched_off_with_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """The next file that is opened gets its number, be it the one that discards what is written."""
+    stream = (tmp_path / "out").open("w")
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", stream)
+        screen = Screen()
+        os.close(stream.fileno())
+        for _ in range(3):
+            print("text", file=screen, flush=True)
+    stream.close()
+    said = capsys.readouterr().err
+    assert screen.off and said.count("\n") == 1 and "(Bad file descriptor)" in said
+
+
+def test_an_output_that_the_users_code_closes_is_switched_off_with_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with (tmp_path / "out").open("w") as stream, monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", stream)
+        screen = Screen()
+        stream.close()
+        reporter = PlainReporter(screen)
+        for line in _lines():
+            reporter.line(line)
+        print_run(Path("run"), {**SUMMARY, "collapse_step": None}, _lines(), screen)
+    said = capsys.readouterr().err
+    assert screen.off and said.count("\n") == 1
+    assert said.startswith("sodfast: standard output cannot be written (it has been closed)")
+
+
 @pytest.mark.parametrize("kind", [PlainReporter, BarReporter])
 @pytest.mark.parametrize("broken", [_full_disk, _pipe_without_a_reader])
 def test_an_output_that_cannot_be_written_is_switched_off_with_one_line(

@@ -71,6 +71,13 @@ def test_check_out_refuses_links_in_a_begun_fork(tmp_path: Path, name: str) -> N
     assert "is a symbolic link" in refusal(check_out, tmp_path)
 
 
+def test_check_out_refuses_a_place_among_checkpoints(run: RunDirectory) -> None:
+    """Whatever lies there would be taken for a damaged checkpoint."""
+    for name in ("checkpoints/step-9", "checkpoints/step-2/student/new"):
+        assert "lies among the checkpoints of a run" in refusal(check_out, run.path / name)
+    check_out(run.path / "forks" / "new")
+
+
 def test_check_out_refuses_what_exists(tmp_path: Path) -> None:
     used = tmp_path / "used"
     used.mkdir()

@@ -62,6 +62,13 @@ def fork(source: Path, out: Path, *overrides: str) -> Path:
     return out
 
 
+def forget_hashes(path: Path) -> None:
+    """Make a checkpoint one of release 0.1.0."""
+    state = json.loads((path / "state.json").read_text())
+    del state["files"], state["sha256"]
+    (path / "state.json").write_text(json.dumps(state))
+
+
 def numbers(run: Path) -> list[dict[str, Any]]:
     """The metrics lines without what differs from one execution to the next."""
     lines = read_lines(run / "metrics.jsonl")
@@ -280,9 +287,7 @@ def test_a_damaged_checkpoint_is_not_forked_and_nothing_is_left(
         data[-1] ^= 1
         (path / "optimizer.safetensors").write_bytes(data)
     else:
-        state = json.loads((path / "state.json").read_text())
-        del state["files"], state["sha256"]
-        (path / "state.json").write_text(json.dumps(state))
+        forget_hashes(path)
         save_file({}, path / "optimizer.safetensors")
     message = f"checkpoint {path} is damaged .*changed" if hashed else "was not made: .* has no"
     with pytest.raises(UsageError, match=message):
@@ -290,16 +295,47 @@ def test_a_damaged_checkpoint_is_not_forked_and_nothing_is_left(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_link_to_nothing_is_found_before_anything_is_made(
-    source_of: Callable[[str], Path], tmp_path: Path
+@pytest.mark.parametrize("hashed", [True, *slow(False)])
+def test_only_the_files_of_a_checkpoint_are_taken(
+    source_of: Callable[[str], Path], tmp_path: Path, hashed: bool
 ) -> None:
+    """Whatever else lies there is left alone: links to nothing, to elsewhere, and in a circle."""
     source = tmp_path / "source"
     shutil.copytree(source_of("fixed"), source)
-    link = source / "checkpoints" / "step-4" / "student" / "extra.json"
-    link.symlink_to(link)
-    with pytest.raises(UsageError, match=r"extra\.json is a link to nothing"):
-        fork(source, tmp_path / "out", "step=4")
-    assert not (tmp_path / "out").exists()
+    path = source / "checkpoints" / "step-4"
+    if not hashed:
+        forget_hashes(path)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "secret").touch()
+    for name, target in {"gone": "gone", "loop": ".", "there": tmp_path / "elsewhere"}.items():
+        (path / "student" / name).symlink_to(target)
+    os.mkfifo(path / "student" / "pipe")
+    weights = path / "student" / "model.safetensors"
+    shutil.move(weights, path.parent / "weights")
+    weights.symlink_to("../../weights")  # what belongs to it may be a link
+    out = fork(source, tmp_path / "out", "step=4", "checkpoint.keep=9", "schedule.kind=hard")
+    copy = out / "checkpoints" / "step-4"
+    expected = source_of("fixed") / "checkpoints" / "step-4"
+    files = {file.relative_to(expected) for file in expected.rglob("*")}
+    assert {file.relative_to(copy) for file in copy.rglob("*")} == files
+    assert not any(file.is_symlink() for file in copy.rglob("*"))
+    model = copy / "student" / "model.safetensors"
+    assert model.read_bytes() == (path.parent / "weights").read_bytes()
+
+
+def test_a_file_that_may_not_be_shared_is_copied(
+    source_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linux allows no hard link to another user's file that one may only read."""
+
+    def forbidden(*arguments: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", forbidden)
+    out = fork(source_of("fixed"), tmp_path / "out", "step=4", "checkpoint.keep=9")
+    name = "checkpoints/step-4/optimizer.safetensors"
+    assert (out / name).read_bytes() == (source_of("fixed") / name).read_bytes()
+    assert (out / name).stat().st_nlink == 1
 
 
 def test_a_model_that_has_gone_is_missed_before_anything_is_made(

@@ -5,7 +5,8 @@ import signal
 
 import pytest
 
-from sodfast.run.interrupt import Interrupted, Interruption
+from sodfast.errors import Interrupted
+from sodfast.run.interrupt import Interruption
 
 NUMBERS = [signal.SIGINT, signal.SIGTERM]
 

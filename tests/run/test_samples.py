@@ -96,6 +96,26 @@ def test_a_damaged_line_is_named(tmp_path: Path, line: bytes, wrong: str) -> Non
     assert next(iterate_samples(tmp_path, 1))["text"] == ["a"]  # a line is read when it is wanted
 
 
+def test_an_answer_without_a_token_is_damage(tmp_path: Path) -> None:
+    write_samples(tmp_path, 3, [answer(3, ["a"])])
+    file = tmp_path / "samples" / "step-3.jsonl"
+    lists = {name: [] for name in ("tokens", "text", "logprob", "entropy", "divergence")}
+    file.write_text(
+        json.dumps(json.loads(file.read_text()) | lists | {"response": "", "length": 0})
+    )
+    with pytest.raises(UsageError, match=r"step-3\.jsonl:1: tokens: List should have at least 1"):
+        read_samples(tmp_path, 3)
+
+
+def test_what_is_no_regular_file_is_said_to_be_none(tmp_path: Path) -> None:
+    write_samples(tmp_path, 3, [answer(3, ["a"])])
+    file = tmp_path / "samples" / "step-3.jsonl"
+    file.unlink()
+    file.symlink_to("/dev/zero")
+    with pytest.raises(UsageError, match=r"step-3\.jsonl is no regular file"):
+        read_samples(tmp_path, 3)
+
+
 def test_an_answer_that_contradicts_itself_is_not_written() -> None:
     for wrong in ({"length": 3}, {"reward": float("nan")}, {"response": "c"}):
         with pytest.raises(ValidationError):

@@ -125,6 +125,8 @@ def test_a_source_that_is_not_there_is_refused(tmp_path: Path) -> None:
         ("return Decision('keep', gates={})", "gates are CGTR's"),
         ("return Decision('keep', metrics={'step': 1})", "begin with schedule/"),
         ("return Decision('keep', metrics={'schedule/x': float('nan')})", "finite number"),
+        ("return Decision('keep', metrics={'schedule/x': 10**400})", "finite number"),
+        ("return Decision('keep', metrics=[1])", r"metrics must be a dict, not '\[1\]'"),
     ],
 )
 def test_a_failing_step_is_one_line(tmp_path: Path, body: str, message: str) -> None:
@@ -135,6 +137,18 @@ def test_a_failing_step_is_one_line(tmp_path: Path, body: str, message: str) -> 
     with pytest.raises(RunFailed, match=message) as failed:
         schedule.observe_line(LINES[1])
     assert "own.py" in str(failed.value) and "\n" not in str(failed.value)
+
+
+@pytest.mark.parametrize("body", ["while True: pass", "import time; time.sleep(60)"])
+def test_a_call_that_hangs_fails_the_run(tmp_path: Path, body: str) -> None:
+    """Neither Ctrl-C nor SIGTERM would end it: a step that has begun to move the teacher ends."""
+    (tmp_path / "own.py").write_text(
+        f"class Own:\n    def observe(self, statistics):\n        {body}\n"
+    )
+    source = f"{tmp_path / 'own.py'}:Own"
+    schedule = build_schedule(PythonScheduleConfig(source=source, timeout=0.2))
+    with pytest.raises(RunFailed, match=r"own\.py:3: took longer than schedule\.timeout=0\.2 sec"):
+        schedule.observe_line(LINES[1])
 
 
 @pytest.mark.parametrize("value", ["object()", "float('nan')"])

@@ -4,7 +4,6 @@ written by a user trains as the built-in one does."""
 import json
 import math
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -22,7 +21,6 @@ from sodfast.run.directory import stored_config
 from sodfast.tasks import Task, build_task
 from sodfast.tasks.arithmetic import ArithmeticTask
 from sodfast.tasks.base import Grade, grade
-from sodfast.tasks.python import time_limit
 from sodfast.trainer import Trainer
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "arithmetic_task.py"
@@ -180,6 +178,7 @@ def test_what_is_no_reward_function(rows: Path) -> None:
         ("return [1.0, 2.0, 3.0]", "own.py, reward: 3 rewards for 2 completions"),
         ("return [1.0, float('nan')]", "must be a finite number, not 'nan' (row 'line 2')"),
         ("return [float('inf'), 1]", "must be a finite number, not 'inf' (row 'line 1')"),
+        ("return [10**400, 1]", "must be a finite number, not '1000000"),
         ("return ['right', 1]", "must be a finite number, not 'right' (row 'line 1')"),
         ("return [None, 1]", "must be a finite number, not 'None' (row 'line 1')"),
         ("return [(1, 2), 1]", "feedback must be text or None, not '2' (row 'line 1')"),
@@ -218,32 +217,6 @@ def test_a_call_that_hangs_is_ended(rows: Path, body: str) -> None:
         f"{rows / 'own.py'}:3: took longer than task.timeout=0.2 seconds"
     )
     assert time.monotonic() - start < 5
-
-
-def test_a_limit_leaves_nothing_behind() -> None:
-    threads = threading.active_count()
-    for _ in range(3):
-        with time_limit(60):
-            pass
-    assert threading.active_count() == threads
-    with time_limit(0.01):
-        pass
-    time.sleep(0.05)  # no signal comes late
-
-
-def test_a_call_in_another_thread_is_not_ended() -> None:
-    """Signals reach the main thread alone, and docs/tasks.md says so."""
-    ended: list[bool] = []
-
-    def call() -> None:
-        with time_limit(0.01):
-            time.sleep(0.05)
-        ended.append(True)
-
-    thread = threading.Thread(target=call)
-    thread.start()
-    thread.join()
-    assert ended == [True]
 
 
 # ---------------------------------------------------------------- classes
