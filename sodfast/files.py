@@ -200,9 +200,8 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 
 def _read(file: Path) -> bytes:
     try:
-        if (
-            file.is_fifo() or file.is_char_device()
-        ):  # a pipe waits for a writer, /dev/zero has no end
+        # A pipe waits for a writer, and /dev/zero has no end.
+        if file.is_fifo() or file.is_char_device():
             raise UsageError(f"{file} is no regular file: replace it by one")
         return file.read_bytes()
     except FileNotFoundError:
