@@ -98,10 +98,12 @@ def check_out(path: Path) -> None:
     """Raise `UsageError` unless `path` can become a new run directory: one that does not exist, is
     empty, or was begun, perhaps as a fork, and has no config.yaml yet. Writes nothing."""
     require_usable(path, f"out={path}")
-    names = set(os.listdir(path)) if os.path.isdir(path) else set()
-    if _FORKING in names:
-        names -= _FORKED
-    if not all(map(_BEGUN.fullmatch, names)):
+    names = os.listdir(path) if os.path.isdir(path) else []
+    forked = _FORKED if _FORKING in names else set()
+    if not all(
+        (_BEGUN.fullmatch(name) or name in forked) and not _another_kind(path / name)
+        for name in names
+    ):
         resume = f"sodfast train --resume {path}"
         if os.path.isfile(path / "config.yaml"):
             advice = f"choose another, or continue it with {resume}"
@@ -119,6 +121,12 @@ def check_out(path: Path) -> None:
         existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise UsageError(f"out={path} cannot be created: {existing} is not a writable directory")
+
+
+def _another_kind(path: Path) -> bool:
+    """Whether a folder stands where a run has a file, or a file in the place of its checkpoints:
+    neither can be replaced, and then nothing beside it may be."""
+    return not path.is_symlink() and path.is_dir() != (path.name == "checkpoints")
 
 
 class RunDirectory:

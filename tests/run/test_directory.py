@@ -101,6 +101,19 @@ def test_check_out_refuses_what_exists(tmp_path: Path) -> None:
     assert f"--resume {used}" in refusal(check_out, used)
 
 
+@pytest.mark.parametrize("name", [".forking", "environment.json", "metrics.jsonl", "events.jsonl"])
+def test_a_folder_in_the_place_of_a_file_keeps_a_begun_fork(tmp_path: Path, name: str) -> None:
+    """Nothing of it is deleted for a run that cannot begin there."""
+    (tmp_path / "checkpoints" / "step-3").mkdir(parents=True)
+    for file in {".forking", "environment.json", "metrics.jsonl", "events.jsonl"} - {name}:
+        (tmp_path / file).write_text("kept")
+    (tmp_path / name).mkdir()
+    before = {path: path.is_dir() or path.read_text() for path in tmp_path.rglob("*")}
+    with pytest.raises(UsageError, match="exists and is not empty"):
+        RunDirectory.create(tmp_path, Config(), {})
+    assert before == {path: path.is_dir() or path.read_text() for path in tmp_path.rglob("*")}
+
+
 @pytest.mark.parametrize("end", [KeyboardInterrupt(), OSError(28, "No space left on device")])
 @pytest.mark.parametrize("written", [0, 1])
 def test_a_run_that_ended_before_its_configuration_is_begun_anew(
