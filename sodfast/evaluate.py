@@ -92,33 +92,22 @@ def evaluate_others(
     return metrics
 
 
+@dataclass(frozen=True)
 class Evaluator:
     """Evaluates the student of a run: on the run's own test, and on those of `eval.tasks`.
 
     `keep(step, questions, samples, texts, grades)` is called with the answers to the run's own.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        model: LanguageModel,
-        engine: Engine,
-        task: Task,
-        questions: Sequence[Question],
-        others: Mapping[str, Examination],
-        ranks: Ranks,
-        keep: Callable[..., object],
-        progress: Callable[[int, int], None],
-    ) -> None:
-        self.config = config
-        self.model = model
-        self.engine = engine
-        self.task = task
-        self.questions = questions
-        self.others = others
-        self.ranks = ranks
-        self.keep = keep
-        self.progress = progress
+    config: Config
+    model: LanguageModel
+    engine: Engine
+    task: Task
+    questions: Sequence[Question]
+    others: Mapping[str, Examination]
+    ranks: Ranks
+    keep: Callable[..., object]
+    progress: Callable[[int, int], None]
 
     def evaluate(self, step: int) -> dict[str, float]:
         """The `eval/*` keys after a step, and what they took.
