@@ -7,7 +7,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -196,6 +196,11 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
             raise UsageError(f"{file}:{number}: no object with a step")
         lines.append(line)
     return lines
+
+
+def to_lines(lines: Iterable[Mapping[str, Any]]) -> str:
+    """Objects as JSON lines, which `read_lines` takes back."""
+    return "".join(json.dumps(line) + "\n" for line in lines)
 
 
 def _read(file: Path) -> bytes:

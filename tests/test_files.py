@@ -20,9 +20,18 @@ from sodfast.files import (
     remove_leftovers,
     replace_text,
     to_csv,
+    to_lines,
     try_lock,
     whole_folder,
 )
+
+
+def test_lines_are_read_as_they_were_written(tmp_path: Path) -> None:
+    lines = [{"step": 0, "text": "é\n\u2028"}, {"step": 1, "value": 1e-300, "none": None}]
+    (tmp_path / "lines.jsonl").write_text(to_lines(lines))
+    assert read_lines(tmp_path / "lines.jsonl") == lines
+    assert to_lines([]) == ""
+
 
 # ---------------------------------------------------------------- whole replacement
 

@@ -19,6 +19,7 @@ from sodfast.files import (
     remove_leftovers,
     replace_text,
     require_usable,
+    to_lines,
     try_lock,
 )
 from sodfast.run import checkpoint, samples
@@ -252,7 +253,7 @@ class RunDirectory:
             ]
         self.write_config(config)
         self.write_metrics(lines)
-        self._replace(self.events, _text(events))
+        self._replace(self.events, to_lines(events))
         if self._lock is not None:
             evaluated = step - 1 if without_evaluation else step
             kept = evaluated if config.log.samples_every is None else step
@@ -261,7 +262,7 @@ class RunDirectory:
         return lines
 
     def write_metrics(self, lines: list[dict[str, Any]]) -> None:
-        self._replace(self.metrics, _text(lines))
+        self._replace(self.metrics, to_lines(lines))
 
     def write_samples(self, step: int, answers: Sequence[Answer], evaluation: bool = False) -> None:
         """Write a step's rollouts, or the answers of the evaluation after it, whole or not at all.
@@ -311,10 +312,6 @@ def stored_config(path: Path, overrides: list[str]) -> Config:
         if config.steps < state["step"]:
             raise UsageError(f"steps={config.steps} lies before the checkpoint's {state['step']}")
     return config
-
-
-def _text(lines: list[dict[str, Any]]) -> str:
-    return "".join(json.dumps(line) + "\n" for line in lines)
 
 
 def _require_same_files(path: Path, found: dict[str, str], stored: dict[str, str] | None) -> None:

@@ -19,7 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from sodfast.config import CGTRConfig, EvidenceConfig, ScheduleConfig, load_config
 from sodfast.errors import RunFailed, UsageError
-from sodfast.files import read_lines, read_object, replace_text
+from sodfast.files import read_lines, read_object, replace_text, to_lines
 from sodfast.integrations.trl.known import own_teacher, require_trainer, require_trl
 from sodfast.schedule import Decision, Schedule, build_schedule, student_share
 
@@ -94,8 +94,8 @@ class TeacherScheduleCallback(TrainerCallback):  # type: ignore[misc]  # untyped
             self.folder.mkdir(parents=True, exist_ok=True)
             for name in ("metrics.jsonl", "events.jsonl"):
                 lines = read_lines(self.folder / name)
-                kept = [_text(line) for line in lines if line["step"] <= state.global_step]
-                replace_text(self.folder / name, "".join(kept))
+                kept = [line for line in lines if line["step"] <= state.global_step]
+                replace_text(self.folder / name, to_lines(kept))
 
     def on_generation_batch_built(self, **_: Any) -> None:
         """Keep what TRL has just logged of a batch of answers; an event of TRL's own."""
@@ -285,8 +285,4 @@ def _of_the_first_process(decision: Decision) -> Decision:
 
 def _append(file: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     with file.open("a") as stream:
-        stream.writelines(map(_text, lines))
-
-
-def _text(line: Mapping[str, Any]) -> str:
-    return json.dumps(line) + "\n"
+        stream.write(to_lines(lines))
