@@ -459,12 +459,13 @@ def be_the_program(request: dict[str, Any], token: bytes) -> None:
     site.setquit()  # exit() and quit(), which -S leaves out
     main_module = types.ModuleType("__main__" if "tests" not in request else "answer")
     sys.modules[main_module.__name__] = main_module
+    program = os.getpid()
     code = 1
     try:
         execute("answer.py", request["program"], main_module.__dict__)
         for number, test in enumerate(request.get("tests", ()), start=1):
             execute(f"test_{number}.py", test, main_module.__dict__)
-        if "tests" in request:
+        if "tests" in request and os.getpid() == program:  # a fork of it runs through here as well
             sys.stdout.flush()
             os.write(3, token)
         code = 0

@@ -160,9 +160,27 @@ if os.fork() == 0:
     assert set(descendants()) <= others
 
 
+@pytest.mark.parametrize(
+    ("forks", "passes"),
+    [
+        ("if os.fork(): os.wait()", True),  # the fork is through the tests first
+        ("if os.fork() == 0: time.sleep(0.3)", True),
+        ("if os.fork(): os._exit(0)", False),  # the fork alone is through them
+        ("if os.fork(): os.wait(); os._exit(0)", False),
+    ],
+)
+def test_only_the_program_itself_passes(task: CodeTask, forks: str, passes: bool) -> None:
+    """A fork runs the tests too: when it comes to their end must not matter."""
+    program = f"import os, time\n{forks}\ndef add(a, b):\n    return a + b"
+    (given,) = grade(task, [question([ONE])], [program])
+    assert given.reward == passes
+
+
 @pytest.mark.slow  # a minute or two
 def test_a_thousand_answers_leave_nothing(task: CodeTask) -> None:
-    answers = [RIGHT, "print(3)", "1 / 0", RIGHT + "\nimport os\nif os.fork() == 0: os.setsid()"]
+    # Flushed, since what a fork still holds is printed twice, the second time when it likes.
+    fork = "\nimport os\nos.sys.stdout.flush()\nif os.fork() == 0: os.setsid()"
+    answers = [RIGHT, "print(3)", "1 / 0", RIGHT + fork]
     files = len(os.listdir("/proc/self/fd"))
     below = descendants()
     responses = [answers[index % 4] for index in range(1000)]
