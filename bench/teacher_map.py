@@ -206,7 +206,8 @@ def _bullets(sentences: Sequence[object]) -> str:
 
 
 def _line(text: object) -> str:
-    return " ".join(str(text).split())
+    """A report's sentence or cell in one line of Markdown."""
+    return " ".join(re.sub("</?strong>", "**", str(text)).split())
 
 
 # The paper's claims: what it found, and the difference of final scores or the schedule whose
