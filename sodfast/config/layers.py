@@ -37,6 +37,7 @@ BEFORE = {"eval.common_draws": False}
 DISCRIMINATORS = {"schedule": ("kind", "cgtr"), "task": ("name", "arithmetic")}
 # What a YAML text may hold. libyaml ends the process where nesting exhausts its stack.
 _DEEPEST, _MOST_INTERPOLATIONS, _MOST_BITS = 100, 1000, 10_000
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _KEY = re.compile(r"[^.\[\]]+(\.[^.\[\]]+){0,7}")  # of an override
 
 
@@ -109,6 +110,9 @@ def read_mapping(path: Path) -> DictConfig:
     try:
         text = path.read_text(encoding="utf-8")
         _require_shallow(text)
+        # A file that is a string OmegaConf would read a second time, as the YAML in the string.
+        if not isinstance(yaml.compose(text, Loader=_LOADER), yaml.MappingNode):
+            raise UsageError(f"{path} must hold a mapping with at least one key")
         layer = OmegaConf.load(io.StringIO(text))
         _require_plain(OmegaConf.to_container(layer))
     except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, RecursionError) as error:
@@ -275,7 +279,7 @@ def _require_shallow(text: str) -> None:
     if text.count("${") > _MOST_INTERPOLATIONS:
         raise ValueError(f"more than {_MOST_INTERPOLATIONS} interpolations")
     depth = 0
-    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+    for event in yaml.parse(text, Loader=_LOADER):
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
         elif isinstance(event, yaml.CollectionEndEvent):

@@ -191,6 +191,15 @@ def test_unusable_bases(text: str, named: str, tmp_path: Path) -> None:
     assert named in refusal(source=file)
 
 
+@pytest.mark.parametrize(
+    "text", ["", "# nothing", "{}", "[1]", "3", "2001-01-01", "'a: 1'", "'{1, 2}'", "'!!set {a}'"]
+)
+def test_a_file_without_a_mapping(text: str, tmp_path: Path) -> None:
+    """A string is a string, whatever its text would be as YAML."""
+    file = write(tmp_path / "file.yaml", text)
+    assert refusal(source=file) == f"{file} must hold a mapping with at least one key"
+
+
 def test_base_is_a_key_of_files_only() -> None:
     assert refusal("base=lab").startswith("unknown key base")
 
