@@ -210,6 +210,12 @@ class PackedAttention:
                 seen_LL = _band(length, window or length, q.device)
                 attended_BALD = _capped(q_BALD, k_BKLD, v_BKLD, scale, seen_LL, softcap)
             else:
+                grouped = q.shape[1] != k.shape[1]
+                if grouped and q.device.type != "cpu":
+                    # Here come fp32 and masks, which FlashAttention does not take. Of groups the
+                    # next best kernel takes none, and the last one stores all L² scores.
+                    k_BKLD, v_BKLD = _a_head_each(q_BALD, k_BKLD, v_BKLD)
+                    grouped = False
                 cut = window is not None and window < length
                 attended_BALD = F.scaled_dot_product_attention(
                     q_BALD,
@@ -218,7 +224,7 @@ class PackedAttention:
                     attn_mask=_band(length, window or length, q.device) if cut else None,
                     is_causal=not cut,
                     scale=scale,
-                    enable_gqa=q.shape[1] != k.shape[1],
+                    enable_gqa=grouped,
                 )
             parts.append(attended_BALD.transpose(1, 2).flatten(0, 1))
         return torch.cat(parts)
@@ -231,13 +237,17 @@ def _band(length: int, window: int, device: torch.device) -> Tensor:
     return (back_LL >= 0) & (back_LL < window)
 
 
+def _a_head_each(q_BALD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values repeated for each query head of their group, [B, A, L, D]."""
+    repeats = q_BALD.shape[1] // k_BKLD.shape[1]
+    return k_BKLD.repeat_interleave(repeats, 1), v_BKLD.repeat_interleave(repeats, 1)
+
+
 def _capped(
     q_BALD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, scale: float, seen_LL: Tensor, softcap: float
 ) -> Tensor:
     """Attention with capped scores, its softmax in fp32."""
-    k_BALD, v_BALD = (
-        x.repeat_interleave(q_BALD.shape[1] // x.shape[1], 1) for x in (k_BKLD, v_BKLD)
-    )
+    k_BALD, v_BALD = _a_head_each(q_BALD, k_BKLD, v_BKLD)
     scores_BALL = softcap * torch.tanh(q_BALD @ k_BALD.mT * (scale / softcap))
     weights_BALL = scores_BALL.masked_fill(~seen_LL, -torch.inf).softmax(-1, torch.float32)
     return weights_BALL.to(v_BALD.dtype) @ v_BALD

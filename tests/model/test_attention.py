@@ -22,6 +22,7 @@ from torch import Tensor
 from sodfast.errors import UsageError
 from sodfast.model import attention
 from sodfast.model.attention import (
+    FLASH,
     PackedAttention,
     Paths,
     SlotAttention,
@@ -383,6 +384,26 @@ def test_flash_attention_needs_16_bits_on_a_gpu(device: torch.device, dtype: tor
         require_flash(device, dtype, False)
 
 
+@pytest.mark.parametrize("window", [None, 3])
+def test_sdpa_on_a_gpu_is_given_no_groups(
+    window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In fp32 and with masks, torch's only kernel there for groups stores the scores of all pairs.
+    A device that computes nothing stands for the GPU."""
+    asked: list[tuple[int, int, bool]] = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        asked.append((k.shape[1], v.shape[1], options["enable_gqa"]))
+        return attend(q, k, v, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    for device in ("meta", "cpu"):
+        q, k, v = (torch.ones(9, heads, 8, device=device) for heads in (4, 2, 2))
+        assert PackedAttention([5, 4], q.device, q.dtype)(q, k, v, 0.3, window).shape == q.shape
+    assert asked == [(4, 4, False)] * 2 + [(2, 2, True)] * 2
+
+
 def test_cudnn_is_taken_out_of_sdpa_for_gpus_alone() -> None:
     before = torch.backends.cuda.cudnn_sdp_enabled()
     try:
@@ -403,6 +424,9 @@ def test_cudnn_is_taken_out_of_sdpa_for_gpus_alone() -> None:
 @pytest.mark.parametrize("window", [None, 7])
 def test_flash_attention_is_as_exact_as_sdpa(window: int | None, softcap: float | None) -> None:
     """Values and gradients in bf16: at most twice sdpa's error against fp64."""
+    found = paths(torch.device("cuda"), torch.bfloat16)
+    if (found.packed if softcap is None else found.capped) not in FLASH:
+        pytest.skip("no FlashAttention that is installed caps scores")
     lengths = [300, 41, 41, 1]
     generator = torch.Generator().manual_seed(1)
     shapes = [(383, heads, 64) for heads in (8, 2, 2, 8)]
