@@ -1,4 +1,7 @@
-"""Decode steps as CUDA graphs, and reading on the host beside those that are queued."""
+"""Decode steps as CUDA graphs, and reading on the host beside those that are queued.
+
+All of it belongs to the thread's current GPU: see `current`.
+"""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -7,6 +10,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """Within it a GPU is the one that streams, events and graphs are made on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 class Graphs:
@@ -27,7 +35,7 @@ class Graphs:
     def _capture(self, step: Callable[[], None], state: Sequence[Tensor]) -> torch.cuda.CUDAGraph:
         """The first step compiles, loads and allocates, which a graph cannot hold; it is undone."""
         before = [tensor.clone() for tensor in state]
-        stream, main = _streams().capturing, torch.cuda.current_stream()
+        stream, main = _streams(torch.cuda.current_device()).capturing, torch.cuda.current_stream()
         stream.wait_stream(main)
         with torch.cuda.stream(stream):
             step()
@@ -54,7 +62,7 @@ def beside(event: Any) -> AbstractContextManager[Any]:
     queued behind it."""
     if event is None:
         return nullcontext()
-    stream = _streams().looking
+    stream = _streams(torch.cuda.current_device()).looking
     stream.wait_event(event)
     return torch.cuda.stream(stream)
 
@@ -65,7 +73,7 @@ class _Streams(NamedTuple):
 
 
 @cache
-def _streams() -> _Streams:
-    """The same ones for all calls of the process: cuBLAS keeps a workspace of 32 MiB for each
-    stream that it has run on."""
-    return _Streams(torch.cuda.Stream(), torch.cuda.Stream())
+def _streams(gpu: int) -> _Streams:
+    """The same ones for all calls of the process on a GPU: cuBLAS keeps a workspace of 32 MiB for
+    each stream that it has run on."""
+    return _Streams(torch.cuda.Stream(gpu), torch.cuda.Stream(gpu))

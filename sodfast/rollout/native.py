@@ -23,6 +23,7 @@ from sodfast.rollout.admission import Draw, count_fitting, expected_tokens
 from sodfast.rollout.batch import Batch
 from sodfast.rollout.cache import PAGE, Cache, up_to_step
 from sodfast.rollout.engine import Sample, SampleKey, Sampling, check_prompts
+from sodfast.rollout.graphs import current
 from sodfast.rollout.passes import CPU_ROWS, idle_rows
 from sodfast.rollout.speculation import (
     MOST_TEXT_BYTES,
@@ -102,19 +103,20 @@ class NativeEngine:
             drafts = Drafts(draws, self.answers, sampling.max_new_tokens, device)
             self.pace = self.paces.setdefault(key.seed, Pace(self.setting, device.type, self.cost))
             self.pace.begin()
-        batch = Batch(
-            self.model, draws, size.rows, up_to_step(tokens), sampling, key,
-            self.memory, size.page, size.pages, self.pace, drafts,
-        )  # fmt: skip
-        if device.type == "cpu":
-            # A CPU's cache is small, and mapping it anew would take a fifth of a lab's rollout.
-            self.memory = batch.cache.memory
         finished: dict[int, Sample] = {}
-        while len(finished) < len(prompts):
-            done = batch.advance()
-            if done:
-                finished |= done
-                progress(len(finished), len(prompts))
+        with current(device):
+            batch = Batch(
+                self.model, draws, size.rows, up_to_step(tokens), sampling, key,
+                self.memory, size.page, size.pages, self.pace, drafts,
+            )  # fmt: skip
+            if device.type == "cpu":
+                # A CPU's cache is small, and mapping it anew would take a fifth of a lab's rollout.
+                self.memory = batch.cache.memory
+            while len(finished) < len(prompts):
+                done = batch.advance()
+                if done:
+                    finished |= done
+                    progress(len(finished), len(prompts))
         if self.speculates:
             responses = {place: sample.response for place, sample in finished.items()}
             self.answers.remember(draws, responses)

@@ -50,7 +50,8 @@ def log(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
 
     pools = iter(range(100))
     for name, value in {
-        "Stream": lambda: Stream(entries),
+        "Stream": lambda gpu: Stream(entries),
+        "current_device": lambda: 0,
         "current_stream": lambda: main,
         "stream": stream,
         "graph": capture,
@@ -97,7 +98,7 @@ def test_every_capture_takes_the_same_stream_and_a_calls_captures_the_same_pool(
     captures = [entry for entry in log if entry[0] == "capture"]
     assert [pool for *_, pool, _ in captures] == [0] * 3 + [1] * 3
     (stream,) = {stream for *_, stream in captures}
-    assert stream is graphs._streams().capturing
+    assert stream is graphs._streams(0).capturing
     assert {entry[1] for entry in log if entry[0] == "on"} == {stream}  # the warm-ups, too
 
 
@@ -105,9 +106,19 @@ def test_a_look_waits_for_its_event_on_a_stream_of_its_own(log: list[Any]) -> No
     event = object()
     with beside(event):
         log.append("read")
-    looking = graphs._streams().looking
+    looking = graphs._streams(0).looking
     assert log == [("waits", looking, event), ("on", looking), "read", ("off", looking)]
-    assert looking is not graphs._streams().capturing
+    assert looking is not graphs._streams(0).capturing
+
+
+def test_another_gpu_has_streams_of_its_own(
+    log: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Graphs().run((1, 1), lambda: None, [])
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    Graphs().run((1, 1), lambda: None, [])
+    first, second = (stream for kind, *_, stream in log if kind == "capture")
+    assert first is graphs._streams(0).capturing and second is graphs._streams(1).capturing
 
 
 def test_without_a_gpu_there_is_nothing_to_wait_for(log: list[Any]) -> None:
