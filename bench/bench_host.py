@@ -156,9 +156,11 @@ def in_turns(folders: dict[str, Path]) -> dict[str, dict[str, float]]:
     return found
 
 
-def commit(folder: Path) -> str:
+def commit(folder: Path) -> str | None:
+    """None for a copy that is no checkout."""
     command = ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
 
 
 def main() -> None:

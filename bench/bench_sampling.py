@@ -105,11 +105,12 @@ def measure_rows(rows: int, dtype: torch.dtype, plan: Plan) -> Result:
     gpu = device.type == "cuda"
     vocabulary = 151_936 if gpu else LAB_VOCABULARY
     count = CALLS[device.type]
-    inputs = [likely_logits(rows, vocabulary, dtype, device) for _ in range(count if gpu else 1)]
-    inputs *= count // len(inputs)
+    different = [likely_logits(rows, vocabulary, dtype, device) for _ in range(count if gpu else 1)]
+    source = torch.stack(different)
+    inputs = [*source] * (count // len(source))
     works = {name: Work(repeat(call, inputs)) for name, call in calls(rows, device).items()}
-    target = torch.empty_like(inputs[0])
-    works["copy"] = Work(repeat(target.copy_, inputs))
+    target = torch.empty_like(source)  # as large, so that it does not stay in the cache either
+    works["copy"] = Work(lambda: target.copy_(source))
     found = take_turns(works, device)
     copied = found.pop("copy")["milliseconds"] / count
     table = []

@@ -89,7 +89,7 @@ def main(
     for part in options.parts:
         run_part(part, import_module(known[part]), plan, options.out, deadline)
     table = "targets.md" if parts is None else f"{name}.md"
-    return report(options.parts, list(known), plan, options.out, table)
+    return report(options.parts, list(known), options.out, table)
 
 
 def parse(arguments: list[str] | None, description: str | None, known: dict[str, str]) -> Any:
@@ -128,10 +128,12 @@ def run_part(part: str, module: Any, plan: Any, folder: Path, deadline: float) -
     sources = [path for path in (ROOT / "bench").glob("suite_*.py") if path.name != JUDGE]
     sources += [Path(module.__file__), *(ROOT / "kernels").rglob("*.py")]
     sources += getattr(module, "SOURCES", [])
-    record = Record(folder / f"{part}.json", part, versions(plan, sources))
     # What the part before leaves, such as a trainer, may be in cycles that only a collection frees.
     lost = fault_of_device(plan)
-    for case in module.cases(plan):
+    cases = module.cases(plan)
+    made, names = versions(plan, sources), [case.name for case in cases]
+    record = Record(folder / f"{part}.json", part, made, names, plan.without)
+    for case in cases:
         left = (deadline - time.monotonic()) / 60
         if record.has(case.name):
             progress(part, case.name, "is there already")
@@ -195,13 +197,13 @@ def progress(part: str, name: str, text: str) -> None:
     print(f"{part}: {name}: {text}", flush=True)
 
 
-def report(parts: list[str], known: list[str], plan: Any, folder: Path, file: str) -> int:
+def report(parts: list[str], known: list[str], folder: Path, file: str) -> int:
     """Table (in `file`) and plots of what the folder holds, and the exit code by the parts of this
     command."""
     from suite_targets import VERDICTS, judge, table
 
-    (folder / file).write_text(table(judge(folder, known, plan.without)))
-    targets = judge(folder, parts, plan.without)
+    (folder / file).write_text(table(judge(folder, known)))
+    targets = judge(folder, parts)
     if find_spec("matplotlib"):
         from plot_suite import draw
 

@@ -4,12 +4,13 @@ A part's file:
 
     part       its name
     versions   what the figures were made with; other versions start the file anew
+    without    the peers that were not expected
     cases      {name: result}; a result has `seconds`, and either
                    checks    [{check, value, limit, at_most, met}]
                    rows      [{name, milliseconds, …} or {name, failed: reason}]
                or    skipped: reason    (this machine cannot run it, nothing is wrong)
                or    failed: reason     (is tried again the next time)
-    not_run    {name: reason}
+    not_run    {name: reason}; from the start every case that has no result yet
 """
 
 import hashlib
@@ -89,21 +90,33 @@ def cpu_result(rows: list[Result], progress: Callable[[str], None]) -> Result:
 
 
 class Record:
-    """The JSON of one part."""
+    """The JSON of one part, of which `names` are the cases."""
 
-    def __init__(self, path: Path, part: str, versions: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        part: str,
+        versions: dict[str, Any],
+        names: Iterable[str],
+        without: Iterable[str] = (),
+    ) -> None:
         self.path = path
         self.content: dict[str, Any] = {
             "part": part,
             "versions": versions,
+            "without": sorted(without),
             "cases": {},
-            "not_run": {},
         }
         if path.exists():
             before = json.loads(path.read_text())
             if before["versions"] == versions:
                 finished = {n: c for n, c in before["cases"].items() if "failed" not in c}
                 self.content["cases"] = finished
+        # A case that ends the process must not look as if it had never been asked for.
+        self.content["not_run"] = {
+            name: "the command ended before it did" for name in names if not self.has(name)
+        }
+        self.write()
 
     def has(self, name: str) -> bool:
         return name in self.content["cases"]

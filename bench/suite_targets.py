@@ -1,7 +1,8 @@
 """The targets of the suite, judged from the parts' JSON: `python bench/suite_targets.py FOLDER`.
 
 A target is met, a MISS, or not run. It is a MISS too where a case failed, or where a peer that is
-expected has no time; a peer that is not expected is named in `--without` of gpu_suite.py.
+expected has no time; a peer that is not expected was named in `--without` of the command that ran
+the part.
 """
 
 import json
@@ -40,6 +41,8 @@ SAMPLING_PEERS = [
     ("ours", "flashinfer: sampling", 1.0),
     ("ours, top-p", "flashinfer: top-p", 1.0),
 ]
+# Of the seconds of a rollout without drafts, at most, by the best number of drafts.
+DRAFTS_SHARE = 0.7
 
 
 # In the order of the table.
@@ -73,8 +76,8 @@ class Target(NamedTuple):
 class Cases:
     """A part's results, and the targets that a number in a row of them gives."""
 
-    def __init__(self, part: str, content: Row, without: frozenset[str]) -> None:
-        self.part, self.content, self.without = part, content, without
+    def __init__(self, part: str, content: Row) -> None:
+        self.part, self.content = part, content
 
     def rows(self, case: str) -> dict[str, Row]:
         found = self.content["cases"].get(case, {}).get("rows", [])
@@ -95,10 +98,13 @@ class Cases:
             return self.content["not_run"].get(case, "not asked for"), "not run"
         if "failed" in result:
             return str(result["failed"]), "MISS"
-        peer = row.partition(":")[0].lower()
-        if peer in self.without:
+        return self.why_row(row, self.rows(case).get(row, {}))
+
+    def why_row(self, name: str, row: Row) -> tuple[str, str]:
+        peer = name.partition(":")[0].lower()
+        if peer in self.content["without"]:
             return f"without {peer}", "skipped"
-        return str(self.rows(case).get(row, {}).get("failed", f"no row {row!r}")), "MISS"
+        return str(row.get("failed", f"no row {name!r}")), "MISS"
 
     def of_row(
         self, name: str, case: str, row: str, key: str, limit: float, at_most: bool
@@ -182,10 +188,33 @@ def checks(cases: Cases) -> Iterator[Target]:
 
 def peers_beside(cases: Cases) -> Iterator[Target]:
     """Part correctness: the figure has a point of every peer that is expected."""
-    for case in cases.content["cases"]:
-        for name in cases.rows(case):
-            if ":" in name:
-                yield cases.of_row(f"{case}: {name}", case, name, "d_head", 2.0, True)
+    for case, result in cases.content["cases"].items():
+        for row in result.get("rows", []):
+            if ":" in row["name"]:
+                name = f"{case}: {row['name']} at {row['divergence']:.1g}"
+                if "d_head" in row:
+                    yield Target(cases.part, name, row["d_head"], 2.0)
+                else:
+                    reason = cases.why_row(row["name"], row)
+                    yield Target(cases.part, name, None, 2.0, True, *reason)
+
+
+def drafts(cases: Cases) -> Iterator[Target]:
+    """Part 8b_speculation: each case is a number of drafts, `off` none."""
+    times = {
+        case: row["milliseconds"]
+        for case in cases.content["cases"]
+        for row in cases.rows(case).values()
+    }
+    off = times.pop("off", None)
+    best = min(times.values(), default=None)
+    name = "the best number of drafts: over off"
+    if off is None:
+        yield cases.target(name, None, DRAFTS_SHARE, True, "off")
+    elif best is None:
+        yield cases.target(name, None, DRAFTS_SHARE, True, "3 drafts")
+    else:
+        yield cases.target(name, best / off, DRAFTS_SHARE, True, "off")
 
 
 OF_PART = {
@@ -194,10 +223,11 @@ OF_PART = {
     "logits": logits,
     "parameters": parameters,
     "sampling": sampling,
+    "8b_speculation": drafts,
 }
 
 
-def judge(folder: Path, parts: list[str], without: frozenset[str]) -> list[Target]:
+def judge(folder: Path, parts: list[str]) -> list[Target]:
     """The targets of every part that has a JSON in the folder. A rehearsal's times mean nothing,
     so of its parts only what they check themselves is judged."""
     found: list[Target] = []
@@ -205,7 +235,7 @@ def judge(folder: Path, parts: list[str], without: frozenset[str]) -> list[Targe
         path = folder / f"{part}.json"
         if not path.exists():
             continue
-        cases = Cases(part, json.loads(path.read_text()), without)
+        cases = Cases(part, json.loads(path.read_text()))
         found += checks(cases)
         if part in OF_PART and cases.content["versions"]["full_sizes"]:
             found += OF_PART[part](cases)
@@ -222,4 +252,4 @@ def table(targets: list[Target]) -> str:
 
 if __name__ == "__main__":
     place = Path(sys.argv[1])
-    print(table(judge(place, [path.stem for path in sorted(place.glob("*.json"))], frozenset())))
+    print(table(judge(place, [path.stem for path in sorted(place.glob("*.json"))])))

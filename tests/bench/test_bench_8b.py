@@ -106,7 +106,7 @@ def test_without_a_gpu_it_says_so(
 
 def test_trl_is_run_at_the_largest_size_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     def steps(name: str, device: Any, prompts: int, tokens: int) -> dict[str, Any]:
-        if name.endswith("-8B"):
+        if name.endswith("-4B"):
             raise torch.OutOfMemoryError("Tried to allocate 1 GiB. GPU 0 has none")
         return {"name": name, "milliseconds": 1.0}
 
@@ -115,10 +115,10 @@ def test_trl_is_run_at_the_largest_size_that_fits(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     cases = {case.name: case.run for case in suite_8b_trl.cases(FULL)}
     with pytest.raises(Skipped, match="does not fit: Tried to allocate 1 GiB"):
-        cases["8B"]()
-    assert cases["4B"]()["rows"] == [{"name": "Qwen/Qwen3-4B", "milliseconds": 1.0}]
-    with pytest.raises(Skipped, match="4B fits"):
-        cases["1.7B"]()
+        cases["4B"]()
+    assert cases["1.7B"]()["rows"] == [{"name": "Qwen/Qwen3-1.7B", "milliseconds": 1.0}]
+    with pytest.raises(Skipped, match=r"1\.7B fits"):
+        cases["0.6B"]()
 
 
 # ---------------------------------------------------------------- a run whose lengths are given
@@ -188,13 +188,13 @@ def test_a_step_is_judged_by_its_time_its_utilisation_and_the_plan(
     monkeypatch.setattr(run, "take", lambda *_: line)
     monkeypatch.setattr(suite_8b_steps, "lengths_of", lambda rollouts: [])
     monkeypatch.setattr(suite_8b_steps, "training_flops", lambda network, rollouts: 1e13)
-    peaks = {"rollout": 100.0, "teacher": 100.0, "train": 90.0}
+    peaks = {"rollout": 100.0, "teacher": 115.0, "train": 90.0}
     monkeypatch.setattr("sodfast.memory.estimate.Estimate", lambda *_: SimpleNamespace(peaks=peaks))
     found = run.step(2)
     assert {row["check"]: row["met"] for row in found["checks"]} == {
         "seconds": False,
         "training: share of the measured matrix rate": True,
-        "rollout: peak over plan": True,
-        "teacher: peak over plan": True,
-        "train: peak over plan": False,
+        "rollout: peak off the plan": True,
+        "teacher: peak off the plan": False,  # a plan that asks for too much is wrong, too
+        "train: peak off the plan": False,
     }

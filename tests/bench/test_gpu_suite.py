@@ -15,6 +15,7 @@ import gpu_suite
 import pytest
 import torch
 from suite_record import Case, Plan, Result, Skipped, check, cpu_result, versions
+from suite_targets import judge
 
 KERNEL_PARTS = [part for part in gpu_suite.PARTS if part != "rollout"]
 Suite = Callable[..., int]
@@ -145,6 +146,22 @@ def test_results_are_written_after_every_case(suite: Suite, tmp_path: Path) -> N
     suite([Case("first", 0.0, lambda: PASS), Case("second", 0.0, look), Case("third", 0.0, look)])
     assert seen == [["first"], ["first", "second"]]
     assert sorted(path.name for path in tmp_path.glob("invented*")) == ["invented.json"]
+
+
+def test_what_a_killed_command_leaves_is_not_a_pass(suite: Suite, tmp_path: Path) -> None:
+    """Nor does a later command with other peers change how it is judged."""
+
+    def killed() -> Result:
+        raise KeyboardInterrupt
+
+    cases = [Case("first", 0.0, lambda: PASS), Case("second", 0.0, killed)]
+    with pytest.raises(KeyboardInterrupt):
+        suite(cases, "--without", "trl")
+    found = content(tmp_path)
+    assert list(found["cases"]) == ["first"] and found["without"] == ["trl"]
+    assert found["not_run"] == {"second": "the command ended before it did"}
+    (target,) = (t for t in judge(tmp_path, ["invented"]) if t.verdict != "pass")
+    assert (target.name, target.verdict) == ("second", "not run")
 
 
 def test_what_is_there_is_not_repeated_and_what_failed_is(suite: Suite, tmp_path: Path) -> None:

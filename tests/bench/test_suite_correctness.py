@@ -10,7 +10,7 @@ import suite_situations
 import suite_state
 import torch
 from sodfast_kernels import distillation_loss, linear_distillation_loss
-from suite_record import Plan
+from suite_record import Plan, check
 
 PLAN = Plan(torch.device("cpu"), full=False)
 CASES = {case.name: case for case in suite_correctness.cases(PLAN)}
@@ -200,3 +200,20 @@ def test_a_wrong_gradient_in_the_figure_is_a_miss(monkeypatch: pytest.MonkeyPatc
     failing = with_wrong_gradient(lambda *a, **k: 1 / 0, 1.0)
     monkeypatch.setattr(suite_accuracy, "linear_distillation_loss", failing)
     assert "KL 0.001: d_state: error" in missed("accuracy, JSD")
+
+
+@pytest.mark.parametrize(("share", "met"), [(2e-3, True), (4e-3, False), (float("nan"), False)])
+def test_a_grid_allows_ties_no_more_and_no_less_than_its_cases(
+    monkeypatch: pytest.MonkeyPatch, share: float, met: bool
+) -> None:
+    """Two tokens at the boundary of a top-k may change places in a few rows."""
+
+    def judged(*_: Any, top_k: int | None, **others: Any) -> Any:
+        wrong, limit = (0.0, 0.0) if top_k is None else (share, 3e-3)
+        return {"checks": [check("d_head: share of wrong rows", wrong, limit)]}
+
+    monkeypatch.setattr(suite_correctness, "against_fp64", judged)
+    (found,) = suite_correctness.grid(suite_correctness.TINIER, torch.device("cpu"), 0.5, (4,))[
+        "checks"
+    ]
+    assert found["met"] is met

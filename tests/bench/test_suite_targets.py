@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from suite_targets import EXTRA_BYTES, Target, judge, table
+from suite_targets import DRAFTS_SHARE, EXTRA_BYTES, Target, judge, table
 
 LIGER = ("Liger: fused_linear_jsd", "Liger: chunked_loss JSD")
 
@@ -31,21 +31,22 @@ def objective_case(ours: float, extra: float = 3e9) -> dict[str, Any]:
 
 
 def write(folder: Path, part: str, cases: dict[str, Any], full: bool = True, **more: Any) -> None:
-    found = {"versions": {"full_sizes": full}, "cases": cases, "not_run": {}, **more}
+    found = {"versions": {"full_sizes": full}, "without": [], "cases": cases, "not_run": {}}
+    found |= more
     (folder / f"{part}.json").write_text(json.dumps(found))
 
 
-def whole_objective(folder: Path, **changed: Any) -> None:
+def whole_objective(folder: Path, without: tuple[str, ...] = (), **changed: Any) -> None:
     cases = {
         f"{rows} rows, {kind}": objective_case(113.0)
         for rows in (1024, 4096, 8192, 16_384)
         for kind in ("KL", "JSD")
     }
-    write(folder, "objective", cases | changed)
+    write(folder, "objective", cases | changed, without=list(without))
 
 
-def verdicts(folder: Path, *parts: str, without: tuple[str, ...] = ()) -> dict[str, str]:
-    found = judge(folder, list(parts), frozenset(without))
+def verdicts(folder: Path, *parts: str) -> dict[str, str]:
+    found = judge(folder, list(parts))
     assert len({target.name for target in found}) == len(found)
     return {target.name: target.verdict for target in found}
 
@@ -92,8 +93,9 @@ def test_a_peer_without_a_time_is_a_miss_unless_it_is_not_expected(tmp_path: Pat
     whole_objective(tmp_path, **{"8192 rows, KL": case})
     name = "8192 rows, KL: times as fast as TRL"
     assert verdicts(tmp_path, "objective")[name] == "MISS"
-    assert "No module named 'trl'" in table(judge(tmp_path, ["objective"], frozenset()))
-    assert verdicts(tmp_path, "objective", without=("trl",))[name] == "skipped"
+    assert "No module named 'trl'" in table(judge(tmp_path, ["objective"]))
+    whole_objective(tmp_path, ("trl",), **{"8192 rows, KL": case})
+    assert verdicts(tmp_path, "objective")[name] == "skipped"
 
 
 def test_an_absent_number_of_ours_is_never_excused(tmp_path: Path) -> None:
@@ -102,8 +104,8 @@ def test_an_absent_number_of_ours_is_never_excused(tmp_path: Path) -> None:
     found = verdicts(tmp_path, "objective")
     assert found["1024 rows, KL"] == "MISS"
     assert found["1024 rows, KL: times as fast as Liger: fused_linear_jsd"] == "MISS"
-    whole_objective(tmp_path, **{"8192 rows, KL": failed})
-    found = verdicts(tmp_path, "objective", without=("trl", "liger", "fla"))
+    whole_objective(tmp_path, ("trl", "liger", "fla"), **{"8192 rows, KL": failed})
+    found = verdicts(tmp_path, "objective")
     assert found["8192 rows, KL: ours: times the floor"] == "MISS"
     assert found["8192 rows, KL: ours, top-20 + tail: times the floor"] == "MISS"
 
@@ -130,19 +132,47 @@ def test_checks_of_cases_and_skipped_cases(tmp_path: Path) -> None:
         "accuracy, KL": {
             "checks": [],
             "rows": [
-                {"name": "ours", "d_head": 0.1},
-                {"name": "Liger: chunked_loss JSD", "failed": "ImportError: no"},
+                {"name": "ours", "divergence": 1e-5, "d_head": 0.1},
+                {
+                    "name": "TRL: chunked divergence",
+                    "divergence": 1e-5,
+                    "failed": "ImportError: no",
+                },
+                {"name": LIGER[1], "divergence": 1e-5, "failed": "RuntimeError: no"},
+                {"name": LIGER[1], "divergence": 1.0, "d_head": 0.1},
             ],
         },
     }
-    write(tmp_path, "correctness", cases)
+    write(tmp_path, "correctness", cases, without=["trl"])
     assert verdicts(tmp_path, "correctness") == {
         "good: error": "pass",
         "bad: error": "MISS",
         "unknown: error": "MISS",
         "skipped": "skipped",
-        "accuracy, KL: Liger: chunked_loss JSD": "MISS",
+        "accuracy, KL: TRL: chunked divergence at 1e-05": "skipped",
+        "accuracy, KL: Liger: chunked_loss JSD at 1e-05": "MISS",
+        "accuracy, KL: Liger: chunked_loss JSD at 1": "pass",
     }
+
+
+def test_drafts_are_judged_by_the_best_of_what_there_is(tmp_path: Path) -> None:
+    """Whichever command has run which case."""
+
+    def judged(**milliseconds: float) -> Target:
+        cases = {
+            name.replace("_", " "): {"rows": [{"name": name, "milliseconds": taken}]}
+            for name, taken in milliseconds.items()
+        }
+        asked = {"off", "3 drafts", "7 drafts"} - cases.keys()
+        write(tmp_path, "8b_speculation", cases, not_run=dict.fromkeys(asked, "it ended before"))
+        (found,) = (t for t in judge(tmp_path, ["8b_speculation"]) if t.limit == DRAFTS_SHARE)
+        return found
+
+    best = judged(off=10.0, **{"3_drafts": 8.0, "7_drafts": 6.0})
+    assert (best.value, best.verdict) == (0.6, "pass")
+    assert judged(off=10.0, **{"3_drafts": 8.0}).verdict == "MISS"
+    for found in (judged(**{"3_drafts": 8.0}), judged(off=10.0)):
+        assert (found.verdict, found.why) == ("not run", "it ended before")
 
 
 def test_times_of_a_rehearsal_are_not_judged(tmp_path: Path) -> None:
