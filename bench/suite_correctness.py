@@ -32,7 +32,7 @@ SMALL = Size(77, 256, 5003)
 # 16,384 · 151,936 logits are more than 2³¹; two slabs of 8,192 rows.
 LARGE = Size(16_384, 4096, 151_936)
 MEDIUM = Size(2048, 4096, 151_936)
-TINY = Size(21, 16, 1203)
+TINY = Size(9, 16, 1203)
 TINIER = Size(3, 8, 67)
 
 ours = partial(linear_distillation_loss, backend="triton")

@@ -85,8 +85,9 @@ def test_answers_are_those_without_drafts(model: LanguageModel, setting: Setting
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("setting", [3, 15, "auto"])
-@pytest.mark.parametrize("rows", [1, 5, 17])
+@pytest.mark.parametrize(
+    ("rows", "setting"), [(1, "auto"), (5, 3), (5, 15), (5, "auto"), (17, 3), (17, 15)]
+)
 def test_answers_are_those_without_drafts_where_rows_are_refilled(
     model: LanguageModel, setting: Setting, rows: int
 ) -> None:
