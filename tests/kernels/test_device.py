@@ -18,8 +18,8 @@ REASONS = {
 @pytest.mark.slow
 def test_without_a_gpu_and_the_interpreter_every_test_passes_or_is_skipped():
     """As on a machine with a GPU, no tensor on the CPU reaches Triton: there it is refused."""
-    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "-m", "not slow"]
-    command += [str(Path(__file__).parent), f"--ignore={__file__}"]
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider"]
+    command += ["-m", "not slow", str(Path(__file__).parent), f"--ignore={__file__}"]
     environment = os.environ | {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
