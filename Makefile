@@ -1,5 +1,6 @@
 # make demo · make quick · make test · make bench · make lint: each sets up .venv by itself and is
 # quick the second time. PYTHON chooses the interpreter that .venv is made from.
+# make exhaustive: the tests that `make test` leaves to .ci/run: the same over more cases and moments.
 # make test-oldest: the tests under the oldest supported versions, in .venv-oldest.
 # make docs: the documentation, a site that opens from disk, in build/docs.
 # make dist: what a release uploads, in dist/, installed and tried outside of the checkout.
@@ -23,7 +24,7 @@ HAS_OLDEST = $(shell $(PYTHON_OLDEST) --version 2>/dev/null)
 SOURCES := setup.py pyproject.toml kernels/pyproject.toml kernels/VERSION
 INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo quick test test-oldest bench fuzz lint docs dist
+.PHONY: demo quick test exhaustive test-oldest bench fuzz lint docs dist
 
 demo: .venv/ready
 	$(BIN)/sodfast train out=$(OUT)
@@ -33,7 +34,10 @@ quick: lint
 	$(PYTEST) -m "not slow" --durations=10 --durations-min=1
 
 test: lint
-	$(PYTEST)
+	$(PYTEST) -m "not exhaustive"
+
+exhaustive: .venv/ready
+	$(PYTEST) -m exhaustive
 
 test-oldest:
 	$(if $(HAS_OLDEST),$(MAKE) --no-print-directory .venv-oldest/ready)

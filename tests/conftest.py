@@ -71,7 +71,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(skip)
         # Starting two more processes takes longer than what they are asked.
-        if "pair" in getattr(item, "fixturenames", ()):
+        if "pair" in getattr(item, "fixturenames", ()) or "exhaustive" in item.keywords:
             item.add_marker(pytest.mark.slow)
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from conftest import Command, Outcome
-from marks import slow
+from marks import exhaustive, slow
 
 from sodfast.config import load_config
 from sodfast.errors import Interrupted
@@ -303,7 +303,7 @@ def test_paths_longer_than_any_are_refused(cli: Command, here: Path, finished: P
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("environment", "name"),
-    [("LC_ALL=C", "rün"), ("LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0", "run")],
+    [("LC_ALL=C", "rün"), *exhaustive(("LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0", "run"))],
 )
 def test_any_locale_will_do(finished: Path, here: Path, environment: str, name: str) -> None:
     """Nothing but what is drawn on the screen depends on it."""
@@ -329,7 +329,7 @@ def test_a_result_that_nobody_can_read_is_a_failure_in_one_line(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("output", ["> /dev/full", ">&-", "| true"])
+@pytest.mark.parametrize("output", ["> /dev/full", *exhaustive(">&-", "| true")])
 def test_an_evaluation_that_nobody_can_read_fails_in_one_line(
     finished: Path, here: Path, output: str
 ) -> None:
@@ -389,7 +389,7 @@ def test_train_prints_plain_lines_and_a_table(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "output", ["| head -1", "2>&1 | head -1", "> /dev/full", ">&-", ">&- 2>&-"]
+    "output", ["| head -1", *exhaustive("2>&1 | head -1", "> /dev/full", ">&-", ">&- 2>&-")]
 )
 def test_training_goes_on_without_its_output(
     tiny_run: list[str], train: Callable[..., Any], here: Path, output: str

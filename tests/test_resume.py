@@ -292,7 +292,7 @@ def read_until(process: "subprocess.Popen[str]", text: str) -> None:
     raise AssertionError(seen)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_killed_again_and_again(
     start: Callable[..., "subprocess.Popen[str]"], train: Train, undisturbed: Train, tmp_path: Path
 ) -> None:
@@ -354,14 +354,14 @@ def tool(*arguments: str) -> str:
     return ended.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_kill_at_a_point_of_any_command_is_as_if_it_had_not_been() -> None:
     """Some points before and after a rename, fsync or unlink of train, resume, fork, export, report
     and sweep; `make fuzz` tries them all."""
     assert tool("crash_points", "--every", "40").count(" 0 failed") == 6
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_kills_at_random_moments_of_runs_of_every_kind_are_as_if_they_had_not_been() -> None:
     """A few; `make fuzz` tries hundreds. A failure prints the seed."""
     last = tool("random_kills", "--kills", "10").splitlines()[-1].split()

@@ -45,7 +45,7 @@ def test_drafts_leave_forced_lengths_as_they_are_and_take_fewer_passes(tmp_path:
     assert len({found["rows"][0]["tokens"] for found in cases.values()}) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_part_is_gone_on_with_where_it_ended(tmp_path: Path) -> None:
     """Steps are written one by one, and alike whichever is the first of a process."""
     arguments = ["8b_steps", "--rehearse", "--out", str(tmp_path)]
@@ -124,7 +124,7 @@ def test_trl_is_run_at_the_largest_size_that_fits(monkeypatch: pytest.MonkeyPatc
 # ---------------------------------------------------------------- a run whose lengths are given
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_writes_no_checkpoint_and_loads_nothing() -> None:
     config = forced_run.EIGHT_B.config(torch.device("cpu"))
     assert (config.model.path, config.model.random) == (None, "Qwen/Qwen3-8B")

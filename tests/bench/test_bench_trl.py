@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("trl", reason="TRL is absent: pip install 'sodfast[trl]'")
 from bench_trl import CPU, GPU, MODES, measure
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.exhaustive
 
 
 def test_rows_are_of_the_same_computation() -> None:

@@ -8,7 +8,7 @@ from compare_rollout import CASES, compare
 ROOT = str(Path(__file__).parents[2])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_checkout_answers_like_itself() -> None:
     found = compare({"here": ROOT, "again": ROOT}, rounds=1)
     assert found["same_bits"]

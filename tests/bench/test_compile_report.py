@@ -12,7 +12,7 @@ from pathlib import Path
 import compiled_table
 import pytest
 
-pytestmark = pytest.mark.slow  # its process compiles kernels for GPUs
+pytestmark = pytest.mark.exhaustive  # its process compiles kernels for GPUs
 
 BENCH = Path(__file__).parents[2] / "bench"
 PROGRAM = """

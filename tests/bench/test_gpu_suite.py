@@ -68,7 +68,7 @@ def test_rollout_is_listed_without_what_it_needs_and_fails_as_a_result(tmp_path:
     assert cases and all("ModuleNotFoundError" in case["failed"] for case in cases.values())
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_everything_is_rehearsed_on_a_cpu(tmp_path: Path) -> None:
     done = without_others(*KERNEL_PARTS, "--rehearse", "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import typer
 import yaml
+from marks import exhaustive
 from pages import PAGES, ROOT, Block, blocks, commands
 
 import sodfast.api
@@ -33,6 +34,7 @@ SMALL = [
 ]
 NEEDED = {"docs/trl.md": "trl"}  # packages that only an extra brings
 PATHS = [str(page.relative_to(ROOT)) for page in PAGES]
+LONG = ["docs/tutorials/lab.md", "docs/tutorials/qwen3_8b.md"]
 
 
 def small(tiny_model: Path, overrides: Sequence[str] = (), values: Any = ()) -> list[str]:
@@ -109,7 +111,9 @@ def run_commands(block: Block, cli: Any, tiny_model: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    "path", [*(path for path in PATHS if path not in LONG), *exhaustive(*LONG)]
+)
 def test_a_page_runs_from_top_to_bottom(
     path: str,
     cli: Any,

@@ -20,7 +20,7 @@ from pages import PAGES, ROOT
 from sodfast.config import load_config
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.exhaustive,
     pytest.mark.skipif(find_spec("sphinx") is None, reason="needs the extra docs"),
 ]
 

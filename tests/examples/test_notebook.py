@@ -31,7 +31,7 @@ def test_it_is_valid_and_kept_without_outputs() -> None:
     assert parameters.source.splitlines()[0] == "STEPS = 40"
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_it_runs(tiny_model: Path, tmp_path: Path) -> None:
     """With the cell that is tagged `parameters` replaced, as papermill does it."""
     nbclient = pytest.importorskip("nbclient", reason="needs the extra docs")

@@ -12,7 +12,7 @@ from fuzz.campaign import judge
 TESTS = Path(__file__).parents[1]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_damaged_files_are_refused_in_one_line() -> None:
     ended = subprocess.run(
         [sys.executable, "-m", "fuzz.campaign", "--seed", "0", "--cases", "6", "--minutes", "3"],

@@ -15,7 +15,7 @@ REASONS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_without_a_gpu_and_the_interpreter_every_test_passes_or_is_skipped():
     """As on a machine with a GPU, no tensor on the CPU reaches Triton: there it is refused."""
     command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider"]

@@ -66,7 +66,7 @@ def test_the_8b_preset_spends_spare_memory_on_layers_that_are_not_run_again(cli:
     }
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("offline")
 def test_in_fp32_the_8b_model_does_not_fit_and_the_plan_says_what_does(cli: Command) -> None:
     outcome = cli("plan", "qwen3_8b_80gb", "model.dtype=float32")
@@ -78,7 +78,7 @@ def test_in_fp32_the_8b_model_does_not_fit_and_the_plan_says_what_does(cli: Comm
     assert Estimate(override(load_config("qwen3_8b_80gb", []), result["changes"])).fits
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_other_plans_of_the_byte_budget() -> None:
     resident = Estimate(load_config("qwen3_8b_80gb", ["teacher.storage=device"]))
     assert resident.peaks["train"] / GIB == pytest.approx(77.3, rel=0.01)  # hardly

@@ -432,7 +432,7 @@ def torchrun(tmp_path: Path, *arguments: str, **variables: str) -> "subprocess.P
     )
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_nan_on_one_rank_ends_torchrun_with_one_message(
     settings: list[str], tmp_path: Path
 ) -> None:

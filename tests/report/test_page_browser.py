@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from browsers import open_browser
+from marks import exhaustive
 from synthetic import (
     SCHEDULES,
     answer,
@@ -45,7 +46,9 @@ def run(directory: Path) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("make", [study, many_groups, run], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "make", [study, run, *exhaustive(many_groups)], ids=lambda make: make.__name__
+)
 def test_a_page_opens_from_disk(make: Any, browser: Any, tmp_path: Path) -> None:
     """No console message, no error, no request but for the file itself; figures that have a size,
     text that lies inside of its figure, and a page no wider than the window."""
@@ -88,7 +91,9 @@ def test_a_page_opens_from_disk(make: Any, browser: Any, tmp_path: Path) -> None
     page.close()
 
 
-@pytest.mark.parametrize("make", [study, many_groups, run], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "make", [study, run, *exhaustive(many_groups)], ids=lambda make: make.__name__
+)
 def test_a_narrow_page_can_be_read(make: Any, browser: Any, tmp_path: Path) -> None:
     """At 400 px: labels of at least 9 px, in figures and tables that scroll and say so, on a page
     that does not."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import SCHEDULES, Command
+from marks import exhaustive
 
 from sodfast.commands import train_fork
 from sodfast.files import read_lines
@@ -66,7 +67,9 @@ def answers(out: Path) -> dict[str, list[dict[str, Any]]]:
     return {path.name: read_lines(path) for path in sorted((out / "samples").glob("*.jsonl"))}
 
 
-@pytest.mark.parametrize("kind", SCHEDULES)
+@pytest.mark.parametrize(
+    "kind", ["trust_region", "evidence", *exhaustive("fixed", "hard", "ema", "cgtr")]
+)
 def test_a_run_and_one_that_is_stopped_after_every_step(
     kind: str, train: Train, same: Callable[..., bool], settings: list[str], tmp_path: Path
 ) -> None:

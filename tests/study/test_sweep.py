@@ -524,7 +524,7 @@ def real(tmp_path: Path, tiny_run: list[str]) -> Path:
     return path
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_sweep_killed_three_times_leaves_the_table_of_an_undisturbed_one(
     real: Path, driver: Driver, tmp_path: Path
 ) -> None:
@@ -567,7 +567,7 @@ def test_a_sweep_killed_three_times_leaves_the_table_of_an_undisturbed_one(
     assert (out / "table.csv").read_text() == expected
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_damaged_trial_of_real_training_is_mended_or_named(real: Path, tmp_path: Path) -> None:
     """Its summary follows from its lines and is written anew; its lines follow from nothing."""
     out = tmp_path / "out"

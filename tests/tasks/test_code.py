@@ -176,7 +176,7 @@ def test_only_the_program_itself_passes(task: CodeTask, forks: str, passes: bool
     assert given.reward == passes
 
 
-@pytest.mark.slow  # a minute or two
+@pytest.mark.exhaustive
 def test_a_thousand_answers_leave_nothing(task: CodeTask) -> None:
     # Flushed, since what a fork still holds is printed twice, the second time when it likes.
     fork = "\nimport os\nos.sys.stdout.flush()\nif os.fork() == 0: os.setsid()"
