@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from pair import Pair
 from transformers.utils.logging import disable_progress_bar
 
@@ -52,6 +53,11 @@ SCHEDULES = {
         "schedule.gates=[isolation]",
     ],
 }
+
+
+# A busy machine makes an example slow, not wrong.
+settings.register_profile("sodfast", deadline=None)
+settings.load_profile("sodfast")
 
 
 def pytest_configure() -> None:

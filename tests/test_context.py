@@ -126,7 +126,7 @@ def test_braces_in_a_text_are_text() -> None:
     assert rendered(context(False), question("{0}"), "{", None)  # no format error
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     demonstration=st.text("0123456789", min_size=1, max_size=120),
     prompt=st.text("0123456789", min_size=1, max_size=10),
@@ -338,7 +338,7 @@ def test_the_labs_solution_is_an_answer_as_the_lab_writes_it() -> None:
     assert reference_solution(found) == "136+6=142"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     context=st.sampled_from([D, R, "demonstration_or_reference", F, N]),
     feedback=st.sampled_from(["never", "without_solution", "always"]),

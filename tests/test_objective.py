@@ -470,7 +470,7 @@ def test_the_data_clip_and_cap_some_ratios() -> None:
 
 
 @pytest.mark.parametrize("reduction", ["token_mean", *slow("sequence_mean")])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(order=st.permutations(range(6)), cuts=st.sets(st.integers(1, 5)))
 def test_the_cut_into_micro_batches_does_not_matter(
     reduction: Any, order: list[int], cuts: set[int]

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from configurations import lab, refusal, value
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sodfast.config import CGTRConfig, Config, EMAConfig, HardConfig, LogConfig, load_config
@@ -266,7 +266,6 @@ def test_the_environment_is_never_read(text: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@settings(deadline=None)
 @given(st.text(alphabet="\\${}a:.'\" ,[]é", max_size=9), st.sampled_from(["", "${oc.env:HOME}"]))
 def test_a_literal_text_stays_what_it_is(
     tmp_path_factory: pytest.TempPathFactory, text: str, environment: str

@@ -71,7 +71,7 @@ def test_rounding_is_to_a_neighbour_and_unbiased(dtype, value):
     assert abs(mean - values[0].item()) <= abs(above - below) * 2**-16
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.floats(width=16, allow_nan=False),
     st.integers(0, 65535),

@@ -111,7 +111,7 @@ HEADS = st.sampled_from([(1, 1), (3, 1), (4, 2), (6, 3), (5, 5)])  # A, K
 WINDOWS = st.none() | st.integers(1, 20)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     lengths=st.lists(st.integers(1, 17), min_size=1, max_size=6),
     padding=st.integers(0, 3),
@@ -142,7 +142,7 @@ def test_any_packed_sequences_are_attended_as_plain_arithmetic_says(
         torch.testing.assert_close(attended[part].double(), expected, rtol=0, atol=1e-5)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     used=st.lists(st.integers(1, 13), min_size=1, max_size=6),
     spare=st.integers(0, 2),

@@ -120,7 +120,7 @@ texts = st.lists(st.sampled_from(PIECES), min_size=1, max_size=8).map("".join)
 
 
 @pytest.mark.parametrize("template", [CHATML, JOINED, *slow(TRIMMED, LOUD, None)])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(user=texts, system=st.none() | texts)
 def test_the_special_tokens_of_a_prompt_are_the_templates(
     template: str | None, user: str, system: str | None
@@ -139,7 +139,7 @@ def test_the_special_tokens_of_a_prompt_are_the_templates(
 
 
 @pytest.mark.parametrize("template", [CHATML, JOINED, *slow(TRIMMED, LOUD, None)])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     user=st.text(min_size=1, max_size=30).filter(lambda text: "<|" not in text),
     system=st.none() | st.sampled_from(["Be brief.", " the end of ", "<think>12</think>"]),

@@ -97,7 +97,7 @@ def test_a_teacher_scores_as_each_sequence_alone(name: str, storage: Any) -> Non
 
 
 @pytest.mark.slow
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.sampled_from(["qwen3", "gemma2"]),
     st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=6),

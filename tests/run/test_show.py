@@ -87,7 +87,7 @@ def test_an_answer_that_the_cap_ended_has_no_end() -> None:
     assert lines(answer(4, ["2", ""], capped=True, divergence=None))[-1] == "  2"
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     st.lists(st.text(st.characters(codec="utf-8"), max_size=30), min_size=1, max_size=8),
     st.integers(20, 100),

@@ -273,7 +273,7 @@ def _written(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.lists(st.sampled_from(sorted(values)), min_size=1, max_size=3, unique=True).flatmap(
         lambda keys: st.fixed_dictionaries(
@@ -302,7 +302,7 @@ def test_every_value_arrives_unchanged_and_every_name_is_a_distinct_folder(
 
 
 @pytest.mark.slow
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.lists(st.integers(0, 99), min_size=1, max_size=4, unique=True), st.integers(100, 200))
 def test_more_values_leave_the_names_of_the_others(seeds: list[int], more: int) -> None:
     fewer = Study(base="lab", axes={"seed": seeds, "schedule": SCHEDULES[:1]})

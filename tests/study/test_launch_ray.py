@@ -4,9 +4,11 @@ import csv
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ def study(tmp_path: Path, tiny_run: list[str]) -> Path:
     path = tmp_path / "study.yaml"
     overrides = dict(text.split("=", 1) for text in [*tiny_run, "device=cpu", "checkpoint.every=2"])
     axes = {"schedule": [{"kind": "ema", "rate": 0.3}, {"kind": "hard", "every": 2}]}
-    text = "".join(f"  {key}: {value}\n" for key, value in {**overrides, "steps": 20}.items())
+    text = "".join(f"  {key}: {value}\n" for key, value in {**overrides, "steps": 60}.items())
     path.write_text(f"base: lab\noverrides:\n{text}axes: {json.dumps(axes)}\n")
     return path
 
@@ -46,6 +48,14 @@ def test_an_address_of_nobody_is_refused_at_once(
     study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if address == "auto":  # which would find a cluster of another test, or of the machine
+        monkeypatch.setattr("ray._private.services.find_gcs_addresses", cache(set))
+    if "invalid" in address:  # a nameserver may take longer to say so
+
+        def unknown(*_: Any, **others: Any) -> Any:
+            raise socket.gaierror("Name or service not known")
+
+        monkeypatch.setattr(socket, "getaddrinfo", unknown)
     began = time.monotonic()
     with pytest.raises(UsageError) as caught:
         sweep(str(study), [f"out={tmp_path / 'out'}"], launcher="ray", address=address)
@@ -91,7 +101,7 @@ def test_a_killed_worker_is_retried_and_the_table_is_a_local_sweeps(
     assert process.returncode == 0, output
     log = log_path(out, victim).read_text()
     assert log.count("$ sodfast train") == 2 and "--resume" in log
-    assert log.count("step 1/20") == 1  # it went on, it did not start over
+    assert log.count("step 1/60") == 1  # it went on, it did not start over
     assert not (out / "logs" / f"{victim}.failed").exists()
 
     expected = tmp_path / "expected"
@@ -103,5 +113,5 @@ def test_a_killed_worker_is_retried_and_the_table_is_a_local_sweeps(
         train(run_path(expected, undisturbed.name), *overrides)
     assert (out / "table.csv").read_text() == write_table(expected).read_text()
     rows = list(csv.DictReader((out / "table.csv").open()))
-    assert [row["steps"] for row in rows] == ["20", "20"]
+    assert [row["steps"] for row in rows] == ["60", "60"]
     assert {row["status"] for row in rows} <= {"done", "collapsed"}

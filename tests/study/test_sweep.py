@@ -548,13 +548,11 @@ def test_a_sweep_killed_three_times_leaves_the_table_of_an_undisturbed_one(
     for _ in range(3):
         process = driver(real, out, "--jobs", "2")
         time.sleep(generator.uniform(0.2, 0.9) * lasted)
-        pids = [
-            int(lock_path(out, name).read_text())
-            for name in names
-            if lock_path(out, name).exists()
-            and lock_path(out, name).read_text().strip()
-            and statuses(out)[name] == "running"
-        ]
+        locks = {name: lock_path(out, name) for name in names}
+        held = {name: lock.read_text() for name, lock in locks.items() if lock.exists()}
+        running = {name for name, status in statuses(out).items() if status == "running"}
+        # A lock is emptied before it is written.
+        pids = [int(text) for name, text in held.items() if text.strip() and name in running]
         victims = [process.pid, *pids]
         generator.shuffle(victims)
         for pid in victims:

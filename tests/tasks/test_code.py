@@ -177,7 +177,8 @@ def test_only_the_program_itself_passes(task: CodeTask, forks: str, passes: bool
 
 
 @pytest.mark.exhaustive
-def test_a_thousand_answers_leave_nothing(task: CodeTask) -> None:
+def test_a_thousand_answers_leave_nothing(namespaces: None, tmp_path: Path) -> None:
+    task = CodeTask(CodeConfig(**rows(tmp_path, ADD), timeout=60))  # more than a stall takes
     # Flushed, since what a fork still holds is printed twice, the second time when it likes.
     fork = "\nimport os\nos.sys.stdout.flush()\nif os.fork() == 0: os.setsid()"
     answers = [RIGHT, "print(3)", "1 / 0", RIGHT + fork]
@@ -189,5 +190,5 @@ def test_a_thousand_answers_leave_nothing(task: CodeTask) -> None:
     assert {(i % 4, given.reward) for i, given in enumerate(found)} == {
         (i, found[i].reward) for i in range(4)
     }
-    assert descendants() == below
+    assert set(descendants()) <= set(below)
     assert len(os.listdir("/proc/self/fd")) <= files + 1

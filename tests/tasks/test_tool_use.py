@@ -217,7 +217,7 @@ def reordered(value: Any) -> Any:
             return value
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(values=OBJECTS)
 def test_equality_is_reflexive_and_blind_to_key_order(
     task: ToolUseTask, values: dict[str, Any]
@@ -273,7 +273,6 @@ NEAR_OBJECTS = st.dictionaries(
 )
 
 
-@settings(deadline=None)
 @given(left=OBJECTS | NEAR_OBJECTS, right=OBJECTS | NEAR_OBJECTS)
 def test_equality_is_that_of_json_and_symmetric(
     task: ToolUseTask, left: dict[str, Any], right: dict[str, Any]
@@ -283,7 +282,6 @@ def test_equality_is_that_of_json_and_symmetric(
     assert task.score(ask(("find", right)), respond(("find", left))) == expected
 
 
-@settings(deadline=None)
 @given(response=st.text(alphabet='Action Input:{}"[]1\n\r') | st.text())
 def test_no_response_breaks_the_scorer(task: ToolUseTask, response: str) -> None:
     for text in (response, f"Action: find\nAction Input: {{{response}"):

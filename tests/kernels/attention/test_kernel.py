@@ -17,7 +17,7 @@ def agree(cache, **options):
 
 @pytest.mark.slow
 @pytest.mark.triton
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     used=st.lists(st.integers(0, 150), min_size=1, max_size=3),
     queries=st.integers(1, 6),

@@ -86,7 +86,7 @@ def test_gradient_error_is_that_of_the_definition(alpha, top_k, dtype):
     reduction=st.sampled_from(["sum", "none"]),
     seed=st.integers(0, 10**6),
 )
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 def test_any_shape_agrees_with_the_definition_in_fp64(
     rows, vocabulary, hidden, alpha, k, add_tail, softcap, reduction, seed
 ):
@@ -137,8 +137,8 @@ def test_a_stored_teacher_is_read_and_not_written():
     assert torch.equal(logprobs, before)
 
 
-MEASURE = """
-import resource, sys, torch
+MEASURE = r"""
+import re, sys, torch
 from sodfast_kernels import linear_distillation_loss
 torch.set_num_threads(1)
 rows, vocabulary, hidden = 256, 20_000, 32
@@ -153,7 +153,8 @@ def call(rows, **given):
 call(1, max_scratch_bytes=2**21)
 head.grad = None
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not getrusage's, in which that of the process before exec, such as pytest's, goes on.
+    return int(re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())[1]) * 1024
 before = peak()
 call(rows, max_scratch_bytes=int(sys.argv[1]))
 print(peak() - before)
@@ -167,4 +168,4 @@ def test_measured_memory_stays_within_the_bound(top_k):
     command = [sys.executable, "-c", MEASURE, str(bound), str(top_k)]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     # The returned gradients (2.6 MB) and the allocator's slack are not scratch.
-    assert int(result.stdout) <= bound + 2**22
+    assert 2**22 < int(result.stdout) <= bound + 2**22

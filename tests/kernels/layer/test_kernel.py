@@ -15,7 +15,7 @@ def draw(*shape, seed=0):
 
 @pytest.mark.slow
 @pytest.mark.triton
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     tokens=st.integers(0, 4),
     heads=st.integers(1, 9),

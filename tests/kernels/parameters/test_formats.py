@@ -15,7 +15,7 @@ def bits_for(values: torch.Tensor, step: int = 0) -> torch.Tensor:
     return random_bits(values.numel(), seed=0, step=step, offset=0, device=CPU)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.floats(width=32, allow_nan=False))
 def test_weight_and_remainder_are_the_fp32_value(value):
     master = torch.tensor([value])

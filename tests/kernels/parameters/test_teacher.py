@@ -66,7 +66,7 @@ def test_rate_is_exact_at_both_ends(teacher_dtype):
     assert all(torch.equal(t, s.to(t.dtype)) for t, s in zip(teacher, student, strict=True))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(rate=st.floats(0, 1), seed=st.integers(0, 2**64 - 1), step=st.integers(0, 2**40))
 def test_equal_parameters_are_a_fixed_point(rate, seed, step):
     teacher = tensors(6, torch.bfloat16)
@@ -106,7 +106,7 @@ def test_chunks_do_not_change_the_result(monkeypatch):
     assert torch.equal(results[0][1], results[1][1])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     cuts=st.lists(st.integers(0, 5), max_size=4).map(sorted),
     dtype=st.sampled_from(FLOATS),

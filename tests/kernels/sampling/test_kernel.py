@@ -57,7 +57,7 @@ def test_ties_in_the_kernel(given):
 
 @pytest.mark.slow
 @pytest.mark.triton
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.lists(
         st.floats(-8, 8, width=16) | st.sampled_from([0.0, 1.0, -INF]), min_size=2, max_size=40
