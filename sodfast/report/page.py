@@ -19,7 +19,7 @@ import numpy as np
 from sodfast.attribution import BLAMED, CLOCK
 from sodfast.config import CGTRConfig
 from sodfast.errors import RunFailed, UsageError
-from sodfast.files import refuse_links, replace_text
+from sodfast.files import refuse_links, replace_bytes
 from sodfast.report import canvas, maps, plots, tables
 from sodfast.report.answers import Shown, compare
 from sodfast.report.early_warning import MAX_FALSE_ALARM_RATE, Forecast, forecast
@@ -107,7 +107,8 @@ def _write(directory: Path, files: Mapping[str, str]) -> None:
         directory.mkdir(exist_ok=True)
         for file, text in texts.items():
             file.parent.mkdir(exist_ok=True)
-            replace_text(file, text)
+            # Half of a surrogate pair, as JSON may name one, is no text: it is shown as its escape.
+            replace_bytes(file, text.encode(errors="backslashreplace"))
     except OSError as error:
         raise RunFailed(f"{directory} cannot be written: {error.strerror}") from error
 

@@ -353,6 +353,13 @@ def test_a_damaged_environment_is_no_obstacle(tmp_path: Path, text: str) -> None
     assert ("versions unknown" in page.text) == (text == '{"threads": 1}')
 
 
+def test_half_a_surrogate_pair_is_shown_as_its_escape(tmp_path: Path) -> None:
+    """JSON may name one, also for a byte of a path that is not UTF-8, and a page cannot hold it."""
+    write_run(tmp_path / "run", lab_run("steps=3"))
+    (tmp_path / "run" / "environment.json").write_text(json.dumps({"processor": "x\ud800y"}))
+    assert r"x\ud800y" in Page(write_report(tmp_path / "run")).text
+
+
 @pytest.mark.slow
 def test_lines_may_lack_what_others_have(tmp_path: Path) -> None:
     """A release may stop to record a metric, or record one that a name cannot be read from."""
