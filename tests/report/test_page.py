@@ -690,10 +690,10 @@ def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """No refused argument: some files may be written, each of them whole."""
     write_run(tmp_path / "run", lab_run("steps=4"))
 
-    def refuse_all(file: Path, text: str) -> None:
+    def refuse_all(file: Path, data: bytes) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
 
-    monkeypatch.setattr("sodfast.report.page.replace_text", refuse_all)
+    monkeypatch.setattr("sodfast.report.page.replace_bytes", refuse_all)
     with pytest.raises(RunFailed, match="cannot be written: No space left on device"):
         write_report(tmp_path / "run")
 
