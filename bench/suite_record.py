@@ -98,7 +98,7 @@ class Record:
         part: str,
         versions: dict[str, Any],
         names: Iterable[str],
-        without: Iterable[str] = (),
+        without: Iterable[str],
     ) -> None:
         self.path = path
         self.content: dict[str, Any] = {

@@ -208,13 +208,10 @@ def drafts(cases: Cases) -> Iterator[Target]:
     }
     off = times.pop("off", None)
     best = min(times.values(), default=None)
+    share = None if off is None or best is None else best / off
+    absent = "off" if off is None else "3 drafts"
     name = "the best number of drafts: over off"
-    if off is None:
-        yield cases.target(name, None, DRAFTS_SHARE, True, "off")
-    elif best is None:
-        yield cases.target(name, None, DRAFTS_SHARE, True, "3 drafts")
-    else:
-        yield cases.target(name, best / off, DRAFTS_SHARE, True, "off")
+    yield cases.target(name, share, DRAFTS_SHARE, True, absent)
 
 
 OF_PART = {

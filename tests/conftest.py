@@ -76,8 +76,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(skip)
-        # Starting two more processes takes longer than what they are asked.
-        if "pair" in getattr(item, "fixturenames", ()) or "exhaustive" in item.keywords:
+        # For a pair, starting two more processes takes longer than what they are asked.
+        if "exhaustive" in item.keywords or "pair" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.slow)
 
 

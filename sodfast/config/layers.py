@@ -111,7 +111,9 @@ def read_mapping(path: Path) -> DictConfig:
         text = path.read_text(encoding="utf-8")
         _require_shallow(text)
         # A file that is a string OmegaConf would read a second time, as the YAML in the string.
-        if not isinstance(yaml.compose(text, Loader=_LOADER), yaml.MappingNode):
+        events = yaml.parse(text, Loader=_LOADER)
+        root = next((event for event in events if isinstance(event, yaml.NodeEvent)), None)
+        if not isinstance(root, yaml.MappingStartEvent):
             raise UsageError(f"{path} must hold a mapping with at least one key")
         layer = OmegaConf.load(io.StringIO(text))
         _require_plain(OmegaConf.to_container(layer))

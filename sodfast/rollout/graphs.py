@@ -13,7 +13,8 @@ from torch import Tensor
 
 
 def current(device: torch.device) -> AbstractContextManager[Any]:
-    """Within it a GPU is the one that streams, events and graphs are made on."""
+    """Within it a GPU is the one that streams, events and graphs are made on. The kernels' own
+    `on_device` stands beside what imports triton, which not every machine has."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
