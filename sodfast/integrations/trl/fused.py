@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from sodfast_kernels import DistillationOutput, linear_distillation_loss
-from torch import Tensor
+from torch import Tensor, nn
 
 from sodfast.errors import UsageError
 from sodfast.integrations.trl.callback import MixedTeacher
@@ -40,7 +40,8 @@ def use_fused_loss(trainer: Any, *, max_scratch_bytes: int | None = None) -> Non
     Raises:
         UsageError: TRL or the trainer is not what `known` knows; another mode;
             importance_sampling_level="sequence" with a policy loss; a model whose logits are not
-            its last hidden states times its output weights.
+            its last hidden states times its output weights, or would not stay that in training
+            (a head with a bias or an adapter).
     """
     require_trainer(trainer)
     args, name = trainer.args, type(trainer).__name__
@@ -206,6 +207,13 @@ class _FusedLoss:
         name = type(model).__name__
         if "logits_to_keep" not in self.trainer.model_kwarg_keys:
             raise UsageError(f"{name} always makes all logits (its forward has no logits_to_keep)")
+        # Not by its logits alone: a bias or an adapter that begins at zero is trained, too.
+        if not _has_weights_alone(model.get_output_embeddings()):
+            raise UsageError(
+                f"{name}: its head has a bias or an adapter, which the fused loss would not train: "
+                "give the head neither (LoRA has target_modules, and modules_to_save trains a "
+                "whole head), or train without use_fused_loss"
+            )
         ids = torch.arange(2, device=model.device).unsqueeze(0)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
         with torch.no_grad():
@@ -216,8 +224,8 @@ class _FusedLoss:
         tolerance = 1e-3 if logits_BV.dtype == torch.float32 else 2e-2
         if not torch.allclose(logits_BV.float(), expected_BV.float(), tolerance, tolerance):
             raise UsageError(
-                f"{name}: its logits are not hidden states times output weights (a head with a "
-                "bias or a logit scale), which the fused loss needs: train it without"
+                f"{name}: its logits are not hidden states times output weights (it may scale "
+                "them), which the fused loss needs: train it without"
             )
 
     def _forward(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -255,6 +263,15 @@ class _FusedLoss:
                 max_scratch_bytes=self.max_scratch_bytes,
                 **objective,
             )
+
+
+def _has_weights_alone(head: Any) -> bool:
+    """Whether a head is a linear layer without a bias. PEFT's wrapper of a layer that is trained
+    whole, `modules_to_save`, counts as the layer that is active in it."""
+    copies = getattr(head, "modules_to_save", None)
+    if copies is not None:
+        head = copies[head.active_adapters[0]]
+    return isinstance(head, nn.Linear) and head.bias is None
 
 
 def _statistics_dtype(states: Projection) -> torch.dtype:

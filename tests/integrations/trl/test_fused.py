@@ -284,19 +284,31 @@ def test_a_batch_without_any_token_to_learn_from_gives_zero_gradients(
     assert same(*found)
 
 
-def test_adapters_are_trained_by_it_too(tiny_model: Path, tmp_path: Path) -> None:
+def adapted(model: Path, **given: Any) -> Any:
+    """With an adapter, which begins without any effect."""
     peft = pytest.importorskip("peft", reason="peft is absent: pip install 'sodfast[lora]'")
     from transformers import AutoModelForCausalLM
 
-    model = peft.get_peft_model(
-        AutoModelForCausalLM.from_pretrained(tiny_model),
-        peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2, task_type="CAUSAL_LM"),
-    )
-    trainer = build_trainer("sdpo", model, tmp_path, max_steps=3)
+    torch.manual_seed(0)
+    network = AutoModelForCausalLM.from_pretrained(model)
+    return peft.get_peft_model(network, peft.LoraConfig(r=2, task_type="CAUSAL_LM", **given))
+
+
+@pytest.mark.parametrize(
+    ("whole", "teacher"), [(None, "ema"), (["lm_head"], "base"), (["lm_head"], "live")]
+)
+def test_adapters_are_trained_by_it_too(
+    whole: list[str] | None, teacher: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Also beside a head that is trained whole, which TRL has no average of."""
+    model = adapted(tiny_model, target_modules=["q_proj", "v_proj"], modules_to_save=whole)
+    trainer = build_trainer("sdpo", model, tmp_path, max_steps=3, teacher_model_kind=teacher)
+    before = weights(model.get_output_embeddings())
     use_fused_loss(trainer)
     compared = beside_trl(trainer)
     run(trainer)
     hold(compared, 2e-5)
+    assert same(before, weights(model.get_output_embeddings())) == (whole is None)
 
 
 @pytest.mark.parametrize(
@@ -316,9 +328,28 @@ def test_settings_that_it_does_not_have_are_refused(
     assert not any(isinstance(value, Projection) for value in vars(trainer).values())
 
 
-def test_a_head_that_is_no_plain_projection_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_a_head_with_a_bias_is_refused(value: float, tiny_model: Path, tmp_path: Path) -> None:
+    """Also one that begins at zero: TRL would train it."""
     trainer = build_trainer("sdpo", tiny_model, tmp_path)
     head = trainer.model.lm_head
-    head.bias = torch.nn.Parameter(torch.ones(head.out_features))
-    with pytest.raises(UsageError, match="with a bias"):
+    head.bias = torch.nn.Parameter(torch.full((head.out_features,), value))
+    with pytest.raises(UsageError, match="its head has a bias or an adapter"):
         use_fused_loss(trainer)
+
+
+def test_an_adapter_of_the_head_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    """It begins at zero, so that it does not show in the logits."""
+    model = adapted(tiny_model, target_modules=["q_proj", "lm_head"])
+    trainer = build_trainer("sdpo", model, tmp_path, teacher_model_kind="live")
+    with pytest.raises(UsageError, match="its head has a bias or an adapter"):
+        use_fused_loss(trainer)
+
+
+def test_logits_that_are_scaled_are_refused(tiny_model: Path, tmp_path: Path) -> None:
+    trainer = build_trainer("sdpo", tiny_model, tmp_path)
+    scaled = trainer.model.lm_head.register_forward_hook(lambda *given: 2 * given[-1])
+    with pytest.raises(UsageError, match="it may scale them"):
+        use_fused_loss(trainer)
+    scaled.remove()
+    use_fused_loss(trainer)
