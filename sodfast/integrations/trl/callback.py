@@ -45,7 +45,8 @@ class TeacherScheduleCallback(TrainerCallback):  # type: ignore[misc]  # untyped
     It writes two files into `args.output_dir`, as a run of sodfast has them: metrics.jsonl, a line
     for each step with what the schedule saw, `teacher/*` and `gate/*`, which
     `sodfast.schedule.replay` takes, and events.jsonl. `teacher/*` and `gate/*` go to the trainer's
-    loggers, too. A new run in the same directory begins both files anew.
+    loggers, too. A new run in the same directory begins both files anew, and of an earlier run's
+    checkpoints the teachers go as it passes their steps.
 
     Each checkpoint has the teacher and the schedule's state, so `resume_from_checkpoint` goes on
     exactly, provided that the checkpoint lies between two batches of answers: TRL does not save a
@@ -128,8 +129,9 @@ class TeacherScheduleCallback(TrainerCallback):  # type: ignore[misc]  # untyped
                 self.trainer._metrics["train"][key].append(value)
         if state.is_world_process_zero:
             self._write(line, decision)
-            if control.should_save:  # what an earlier run has left there belongs to another student
-                (self._checkpoint(step) / _STATE).unlink(missing_ok=True)
+            # What an earlier run has left there belongs to another student. That this step will be
+            # saved is not known yet where an epoch's end or an evaluation says so.
+            (self._checkpoint(step) / _STATE).unlink(missing_ok=True)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Put the teacher and the schedule into the checkpoint that has just been written."""
@@ -138,10 +140,13 @@ class TeacherScheduleCallback(TrainerCallback):  # type: ignore[misc]  # untyped
         folder = self._checkpoint(state.global_step)
         weights = {name: p.detach().contiguous() for name, p in self.teacher.named_parameters()}
         save_file(weights, folder / _WEIGHTS)
+        # So many are trained on one batch of answers, of which TRL saves nothing.
+        micro_batches = args.steps_per_generation * args.num_iterations
         stored = {
             "config": self.config.model_dump(mode="json"),
             "state": self.schedule.state_dict(),
             "latest": self.latest,
+            "between_batches": self.trainer._step % micro_batches == 0,
         }
         replace_text(folder / _STATE, json.dumps(stored))  # last: it says that both are whole
 
@@ -191,6 +196,12 @@ class TeacherScheduleCallback(TrainerCallback):  # type: ignore[misc]  # untyped
             raise UsageError(
                 f"{checkpoint} was saved under the schedule {json.dumps(stored['config'])}: resume "
                 "it with that one"
+            )
+        if not stored["between_batches"]:
+            raise UsageError(
+                f"{checkpoint} was saved within a batch of answers, and TRL does not save the rest "
+                "of it: resume one between two batches, that is, whose step · "
+                "gradient_accumulation_steps is a multiple of steps_per_generation · num_iterations"
             )
         shapes = {name: weight.shape for name, weight in weights.items()}
         if shapes != {name: p.shape for name, p in self.teacher.named_parameters()}:

@@ -153,6 +153,21 @@ def test_a_resume_in_the_same_directory_drops_what_came_after(
     assert len(read_metrics(tmp_path)) == 1
 
 
+def test_a_checkpoint_within_a_batch_of_answers_is_refused(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """A batch serves four steps, and TRL would draw another one at once."""
+    given = {"max_steps": 8, "save_strategy": "steps", "save_steps": 2, "steps_per_generation": 8}
+    first = run(scheduled("sdpo", tiny_model, tmp_path, SCHEDULES["hard"], **given))
+    for step in (2, 6):
+        second = scheduled("sdpo", tiny_model, tmp_path / "rest", SCHEDULES["hard"], **given)
+        with pytest.raises(UsageError, match=r"within a batch of answers.*steps_per_generation"):
+            run(second, resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+    second = scheduled("sdpo", tiny_model, tmp_path / "rest", SCHEDULES["hard"], **given)
+    run(second, resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert same(weights(first.model), weights(second.model))
+
+
 def test_trl_alone_loses_its_teacher(tiny_model: Path, tmp_path: Path) -> None:
     """What the callback mends: TRL's own average begins anew at the initial weights."""
     given = {"max_steps": 8, "save_strategy": "steps", "save_steps": 5}
@@ -308,11 +323,14 @@ def test_a_checkpoint_without_a_whole_teacher_is_refused(tiny_model: Path, tmp_p
         run(trainer, resume_from_checkpoint=str(checkpoint))
 
 
+@pytest.mark.parametrize(
+    "saving", [{"save_strategy": "steps", "save_steps": 1}, {"save_strategy": "epoch"}], ids=str
+)
 def test_a_process_that_ends_within_a_save_leaves_no_other_runs_teacher(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    saving: dict[str, Any], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second run overwrites the student of the first one's checkpoint, and no more."""
-    given = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    given = {"max_steps": 2, **saving}
     run(scheduled("sdpo", tiny_model, tmp_path, SCHEDULES["hard"], **given))
     second = scheduled("sdpo", tiny_model, tmp_path, SCHEDULES["hard"], **given)
 
@@ -323,8 +341,10 @@ def test_a_process_that_ends_within_a_save_leaves_no_other_runs_teacher(
         patched.setattr(TeacherScheduleCallback, "on_save", end)
         run(second)
     third = scheduled("sdpo", tiny_model, tmp_path, SCHEDULES["hard"], **given)
+    checkpoint = min(tmp_path.glob("checkpoint-*"))
+    assert (checkpoint / "teacher.safetensors").exists()  # the first run's
     with pytest.raises(UsageError, match="no whole teacher"):
-        run(third, resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+        run(third, resume_from_checkpoint=str(checkpoint))
 
 
 def test_weights_that_are_not_finite_end_the_run(tiny_model: Path, tmp_path: Path) -> None:
