@@ -14,10 +14,15 @@ _NAMES = (
     "_forward_logits",
     "_log_self_distillation_metric",
     "_metrics",
+    "_step",
     "accelerator",
+    "callback_handler",
+    "model_kwarg_keys",
     "teacher_model",
     "temperature",
+    "use_teacher_server",
 )
+_NAMES_OF_SDPO = ("_compute_policy_loss",)  # SDFT has no rewards
 
 
 def require_trl() -> None:
@@ -40,17 +45,18 @@ def require_trainer(trainer: Any) -> None:
     """Raise `UsageError` unless `trainer` is an SDPO or SDFT trainer that runs here as it is: in
     one process, or in several that each hold all weights."""
     require_trl()
-    kinds = tuple(
+    sdpo, sdft = (
         getattr(import_module(f"trl.experimental.{kind.lower()}"), f"{kind}Trainer")
         for kind in ("SDPO", "SDFT")
     )
     name = type(trainer).__name__
-    if not isinstance(trainer, kinds):
+    if not isinstance(trainer, (sdpo, sdft)):
         raise UsageError(
             f"{name} has no teacher that is an earlier student: use TRL's SDPOTrainer or "
             "SDFTTrainer, of trl.experimental"
         )
-    missing = [one for one in _NAMES if not hasattr(trainer, one)]
+    names = _NAMES + (_NAMES_OF_SDPO if isinstance(trainer, sdpo) else ())
+    missing = [one for one in names if not hasattr(trainer, one)]
     if missing:
         raise UsageError(
             f"{name} of TRL {version('trl')} has no {missing[0]}: pip install "

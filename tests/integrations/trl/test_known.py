@@ -47,7 +47,8 @@ class Stand:
     is_deepspeed_enabled = is_fsdp_enabled = False
 
     def __init__(self, **changed: Any) -> None:
-        vars(self).update({name: None for name in known._NAMES}, **changed)
+        names = known._NAMES + known._NAMES_OF_SDPO
+        vars(self).update({name: None for name in names}, **changed)
 
 
 @pytest.fixture
@@ -64,11 +65,30 @@ def test_a_trainer_of_another_kind_is_refused(stand_in: type[Stand]) -> None:
         known.require_trainer(SimpleNamespace())
 
 
-def test_a_name_that_has_moved_is_named(stand_in: type[Stand]) -> None:
+@pytest.mark.parametrize(
+    "name", ["_forward_logits", "_step", "callback_handler", "model_kwarg_keys"]
+)
+def test_a_name_that_has_moved_is_named(stand_in: type[Stand], name: str) -> None:
     trainer = stand_in()
-    del trainer._forward_logits
-    with pytest.raises(UsageError, match=r"TRL 1\.16\.0 has no _forward_logits"):
+    delattr(trainer, name)
+    with pytest.raises(UsageError, match=rf"TRL 1\.16\.0 has no {name}"):
         known.require_trainer(trainer)
+
+
+def test_only_sdpo_needs_a_policy_loss(
+    stand_in: type[Stand], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class SDFT(Stand):
+        pass
+
+    module = SimpleNamespace(SDPOTrainer=type("SDPO", (Stand,), {}), SDFTTrainer=SDFT)
+    monkeypatch.setattr(known, "import_module", lambda name: module)
+    trainers = [module.SDPOTrainer(), SDFT()]
+    for trainer in trainers:
+        del trainer._compute_policy_loss
+    known.require_trainer(trainers[1])
+    with pytest.raises(UsageError, match="has no _compute_policy_loss"):
+        known.require_trainer(trainers[0])
 
 
 @pytest.mark.parametrize("name", ["is_deepspeed_enabled", "is_fsdp_enabled"])
