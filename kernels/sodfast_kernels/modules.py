@@ -118,10 +118,11 @@ class FusedLinearDistillationLoss(nn.Module):
             [B, T−1] or [N−1] with `shift`, and 0 where ignored.
 
             With `return_parts` a tuple (loss, hard, soft, output). hard and soft are the two
-            summands of the loss, weights included, reduced like the loss and detached. output is a
-            `DistillationOutput` of this loss and each token's statistics, detached, of the shape of
-            the loss under "none" and 0 where ignored; its log-probs are those of the labels, at
-            `temperature`.
+            summands of the loss, weights included, reduced like the loss and detached. At another
+            temperature than 1 the hard part is what the soft one leaves of the loss, so it has the
+            loss's rounding error. output is a `DistillationOutput` of this loss and each token's
+            statistics, detached, of the shape of the loss under "none" and 0 where ignored; its
+            log-probs are those of the labels, at `temperature`.
 
         Raises:
             ValueError: naming the argument of a wrong shape, dtype or device. A label outside the
@@ -138,7 +139,7 @@ class FusedLinearDistillationLoss(nn.Module):
         if labels.device.type == "cpu" and not torch.compiler.is_compiling():
             _check_labels(labels_N, kept_N, vocabulary)
         weight_N = kept_N.to(dtype) * self._token_weight(kept_N, shape).to(dtype)
-        soft_weight_N = self.soft_weight * weight_N
+        hard_weight_N, soft_weight_N = self.hard_weight * weight_N, self.soft_weight * weight_N
         output = linear_loss(
             self.objective._replace(distill_weight=soft_weight_N, target_ids=labels_N),
             student_hidden.flatten(0, -2),
@@ -148,20 +149,27 @@ class FusedLinearDistillationLoss(nn.Module):
             student_bias,
             teacher_bias,
             may_be_padded=True,
-            label_weight=self.hard_weight * weight_N if self.hard_weight else None,
+            label_weight=hard_weight_N if self.hard_weight else None,
         )
 
         def shaped(entries_N: Tensor) -> Tensor:
             entries = entries_N.view(shape)
             return entries[..., :-1] if self.shift else entries
 
+        def reduced(entries_N: Tensor) -> Tensor:
+            return shaped(entries_N) if self.reduction == "none" else entries_N.sum()
+
         loss = shaped(output.loss) if self.reduction == "none" else output.loss
         if not self.return_parts:
             return loss
-        soft_N = soft_weight_N * output.divergence
-        soft = shaped(soft_N) if self.reduction == "none" else soft_N.sum()
+        assert output.student_logprob is not None
+        soft = reduced(soft_weight_N * output.divergence)
+        if self.hard_weight and self.objective.temperature != 1:
+            hard = loss.detach() - soft  # the labels' log-probs at temperature 1 are not kept
+        else:
+            hard = reduced(-hard_weight_N * output.student_logprob)
         statistics = [shaped(entries) for entries in output[1:] if entries is not None]
-        return loss, loss.detach() - soft, soft, DistillationOutput(loss, *statistics)
+        return loss, hard, soft, DistillationOutput(loss, *statistics)
 
     def extra_repr(self) -> str:
         alpha, temperature, top_k = (

@@ -164,6 +164,29 @@ def test_parts_and_statistics_have_the_shape_of_the_labels():
     torch.testing.assert_close(output.divergence.sum() / kept.sum(), soft)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_small_part_does_not_drown_in_the_other(backend, reduction):
+    """In fp32, a millionth of the other, and nothing where its weight is 0."""
+    given = arguments(dtype=torch.float32)
+    for hard, soft in ((0.0, 1.0), (1e-6, 1.0), (1.0, 1e-6), (1.0, 0.0)):
+        options = {"hard_weight": hard, "soft_weight": soft, "reduction": reduction}
+        parts = FusedLinearDistillationLoss(
+            **options, ignore_index=IGNORED, return_parts=True, backend=backend
+        )(**given)[1:3]
+        expected = eager(given, **options)[1:]
+        for found, wanted in zip(parts, expected, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_without_hard_labels_the_hard_part_is_zero(temperature):
+    hard = FusedLinearDistillationLoss(
+        temperature=temperature, ignore_index=IGNORED, return_parts=True
+    )(**arguments(dtype=torch.float32))[1]
+    assert hard == 0
+
+
 def test_the_last_state_is_nowhere_with_shift():
     given = with_gradients(arguments())
     FusedLinearDistillationLoss(ignore_index=IGNORED, shift=True)(**given).backward()
