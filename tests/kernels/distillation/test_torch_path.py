@@ -140,32 +140,50 @@ def test_a_stored_teacher_is_read_and_not_written():
 MEASURE = r"""
 import re, sys, torch
 from sodfast_kernels import linear_distillation_loss
+from sodfast_kernels.modules import FusedLinearDistillationLoss
 torch.set_num_threads(1)
+bound, as_module, options = int(sys.argv[1]), eval(sys.argv[2]), eval(sys.argv[3])
 rows, vocabulary, hidden = 256, 20_000, 32
-top_k = eval(sys.argv[2])
 student, teacher = torch.randn(2, rows, hidden)
 head = torch.randn(vocabulary, hidden, requires_grad=True)
-def call(rows, **given):
-    state = student[:rows].clone().requires_grad_()
-    linear_distillation_loss(
-        state, head, teacher[:rows], head.detach(), alpha=0.3, top_k=top_k, backend="torch", **given
-    ).loss.backward()
-call(1, max_scratch_bytes=2**21)
-head.grad = None
+bias = torch.randn(vocabulary, requires_grad=True)
+labels = torch.randint(0, vocabulary, (rows,))
+def call(rows, max_scratch_bytes):
+    given = student[:rows].clone().requires_grad_(), head, teacher[:rows], head.detach()
+    settings = {"backend": "torch", "max_scratch_bytes": max_scratch_bytes, **options}
+    if as_module:
+        module = FusedLinearDistillationLoss(**settings, hard_weight=0.5)
+        loss = module(*given, labels[:rows], bias, bias.detach())
+    else:
+        loss = linear_distillation_loss(*given, **settings).loss
+    loss.sum().backward()
+call(1, 2**21)
+head.grad = bias.grad = None
 def peak():
     # Not getrusage's, in which that of the process before exec, such as pytest's, goes on.
     return int(re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())[1]) * 1024
 before = peak()
-call(rows, max_scratch_bytes=int(sys.argv[1]))
+call(rows, bound)
 print(peak() - before)
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("top_k", [None, 20])
-def test_measured_memory_stays_within_the_bound(top_k):
+@pytest.mark.parametrize(
+    ("as_module", "options"),
+    [
+        (False, {"alpha": 0.3}),
+        (False, {"alpha": 0.3, "top_k": 20}),
+        (True, {"alpha": 0.3}),
+        (True, {"alpha": 0.3, "top_k": 20, "temperature": 1.7}),
+        (True, {"temperature": 1.7, "reduction": "none"}),
+    ],
+)
+def test_measured_memory_stays_within_the_bound(as_module, options):
+    """Of the function, and of the module with labels, whose softmax is another one than the
+    divergence's where there is a temperature."""
     bound = 32 * 2**20
-    command = [sys.executable, "-c", MEASURE, str(bound), str(top_k)]
+    command = [sys.executable, "-c", MEASURE, str(bound), str(as_module), str(options)]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     # The returned gradients (2.6 MB) and the allocator's slack are not scratch.
     assert 2**22 < int(result.stdout) <= bound + 2**22
