@@ -50,7 +50,7 @@ transformers load this folder. Written by sodfast {version}.
 """
 _FIGURES = """\
 From summary.json of the run. `final` and `peak` are mean@{samples} of its last and its best
-evaluation: the fraction of right answers to held-out questions, over {samples} samples of each.
+evaluation: the mean reward of {samples} answers to each held-out question.
 
 {block}"""
 
