@@ -4,6 +4,10 @@ The root of the sources is the repository, not docs/: a link of a page leads to 
 site as in a checkout, also where it leaves docs/. The pages are Markdown (MyST), the reference
 comes from the code: functions from their docstrings, keys from the configuration's classes,
 commands from the command line. Nothing is loaded from the network, so the site opens from disk.
+
+Sphinx and not MkDocs Material, which gets no more features and, after November 2026, no fixes,
+while its successor is young. Sphinx also takes pages from the whole repository, where MkDocs has one
+folder, and reads docstrings without a plugin.
 """
 
 from collections.abc import Callable
