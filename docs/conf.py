@@ -6,8 +6,8 @@ comes from the code: functions from their docstrings, keys from the configuratio
 commands from the command line. Nothing is loaded from the network, so the site opens from disk.
 
 Sphinx and not MkDocs Material, which gets no more features and, after November 2026, no fixes,
-while its successor is young. Sphinx also takes pages from the whole repository, where MkDocs has one
-folder, and reads docstrings without a plugin.
+while its successor is young. Sphinx also takes pages from the whole repository, where MkDocs has
+one folder, and reads docstrings without a plugin.
 """
 
 from collections.abc import Callable

@@ -4,7 +4,7 @@ The first word after the fence is the language, the others say what a test does 
 
     python                  runs, top to bottom, in one namespace for the page
     sh                      each command runs; `exit=N`: its exit code, by default 0
-    sh parse                needs a GPU, a model or files that are not here: only parsed
+    sh parse                needs a GPU, or hours: only parsed
     sh setup                installs or builds: the make target, the package and its extra exist
     LANGUAGE FILE           the block is written to FILE, for the blocks below it
     text                    what a command prints

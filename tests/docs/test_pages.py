@@ -1,11 +1,13 @@
 """Every code block and every command of the pages in docs/ runs, or is parsed where it says so.
 
-A page runs in a folder of its own in which `examples/` lies as in a checkout. What it starts from
-the lab's preset is made small by one rule, `SMALL`, whatever the page sets itself winning over it.
+A page runs in a folder of its own in which `examples/` lies as in a checkout, `DIR_OR_HUB_ID` is
+the tiny model, and rows lie that it may replace. What it starts from the presets `lab` and `base`
+is made small by one rule, `SMALL`, whatever the page sets itself winning over it.
 """
 
 import re
 import sys
+import textwrap
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any
 import pytest
 import typer
 import yaml
-from marks import exhaustive
+from marks import exhaustive, slow
 from pages import PAGES, ROOT, Block, blocks, commands
 
 import sodfast.api
@@ -48,10 +50,10 @@ def small(tiny_model: Path, overrides: Sequence[str] = (), values: Any = ()) -> 
 
 @pytest.fixture
 def shrunk(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever is loaded from the preset `lab` in this process is small."""
+    """Whatever is loaded from the presets `lab` and `base` in this process is small."""
 
     def load(source: Any = None, overrides: Sequence[str] = (), **values: Any) -> Any:
-        few = small(tiny_model, overrides, values) if source in (None, "lab") else []
+        few = small(tiny_model, overrides, values) if source in (None, "lab", "base") else []
         return load_config(source, [*few, *overrides], **values)
 
     for module in (sodfast.config, sodfast.api):
@@ -83,20 +85,37 @@ def unlaunched(words: list[str]) -> list[str]:
     return words
 
 
-def check_setup(words: list[str]) -> None:
-    """`pip install` of a folder of the checkout with an extra that it has, or a make target."""
-    if words[0] == "make":
+def check(words: list[str]) -> None:
+    """A command that no test runs: sodfast's are parsed; of others what they name must exist, a
+    make target, an extra of a folder of the checkout, a script and its options."""
+    program, *arguments = words
+    if program in ("sodfast", "torchrun"):
+        parse([word for word in unlaunched(words)[1:] if word != "..."])
+    elif program == "make":
         targets = (ROOT / "Makefile").read_text()
-        for target in words[1:]:
+        for target in arguments:
             assert "=" in target or re.search(rf"^{target}:", targets, re.MULTILINE), target
-        return
-    assert words[:2] == ["pip", "install"], f"a test cannot check {' '.join(words)}"
-    for word in words[2:]:
-        found = re.fullmatch(r"(\.[\w/]*?)/?(?:\[([\w,]+)\])?", word)
-        assert found, f"{word} is no folder of the checkout"
-        project = tomllib.loads((ROOT / found[1] / "pyproject.toml").read_text())["project"]
-        extras = set((found[2] or "").split(",")) - {""}
-        assert extras <= project.get("optional-dependencies", {}).keys()
+    elif words[:2] == ["pip", "install"]:
+        for word in words[2:]:
+            if word != "-e":
+                check_requirement(word)
+    else:
+        assert program in ("python", "python3"), f"a test cannot check {' '.join(words)}"
+        if arguments[0] == "-m":
+            assert arguments[1] in ("pip", "pytest"), arguments
+            return
+        script = (ROOT / arguments[0]).read_text()
+        for word in arguments[1:]:
+            assert not word.startswith("--") or f'"{word}"' in script, f"{arguments[0]} {word}"
+
+
+def check_requirement(word: str) -> None:
+    """`.[EXTRA]`, `./FOLDER` or, of an index, `sodfast[EXTRA]`."""
+    found = re.fullmatch(r"(?:sodfast(?=\[)|(\.?[\w/]*?)/?)(?:\[([\w,]+)\])?", word)
+    assert found, f"{word} is no folder of the checkout"
+    project = tomllib.loads((ROOT / (found[1] or ".") / "pyproject.toml").read_text())["project"]
+    extras = set((found[2] or "").split(",")) - {""}
+    assert extras <= project.get("optional-dependencies", {}).keys()
 
 
 def run_commands(block: Block, cli: Any, tiny_model: Path) -> None:
@@ -108,6 +127,14 @@ def run_commands(block: Block, cli: Any, tiny_model: Path) -> None:
             arguments += small(tiny_model, arguments)
         done = cli(*arguments)
         assert done.code == expected, f"{' '.join(words)}\n{done.out}\n{done.err}"
+
+
+def lay_out(folder: Path) -> None:
+    """What pages take for granted."""
+    (folder / "examples").symlink_to(ROOT / "examples")
+    for name in ("rows.jsonl", "train.jsonl", "test.jsonl"):
+        lines = [f'{{"prompt": "{left}*2+1=", "answer": "{2 * left + 1}"}}\n' for left in range(4)]
+        (folder / name).write_text("".join(lines))
 
 
 @pytest.mark.slow
@@ -125,7 +152,8 @@ def test_a_page_runs_from_top_to_bottom(
     if path in NEEDED:
         pytest.importorskip(NEEDED[path], reason=f"needs the extra {NEEDED[path]}")
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    lay_out(tmp_path)
+    (tmp_path / "DIR_OR_HUB_ID").symlink_to(tiny_model)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of a sweep's trials
     namespace: dict[str, Any] = {"__name__": path}
     for block in blocks((ROOT / path).read_text()):
@@ -138,16 +166,9 @@ def test_a_page_runs_from_top_to_bottom(
             case "python", ():
                 # Empty lines before it, so that a traceback has the page's line numbers.
                 exec(compile("\n" * (block.line - 1) + block.text, path, "exec"), namespace)
-            case "sh", ("parse",):
+            case "sh", ("parse" | "setup",):
                 for words in commands(block.text):
-                    program, *arguments = unlaunched(words)
-                    if program == "python":
-                        assert (ROOT / arguments[0]).is_file(), f"{place}: {arguments[0]}"
-                    else:
-                        parse(arguments)
-            case "sh", ("setup",):
-                for words in commands(block.text):
-                    check_setup(words)
+                    check(words)
             case "sh", _:
                 run_commands(block, cli, tiny_model)
             case "yaml", ():
@@ -160,20 +181,60 @@ def test_a_page_runs_from_top_to_bottom(
                 pytest.fail(f"{place}: nothing says what to do with ```{block.language}")
 
 
-def test_commands_of_the_readme_are_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The README's blocks are indented: each of its commands is one that the command line takes."""
+INDENTED = r"^    ((?:{}) (?:.*\\\n)*.*)$"  # a command, and the lines that it goes on over
+PROGRAMS = "sodfast|torchrun|python3?|pip|make"
+
+
+@pytest.mark.parametrize(
+    ("page", "least"),
+    [("bench/README.md", 8), *slow(("README.md", 40), ("sodfast/configs/studies/README.md", 2))],
+)
+def test_commands_of_other_pages_are_parsed(
+    page: str, least: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their blocks are indented: each command is one that the command line takes."""
     monkeypatch.chdir(tmp_path)
-    text = (ROOT / "README.md").read_text()
-    for name in ("train.jsonl", "test.jsonl"):
-        (tmp_path / name).write_text('{"prompt": "1+1=", "answer": "2"}\n')
+    lay_out(tmp_path)
     (tmp_path / "my.yaml").write_text("base: lab\n")
-    (tmp_path / "study.yaml").write_text("base: lab\naxes: {seed: [0, 1]}\n")
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
-    found = re.findall(r"^    (sodfast (?:.*\\\n)*.*)$", text, re.MULTILINE)
-    assert len(found) > 20
+    (tmp_path / "study.yaml").write_text(indented("README.md", "base: lab"))
+    found = re.findall(INDENTED.format(PROGRAMS), (ROOT / page).read_text(), re.MULTILINE)
+    assert len(found) >= least
     for line in found:
         for words in commands(line):
-            parse([word for word in words[1:] if word != "..."])
+            check(words)
+
+
+def indented(page: str, first: str) -> str:
+    """The one indented block of a page whose first line begins with `first`."""
+    text = (ROOT / page).read_text()
+    (found,) = re.findall(rf"^\n(    {re.escape(first)}.*\n(?:    .*\n)*)", text, re.MULTILINE)
+    return textwrap.dedent(found)
+
+
+@pytest.mark.slow
+def test_the_readmes_python_runs(
+    shrunk: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    left: dict[str, Any] = {}
+    exec(indented("README.md", "import sodfast"), left)
+    assert len(left["rewards"]) == 20 and left["line"]["step"] == 1
+    assert left["run"].metrics[-1]["step"] == 40
+
+
+@pytest.mark.slow
+def test_the_readmes_lines_for_trl_run(tiny_model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("trl", reason="needs the extra trl")
+    from trl_trainers import build_trainer
+
+    from sodfast.integrations import trl
+
+    names = {
+        "SDPOTrainer": lambda *_: build_trainer("sdpo", tiny_model, tmp_path),
+        "use_fused_loss": trl.use_fused_loss,
+        "TeacherScheduleCallback": trl.TeacherScheduleCallback,
+    }
+    exec(indented("README.md", "trainer = SDPOTrainer"), names)
 
 
 @pytest.mark.parametrize(
@@ -211,11 +272,19 @@ def test_a_wrong_command_is_not_parsed(words: list[str]) -> None:
 
 @pytest.mark.parametrize(
     "words",
-    [["make", "dosc"], ["pip", "install", "./kernel"], ["pip", "install", ".[lroa]"], ["rm", "x"]],
+    [
+        ["make", "dosc"],
+        ["pip", "install", "./kernel"],
+        ["pip", "install", ".[lroa]"],
+        ["pip", "install", "sodfast[lroa]"],
+        ["python", "bench/gpu_siute.py"],
+        ["python", "bench/gpu_suite.py", "--reherse"],
+        ["rm", "x"],
+    ],
 )
-def test_a_wrong_setup_is_found(words: list[str]) -> None:
+def test_a_wrong_name_is_found(words: list[str]) -> None:
     with pytest.raises((AssertionError, OSError)):
-        check_setup(words)
+        check(words)
 
 
 def test_what_a_page_sets_wins_over_what_makes_it_small(tiny_model: Path, shrunk: None) -> None:
