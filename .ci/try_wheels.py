@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +63,33 @@ def needed(roots: set[str], report: list[dict[str, Any]]) -> set[str]:
     return found
 
 
-def try_wheels(wheels: Path, constraints: Path, folder: Path) -> None:
-    """Raise `CalledProcessError` or `AssertionError` at the first thing that does not work."""
-    subprocess.run([sys.executable, "-m", "venv", str(folder / "env")], check=True)
+def runner(folder: Path) -> Callable[..., None]:
+    """What runs a command of the environment `folder`/env in `folder`, without the variables that
+    lead elsewhere."""
     commands = folder / "env" / "bin"
     variables = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
 
     def run(name: str, *arguments: str) -> None:
         subprocess.run([str(commands / name), *arguments], cwd=folder, env=variables, check=True)
+
+    return run
+
+
+def use_sodfast(folder: Path) -> None:
+    run = runner(folder)
+    run("python", "-c", PLACES)
+    run("sodfast", "--version")
+    run("sodfast", "train", "steps=3", "out=run")
+    run("sodfast", "report", "run")
+    run("sodfast", "export", "run", "model")
+    for file in ("run/report.html", "model/README.md", "model/model.safetensors"):
+        assert (folder / file).is_file(), f"{file} is missing"
+
+
+def try_wheels(wheels: Path, constraints: Path, folder: Path) -> None:
+    """Raise `CalledProcessError` or `AssertionError` at the first thing that does not work."""
+    subprocess.run([sys.executable, "-m", "venv", str(folder / "env")], check=True)
+    run = runner(folder)
 
     def install(name: str) -> list[dict[str, Any]]:
         (wheel,) = wheels.glob(f"{name}-*.whl")
@@ -86,13 +106,7 @@ def try_wheels(wheels: Path, constraints: Path, folder: Path) -> None:
 
     install("sodfast")
     run("python", "-m", "pip", "check")
-    run("python", "-c", PLACES)
-    run("sodfast", "--version")
-    run("sodfast", "train", "steps=3", "out=run")
-    run("sodfast", "report", "run")
-    run("sodfast", "export", "run", "model")
-    for file in ("run/report.html", "model/README.md", "model/model.safetensors"):
-        assert (folder / file).is_file(), f"{file} is missing"
+    use_sodfast(folder)
 
 
 if __name__ == "__main__":

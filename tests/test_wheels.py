@@ -1,10 +1,12 @@
-"""The two distributions: what each holds and needs. `make dist` installs and uses them as well."""
+"""The two distributions: what each holds and needs, and that they work without the checkout. `make
+dist` installs them from an index, with all that they need."""
 
 import re
 import runpy
 import shutil
 import subprocess
 import sys
+import venv
 import zipfile
 from collections.abc import Mapping
 from email import message_from_bytes
@@ -21,6 +23,10 @@ PACKAGES = {"sodfast": "sodfast", "sodfast_kernels": "kernels/sodfast_kernels"}
 SOURCES = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "kernels/VERSION")
 KERNEL_SOURCES = tuple(f"kernels/{name}" for name in ("pyproject.toml", "README.md", "LICENSE"))
 BUILD = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
+ALONE = """
+from importlib.util import find_spec
+assert find_spec("sodfast_kernels") and not find_spec("sodfast")
+"""
 
 # The fixture of the slow tests builds both, which takes seconds.
 
@@ -106,6 +112,31 @@ def test_both_carry_the_same_license(wheels: Mapping[str, zipfile.ZipFile]) -> N
     for name, wheel in wheels.items():
         text = wheel.read(f"{name}-{VERSION}.dist-info/licenses/LICENSE")
         assert text == (ROOT / "LICENSE").read_bytes()
+
+
+@pytest.mark.exhaustive
+def test_both_work_outside_of_the_checkout(
+    wheels: Mapping[str, zipfile.ZipFile], tmp_path: Path
+) -> None:
+    """In an environment of their own, where others' packages are those of this one: the examples of
+    the kernels' page beside no sodfast, then a run, its report and its export."""
+    tools = runpy.run_path(str(ROOT / ".ci" / "try_wheels.py"))
+    run = tools["runner"](tmp_path)
+    venv.create(tmp_path / "env")
+    (site,) = (tmp_path / "env").glob("lib/python*/site-packages")
+    # A folder named in a file like this is searched, but no file like this in it is read: those of
+    # an editable installation lead to the checkout.
+    others = [path for path in sys.path if Path(path).name == "site-packages"]
+    (site / "others.pth").write_text("".join(f"{path}\n" for path in others))
+
+    def install(name: str) -> None:
+        options = ["--quiet", "--no-index", "--no-deps", "--ignore-installed"]
+        run("python", "-m", "pip", "install", *options, str(wheels[name].filename))
+
+    install("sodfast_kernels")
+    run("python", "-c", f"{tools['EXAMPLES']}{ALONE}")
+    install("sodfast")
+    tools["use_sodfast"](tmp_path)
 
 
 def test_what_a_distribution_brings_is_told_from_what_comes_beside_it() -> None:
