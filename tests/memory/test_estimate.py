@@ -169,11 +169,12 @@ TENSORS = 2 * 11 + 3
 
 @pytest.fixture
 def by_hand(small_model: Path) -> Callable[..., Estimate]:
-    """An estimate for 16 questions with 4 answers of 96 tokens each to prompts of 32, on a GPU."""
+    """An estimate for 16 questions with 4 answers of 96 tokens each to prompts of 32, on a GPU,
+    without Liger's kernels, which one environment has and another one has not."""
 
     def estimate(*overrides: str) -> Estimate:
-        path = f"model.path={small_model}"
-        return Estimate(load_config(None, [path, "device=cuda", *overrides]))
+        fixed = [f"model.path={small_model}", "device=cuda", "model.liger=false"]
+        return Estimate(load_config(None, [*fixed, *overrides]))
 
     return estimate
 

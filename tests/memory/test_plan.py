@@ -92,8 +92,9 @@ def test_the_other_plans_of_the_byte_budget() -> None:
 
 @pytest.fixture
 def small(small_model: Path) -> Config:
-    overrides = [f"model.path={small_model}", "device=cuda", "memory_gib=0.1", "eval.samples=2"]
-    return load_config(None, overrides)
+    """Without Liger's kernels, which one environment has and another one has not."""
+    overrides = ["device=cuda", "memory_gib=0.1", "eval.samples=2", "model.liger=false"]
+    return load_config(None, [f"model.path={small_model}", *overrides])
 
 
 @pytest.mark.slow
