@@ -5,9 +5,9 @@ nothing can be stale after an update, and training has the memory back. cache.py
 values, batch.py the rows that are drawn at once; this file sizes both.
 
 A token is a function of the weights, its prompt and its key (seed, step, sample, position). On a
-CPU it is the same bit for bit whatever else is in the batch. On a GPU a call that is repeated is the
-same bit for bit; other company changes the shapes of products and so their rounding, and with it
-what is drawn where two tokens are within that.
+CPU it is the same bit for bit whatever else is in the batch. On a GPU a call that is repeated gives
+the same bits; other company changes the shapes of products and so their rounding, and with it what
+is drawn where two tokens are within that.
 """
 
 import os

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..backend import uses_triton
 
-# Elements that a CPU takes at a time at most (two registers of AVX-512 in fp32, one of 16 bits), and
-# those up to which ATen gives an elementwise operation to one thread (at::internal::GRAIN_SIZE).
+# Elements that a CPU takes at a time at most (two registers of AVX-512 in fp32, one in 16 bits),
+# and those up to which ATen gives an elementwise operation to one thread (GRAIN_SIZE).
 RUN, UNDIVIDED = 32, 32768
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
