@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from sodfast.errors import Interrupted, RunFailed, UsageError
 # Names of the modules that the last `Source.load` has imported. The next one may have others of the
 # same names in another folder.
 _LOADED: set[str] = set()
+_AGAIN = 0.1  # seconds of processor time between two signals of a limit that has come early
 
 
 @dataclass(frozen=True)
@@ -142,16 +144,22 @@ class TimeUp(BaseException):
 def time_limit(seconds: float) -> Iterator[None]:
     """End the block with `TimeUp` when it takes longer, also one that sleeps or waits.
 
+    A thread ends a block that waits. One that never lets another thread run, such as a regular
+    expression that backtracks, is ended by the kernel's timer of the processor time that this
+    process takes; it may come early, since it counts all threads, and then comes again.
+
     Python's signals reach the main thread alone: in another one there is no limit. SIGVTALRM is
     taken because libraries that users call, math-verify among them, take SIGALRM themselves.
     """
     if seconds == inf or threading.current_thread() is not threading.main_thread():
         yield
         return
-    armed = True
+    armed, deadline = True, time.monotonic() + seconds
 
     def up(number: int, frame: FrameType | None) -> None:
-        if armed:
+        nonlocal armed
+        if armed and time.monotonic() >= deadline:
+            armed = False  # the user's code may take its time to end
             raise TimeUp
 
     previous = signal.signal(signal.SIGVTALRM, up)
@@ -159,10 +167,12 @@ def time_limit(seconds: float) -> Iterator[None]:
     timer = threading.Timer(seconds, signal.pthread_kill, arguments)
     timer.daemon = True
     timer.start()
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds, _AGAIN)
     try:
         yield
     finally:
         armed = False
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         timer.cancel()
         timer.join()  # a signal that it has sent is handled before the handler goes
         signal.signal(signal.SIGVTALRM, previous)

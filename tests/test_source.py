@@ -1,5 +1,6 @@
 """The user's own Python: found, listed with what it imports, loaded as it is now."""
 
+import signal
 import sys
 import threading
 import time
@@ -184,6 +185,12 @@ def test_a_limit_leaves_nothing_behind() -> None:
     with time_limit(0.5):
         pass
     time.sleep(0.6)  # no signal comes late
+
+
+def test_processor_time_of_other_threads_ends_nothing_early() -> None:
+    with time_limit(60):
+        signal.raise_signal(signal.SIGVTALRM)  # the kernel's timer, which counts all threads
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
 
 
 def test_a_call_in_another_thread_is_not_ended() -> None:

@@ -208,7 +208,14 @@ def reward(prompts, completions):
     assert task.score(task.train[0], "x") == 1.0
 
 
-@pytest.mark.parametrize("body", ["while True: pass", "import time; time.sleep(60)"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        "while True: pass",
+        "import time; time.sleep(60)",
+        "import re; re.match('(a+)+$', 'a' * 40 + 'b')",  # lets no other thread run
+    ],
+)
 def test_a_call_that_hangs_is_ended(rows: Path, body: str) -> None:
     text = f"\ndef reward(prompts, completions):\n    {body}\n"
     task = own(rows, text, "task.timeout=0.2")
