@@ -426,11 +426,17 @@ def reward(prompts, completions, answer):
 
 
 def test_rewards_on_another_scale_need_their_thresholds(tiny_run: list[str], rows: Path) -> None:
-    text = FUNCTION.replace("float(", "2 * float(")
+    switch = rows / "doubled"
+    text = FUNCTION.replace("float(", f"(1 + os.path.exists({str(switch)!r})) * float(")
+    text = f"import os\n{text}"
     keys = [k for k in tiny_run if not k.startswith("collapse.")]
-    with pytest.raises(RunFailed, match=r"set collapse\.eval_floor and schedule\.reward_margin on"):
-        run(trainer(keys, rows / "run", *overrides(rows, text), "steps=1"))
-    scale = ["collapse.eval_floor=-0.5", "schedule.reward_margin=0.05"]
+    run(trainer(keys, rows / "resumed", *overrides(rows, text), "steps=1"))
+    switch.touch()
+    for name, task in (("run", overrides(rows, text)), ("resumed", ["steps=2"])):
+        said = r"set collapse\.eval_floor and schedule\.reward_margin on"
+        with pytest.raises(RunFailed, match=said):
+            run(trainer(keys, rows / name, *task))
+    scale = ["collapse.eval_floor=-0.5", "schedule.reward_margin=0.06"]
     run(trainer(keys, rows / "other", *overrides(rows, text), "steps=1", *scale))
     last = json.loads((rows / "other" / "metrics.jsonl").read_text().splitlines()[-1])
     assert math.isfinite(last["eval/mean@2"]) and last["reward/mean"] > 0
