@@ -311,6 +311,27 @@ def test_a_row_without_a_solution_has_no_reference() -> None:
 
 
 @pytest.mark.parametrize(
+    ("overrides", "kinds"),
+    [
+        (["demonstration"], [None, None]),
+        (["demonstration", "teacher.feedback=without_solution"], [None, F]),
+        (["demonstration_or_reference"], [R, R]),
+        (["demonstration", "teacher.demonstrate_self=true"], [None, None]),
+    ],
+)
+@pytest.mark.parametrize("thoughts", ["<think>It is 5.</think>", " \n"])
+def test_an_answer_that_is_nothing_but_thoughts_is_no_demonstration(
+    overrides: list[str], kinds: list[str | None], thoughts: str
+) -> None:
+    keys = [f"teacher.context={overrides[0]}", *overrides[1:]]
+    found = hints([asked(ROW)], [(thoughts, 1.0, None), ("No.", 0.0, "no number")], *keys)
+    assert [hint and hint[0] for hint in found] == kinds
+    answers = [(thoughts, 1.0, None), ("No.", 0.0, None), ("It is 5.", 1.0, None)]
+    found = hints([asked(ROW)], answers, *keys)
+    assert [hint and hint[1] for hint in found][:2] == [2, 2]
+
+
+@pytest.mark.parametrize(
     ("row", "solution"),
     [
         ({"solution": "s", "answer": "a"}, "s"),
