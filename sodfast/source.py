@@ -11,7 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
 from types import FrameType
@@ -19,9 +19,9 @@ from typing import Any
 
 from sodfast.errors import Interrupted, RunFailed, UsageError
 
-# Names of the modules that the last `Source.load` has imported. The next one may have others of the
+# The source whose modules are in sys.modules, none or one: another may have other modules of the
 # same names in another folder.
-_LOADED: set[str] = set()
+_PRESENT: list["Source"] = []
 _AGAIN = 0.1  # seconds of processor time between two signals of a limit that has come early
 
 
@@ -39,6 +39,8 @@ class Source:
     name: str
     root: Path
     key: str = "task.source"
+    _files: set[str] = field(default_factory=set, init=False, compare=False, repr=False)
+    _away: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def files(self) -> list[Path]:
         """The file and all files below `root` that it imports, directly or through another.
@@ -74,12 +76,9 @@ class Source:
         Raises:
             UsageError: the module cannot be imported, or has no such name.
         """
-        files = {str(file) for file in self.files()}
-        for name, module in list(sys.modules.items()):
-            if name in _LOADED or getattr(module, "__file__", None) in files:
-                del sys.modules[name]
-        _LOADED.clear()
-        sys.path[:] = [str(self.root), *(path for path in sys.path if path != str(self.root))]
+        self._files.update(str(file) for file in self.files())
+        self._be_present()
+        self._take_modules()
         importlib.invalidate_caches()
         writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True
         try:
@@ -87,11 +86,6 @@ class Source:
                 module = importlib.import_module(self.module)
         finally:
             sys.dont_write_bytecode = writes
-            _LOADED.update(
-                name
-                for name, found in list(sys.modules.items())
-                if getattr(found, "__file__", None) in files
-            )
         if getattr(module, "__file__", None) != str(self.file):
             raise UsageError(
                 f"{self.key}: a module named {self.module} is imported already: rename {self.file}"
@@ -100,6 +94,25 @@ class Source:
             names = ", ".join(n for n in vars(module) if not n.startswith("_")) or "nothing"
             raise UsageError(f"{self.key}: {self.file} has no {self.name!r} (it has {names})")
         return getattr(module, self.name)
+
+    def _be_present(self) -> None:
+        """Put this source's modules where imports and pickle find them, instead of another's."""
+        if _PRESENT and _PRESENT[0] is self:
+            return
+        for other in _PRESENT:
+            other._away.update(other._take_modules())
+        _PRESENT[:] = [self]
+        sys.path[:] = [str(self.root), *(path for path in sys.path if path != str(self.root))]
+        sys.modules.update(self._away)
+
+    def _take_modules(self) -> dict[str, Any]:
+        """Take the modules of this source's files out of `sys.modules`, and return them."""
+        names = [
+            name
+            for name, module in list(sys.modules.items())
+            if getattr(module, "__file__", None) in self._files and name != "__main__"
+        ]
+        return {name: sys.modules.pop(name) for name in names}
 
     @contextmanager
     def running(
@@ -110,8 +123,10 @@ class Source:
         seconds and the key that sets them. `UsageError`, `RunFailed` and interruptions pass.
 
         The working directory and the standard streams are afterwards what they were before: what
-        is written from then on goes to where it was meant to go.
+        is written from then on goes to where it was meant to go. The user's other source, where
+        there is one, has modules of its own.
         """
+        self._be_present()
         # O_PATH needs no right to read the directory, but not every system has it.
         directory = os.open(".", getattr(os, "O_PATH", os.O_RDONLY))
         streams = sys.stdout, sys.stderr
