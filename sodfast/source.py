@@ -3,6 +3,7 @@
 import ast
 import importlib
 import importlib.util
+import inspect
 import os
 import signal
 import sys
@@ -145,6 +146,14 @@ class Source:
             os.fchdir(directory)
             os.close(directory)
             sys.stdout, sys.stderr = streams
+
+    def place(self, function: Callable[..., Any]) -> str:
+        """`FILE:LINE` where this function of the source begins; its file alone where that cannot be
+        told, as of an object that can be called."""
+        code = getattr(inspect.unwrap(function), "__code__", None)
+        if code is None or code.co_filename not in self._files:
+            return str(self.file)
+        return f"{code.co_filename}:{code.co_firstlineno}"
 
     def unusable(self, text: str) -> UsageError:
         """The error that names the key."""
