@@ -4,8 +4,10 @@ The engine reads the weights of the live student at every call, and its cache li
 nothing can be stale after an update, and training has the memory back. cache.py has the keys and
 values, batch.py the rows that are drawn at once; this file sizes both.
 
-A token is a function of the weights, its prompt and its key (seed, step, sample, position). What
-else is in the batch changes nothing: bit for bit on a CPU, and on a GPU within one batch bucket.
+A token is a function of the weights, its prompt and its key (seed, step, sample, position). On a
+CPU it is the same bit for bit whatever else is in the batch. On a GPU a call that is repeated is the
+same bit for bit; other company changes the shapes of products and so their rounding, and with it
+what is drawn where two tokens are within that.
 """
 
 import os
