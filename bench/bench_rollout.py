@@ -532,23 +532,39 @@ def forced_logprob(model: LanguageModel, prompt: Tensor, response: Tensor) -> Te
 
 
 def check_repeatability(device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """Samples in batches of one bucket, 40 of them alone, in another order, and among others."""
+    """The same call twice, then its samples in another order and among others.
+
+    Repeated, a call has the same products of the same shapes, so the same bits. Other company
+    changes the shapes of some (a prefill's on a GPU) and so their rounding: fp32 leaves every token
+    as it was, bf16 turns some draws, and all that follows them.
+    """
     model = build(TINY_SHAPE, device, dtype, 0.3)
     endless = LanguageModel(model.network, None, (-1,), model.pad_id)  # all end at the cap
     prompts = random_prompts(60, 20, TINY_SHAPE)
+    engine = NativeEngine(endless, 32)
 
     def answers(order: Sequence[int]) -> dict[int, tuple[Tensor, Tensor]]:
-        samples = NativeEngine(endless, 64).generate(
+        samples = engine.generate(
             [prompts[number] for number in order], order, Sampling(1.0, 0.9, 60), SampleKey(1, 1)
         )
         return {n: (one.response, one.logprob) for n, one in zip(order, samples, strict=True)}
 
-    alone = answers(range(40))
-    same = []
-    for other in (answers(range(39, -1, -1)), answers(range(60)), answers(range(40))):
-        for number, pair in alone.items():
-            same.append(all(a.equal(b) for a, b in zip(pair, other[number], strict=True)))
-    return [target("samples equal bit for bit in one bucket", sum(same) / len(same), 1.0)]
+    alone, again = answers(range(40)), answers(range(40))
+    bits = [all(map(torch.equal, alone[n], again[n])) for n in alone]
+    tokens = [
+        alone[n][0].equal(other[n][0])
+        for other in (answers(range(39, -1, -1)), answers(range(60)))
+        for n in alone
+    ]
+    exact = device.type == "cpu" or dtype == torch.float32
+    return [
+        target("samples of a call that is repeated equal bit for bit", sum(bits) / len(bits), 1.0),
+        target(
+            "samples whose tokens stay in other company",
+            sum(tokens) / len(tokens),
+            1.0 if exact else 0.75,
+        ),
+    ]
 
 
 def test_rollout(benchmark: Any) -> None:

@@ -18,6 +18,8 @@ sources, is not repeated: the same command again does what is left.
 `--without`: peers that are not expected here (trl, liger, fla, torchao, flashinfer); any other that
 is absent or fails is a MISS.
 `--rehearse`: tiny sizes on the CPU, kernels in Triton's interpreter; times mean nothing then.
+`--profile TEXT`: once more the cases whose name contains it; no figure is kept. What each kernel
+took stands in FOLDER/PART.profile.txt. Within ncu the same option chooses what ncu looks at.
 `--list`: the cases, without running any.
 
 Exit code 0: every target is met, but for what this machine cannot show (a second GPU) and what was
@@ -84,6 +86,8 @@ def main(
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, MEMORY_BYTES / total))
     options.out.mkdir(parents=True, exist_ok=True)
+    if options.profile is not None:
+        return profile(options, known, plan)
     minutes = options.budget_minutes or MINUTES_A_PART * len(options.parts)
     deadline = time.monotonic() + 60 * minutes
     for part in options.parts:
@@ -101,6 +105,7 @@ def parse(arguments: list[str] | None, description: str | None, known: dict[str,
     parser.add_argument("--budget-minutes", type=float)
     parser.add_argument("--without", nargs="+", default=[], metavar="PEER", type=str.lower)
     parser.add_argument("--rehearse", action="store_true")
+    parser.add_argument("--profile", metavar="TEXT")
     parser.add_argument("--list", action="store_true")
     options = parser.parse_intermixed_args(arguments)
     options.parts = options.parts or list(known)
@@ -146,6 +151,35 @@ def run_part(part: str, module: Any, plan: Any, folder: Path, deadline: float) -
             record.add(case.name, result)
             progress(part, case.name, summary(result))
             lost = fault_of_device(plan)
+
+
+def profile(options: Any, known: dict[str, str], plan: Any) -> int:
+    """Runs the chosen cases under torch's profiler: 0, or 2 where no case has such a name."""
+    import torch
+    from torch.profiler import ProfilerActivity
+
+    activities = [ProfilerActivity.CPU]
+    if plan.device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    tables: dict[str, list[str]] = {}
+    for part in options.parts:
+        for case in import_module(known[part]).cases(plan):
+            if options.profile not in case.name:
+                continue
+            with torch.profiler.profile(activities=activities) as seen:
+                result = attempt(case)
+            progress(part, case.name, summary(result))
+            order = "self_cuda_time_total" if len(activities) > 1 else "self_cpu_time_total"
+            table = seen.key_averages().table(sort_by=order, row_limit=40)
+            tables.setdefault(part, []).append(f"{case.name}: {summary(result)}\n{table}\n")
+    for part, texts in tables.items():
+        (options.out / f"{part}.profile.txt").write_text("\n".join(texts))
+    if not tables:
+        print(
+            f"--profile: no case of {', '.join(options.parts)} has {options.profile!r} in its name"
+        )
+        return 2
+    return 0
 
 
 def attempt(case: Any) -> dict[str, Any]:

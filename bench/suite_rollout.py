@@ -13,7 +13,8 @@ SOURCES = [
     Path(__file__).with_name("bench_rollout.py"),
     *(Path(__file__).parents[1] / "sodfast").rglob("*.py"),
 ]
-ROOFLINE_SHARE = 0.70
+# Few rows read their weights for few tokens, and their long contexts leave SMs without work.
+ROOFLINE_SHARE, OF_FEW_ROWS = 0.70, 0.60
 # Of the attention alone: the goal of kernels/sodfast_kernels/attention.
 COPY_SHARE = 0.80
 MEMORY_BYTES = 80e9
@@ -71,7 +72,8 @@ class Engine:
         checks = []
         if self.plan.full:
             share = row["share_of_roofline"]
-            checks.append(check("share of the roofline", share, ROOFLINE_SHARE, at_most=False))
+            least = OF_FEW_ROWS if slots < 64 else ROOFLINE_SHARE
+            checks.append(check("share of the roofline", share, least, at_most=False))
             checks.append(check("peak bytes", torch.cuda.max_memory_reserved(), MEMORY_BYTES))
         rates = self.rates
         return {"bytes_per_second": rates, "checks": checks, "rows": [{"name": "decode", **row}]}
@@ -100,7 +102,7 @@ def cases(plan: Plan) -> list[Case]:
     for slots, context, layers in shapes:
         name = f"decode attention, {slots} × {context}"
         found.append(Case(name, 0.5, partial(engine.attention, slots, context, layers)))
-    sizes = ((64, 2048, 128), (128, 1536, 128)) if plan.full else ((4, 40, 8),)
+    sizes = ((64, 2048, 128), (128, 1536, 128), (4, 8192, 128)) if plan.full else ((4, 40, 8),)
     for slots, context, steps in sizes:
         name = f"decode, {slots} slots at {context}"
         found.append(Case(name, 1.0, partial(engine.decode, slots, context, steps)))

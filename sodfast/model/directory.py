@@ -55,8 +55,9 @@ def find_model(path: str) -> Path:
 
 def read_config(folder: Path, name: str) -> dict[str, Any]:
     """The contents of config.json. Raises `UsageError`, which begins with `name`, where it names no
-    model, or counts more layers or other parts than any model has: transformers makes lists of such
-    lengths before it checks anything."""
+    model, counts more layers or other parts than any model has (transformers makes lists of such
+    lengths before it checks anything), or gives attention a window of no token, which every
+    attention understands otherwise."""
     contents = _read_json(folder / "config.json", name)
     if not isinstance(contents, dict) or not isinstance(contents.get("model_type"), str):
         raise UsageError(f"{name}: its config.json names no model_type: give a Hugging Face model")
@@ -68,6 +69,11 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
                 raise UsageError(
                     f"{name}: config.json says {key}={str(value)[:40]}, and no model is known of "
                     f"more than {limit}: give the config.json that belongs to the weights"
+                )
+            if key == "sliding_window" and isinstance(value, int) and value < 1:
+                raise UsageError(
+                    f"{name}: config.json says sliding_window={value}, and no token could see "
+                    "itself: give the number of tokens, or null where attention sees them all"
                 )
     return contents
 

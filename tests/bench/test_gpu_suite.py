@@ -284,6 +284,28 @@ def test_the_gpu_has_an_index_and_each_part_begins_with_what_the_one_before_left
     assert gpus == [torch.device("cuda", 0)] * 2
 
 
+def test_a_profile_keeps_no_figure(
+    suite: Suite, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran = []
+
+    def multiply() -> Result:
+        ran.append("slow one")
+        torch.ones(8, 8) @ torch.ones(8, 8)
+        return MISS
+
+    cases = [Case("other", 0.0, lambda: ran.append("other") or PASS), Case("slow", 0.0, multiply)]
+    suite(cases)
+    before = (tmp_path / "invented.json").read_text()
+    assert suite(cases, "--profile", "low") == 0
+    assert ran == ["other", "slow one", "slow one"]
+    assert (tmp_path / "invented.json").read_text() == before
+    table = (tmp_path / "invented.profile.txt").read_text()
+    assert table.startswith("slow: ") and "MISS error" in table and "aten::mm" in table
+    assert suite(cases, "--profile", "none such") == 2
+    assert "'none such'" in capsys.readouterr().out
+
+
 def test_an_unknown_part_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         gpu_suite.main(["logit"])

@@ -123,13 +123,18 @@ def test_a_tokenizer_elsewhere_is_not_followed(directory: Path, tmp_path: Path, 
         load_model(str(directory), CPU)
 
 
-def test_counts_of_a_config_are_bounded_in_its_parts_too(tmp_path: Path) -> None:
+def test_counts_and_windows_of_a_config_are_bounded_in_its_parts_too(tmp_path: Path) -> None:
     for contents in ({"num_hidden_layers": 513}, {"text_config": {"num_labels": 10**7}}):
         (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **contents}))
         with pytest.raises(UsageError, match="more than"):
             read_config(tmp_path, "the model")
+    for contents in ({"sliding_window": 0}, {"text_config": {"sliding_window": -3}}):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "mistral", **contents}))
+        with pytest.raises(UsageError, match="no token could see itself"):
+            read_config(tmp_path, "the model")
     fine = {
         "model_type": "llama",
+        "sliding_window": None,
         "num_hidden_layers": 126,
         "n_positions": 10**6,
         "rope_theta": 1e9,

@@ -212,6 +212,8 @@ def test_a_config_that_names_no_model_is_refused(directory: Path, contents: str)
             ("num_labels", 10**9),
             ("vocab_size", 10**13),
             ("head_dim", 0),
+            ("sliding_window", 0),
+            ("sliding_window", -3),
             ("rms_norm_eps", "x"),
             ("layer_types", 3),
             ("quantization_config", 3),

@@ -160,6 +160,25 @@ def test_lengths_past_4096(backend, options):
     agree(cache, backend, **options)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("page", [16, 64])  # less than a block, and a whole one
+def test_pages_beyond_2_31_elements(backend, page):
+    """Their offsets do not fit 32 bits. Nobody writes to the pages between, so that on a CPU they
+    take no memory."""
+    small = paged_cache([100], page=page)
+    count = 2**31 // small.k_pages[0].numel() + 3
+    far = torch.empty((count, *small.k_pages.shape[1:]), dtype=torch.float32, device=DEVICE)
+    k_pages, v_pages = far[1:], far[:-1]
+    table = torch.zeros_like(small.block_table)
+    for place, index in enumerate(small.block_table[0, : -(-100 // page)].tolist()):
+        last = count - 2 - 2 * place  # a page of v's lies before the like of k's
+        table[0, place] = last
+        k_pages[last], v_pages[last] = small.k_pages[index], small.v_pages[index]
+    cache = small._replace(k_pages=k_pages, v_pages=v_pages, block_table=table)
+    near = attend_paged(small, backend=backend)
+    assert attend_paged(cache, backend=backend).equal(near)
+
+
 def wrong_arguments():
     zeros = torch.zeros
     int32 = {"dtype": torch.int32}
