@@ -267,11 +267,10 @@ class _FusedLoss:
 
 def _has_weights_alone(head: Any) -> bool:
     """Whether a head is a linear layer without a bias. PEFT's wrapper of a layer that is trained
-    whole, `modules_to_save`, counts as the layer that is active in it."""
+    whole, `modules_to_save`, counts as the copies of the layer that it holds."""
     copies = getattr(head, "modules_to_save", None)
-    if copies is not None:
-        head = copies[head.active_adapters[0]]
-    return isinstance(head, nn.Linear) and head.bias is None
+    layers = [head] if copies is None else copies.values()
+    return all(isinstance(layer, nn.Linear) and layer.bias is None for layer in layers)
 
 
 def _statistics_dtype(states: Projection) -> torch.dtype:
