@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import inf
 from typing import Any, Literal
 
 from torch import Tensor
@@ -113,17 +114,19 @@ class TeacherContext:
         limit = config.max_prompt_tokens
         return all(len(self._encode(question, *part)) <= limit for part in parts)
 
+    def demonstration(self, answer: str) -> str:
+        """What of an answer can be shown: all but its thoughts."""
+        opened = "</think>" in answer and self._opens_thinking
+        return _without_thoughts("<think>" + answer if opened else answer)
+
     def hint(
-        self, question: Question, grade: Grade, source: int | None, answer: str | None
+        self, question: Question, grade: Grade, source: int | None, demonstration: str | None
     ) -> Hint | None:
-        """The hint of a rollout with this grade; None where it has none (m_i = 0). `answer` is the
-        text of its demonstration, the rollout `source`; None for both where it has none."""
+        """The hint of a rollout with this grade; None where it has none (m_i = 0). `demonstration`
+        is what is shown of the rollout `source`; None for both where it has none."""
         config = self.config
-        solution = None
-        if answer is not None:
-            opened = "</think>" in answer and self._opens_thinking
-            solution = _without_thoughts("<think>" + answer if opened else answer)
-        elif config.context in _ROWS:
+        solution = demonstration
+        if solution is None and config.context in _ROWS:
             solution = _without_thoughts(reference_solution(question) or "") or None
         feedback = grade.feedback if grade.feedback and grade.feedback.strip() else None
         added = {"never": False, "without_solution": solution is None, "always": True}
@@ -196,9 +199,11 @@ def teacher_prompts(
     if teacher.context == "none":
         return [Hint("none", None, to_ids(context.model.encode_question(q))) for q in questions]
     sources: list[int | None] = [None] * len(texts)
+    shown = [context.demonstration(text) for text in texts]
     if teacher.context in _SIBLINGS:
         sources = choose_demonstrations(
-            [grade.reward for grade in grades],
+            # An answer that is nothing but thoughts can teach nobody.
+            [grade.reward if text else -inf for grade, text in zip(grades, shown, strict=True)],
             config.rollout.samples_per_prompt,
             teacher.success_reward,
             config.seed,
@@ -206,7 +211,7 @@ def teacher_prompts(
             teacher.demonstrate_self,
         )
     return [
-        context.hint(question, grade, source, None if source is None else texts[source])
+        context.hint(question, grade, source, None if source is None else shown[source])
         for question, grade, source in zip(questions, grades, sources, strict=True)
     ]
 

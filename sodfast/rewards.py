@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from sodfast.config import CGTRConfig, Config
+from sodfast.config import CGTRConfig, CollapseConfig, Config
 from sodfast.errors import RunFailed
 from sodfast.parallel.ranks import ALONE, Ranks
 from sodfast.rng import Stream, generator
@@ -58,19 +58,18 @@ def with_noise(
 
 
 def _require_scale(config: Config, questions: Sequence[Question], grades: Sequence[Grade]) -> None:
+    """A default counts as not set, also where somebody has written it: a stored configuration has
+    every key, and a resumed run is asked for the same."""
     outside = [i for i, given in enumerate(grades) if not 0 <= given.reward <= 1]
-    keys = [("collapse", "eval_floor")]
-    if isinstance(config.schedule, CGTRConfig):
-        keys.append(("schedule", "reward_margin"))
-    missing = [
-        f"{group}.{key}"
-        for group, key in keys
-        if key not in getattr(config, group).model_fields_set
-    ]
+    missing, schedule = [], config.schedule
+    if config.collapse.eval_floor == CollapseConfig().eval_floor:
+        missing.append("collapse.eval_floor")
+    if isinstance(schedule, CGTRConfig) and schedule.reward_margin == CGTRConfig().reward_margin:
+        missing.append("schedule.reward_margin")
     if outside and missing:
         first = outside[0]
         raise RunFailed(
             f"the reward {grades[first].reward:g} (row {questions[first].id!r}) lies outside "
             f"[0, 1], for which the defaults are made: set {' and '.join(missing)} on the scale of "
-            "your rewards"
+            "your rewards, to another value than the default"
         )

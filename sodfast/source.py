@@ -3,14 +3,16 @@
 import ast
 import importlib
 import importlib.util
+import inspect
 import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
 from types import FrameType
@@ -18,9 +20,10 @@ from typing import Any
 
 from sodfast.errors import Interrupted, RunFailed, UsageError
 
-# Names of the modules that the last `Source.load` has imported. The next one may have others of the
+# The source whose modules are in sys.modules, none or one: another may have other modules of the
 # same names in another folder.
-_LOADED: set[str] = set()
+_PRESENT: list["Source"] = []
+_AGAIN = 0.1  # seconds of processor time between two signals of a limit that has come early
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class Source:
     name: str
     root: Path
     key: str = "task.source"
+    _files: set[str] = field(default_factory=set, init=False, compare=False, repr=False)
+    _away: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def files(self) -> list[Path]:
         """The file and all files below `root` that it imports, directly or through another.
@@ -72,12 +77,9 @@ class Source:
         Raises:
             UsageError: the module cannot be imported, or has no such name.
         """
-        files = {str(file) for file in self.files()}
-        for name, module in list(sys.modules.items()):
-            if name in _LOADED or getattr(module, "__file__", None) in files:
-                del sys.modules[name]
-        _LOADED.clear()
-        sys.path[:] = [str(self.root), *(path for path in sys.path if path != str(self.root))]
+        self._files.update(str(file) for file in self.files())
+        self._be_present()
+        self._take_modules()
         importlib.invalidate_caches()
         writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True
         try:
@@ -85,11 +87,6 @@ class Source:
                 module = importlib.import_module(self.module)
         finally:
             sys.dont_write_bytecode = writes
-            _LOADED.update(
-                name
-                for name, found in list(sys.modules.items())
-                if getattr(found, "__file__", None) in files
-            )
         if getattr(module, "__file__", None) != str(self.file):
             raise UsageError(
                 f"{self.key}: a module named {self.module} is imported already: rename {self.file}"
@@ -98,6 +95,25 @@ class Source:
             names = ", ".join(n for n in vars(module) if not n.startswith("_")) or "nothing"
             raise UsageError(f"{self.key}: {self.file} has no {self.name!r} (it has {names})")
         return getattr(module, self.name)
+
+    def _be_present(self) -> None:
+        """Put this source's modules where imports and pickle find them, instead of another's."""
+        if _PRESENT and _PRESENT[0] is self:
+            return
+        for other in _PRESENT:
+            other._away.update(other._take_modules())
+        _PRESENT[:] = [self]
+        sys.path[:] = [str(self.root), *(path for path in sys.path if path != str(self.root))]
+        sys.modules.update(self._away)
+
+    def _take_modules(self) -> dict[str, Any]:
+        """Take the modules of this source's files out of `sys.modules`, and return them."""
+        names = [
+            name
+            for name, module in list(sys.modules.items())
+            if getattr(module, "__file__", None) in self._files and name != "__main__"
+        ]
+        return {name: sys.modules.pop(name) for name in names}
 
     @contextmanager
     def running(
@@ -108,8 +124,10 @@ class Source:
         seconds and the key that sets them. `UsageError`, `RunFailed` and interruptions pass.
 
         The working directory and the standard streams are afterwards what they were before: what
-        is written from then on goes to where it was meant to go.
+        is written from then on goes to where it was meant to go. The user's other source, where
+        there is one, has modules of its own.
         """
+        self._be_present()
         # O_PATH needs no right to read the directory, but not every system has it.
         directory = os.open(".", getattr(os, "O_PATH", os.O_RDONLY))
         streams = sys.stdout, sys.stderr
@@ -129,6 +147,14 @@ class Source:
             os.close(directory)
             sys.stdout, sys.stderr = streams
 
+    def place(self, function: Callable[..., Any]) -> str:
+        """`FILE:LINE` where this function of the source begins; its file alone where that cannot be
+        told, as of an object that can be called."""
+        code = getattr(inspect.unwrap(function), "__code__", None)
+        if code is None or code.co_filename not in self._files:
+            return str(self.file)
+        return f"{code.co_filename}:{code.co_firstlineno}"
+
     def unusable(self, text: str) -> UsageError:
         """The error that names the key."""
         return UsageError(f"{self.key}: {text}")
@@ -142,16 +168,22 @@ class TimeUp(BaseException):
 def time_limit(seconds: float) -> Iterator[None]:
     """End the block with `TimeUp` when it takes longer, also one that sleeps or waits.
 
+    A thread ends a block that waits. One that never lets another thread run, such as a regular
+    expression that backtracks, is ended by the kernel's timer of the processor time that this
+    process takes; it may come early, since it counts all threads, and then comes again.
+
     Python's signals reach the main thread alone: in another one there is no limit. SIGVTALRM is
     taken because libraries that users call, math-verify among them, take SIGALRM themselves.
     """
     if seconds == inf or threading.current_thread() is not threading.main_thread():
         yield
         return
-    armed = True
+    armed, deadline = True, time.monotonic() + seconds
 
     def up(number: int, frame: FrameType | None) -> None:
-        if armed:
+        nonlocal armed
+        if armed and time.monotonic() >= deadline:
+            armed = False  # the user's code may take its time to end
             raise TimeUp
 
     previous = signal.signal(signal.SIGVTALRM, up)
@@ -159,10 +191,12 @@ def time_limit(seconds: float) -> Iterator[None]:
     timer = threading.Timer(seconds, signal.pthread_kill, arguments)
     timer.daemon = True
     timer.start()
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds, _AGAIN)
     try:
         yield
     finally:
         armed = False
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         timer.cancel()
         timer.join()  # a signal that it has sent is handled before the handler goes
         signal.signal(signal.SIGVTALRM, previous)

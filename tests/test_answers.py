@@ -126,9 +126,16 @@ def test_every_field_of_an_evaluation(
         assert [row[key] for key in nothing] == [None] * 4
         assert row["feedback"] == task.feedback(question, row["response"])
         assert row["reward"] == task.score(question, row["response"])
+        tokens = torch.tensor(row["tokens"])
+        assert row["response"] == model.decode(tokens) == "".join(row["text"])
+        assert row["text"] == [model.decode([token]) for token in row["tokens"]]
+        assert row["length"] == len(tokens)
+        assert row["capped"] == (row["tokens"][-1] not in model.eos_ids)
         logprob = (logits_of(model, row["prompt"], row["tokens"]) / 0.6).log_softmax(-1)
-        found = logprob.gather(1, torch.tensor(row["tokens"])[:, None])[:, 0]
+        found = logprob.gather(1, tokens[:, None])[:, 0]
         torch.testing.assert_close(torch.tensor(row["logprob"]), found, atol=2e-5, rtol=1e-4)
+        entropy = -(logprob.exp() * logprob).sum(-1)
+        torch.testing.assert_close(torch.tensor(row["entropy"]), entropy, atol=2e-5, rtol=1e-4)
     last = read_samples(out, 1, evaluation=True)
     assert sum(row["reward"] for row in last) / len(last) == pytest.approx(line["eval/mean@2"])
 

@@ -1,5 +1,6 @@
 """What the teacher is shown: which questions fit, who gets which hint, and the prompt's cut."""
 
+import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -26,6 +27,7 @@ from sodfast.lab.model import build_tokenizer
 from sodfast.model.language_model import LanguageModel
 from sodfast.model.random_weights import byte_tokenizer
 from sodfast.run.console import Reporter
+from sodfast.run.samples import read_samples
 from sodfast.tasks.arithmetic import question_pools
 from sodfast.tasks.base import Grade, Question
 from sodfast.tasks.build import build_task
@@ -311,6 +313,27 @@ def test_a_row_without_a_solution_has_no_reference() -> None:
 
 
 @pytest.mark.parametrize(
+    ("overrides", "kinds"),
+    [
+        (["demonstration"], [None, None]),
+        (["demonstration", "teacher.feedback=without_solution"], [None, F]),
+        (["demonstration_or_reference"], [R, R]),
+        (["demonstration", "teacher.demonstrate_self=true"], [None, None]),
+    ],
+)
+@pytest.mark.parametrize("thoughts", ["<think>It is 5.</think>", " \n"])
+def test_an_answer_that_is_nothing_but_thoughts_is_no_demonstration(
+    overrides: list[str], kinds: list[str | None], thoughts: str
+) -> None:
+    keys = [f"teacher.context={overrides[0]}", *overrides[1:]]
+    found = hints([asked(ROW)], [(thoughts, 1.0, None), ("No.", 0.0, "no number")], *keys)
+    assert [hint and hint[0] for hint in found] == kinds
+    answers = [(thoughts, 1.0, None), ("No.", 0.0, None), ("It is 5.", 1.0, None)]
+    found = hints([asked(ROW)], answers, *keys)
+    assert [hint and hint[1] for hint in found][:2] == [2, 2]
+
+
+@pytest.mark.parametrize(
     ("row", "solution"),
     [
         ({"solution": "s", "answer": "a"}, "s"),
@@ -591,6 +614,37 @@ def test_a_run_shows_what_the_configuration_says(
         shown = 1.0 if context == "reference" else 1 - line["reward/mean"]
         assert line["distill/reprompt_fraction"] == pytest.approx(shown)
         assert line["distill/divergence"] > 0
+
+
+def test_nothing_of_the_test_set_is_shown(train: Callable[..., Any], tmp_path: Path) -> None:
+    """A run that asks each of its questions, evaluates in between, and shows every kind of hint."""
+    prompt, solution = "97*86=", "8342975316"
+    rows = {
+        "train": [{"prompt": f"{i}*3=", "solution": f"{i}{i}"} for i in range(2, 6)],
+        "test": [{"prompt": prompt, "solution": solution, "id": "tested"}],
+    }
+    for name, lines in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    (tmp_path / "own_reward.py").write_text(
+        "def reward(prompts, completions, solution):\n"
+        "    return [(float(i % 4 == 0), words) for i, words in enumerate(solution)]\n"
+    )
+    train(
+        tmp_path / "run",
+        "task.name=python",
+        f"task.source={tmp_path / 'own_reward.py'}:reward",
+        *(f"task.{name}={tmp_path / name}.jsonl" for name in rows),
+        *("teacher.context=demonstration_or_reference", "teacher.feedback=always"),
+        *("steps=2", "eval.every=1", "log.samples_every=1"),
+    )
+    (evaluated, *_) = read_samples(tmp_path / "run", 1, evaluation=True)
+    assert [evaluated[key] for key in ("prompt", "feedback", "id")] == [prompt, solution, "tested"]
+    shown = [row for step in (1, 2) for row in read_samples(tmp_path / "run", step)]
+    assert {row["hint"] for row in shown} == {"demonstration", "reference"}
+    for row in shown:
+        assert solution[:2] not in row["feedback"] and row["feedback"] in row["teacher_prompt"]
+        for text in (row["prompt"], row["teacher_prompt"], row["id"]):
+            assert not [mark for mark in (prompt, solution, "tested") if mark in text]
 
 
 @pytest.mark.parametrize("role", ["model", "teacher"])

@@ -1,11 +1,12 @@
 """Answers are graded once for all ranks, and rewards of another scale need their thresholds."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sodfast.config import Config, load_config
+from sodfast.config import Config, load_config, read_overrides, validate
 from sodfast.errors import RunFailed
 from sodfast.rewards import grade_answers, with_noise
 from sodfast.tasks.base import Grade, Question
@@ -51,11 +52,22 @@ def test_other_rewards_need_every_threshold_that_counts(reward: float) -> None:
     with pytest.raises(RunFailed, match=both):
         rewards(lab(), 0.5, reward)
     with pytest.raises(RunFailed, match=r"set schedule\.reward_margin on"):
-        rewards(lab("collapse.eval_floor=0.01"), 0.5, reward)
+        rewards(lab("collapse.eval_floor=0.02"), 0.5, reward)
     with pytest.raises(RunFailed, match=r"set collapse\.eval_floor on"):
         rewards(lab("schedule.kind=hard"), 0.5, reward)
-    keys = ("collapse.eval_floor=0.01", "schedule.reward_margin=0.05")
+    keys = ("collapse.eval_floor=0.02", "schedule.reward_margin=0.06")
     assert rewards(lab(*keys), 0.5, reward) == [0.5, reward]
+
+
+@pytest.mark.parametrize("keys", [(), ("collapse.eval_floor=0.01", "schedule.reward_margin=0.05")])
+def test_a_default_is_no_threshold_of_another_scale_however_it_came(
+    tmp_path: Path, keys: tuple[str, ...]
+) -> None:
+    """A resumed run reads every key from its config.yaml."""
+    (tmp_path / "config.yaml").write_text(lab(*keys).to_yaml())
+    for config in (lab(*keys), validate(read_overrides(tmp_path / "config.yaml", []))):
+        with pytest.raises(RunFailed, match=r"eval_floor and schedule\.reward_margin on"):
+            rewards(config, 0.5, 2.0)
 
 
 class _Random(Fixed):

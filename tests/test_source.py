@@ -1,8 +1,10 @@
 """The user's own Python: found, listed with what it imports, loaded as it is now."""
 
+import signal
 import sys
 import threading
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,6 +47,39 @@ def test_files_of_the_same_names_in_two_folders(tmp_path: Path) -> None:
         (folder / "own_task.py").write_text("from own_helper import value\n")
         (folder / "own_helper.py").write_text(f"value = {name!r}\n")
         assert find_source(f"{folder / 'own_task.py'}:value").load() == name
+
+
+def test_two_sources_have_their_own_modules_whenever_they_run(tmp_path: Path) -> None:
+    """Of what a call imports, and of what pickle looks up by its name."""
+    text = """
+import pickle
+
+def ask():
+    from own_helper import value
+    return value, pickle.loads(pickle.dumps(ask)) is ask
+"""
+    sources = {}
+    for name in ("one", "two"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / f"own_{name}.py").write_text(text)
+        (folder / "own_helper.py").write_text(f"value = {name!r}\n")
+        sources[name] = find_source(f"{folder / f'own_{name}.py'}:ask")
+    calls = {name: source.load() for name, source in sources.items()}
+    for name in ("one", "two", "one"):
+        with sources[name].running(sources[name].unusable):
+            assert calls[name]() == (name, True)
+
+
+def test_a_script_that_names_itself_stays_the_main_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = types.ModuleType("__main__")
+    script.__file__ = str(tmp_path / "own_script.py")
+    (tmp_path / "own_script.py").write_text("value = 1\n")
+    monkeypatch.setitem(sys.modules, "__main__", script)
+    assert find_source(f"{script.__file__}:value").load() == 1
+    assert sys.modules["__main__"] is script
 
 
 def test_a_module_is_searched_in_the_current_folder(
@@ -184,6 +219,12 @@ def test_a_limit_leaves_nothing_behind() -> None:
     with time_limit(0.5):
         pass
     time.sleep(0.6)  # no signal comes late
+
+
+def test_processor_time_of_other_threads_ends_nothing_early() -> None:
+    with time_limit(60):
+        signal.raise_signal(signal.SIGVTALRM)  # the kernel's timer, which counts all threads
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
 
 
 def test_a_call_in_another_thread_is_not_ended() -> None:

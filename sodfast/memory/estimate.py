@@ -37,6 +37,7 @@ from sodfast.rollout.decoder import unsupported
 from sodfast.rollout.native import CacheSize, cache_size
 from sodfast.rollout.passes import CPU_ROWS, idle_rows, state_bytes
 from sodfast.rollout.speculation import (
+    ANSWER_OVERHEAD,
     MOST_QUERIES,
     MOST_TEXT_BYTES,
     MOST_TOKENS,
@@ -178,9 +179,7 @@ class Estimate:
         if self.on_host:
             sizes = [*self.layers, *self.others]
             items["teacher"] = sum(map(pinned_bytes, sizes))
-        if self._drafts:
-            items["answers"] = 4 * REMEMBERED
-        return items
+        return {**items, **self._answers}
 
     # ---------------------------------------------------------------- weights and their state
 
@@ -197,7 +196,21 @@ class Estimate:
             "teacher": teacher,
             # Steps are captured on a stream of their own.
             "workspaces": self.on_gpu * CUBLAS_WORKSPACE * (2 if self.native else 1),
+            **({} if self.on_gpu else self._answers),
         }
+
+    @property
+    def _answers(self) -> Items:
+        """Of the earlier answers that drafts are looked up in, which lie on the host: as many as
+        are remembered at most, or of fewer questions all."""
+        if not self._drafts:
+            return {}
+        config, task, tokens = self.config, self.config.task, REMEMBERED
+        if isinstance(task, ArithmeticConfig) and not config.eval.tasks:
+            answers = task.train * config.rollout.samples_per_prompt
+            answers += task.test * config.eval.samples
+            tokens = min(REMEMBERED, answers * (self.longest + ANSWER_OVERHEAD))
+        return {"answers": 4 * tokens}
 
     @cached_property
     def _optimizer(self) -> torch.optim.Optimizer:

@@ -296,6 +296,7 @@ class Batch:
             self.drawn += max(0, count[row] - draw.drawn)
             draw.drawn = max(count[row], draw.drawn)
             if length is not None:
+                self.pace.emitted -= count[row] - length  # drawn behind the stop string
                 ended.append((row, length, True))
             elif done[row]:
                 ended.append((row, count[row], False))

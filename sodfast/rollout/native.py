@@ -5,9 +5,9 @@ nothing can be stale after an update, and training has the memory back. cache.py
 values, batch.py the rows that are drawn at once; this file sizes both.
 
 A token is a function of the weights, its prompt and its key (seed, step, sample, position). On a
-CPU it is the same bit for bit whatever else is in the batch. On a GPU a call that is repeated is the
-same bit for bit; other company changes the shapes of products and so their rounding, and with it
-what is drawn where two tokens are within that.
+CPU it is the same bit for bit whatever else is in the batch. On a GPU a call that is repeated gives
+the same bits; other company changes the shapes of products and so their rounding, and with it what
+is drawn where two tokens are within that.
 """
 
 import os
@@ -41,8 +41,9 @@ from sodfast.rollout.speculation import (
 
 # Share of the free memory that the cache may take; the rest is for logits and activations.
 MEMORY_SHARE = {"cuda": 0.85, "cpu": 0.5}
-# On a CPU the bits of smaller heads depend on how wide a pass is (`WIDTH_STEP`), and so on drafts.
-EXACT_HEAD = 32
+# On a CPU the bits of smaller heads depend on how wide a pass is (`WIDTH_STEP`), and so on drafts;
+# and those of hidden sizes that are no multiple of this on how products are shared among threads.
+EXACT_HEAD, EXACT_HIDDEN = 32, 16
 
 
 class NativeEngine:
@@ -65,8 +66,10 @@ class NativeEngine:
     ) -> None:
         self.model = model
         device = model.device.type
-        small = model.network.model.layers[0].self_attn.head_dim < EXACT_HEAD
-        exact = device != "cpu" or not small
+        exact = device != "cpu" or (
+            model.network.model.layers[0].self_attn.head_dim >= EXACT_HEAD
+            and model.network.config.hidden_size % EXACT_HIDDEN == 0
+        )
         self.setting: Setting = resolved(speculate, device) if exact else False
         # Calls with the same seed are of a kind, such as evaluations: in one as many drafts hold
         # as in the one before.
@@ -132,7 +135,8 @@ class NativeEngine:
 
     @property
     def speculates(self) -> bool:
-        """Whether passes check drafts. Not on a CPU with smaller heads than `EXACT_HEAD`."""
+        """Whether passes check drafts. Not on a CPU with smaller heads than `EXACT_HEAD` or a
+        hidden size that `EXACT_HIDDEN` does not divide."""
         return self.setting is not False
 
     def size(self, tokens: int, sequences: int) -> "CacheSize":

@@ -141,11 +141,13 @@ class Pace:
         return sizes[self._best(sizes)]
 
     def queries(self, rows: int) -> int:
-        """How many tokens of each of so many rows pay best, idle rows among them."""
+        """How many tokens of each of so many rows pay best, idle rows among them. Where the setting
+        is a number: the most up to it with which the pass is no longer than it may be."""
         return self._best({q: rows for q in self._allowed() if q == 1 or q * rows <= self.most})
 
     def _allowed(self) -> tuple[int, ...]:
-        return QUERIES if self.setting == "auto" else (1, self.setting + 1)
+        most = MOST_QUERIES if self.setting == "auto" else self.setting + 1
+        return tuple(queries for queries in QUERIES if queries <= most)
 
     def _best(self, sizes: Mapping[int, int]) -> int:
         """Which number of tokens pays best; `sizes`: for each, how many rows there would be."""

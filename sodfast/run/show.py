@@ -106,7 +106,7 @@ def describe_answers(answers: Sequence[tuple[int, Row]], console: Console) -> li
     any."""
     coloured = console.color_system is not None and not console.no_color
     distilled = any(row.get("divergence") for _, row in answers)
-    lines = [_legend(console, coloured)] if distilled else []
+    lines = _legend(console, coloured) if distilled else []
     for index, row in answers:
         lines += ["", "─" * console.width, *_wrapped_plain(_headline(index, row), console.width)]
         lines += _part("prompt", row["prompt"], console.width)
@@ -123,12 +123,15 @@ def describe_answers(answers: Sequence[tuple[int, Row]], console: Console) -> li
     return lines
 
 
-def _legend(console: Console, coloured: bool) -> str:
-    names = [f"{shade}: {least:g}" for shade, least in enumerate(SHADES, start=1)]
+def _legend(console: Console, coloured: bool) -> list[str]:
     if coloured:
         shades = [(f" {least:g} ", shade) for shade, least in enumerate(SHADES, start=1)]
-        return f"divergence per token, from {_styled(shades, console)} nats"
-    return f"digits: divergence of the token above, from {', '.join(names)} nats"
+        parts = [("divergence per token, from ", 0), *shades, (" nats", 0)]
+        cells = [(letter, shade) for text, shade in parts for letter in text]
+        return [_draw(line, console, coloured)[0] for line in _wrap(cells, console.width)]
+    names = [f"{shade}: {least:g}" for shade, least in enumerate(SHADES, start=1)]
+    text = f"digits: divergence of the token above from {', '.join(names)} nats"
+    return _wrapped_plain(text, console.width)
 
 
 def _headline(index: int, row: Row) -> str:

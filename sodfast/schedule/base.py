@@ -5,7 +5,8 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-# Of a metrics line: what a step has when its teacher is about to move. The others come later.
+# Of a metrics line: what a step has when its teacher is about to move, and a resume repeats bit for
+# bit. Evaluations and what becomes of the teacher come later; time, memory and passes are costs.
 KNOWN = ("reward/", "length/", "distill/", "policy/", "optim/")
 
 Action = Literal["keep", "copy", "average"]
@@ -17,7 +18,7 @@ class StepStatistics:
 
     `reward_mean` and the lengths are `reward/mean` and `length/*` of the step's metrics line.
     Under `length_unit=shard` the lengths are the summed response lengths of each shard. `metrics`:
-    every value that the line has when the teacher is about to move, those of `KNOWN`.
+    the values of `KNOWN`, which the line has when the teacher is about to move.
     """
 
     step: int

@@ -15,7 +15,9 @@ from sodfast.tasks.worker import WorkerEnded, parallel
 _FENCE = re.compile(r"^```[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
 _SHOWN = 500  # characters of an input or an output in a feedback
 _LINES = 10  # of a traceback
-_OUTPUT = 64 << 10  # bytes: no program can write more, see sandbox_runner.py
+# Bytes: no program can write more, or read more on its standard input, see sandbox_runner.py.
+_OUTPUT = 64 << 10
+_INPUT = 16 << 20
 _logger = logging.getLogger(__name__)
 
 
@@ -153,13 +155,23 @@ def _check(question: Question) -> None:
         if all(isinstance(test, str) for test in tests):
             return
         if all(_is_example(test) for test in tests):
-            if any(len(test["stdout"].encode()) > _OUTPUT for test in tests):
-                raise UsageError(f"field 'tests': a 'stdout' exceeds {_OUTPUT >> 10} KiB")
+            for test in tests:
+                _require_size("stdin", test["stdin"], _INPUT)
+                _require_size("stdout", test["stdout"], _OUTPUT)
             return
     raise UsageError(
         "field 'tests' must be a list of objects with the texts 'stdin' and 'stdout', or Python "
         "that asserts, as text or a list of texts"
     )
+
+
+def _require_size(name: str, text: str, most: int) -> None:
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError as error:
+        raise UsageError(f"field 'tests': a {name!r} holds half of a surrogate pair") from error
+    if size > most:
+        raise UsageError(f"field 'tests': a {name!r} exceeds {most >> 10} KiB")
 
 
 def _is_example(test: Any) -> bool:

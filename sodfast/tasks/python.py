@@ -12,9 +12,10 @@ from sodfast.config import PythonConfig
 from sodfast.errors import RunFailed, UsageError
 from sodfast.source import Source, TimeUp, find_source
 from sodfast.tasks.base import Grade, Question, Task
-from sodfast.tasks.rows import load_questions
+from sodfast.tasks.rows import load_questions, require_unicode
 
 T = TypeVar("T")
+_OWN = {"prompts", "completions"}  # what every function is given, whatever the columns
 
 
 def python_task(config: PythonConfig) -> Task:
@@ -63,14 +64,16 @@ class ClassTask:
         self._feedback: Callable[..., Any] = getattr(task, "feedback", lambda question, text: None)
         extract = getattr(task, "extract", None)
         self.extract: Callable[[str], str | None] | None = extract and (
-            lambda response: self._call(None, lambda: _text(extract(response), "extract"))
+            lambda response: self._call(extract, None, lambda: _text(extract(response), "extract"))
         )
 
     def score(self, question: Question, response: str) -> float:
-        return self._call(question, lambda: _reward(self._score(question, response)))
+        score = self._score
+        return self._call(score, question, lambda: _reward(score(question, response)))
 
     def feedback(self, question: Question, response: str) -> str | None:
-        return self._call(question, lambda: _text(self._feedback(question, response), "feedback"))
+        said = self._feedback
+        return self._call(said, question, lambda: _text(said(question, response), "feedback"))
 
 
 class FunctionTask:
@@ -102,6 +105,11 @@ class FunctionTask:
                 raise UsageError(
                     f"no column {name!r}, which {source.name} needs: add it, or name the column "
                     f"that holds it in task.columns.{name}"
+                )
+            for name in sorted(_OWN & question.columns.keys()) if self._columns is None else ():
+                raise UsageError(
+                    f"a column {name!r}, which {source.name} is given already: name it otherwise "
+                    f"in task.columns, such as task.columns.own_{name}={name}"
                 )
 
         self.train, self.test = load_questions(config, check, needs_answer=False)
@@ -138,16 +146,23 @@ class FunctionTask:
         }
 
         def ask() -> list[Grade]:
-            results = list(self._function(prompts=prompts, completions=completions, **columns))
+            found = self._function(prompts=prompts, completions=completions, **columns)
+            try:
+                rewards = iter(found)
+            except TypeError as error:
+                raise _Refused(f"must return a list, not {str(found)[:40]!r}") from error
+            results = list(rewards)
             if len(results) != len(questions):
                 raise _Refused(f"{len(results)} rewards for {len(questions)} completions")
             return [_grade(*pair) for pair in zip(results, questions, strict=True)]
 
-        return self._call(questions[0] if len(questions) == 1 else None, ask)
+        return self._call(self._function, questions[0] if len(questions) == 1 else None, ask)
 
 
 class _Refused(ValueError):
-    """What the user's code returned cannot be used."""
+    """What the user's code returned cannot be used; `question`: for which one, if it is known."""
+
+    question: Question | None = None
 
 
 class _Call:
@@ -157,15 +172,22 @@ class _Call:
         self._source = source
         self._limit = ("task.timeout", seconds)
 
-    def __call__(self, question: Question | None, ask: Callable[[], T]) -> T:
-        """What `ask` returns. `question`: what the call is about, None for several."""
-        row = "" if question is None else f" (row {question.id!r})"
+    def __call__(
+        self, function: Callable[..., Any], question: Question | None, ask: Callable[[], T]
+    ) -> T:
+        """What `ask`, which calls the user's `function`, returns. `question`: what the call is
+        about, None for several."""
+        row = _row(question)
         with self._source.running(lambda text: RunFailed(f"{text}{row}"), self._limit):
             try:
                 return ask()
             except _Refused as error:
-                place = f"{self._source.file}, {self._source.name}"
-                raise RunFailed(f"{place}: {error}{row}") from error
+                place = f"{self._source.place(function)}, {self._source.name}"
+                raise RunFailed(f"{place}: {error}{_row(error.question) or row}") from error
+
+
+def _row(question: Question | None) -> str:
+    return "" if question is None else f" (row {question.id!r})"
 
 
 def _named(questions: Sequence[Any], key: str) -> Sequence[Question]:
@@ -174,6 +196,9 @@ def _named(questions: Sequence[Any], key: str) -> Sequence[Question]:
         if not isinstance(question, Question):
             kind = type(question).__name__
             raise UsageError(f"task.source: {key}[{number}] must be a Question, not a {kind}")
+        if question.id and not isinstance(question.id, str):
+            raise UsageError(f"task.source: {key}[{number}].id must be text, not {question.id!r}")
+        require_unicode(f"task.source: {key}[{number}]", question.id or "")
     return [q if q.id else replace(q, id=f"{key} {number}") for number, q in enumerate(questions)]
 
 
@@ -183,7 +208,7 @@ def _parameters(
     """The columns that the function cannot do without, and those that it is given; None: all."""
     parameters = dict(inspect.signature(function).parameters)
     everything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    if not everything and not {"prompts", "completions"} <= parameters.keys():
+    if not everything and not parameters.keys() >= _OWN:
         raise UsageError(
             f"task.source: {source.name} must take (prompts, completions, **columns), TRL's "
             "convention"
@@ -191,8 +216,7 @@ def _parameters(
     named = {
         name: p
         for name, p in parameters.items()
-        if name not in ("prompts", "completions")
-        and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+        if name not in _OWN and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
     }
     needed = {name for name, p in named.items() if p.default is p.empty}
     return needed, None if everything else list(named)
@@ -209,7 +233,8 @@ def _grade(result: Any, question: Question) -> Grade:
             return Grade(_reward(result[0]), _text(result[1], "feedback"))
         return Grade(_reward(result))
     except _Refused as error:
-        raise _Refused(f"{error} (row {question.id!r})") from error
+        error.question = question
+        raise
 
 
 def _reward(value: Any) -> float:

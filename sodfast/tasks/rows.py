@@ -225,6 +225,7 @@ def _question(
         raise UsageError(f"{place}: field 'answer' is missing")
     if not isinstance(name, str | int) or isinstance(name, bool):
         raise UsageError(f"{place}: field 'id' must be text or a whole number, not {_type(name)}")
+    require_unicode(place, str(name))
     question = Question(
         prompt=f"{prompt}\n\n{config.request}" if config.request else prompt,
         answer=row.get("answer"),
@@ -238,6 +239,14 @@ def _question(
     except UsageError as error:
         raise UsageError(f"{place}: {error}") from error
     return question
+
+
+def require_unicode(place: str, name: str) -> None:
+    """Raise `UsageError` for an id with half of a surrogate pair: no file of a run can hold it."""
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{place}: id {name[:40]!r} is no Unicode text") from error
 
 
 def _renamed(place: str, row: Row, columns: Mapping[str, str]) -> Row:

@@ -59,6 +59,7 @@ class ToolUseTask:
       none inside a code fence.
     * Invalid JSON scores 0 strictly; the reference leaves it out.
     * "Action:" inside the strings of an input is text strictly, and a call for the reference.
+    * Blanks around a name in the row are none of it strictly; for the reference no answer calls it.
     * True and 1 differ strictly and are equal for the reference; 1 and 1.0 are equal for both.
 
     Raises:
@@ -69,7 +70,7 @@ class ToolUseTask:
 
     def __init__(self, config: ToolUseConfig) -> None:
         self.train, self.test = load_questions(config, _check)
-        strict = config.scorer == "strict"
+        self._strict = strict = config.scorer == "strict"
         self._calls = _response_calls if strict else _flat_calls
         self._same: Callable[[Any, Any], bool] = _same_json if strict else operator.eq
 
@@ -78,7 +79,7 @@ class ToolUseTask:
             calls = self._calls(response)
         except (ValueError, RecursionError):
             return 0.0
-        reference = _reference_calls(question.answer)
+        reference = _reference_calls(question.answer, self._strict)
         right = Counter(calls.names) == Counter(reference.names)
         return float(right and self._same(calls.arguments, reference.arguments))
 
@@ -88,7 +89,7 @@ class ToolUseTask:
             calls = self._calls(response)
         except (ValueError, RecursionError):
             return "An Action Input is not a valid JSON object."
-        reference = _reference_calls(question.answer)
+        reference = _reference_calls(question.answer, self._strict)
         called, expected = Counter(calls.names), Counter(reference.names)
         given, required = calls.arguments, reference.arguments
         differences = {
@@ -143,8 +144,9 @@ def _flat_calls(response: str) -> Calls:
     return Calls(_NAME.findall(response), arguments)
 
 
-def _reference_calls(answer: Any) -> Calls:
-    """Read a row's answer. Raises ValueError, TypeError, KeyError or RecursionError."""
+def _reference_calls(answer: Any, strict: bool = True) -> Calls:
+    """Read a row's answer; strictly, blanks around a name are none of it. Raises ValueError,
+    TypeError, KeyError or RecursionError."""
     # What another decoder has read is written and read again, so that its numbers compare like
     # those that `strict_json` reads from text.
     calls = strict_json.decode(answer if isinstance(answer, str) else json.dumps(answer))
@@ -161,7 +163,7 @@ def _reference_calls(answer: Any) -> Calls:
             raise ValueError("an 'Action' is not the name of a tool")
         if not isinstance(values, dict):
             raise ValueError("an 'Action_Input' is not an object")
-        names.append(name.strip())
+        names.append(name.strip() if strict else name)
         arguments |= values
     return Calls(names, arguments)
 

@@ -154,6 +154,9 @@ def test_stop_strings_within_a_draft(wide_model: Path) -> None:
         texts = [model.decode(sample.response) for sample in plain]
         assert any(end in text for text in texts for end in stop)
         lossless(model, 7, 5, prompts, sampling)
+        ours = NativeEngine(model, 5, None, 7)
+        kept = sum(len(sample.response) - 1 for sample in asked(ours, prompts, sampling))
+        assert ours.tokens_per_pass == kept / ours.pace.passes  # none of those behind a stop string
 
 
 @pytest.mark.slow
@@ -195,11 +198,28 @@ def test_calls_of_several_kinds_with_the_same_prompts(model: LanguageModel) -> N
     assert len({id(pace.cost) for pace in ours.paces.values()}) == 1
 
 
-def test_heads_too_small_to_be_exact_on_a_cpu_are_left_alone(tiny_model: Path) -> None:
+@pytest.mark.gpu
+@pytest.mark.parametrize("setting", [1, 7, 15])
+def test_a_gpu_in_fp32_draws_the_tokens_that_it_draws_without_drafts(setting: Setting) -> None:
+    """Through graphs of several numbers of rows and drafts; log-probs to rounding."""
+    model = LanguageModel(tiny("qwen3").network.to("cuda"), None, ENDS, 1)
+    plain, ours = NativeEngine(model, 64), NativeEngine(model, 64, None, setting)
+    for step in (4, 5, 5):
+        for a, b in zip(asked(ours, step=step), asked(plain, step=step), strict=True):
+            assert a.response.equal(b.response) and a.capped == b.capped
+            torch.testing.assert_close(a.logprob, b.logprob, rtol=0, atol=1e-4)
+            torch.testing.assert_close(a.entropy, b.entropy, rtol=0, atol=1e-4)
+    assert ours.tokens_per_pass is not None and ours.tokens_per_pass > 1.3
+
+
+def test_sizes_that_are_not_exact_on_a_cpu_are_left_alone(tiny_model: Path) -> None:
     small = load_model(str(tiny_model), torch.device("cpu"))
     assert not NativeEngine(small, 4, None, 7).speculates
     assert NativeEngine(tiny("qwen3"), 4, None, 7).speculates
     assert not NativeEngine(tiny("qwen3"), 4, None, False).speculates
+    odd = tiny("qwen3")
+    odd.network.config.hidden_size += 8
+    assert not NativeEngine(odd, 4, None, 7).speculates
 
 
 # ---------------------------------------------------------------- which drafts, and how many
@@ -293,7 +313,10 @@ def test_the_more_rows_and_the_fewer_drafts_hold_the_fewer_there_are() -> None:
         assert Pace(False, device).queries(1) == 1
         assert Pace(7, device).queries(16) == 8
         assert all(q * good.queries(q) <= MOST_TOKENS[device] for q in (1, 16, 64, 256))
-    assert Pace(15, "cuda").queries(64) == 1 and Pace(3, "cuda").queries(64) == 4
+    # A number is the most: as many as fit into a pass.
+    given = {rows: Pace(15, "cuda").queries(rows) for rows in (8, 16, 32, 64, 128, 256)}
+    assert given == {8: 16, 16: 16, 32: 8, 64: 4, 128: 2, 256: 1}
+    assert Pace(3, "cuda").queries(8) == Pace(3, "cuda").queries(64) == 4
 
 
 def test_a_cpu_draws_few_rows_at_a_time_where_many_drafts_hold() -> None:

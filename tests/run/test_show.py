@@ -67,7 +67,7 @@ def test_the_numbers_of_an_answer_and_its_hint() -> None:
         )
     )
     assert shown[0] == (
-        "digits: divergence of the token above, from 1: 0.01, 2: 0.03, 3: 0.1, 4: 0.3 nats"
+        "digits: divergence of the token above from 1: 0.01, 2: 0.03, 3: 0.1, 4: 0.3 nats"
     )
     assert " ".join(shown).count("step 4  q-7  answer 0  reward 0.5  length 4") == 1
     assert "divergence 0.12" in " ".join(shown) and "advantage +0.25" in " ".join(shown)
@@ -96,11 +96,12 @@ def test_no_line_is_wider_than_the_screen_and_no_character_acts(
     text: list[str], width: int
 ) -> None:
     one = answer(1, text, prompt="".join(text), capped=True, divergence=[0.2] * len(text))
-    shown = lines(one, width=width)[1:]
+    shown = lines(one, width=width)
     assert max(map(cell_len, shown)) <= width
     for letter in "".join(shown):
         assert letter in "\u200c\u200d" or unicodedata.category(letter) not in ("Cc", "Cf", "Zl")
     coloured = lines(one, width=width, colour=True)
+    assert max(cell_len(re.sub(r"\x1b\[[\d;]*m", "", line)) for line in coloured) <= width
     body = [re.sub(r"\x1b\[[\d;]*m", "", line) for line in coloured[coloured.index("answer") + 1 :]]
     joined = "".join(inert(part) for part in text)
     assert "".join(line.removeprefix("  ") for line in body) == joined.replace("\n", "")
@@ -170,7 +171,7 @@ def test_the_command_in_a_pipe(kept: Callable[..., Path], cli: Command) -> None:
     run = kept([answer(4, [HOSTILE, ""], divergence=[0.2, 0.0])])
     outcome = cli("show", str(run), "--step", "4", "--sort", "divergence")
     assert outcome.code == 0 and outcome.err == "" and "\x1b" not in outcome.out
-    assert max(map(cell_len, outcome.out.splitlines()[1:])) <= 80
+    assert max(map(cell_len, outcome.out.splitlines())) <= 80
     kept([answer(4, ["3"], evaluation=True)], evaluation=True)
     assert f"  3{END}" not in cli("show", str(run)).out.splitlines()
     assert "  3" in cli("show", str(run), "--eval").out.splitlines()

@@ -77,6 +77,10 @@ def test_a_program_is_the_last_block(response: str, program: str) -> None:
                 "import socket\nsocket.create_connection(('1.1.1.1', 1), 1)",
                 "Network is unreachable",
             ),
+            (
+                "import os, time\nif os.fork() == 0:\n  os.setsid()\n  time.sleep(99)\nos.wait()",
+                "Expected:\n3\nThe program took longer than 3 seconds.",
+            ),
         ),
     ],
 )
@@ -85,6 +89,13 @@ def test_programs_with_input_and_output(task: CodeTask, program: str, words: str
     assert (given.reward, given.answer) == (float(words is None), None)
     assert given.feedback is None if words is None else words in str(given.feedback)
     assert "sandbox_runner" not in str(given.feedback)
+
+
+def test_a_run_is_not_there_for_a_program(task: CodeTask, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("3")
+    path = str(tmp_path / "config.yaml")
+    feedback = str(task.feedback(question(ADD), f"print(open({path!r}).read())"))
+    assert f"FileNotFoundError: [Errno 2] No such file or directory: {path!r}" in feedback
 
 
 ONE = "assert add(1, 2) == 3"
@@ -137,6 +148,12 @@ def test_other_rows_that_cannot_be_used(tmp_path: Path) -> None:
         CodeTask(CodeConfig(**rows(tmp_path, ["assert f()"], entry_point="f()")))
     with pytest.raises(UsageError, match=r"a 'stdout' exceeds 64 KiB"):
         CodeTask(CodeConfig(**rows(tmp_path, [{"stdin": "", "stdout": "x" * 70_000}])))
+    with pytest.raises(UsageError, match=r"a 'stdin' exceeds 16384 KiB"):
+        CodeTask(CodeConfig(**rows(tmp_path, [{"stdin": "x" * (1 + (16 << 20)), "stdout": ""}])))
+    for name in ("stdin", "stdout"):
+        test = {"stdin": "", "stdout": "", name: "\ud800"}
+        with pytest.raises(UsageError, match=rf"a '{name}' holds half of a surrogate pair"):
+            CodeTask(CodeConfig(**rows(tmp_path, [test])))
 
 
 def test_without_namespaces_it_works_and_says_so(

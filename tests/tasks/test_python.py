@@ -160,6 +160,18 @@ def test_columns_that_rows_lack(rows: Path) -> None:
     assert task.score(task.train[0], "x") == float(task.train[0].columns["solution"])
 
 
+@pytest.mark.parametrize("name", ["prompts", "completions"])
+def test_a_column_with_the_name_of_an_argument_is_refused(rows: Path, name: str) -> None:
+    (rows / "test.jsonl").write_text(json.dumps({"prompt": "1+1=", name: "x"}) + "\n")
+    text = "def reward(prompts, completions, **columns): return [len(columns) / 2]"
+    message = refusal(rows, text)
+    assert message.startswith(f"{rows / 'test.jsonl'}, line 1: a column {name!r}, which reward is")
+    own(rows, text.replace(", **columns", ", n=None").replace("columns", "prompts"))
+    (rows / "train.jsonl").write_text(json.dumps({"prompt": "2+1=", name: "x"}) + "\n")
+    task = own(rows, text, f"task.columns.own_{name}={name}")
+    assert task.score(task.train[0], "x") == 0.5
+
+
 def test_what_is_no_reward_function(rows: Path) -> None:
     assert "must take (prompts, completions, **columns)" in refusal(rows, "def reward(x): ...")
     assert "is neither class nor function" in refusal(rows, "reward = 3")
@@ -174,15 +186,16 @@ def test_what_is_no_reward_function(rows: Path) -> None:
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("return [1.0]", "own.py, reward: 1 rewards for 2 completions"),
-        ("return [1.0, 2.0, 3.0]", "own.py, reward: 3 rewards for 2 completions"),
+        ("return [1.0]", "own.py:2, reward: 1 rewards for 2 completions"),
+        ("return [1.0, 2.0, 3.0]", "own.py:2, reward: 3 rewards for 2 completions"),
         ("return [1.0, float('nan')]", "must be a finite number, not 'nan' (row 'line 2')"),
         ("return [float('inf'), 1]", "must be a finite number, not 'inf' (row 'line 1')"),
         ("return [10**400, 1]", "must be a finite number, not '1000000"),
         ("return ['right', 1]", "must be a finite number, not 'right' (row 'line 1')"),
         ("return [None, 1]", "must be a finite number, not 'None' (row 'line 1')"),
         ("return [(1, 2), 1]", "feedback must be text or None, not '2' (row 'line 1')"),
-        ("return None", "own.py:3: TypeError"),
+        ("return None", "own.py:2, reward: must return a list, not 'None'"),
+        ("return 1.0", "own.py:2, reward: must return a list, not '1.0'"),
         ("return [1 / (c != 'bad') for c in completions]", "division by zero (row 'line 2')"),
         ("raise SystemExit", "own.py:3: SystemExit"),
     ],
@@ -191,9 +204,28 @@ def test_a_function_that_fails_is_named_by_file_line_and_row(
     rows: Path, body: str, message: str
 ) -> None:
     task = own(rows, f"\ndef reward(prompts, completions):\n    {body}\n")
-    if "TypeError" in message:
-        message = "TypeError"  # raised where its result is read
     assert message in failure(task, "good", "bad")
+
+
+def test_a_result_that_cannot_be_used_is_placed_once(rows: Path) -> None:
+    text = (
+        "import math\n\ndef reward(prompts, completions):\n    return [math.nan] * len(prompts)\n"
+    )
+    said = "a reward must be a finite number, not 'nan' (row 'line 1')"
+    task = own(rows, text)
+    for answers in (["x"], ["x", "y"]):
+        assert failure(task, *answers) == f"{rows / 'own.py'}:3, reward: {said}"
+    text = CLASS.replace("return float(", "return str(")
+    task = own(rows, text, f"task.options.folder={rows}")
+    line = text.splitlines().index("    def score(self, question, response):") + 1
+    assert failure(task, "x") == (
+        f"{rows / 'own.py'}:{line}, Arithmetic: a reward must be a finite number, not 'False' "
+        "(row 'train 0')"
+    )
+    task = own(rows, "from functools import partial\nreward = partial(lambda **columns: [])")
+    assert failure(task, "x") == (
+        f"{rows / 'own.py'}, reward: 0 rewards for 1 completions (row 'line 1')"
+    )
 
 
 def test_numbers_of_numpy_and_truth_values_are_rewards(rows: Path) -> None:
@@ -208,7 +240,14 @@ def reward(prompts, completions):
     assert task.score(task.train[0], "x") == 1.0
 
 
-@pytest.mark.parametrize("body", ["while True: pass", "import time; time.sleep(60)"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        "while True: pass",
+        "import time; time.sleep(60)",
+        "import re; re.match('(a+)+$', 'a' * 40 + 'b')",  # lets no other thread run
+    ],
+)
 def test_a_call_that_hangs_is_ended(rows: Path, body: str) -> None:
     text = f"\ndef reward(prompts, completions):\n    {body}\n"
     task = own(rows, text, "task.timeout=0.2")
@@ -250,6 +289,13 @@ def test_a_class_is_built_from_its_options(rows: Path) -> None:
 )
 def test_a_class_that_cannot_be_built(rows: Path, text: str, message: str) -> None:
     assert message in refusal(rows, text)
+
+
+@pytest.mark.parametrize(("id", "said"), [("'a\\ud800'", "is no Unicode"), ("7", "must be text")])
+def test_an_id_that_no_file_can_hold_is_refused(rows: Path, id: str, said: str) -> None:
+    text = CLASS.replace('row["answer"])', f'row["answer"], id={id})')
+    message = refusal(rows, text, f"task.options.folder={rows}")
+    assert "task.source: train[0]" in message and said in message and message.isprintable()
 
 
 def test_a_class_that_fails(rows: Path) -> None:
@@ -324,8 +370,11 @@ def test_a_reward_that_fails_saves_the_last_step(tiny_run: list[str], rows: Path
     [
         ("raise KeyError('x')", "own.py:6: KeyError: 'x' (row "),
         *slow(
-            ("return [1.0]", "own.py, reward: 1 rewards for 16 completions"),
-            ("return [float('nan')] * 16", "must be a finite number, not 'nan' (row "),
+            ("return [1.0]", "own.py:3, reward: 1 rewards for 16 completions"),
+            (
+                "return [float('nan')] * 16",
+                "must be a finite number, not 'nan' (row ",
+            ),
             ("return ['good'] * 16", "must be a finite number, not 'good' (row "),
             ("while True: pass", "own.py:6: took longer than task.timeout=0.5 seconds"),
         ),
@@ -419,11 +468,17 @@ def reward(prompts, completions, answer):
 
 
 def test_rewards_on_another_scale_need_their_thresholds(tiny_run: list[str], rows: Path) -> None:
-    text = FUNCTION.replace("float(", "2 * float(")
+    switch = rows / "doubled"
+    text = FUNCTION.replace("float(", f"(1 + os.path.exists({str(switch)!r})) * float(")
+    text = f"import os\n{text}"
     keys = [k for k in tiny_run if not k.startswith("collapse.")]
-    with pytest.raises(RunFailed, match=r"set collapse\.eval_floor and schedule\.reward_margin on"):
-        run(trainer(keys, rows / "run", *overrides(rows, text), "steps=1"))
-    scale = ["collapse.eval_floor=-0.5", "schedule.reward_margin=0.05"]
+    run(trainer(keys, rows / "resumed", *overrides(rows, text), "steps=1"))
+    switch.touch()
+    for name, task in (("run", overrides(rows, text)), ("resumed", ["steps=2"])):
+        said = r"set collapse\.eval_floor and schedule\.reward_margin on"
+        with pytest.raises(RunFailed, match=said):
+            run(trainer(keys, rows / name, *task))
+    scale = ["collapse.eval_floor=-0.5", "schedule.reward_margin=0.06"]
     run(trainer(keys, rows / "other", *overrides(rows, text), "steps=1", *scale))
     last = json.loads((rows / "other" / "metrics.jsonl").read_text().splitlines()[-1])
     assert math.isfinite(last["eval/mean@2"]) and last["reward/mean"] > 0

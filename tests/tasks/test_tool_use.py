@@ -266,6 +266,14 @@ def test_what_differs_between_the_scorers(
         assert (scorer.feedback(question, response) is None) == bool(score)
 
 
+def test_blanks_around_a_name_of_the_row(task: ToolUseTask, reference: ToolUseTask) -> None:
+    """The published scorer compares them, and reads no name that has any."""
+    for name in ("find ", " find"):
+        response = respond(("find", {"a": 1}))
+        scores = [scorer.score(ask((name, {"a": 1})), response) for scorer in (task, reference)]
+        assert scores == [1.0, 0.0]
+
+
 NEAR = st.sampled_from([None, True, False, 0, 1, -0.0, 1.0, 1.5, "", "1", "true", [], [1], {}])
 NEAR_OBJECTS = st.dictionaries(
     st.sampled_from("ab"),

@@ -22,6 +22,9 @@ from torch import Tensor
 from ..backend import uses_triton
 from .key import LONGEST, MAX_SOURCES, MAX_TOKENS, NONE, POSITION_BITS, RANK_BITS, SHORTEST
 
+# Tokens of sources that the PyTorch path compares at a time: about 8 bytes of scratch for each.
+AT_ONCE = 1 << 20
+
 
 def find_drafts(
     tokens: Tensor,
@@ -92,8 +95,9 @@ def _find(tokens: Tensor, length: Tensor, own: Tensor, sources: Tensor, count: i
     best_B = _best(tokens, length, own, sources[:, :1])
     # The longest match in the first source is the best there can be.
     open_M = (best_B >> RANK_BITS + POSITION_BITS < LONGEST).nonzero()[:, 0]
-    if len(open_M) and ranks > 1:
-        best_B[open_M] = _best(tokens, length, own[open_M], sources[open_M])
+    if ranks > 1:
+        for rows_M in open_M.split(max(1, AT_ONCE // (ranks * max(1, tokens.shape[1])))):
+            best_B[rows_M] = _best(tokens, length, own[rows_M], sources[rows_M])
     rank_B1 = ((1 << RANK_BITS) - 1 - (best_B >> POSITION_BITS & (1 << RANK_BITS) - 1))[:, None]
     rank_B1 = rank_B1.clamp(max=ranks - 1)
     place_BK = (best_B & (1 << POSITION_BITS) - 1)[:, None] + torch.arange(count, device=own.device)

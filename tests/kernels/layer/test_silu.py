@@ -57,11 +57,25 @@ def test_far_from_zero_and_what_is_not_finite(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_bits_of_a_row_do_not_depend_on_the_rows_beside_it(backend):
-    """As long as they are 16, or a multiple: a CPU decodes no fewer, to have its registers full."""
-    gate_up = draw(48, 78)
+@pytest.mark.parametrize("width", [1, 78, 99])
+def test_the_bits_of_a_row_do_not_depend_on_the_rows_beside_it(backend, width):
+    gate_up = draw(48, width)
     out = silu_and_mul(gate_up, backend=backend)
-    assert silu_and_mul(gate_up[16:32], backend=backend).equal(out[16:32])
+    assert silu_and_mul(gate_up[17:30], backend=backend).equal(out[17:30])
+
+
+@pytest.mark.parametrize("threads", [3, 4])
+def test_the_bits_of_a_row_do_not_depend_on_the_threads(threads):
+    """Which share 16 rows of this width in the middle of one."""
+    gate_up = draw(128, 4864).cpu()
+    one = silu_and_mul(gate_up)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert silu_and_mul(gate_up).equal(one)
+        assert silu_and_mul(gate_up[16:32]).equal(one[16:32])
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_fp64_is_exact_on_the_pytorch_path():
