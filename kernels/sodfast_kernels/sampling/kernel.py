@@ -376,8 +376,9 @@ def sample(
 
 
 def _settle_sweeps(read: float, top_p: bool, top_k: bool) -> dict[str, Sweep]:
-    """What truncation reads again: nearly always the first winner is kept; one row in twenty draws
-    again, as it does at a top_p of 0.95. Top-k and top-p together search before that."""
+    """What truncation reads again. It nearly always keeps the first winner; one row in twenty draws
+    again, as at a top_p of 0.95. Top-k and top-p together search before that. What is predicted
+    from these counts is for rows that fill the GPU; fewer take as long as one program does."""
     if not (top_p or top_k):
         return {}
     found = {"_best_before": Sweep(read, 0.05), "_before": Sweep(read, 1.05)}
