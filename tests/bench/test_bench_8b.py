@@ -43,6 +43,10 @@ def test_drafts_leave_forced_lengths_as_they_are_and_take_fewer_passes(tmp_path:
     assert list(brought) == ["off", "3 drafts", "7 drafts", "15 drafts"]
     assert brought["off"] == 1 and all(brought[name] > 1.2 for name in list(brought)[1:])
     assert len({found["rows"][0]["tokens"] for found in cases.values()}) == 1
+    for found in [cases[name] for name in list(brought)[1:]]:
+        first, again = found["rows"]
+        assert first["answers_as_off"] == 1  # in fp32 on a CPU
+        assert again["tokens_per_pass"] > 1.2
 
 
 @pytest.mark.exhaustive
