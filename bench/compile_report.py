@@ -1,6 +1,6 @@
 """Compile every Triton kernel for sm_80, sm_90 and sm_100, without a GPU, and check the result.
 
-    python bench/compile_report.py [--only REGEX] [--arch 90] [--update]
+    python bench/compile_report.py [--only REGEX] [--arch 90] [--update | --spills]
 
 Reports of each kernel in its production configuration: registers, spilled bytes, shared memory, the
 narrowest access to a streamed tensor, programs and warps that fit on a multiprocessor, instructions
@@ -8,7 +8,8 @@ and bytes an element of each loop over its data, and from them a predicted time 
 code 1 when a kernel spills, reads or writes a streamed tensor less than 16 bytes at a time (8 bytes
 for 8-bit elements), waits in a loop for all of its asynchronous copies, misses a target, or takes
 over 5 % more instructions an element than bench/results/compiled.json says; --update writes that
-file and the table compiled.md.
+file and the table compiled.md. With --spills only a kernel that spills or does not compile counts:
+for other versions of Triton than the one that the code is fast with.
 """
 
 import argparse
@@ -213,13 +214,11 @@ def count_sweeps(
 
 
 def examine(configuration: Configuration, arch: int) -> tuple[dict[str, Any], list[str]]:
-    """The report of one kernel, and what is wrong with it."""
+    """The report of one kernel, and what is wrong with it but for what it spills."""
     ptx, shared = compile_ptx(configuration, arch)
     fuse = configuration.options.get("enable_fp_fusion", True)
     registers, spilled, loops = assemble(ptx, arch, fuse)
     narrowest, problems = narrowest_accesses(configuration, ptx)
-    if spilled:
-        problems.append(f"spills {spilled} bytes")
     counted, undeclared = count_sweeps(configuration, loops)
     problems += undeclared
     report: dict[str, Any] = {
@@ -273,6 +272,10 @@ def predictions(
     return report
 
 
+def spills(report: dict[str, Any]) -> list[str]:
+    return [f"spills {report['spill_bytes']} bytes"] if report["spill_bytes"] else []
+
+
 @functools.cache
 def jobs() -> list[tuple[Configuration, int]]:
     """Everything there is to compile."""
@@ -292,7 +295,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", default="", help="kernels whose name holds this expression")
     parser.add_argument("--arch", type=int, choices=ARCHITECTURES, action="append")
-    parser.add_argument("--update", action="store_true", help="write bench/results/compiled.*")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--update", action="store_true", help="write bench/results/compiled.*")
+    mode.add_argument("--spills", action="store_true", help="of the problems only spills count")
     options = parser.parse_args()
     chosen = [
         index
@@ -303,10 +308,13 @@ def main() -> int:
     # Spawned, not forked: the compiler has threads. Kernels cannot be sent, their numbers can.
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(os.cpu_count(), mp_context=spawn) as pool:
-        for report, problems in pool.map(run_job, chosen):
+        for report, others in pool.map(run_job, chosen):
             reports.append(report)
-            if not options.update:
-                problems = problems + compiled_table.grown(report, triton.__version__)
+            problems = spills(report)
+            if not options.spills:
+                problems += others
+            if not (options.spills or options.update):
+                problems += compiled_table.grown(report, triton.__version__)
             failures += bool(problems)
             print(
                 f"{report['name']:40} {report['arch']:7} {report['registers']:4} registers "

@@ -2,21 +2,39 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from suite_targets import FLOORS
 
 FOLDER = Path(__file__).parent / "results"
 GROWTH = 1.05
-# Of the row kernels on our own tiles: instructions and bytes an element, and the programs that must
-# fit on a multiprocessor.
+
+
+class Target(NamedTuple):
+    """At most, on an H100 or H200; instructions and bytes are those of an element.
+
+    products: predicted on an H200, times four bare products; None where the linear form, which has
+        fp32 tiles, does not run the kernel.
+    """
+
+    instructions: float
+    bytes: float
+    products: float | None
+
+
+KL, JSD = FLOORS["KL"], FLOORS["JSD"]
+# JSD was to take 18 bytes, and over bf16 logits 90 instructions. In two sweeps it takes 18 and
+# 87.7; with the third sweep of one row in ten, which is assumed of the rows and no property of the
+# code, it takes 18.8 and 90.3, and misses both by that.
 TARGETS = {
-    "full_forward_fp32": (55, 18),
-    "full_reverse_fp32": (55, 18),
-    "full_jsd_fp32": (92, 19),
-    "full_jsd_bf16": (93, 15),  # 90 in two sweeps, and a third one for one row in ten
-    "top_20_jsd_fp32": (45, 15),
-    "top_100_jsd_fp32": (55, 16.5),
+    "full_forward_fp32": Target(55, 18, KL["ours"]),
+    "full_reverse_fp32": Target(55, 18, KL["ours"]),
+    "full_jsd_fp32": Target(92, 18.8, JSD["ours"]),
+    "full_jsd_bf16": Target(90.5, 10.4, None),
+    "top_20_jsd_fp32": Target(45, 15, JSD["ours, top-20 + tail"]),
+    "top_100_jsd_fp32": Target(55, 16.5, JSD["ours, top-100 + tail"]),
 }
-LEAST_PROGRAMS = 4
+LEAST_PROGRAMS = 4  # that must fit on a multiprocessor
 COLUMNS = (
     "kernel",
     "arch",
@@ -34,14 +52,20 @@ def missed_targets(report: dict[str, Any]) -> list[str]:
     if target is None or report["arch"] != "sm_90":
         return []
     checks = {
-        f"{report['instructions']} instructions an element, {target[0]} at most": (
-            report["instructions"] <= target[0]
+        f"{report['instructions']} instructions an element, {target.instructions} at most": (
+            report["instructions"] <= target.instructions
         ),
-        f"{report['bytes']} bytes an element, {target[1]} at most": report["bytes"] <= target[1],
+        f"{report['bytes']} bytes an element, {target.bytes} at most": (
+            report["bytes"] <= target.bytes
+        ),
         f"{report['programs']} programs at once, {LEAST_PROGRAMS} at least": (
             report["programs"] >= LEAST_PROGRAMS
         ),
     }
+    if target.products is not None:
+        products = report["predicted"]["H200"]["over_the_products"]
+        text = f"{products} times four products predicted on an H200, {target.products} at most"
+        checks[text] = products <= target.products
     return [text for text, holds in checks.items() if not holds]
 
 
@@ -52,14 +76,15 @@ def load() -> dict[str, Any]:
 
 
 def grown(report: dict[str, Any], version: str) -> list[str]:
-    """How a report is worse than the committed one; nothing is compared across versions of Triton,
-    each of which generates other code."""
+    """How a report is worse than the committed one. Each version of Triton generates other code, so
+    with another one there is nothing to compare with before the table is renewed."""
     committed = load()
-    before = committed["kernels"].get(f"{report['name']} {report['arch']}")
     if committed["triton"] != version:
-        return []
-    if before is None:
-        return ["not in bench/results/compiled.json: run compile_report.py --update"]
+        counted = f"bench/results/compiled.json is of Triton {committed['triton'] or '?'}"
+        return [f"{counted}, this is {version}: run compile_report.py --update"]
+    before = committed["kernels"].get(f"{report['name']} {report['arch']}")
+    if before is None or ("instructions" in before) != ("instructions" in report):
+        return ["not counted so in bench/results/compiled.json: run compile_report.py --update"]
     now, then = report.get("instructions", 0), before.get("instructions", 0)
     if now > GROWTH * then:
         return [f"{now} instructions an element, {then} in bench/results/compiled.json"]
@@ -67,11 +92,13 @@ def grown(report: dict[str, Any], version: str) -> list[str]:
 
 
 def update(reports: list[dict[str, Any]], version: str) -> None:
-    """Writes the counts, each with the instructions before its last change, and the table."""
-    kernels = load()["kernels"]
+    """Writes the counts, each with the instructions before its last change, and the table. Those of
+    another version of Triton do not stay beside them."""
+    committed = load()
+    kernels = dict(committed["kernels"]) if committed["triton"] == version else {}
     for report in reports:
         key = f"{report['name']} {report['arch']}"
-        old = kernels.get(key, {})
+        old = committed["kernels"].get(key, {})
         report = dict(report)
         if "instructions" in report:
             changed = old.get("instructions") not in (None, report["instructions"])
@@ -92,7 +119,9 @@ def table(kernels: dict[str, dict[str, Any]], version: str) -> str:
         "was measured on a GPU: instructions and bytes an element are counted in the machine code,",
         "times and shares of the copy bandwidth follow from the model in `bench/predict.py`.",
         "*Products*: linear layer and divergence with all gradients at N = 8,192, V = 151,936,",
-        "H = 4,096, over four products alone.",
+        "H = 4,096, over four products alone. Of JSD with α = ½ one row in ten is counted with a",
+        "third sweep, which is an assumption: among synthetic rows 0 to 11 % take one at a KL of",
+        "1e-3, and 20 to 30 % at 0.03 to 0.05.",
         "",
         f"| {' | '.join(COLUMNS)} |",
         "|---" * len(COLUMNS) + "|",

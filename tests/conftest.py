@@ -81,6 +81,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if torch.cuda.is_available() or item.get_closest_marker("triton") is None:
+        return
+    if not pytest.importorskip("triton").knobs.runtime.interpret:
+        pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1")
+
+
 def pytest_collection_finish() -> None:
     """What has been imported stays until the end: the garbage collector, which took a tenth of the
     tests' time and a fifth of the imports', need not look at it. Nor need pytest hang its handlers

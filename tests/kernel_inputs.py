@@ -14,7 +14,8 @@ import pytest
 import torch
 from sodfast_kernels import SampledTokens, decode_attention, sample_tokens
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# With its index, as in bench/gpu_suite.py: some of torch's functions refuse a GPU without.
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 # The marker skips a test where there is neither a GPU nor the interpreter.
 BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.triton)]
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]

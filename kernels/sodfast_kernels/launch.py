@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +31,8 @@ class Configuration(NamedTuple):
     signature: Triton's type of each argument; ":16" marks an integer that 16 divides.
     streamed: the arguments whose accesses must be wide; where they are tables of pointers, with the
         bits of an element behind the pointer.
-    sweeps: its loops, by a function that only the loop's instructions come from.
+    sweeps: its loops, by a function that only the loop's instructions come from; {} where nothing
+        is counted, because it has no loop over its data or need not be fast.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Configuration(NamedTuple):
     constexprs: dict[str, Any]
     options: dict[str, Any]
     streamed: list[str] | dict[str, int]
-    sweeps: Mapping[str, Sweep] = MappingProxyType({})
+    sweeps: Mapping[str, Sweep]
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import compiled_table
@@ -120,6 +121,10 @@ def test_spills_are_read_from_ptxas(found):
     assert found["ptxas"] == [40, 28]
 
 
+@pytest.mark.skipif(
+    version("triton") != compiled_table.load()["triton"],
+    reason="the targets are those of the code that another version of Triton generates",
+)
 def test_the_row_kernels_meet_their_targets_and_have_not_grown(found):
     bounded = {key: entry for key, entry in found.items() if key.startswith("bounded")}
     assert len(bounded) == len(compiled_table.TARGETS)

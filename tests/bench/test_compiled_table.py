@@ -31,7 +31,24 @@ def test_growth_of_more_than_a_twentieth_is_a_problem():
     assert "84.1" in problem and "80.0" in problem
     (problem,) = compiled_table.grown(REPORT | {"name": "another"}, "1.0")
     assert "--update" in problem
-    assert compiled_table.grown(REPORT | {"instructions": 900.0}, "2.0") == []
+
+
+def test_counts_of_another_triton_and_counts_that_came_or_went_ask_for_an_update():
+    """Otherwise nothing would be compared from then on, and no kernel would ever have grown."""
+    compiled_table.update([REPORT], "1.0")
+    (problem,) = compiled_table.grown(REPORT, "2.0")
+    assert "Triton 1.0" in problem and "--update" in problem
+    compiled_table.update([REPORT | {"name": "another"}], "2.0")
+    (problem,) = compiled_table.grown(REPORT, "2.0")
+    assert "not counted" in problem
+    compiled_table.update([REPORT], "1.0")
+    uncounted = {key: value for key, value in REPORT.items() if key != "instructions"}
+    (problem,) = compiled_table.grown(uncounted, "1.0")
+    assert "--update" in problem
+    compiled_table.update([uncounted], "1.0")
+    assert compiled_table.grown(uncounted, "1.0") == []
+    (problem,) = compiled_table.grown(REPORT, "1.0")
+    assert "--update" in problem
 
 
 def test_an_update_keeps_what_was_before_the_last_change(folder):
@@ -48,6 +65,7 @@ def test_an_update_keeps_what_was_before_the_last_change(folder):
         ({"instructions": 92.1}, "instructions"),
         ({"bytes": 26.0}, "bytes"),
         ({"programs": 3}, "once"),
+        ({"predicted": {"H200": {"over_the_products": 1.16}}}, "products"),
     ],
 )
 def test_a_missed_target_is_said(change, word):

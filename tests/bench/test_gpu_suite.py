@@ -97,6 +97,9 @@ def test_rollout_is_rehearsed_on_a_cpu(tmp_path: Path) -> None:
 def suite(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Suite:
     """`suite(cases, *arguments)`: the exit code of a rehearsal of one part with these cases."""
 
+    # A rehearsal sets it, for good: kernels of later tests would be interpreted on a GPU.
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
     def run(cases: list[Case], *arguments: str) -> int:
         module = SimpleNamespace(__file__=__file__, cases=lambda plan: cases)
         monkeypatch.setitem(sys.modules, "suite_invented", module)

@@ -9,10 +9,11 @@ import suite_correctness
 import suite_situations
 import suite_state
 import torch
+from kernel_inputs import DEVICE
 from sodfast_kernels import distillation_loss, linear_distillation_loss
 from suite_record import Plan, check
 
-PLAN = Plan(torch.device("cpu"), full=False)
+PLAN = Plan(DEVICE, full=False)
 CASES = {case.name: case for case in suite_correctness.cases(PLAN)}
 
 
@@ -64,6 +65,7 @@ LINEAR = [
 ]
 
 
+@pytest.mark.triton
 @pytest.mark.slow
 @pytest.mark.parametrize("factor", [1.05, float("nan")])
 @pytest.mark.parametrize("name", LINEAR)
@@ -76,6 +78,7 @@ def test_a_wrong_gradient_is_a_miss(
     assert any(check.startswith("d_state: error") for check in found), found
 
 
+@pytest.mark.triton
 @pytest.mark.slow
 @pytest.mark.parametrize("factor", [1.05, float("nan")])
 def test_wrong_d_logits_are_a_miss(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,6 +89,7 @@ def test_wrong_d_logits_are_a_miss(factor: float, monkeypatch: pytest.MonkeyPatc
     assert ("α=0.0: NaN" in found) == (factor != factor)
 
 
+@pytest.mark.triton
 def test_a_gradient_where_models_are_equal_is_a_miss(monkeypatch: pytest.MonkeyPatch) -> None:
     def noisy(state: Any, head: Any, teacher: Any, *others: Any, **named: Any) -> Any:
         return linear_distillation_loss(state, head, teacher * 1.01, *others, **named)
@@ -94,6 +98,7 @@ def test_a_gradient_where_models_are_equal_is_a_miss(monkeypatch: pytest.MonkeyP
     assert len(missed("equal models")) == 3
 
 
+@pytest.mark.triton
 @pytest.mark.slow
 def test_a_nan_that_is_dropped_or_spreads_is_a_miss(monkeypatch: pytest.MonkeyPatch) -> None:
     def dropping(state: torch.Tensor, *others: Any, **named: Any) -> Any:
@@ -111,6 +116,7 @@ def test_a_nan_that_is_dropped_or_spreads_is_a_miss(monkeypatch: pytest.MonkeyPa
     assert [check for check in found if "weight 0.0" in check]
 
 
+@pytest.mark.triton
 def test_an_update_that_moves_one_element_wrongly_is_a_miss(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -130,6 +136,7 @@ def test_an_update_that_moves_one_element_wrongly_is_a_miss(
     assert not [check for check in found if check.startswith("average")]
 
 
+@pytest.mark.triton
 @pytest.mark.slow
 def test_moments_that_differ_are_a_miss(monkeypatch: pytest.MonkeyPatch) -> None:
     class Wrong(suite_state.AdamW):  # type: ignore[misc]
@@ -154,6 +161,7 @@ def test_bits_that_differ_are_counted_even_in_nan() -> None:
         suite_state.bits_that_differ([], [])
 
 
+@pytest.mark.triton
 @pytest.mark.slow
 def test_a_draw_that_looks_at_its_batch_is_a_miss(monkeypatch: pytest.MonkeyPatch) -> None:
     draw = suite_state.sample_tokens
@@ -169,6 +177,7 @@ def test_a_draw_that_looks_at_its_batch_is_a_miss(monkeypatch: pytest.MonkeyPatc
     assert "share of other tokens" in found and "rows that depend on their batch" in found
 
 
+@pytest.mark.triton
 @pytest.mark.slow
 def test_an_entropy_of_nan_is_a_miss(monkeypatch: pytest.MonkeyPatch) -> None:
     draw = suite_state.sample_tokens
@@ -181,6 +190,7 @@ def test_an_entropy_of_nan_is_a_miss(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "log-prob and entropy: error" in missed("sampling, bfloat16")
 
 
+@pytest.mark.triton
 @pytest.mark.slow
 def test_the_figure_has_the_divergences_that_it_is_about() -> None:
     rows = CASES["accuracy, KL"].run()["rows"]
@@ -192,6 +202,7 @@ def test_the_figure_has_the_divergences_that_it_is_about() -> None:
     assert eager[0]["d_head"] > 10 * ours[0]["d_head"]
 
 
+@pytest.mark.triton
 @pytest.mark.slow
 def test_a_wrong_gradient_in_the_figure_is_a_miss(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = with_wrong_gradient(linear_distillation_loss, 1.05)

@@ -35,13 +35,6 @@ if INTERPRETED:
 
     interpreter._patch_builtin = patch_once
 
-CAN_RUN_TRITON = torch.cuda.is_available() or INTERPRETED
-
-
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("triton") and not CAN_RUN_TRITON:
-        pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1")
-
 
 @pytest.fixture(autouse=True)
 def quiet_interpreter() -> Iterator[None]:

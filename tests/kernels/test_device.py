@@ -1,4 +1,4 @@
-"""The tests of the kernels themselves: where no kernel can run they are skipped, and none fails."""
+"""The tests that run a kernel: where none can run they are skipped, and none fails."""
 
 import os
 import re
@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+TESTS = Path(__file__).parents[1]
+# The kernels' own, and others that ask for `backend="triton"`.
+FILES = ["kernels", "bench/test_suite_correctness.py", "memory/test_trace.py"]
 REASONS = {
     "needs a CUDA device",
     "needs a CUDA device, or TRITON_INTERPRET=1",
@@ -19,7 +22,8 @@ REASONS = {
 def test_without_a_gpu_and_the_interpreter_every_test_passes_or_is_skipped():
     """As on a machine with a GPU, no tensor on the CPU reaches Triton: there it is refused."""
     command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider"]
-    command += ["-m", "not slow", str(Path(__file__).parent), f"--ignore={__file__}"]
+    command += ["-m", "triton or not slow", f"--ignore={__file__}"]
+    command += [str(TESTS / name) for name in FILES]
     environment = os.environ | {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr

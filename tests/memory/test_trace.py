@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import gemma, qwen
+from kernel_inputs import DEVICE
 from marks import slow
 from rollouts import tiny
 from sodfast_kernels import linear_distillation_loss, linear_scratch_bytes
@@ -159,9 +160,9 @@ def test_the_heads_gradient_is_summed_in_fp32_over_several_slabs() -> None:
     assert scratch(8192) - scratch(4096) == 4 * 2048 * 4000
 
 
+@pytest.mark.triton
 def test_the_kernels_run_again_after_a_trace() -> None:
-    pytest.importorskip("triton")
-    hidden, head = torch.randn(3, 8), torch.randn(20, 8)
+    hidden, head = torch.randn(3, 8).to(DEVICE), torch.randn(20, 8).to(DEVICE)
     with trace._no_kernels():
         pass
     loss = [
@@ -219,7 +220,7 @@ def test_layers_that_do_not_repeat_are_all_measured() -> None:
 
 
 def test_ligers_kernels_keep_less_and_leave_other_networks_alone() -> None:
-    pytest.importorskip("liger_kernel")
+    pytest.importorskip("liger_kernel", reason="liger-kernel is absent")
     objective = load_config(None, []).objective
 
     def taken(liger: bool) -> int:

@@ -345,7 +345,9 @@ def _merge(name: str, splits: int, width: int = 128) -> Configuration:
     constexprs = {"QUERIES": 1, "CACHE_HEADS": 8, "GROUP": 4, "D": width, "window": None}
     constexprs |= {"DIMS": sizes["DIMS"], "BLOCK": sizes["BLOCK"], "SPLITS": splits}
     signature = {**SCRATCH, "out_ptr": "*bf16", "splits": "i32"}
-    return Configuration(name, merge_kernel, signature, constexprs, {"num_warps": MERGE_WARPS}, [])
+    return Configuration(
+        name, merge_kernel, signature, constexprs, {"num_warps": MERGE_WARPS}, [], {}
+    )
 
 
 def production_configurations() -> list[Configuration]:

@@ -8,11 +8,12 @@ rounded division and root, no fused multiply-add. Imported only when a Triton ba
 import triton
 import triton.language as tl
 
-from ..launch import Configuration
+from ..launch import Configuration, Sweep
 from ..rounding import random_bits, round_stochastic
 from . import formats
 from .items import (
     BITS,
+    BLOCK_SIZE,
     OPTIONS,
     PRODUCTION,
     find_item,
@@ -208,6 +209,7 @@ def production_configurations() -> list[Configuration]:
             {"GRAD": grad, **PRODUCTION},
             OPTIONS,
             {"grad_table": BITS[grad]},
+            {"squares_kernel": Sweep(BITS[grad] / 8)},
         )
         for grad in BITS
     ]
@@ -228,6 +230,12 @@ def production_configurations() -> list[Configuration]:
         streamed = {"weight": BITS[weight], "grad": BITS[weight], "m": moment, "v": moment}
         if state == "exact":
             streamed["remainder"] = 16
+        # All but the gradient are written, too.
+        sweep = Sweep((2 * sum(streamed.values()) - BITS[weight]) / 8)
+        if state == "8bit":
+            # Each moment's exponent is read and written once a block, but by many threads.
+            moved = sweep.bytes + 2 * 2 / formats.BLOCK
+            sweep = Sweep(moved, elements=BLOCK_SIZE // (32 * OPTIONS["num_warps"]))
         kinds = {"QUANTIZED": state == "8bit", "REMAINDER": state == "exact"}
         found.append(
             Configuration(
@@ -237,6 +245,7 @@ def production_configurations() -> list[Configuration]:
                 {"WEIGHT": weight, "GRAD": weight, **kinds, **PRODUCTION},
                 OPTIONS,
                 {f"{name}_table": value for name, value in streamed.items()},
+                {"adamw_kernel": sweep},
             )
         )
     return found

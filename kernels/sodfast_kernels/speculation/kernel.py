@@ -114,6 +114,7 @@ def production_configurations() -> list[Configuration]:
         {**_MATCH, "STRETCH": BLOCK * BLOCKS},
         {"num_warps": WARPS},
         [],
+        {},
     )
     draft = Configuration(
         "find_drafts/draft",
@@ -122,5 +123,6 @@ def production_configurations() -> list[Configuration]:
         {**_KEY, "NOTHING": NONE, "BLOCK_SIZE": 16},
         {"num_warps": 1},
         [],
+        {},
     )
     return [match, draft]

@@ -77,13 +77,15 @@ def test_fp16_gradients_are_as_exact_as_in_fp32(monkeypatch, fp16, size, block):
     # Entries of very different sizes, most of them beyond the range of fp16.
     d_logits = size * normal(S, V) * torch.exp(2 * normal(S, V, seed=3) - 10)
     ours = gradients(d_logits, *fp16, block)
+    # A GPU's fp16 products cut their sums off after every few terms: that alone is up to 1e-6.
+    floor = 2e-6 if DEVICE.type == "cuda" else 2e-7
     head, hidden = fp16
     plain = d_logits @ head.float(), d_logits.T @ hidden.float()
     for actual, reference, expected in zip(ours, plain, exact(d_logits, *fp16), strict=True):
         error, unavoidable = (
             (found.double() - expected).norm() / expected.norm() for found in (actual, reference)
         )
-        assert error <= 2 * unavoidable + 2e-7
+        assert error <= 2 * unavoidable + floor
 
 
 def test_rows_and_columns_a_million_times_smaller_keep_their_precision(fp16):

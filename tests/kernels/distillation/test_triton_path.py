@@ -5,7 +5,7 @@ import torch
 from kernel_inputs import DEVICE
 from marks import slow
 from sodfast_kernels import linear_distillation_loss, reference
-from sodfast_kernels.distillation import triton_path
+from sodfast_kernels.distillation import row_launch, triton_path
 from sodfast_kernels.distillation.arguments import Call, Settings, Sides, Tokens
 
 pytestmark = pytest.mark.triton
@@ -160,7 +160,10 @@ def test_a_smaller_scratch_gives_the_same_and_too_small_a_one_is_refused():
         run(linear_distillation_loss, given, backend="triton", max_scratch_bytes=300)
 
 
-def test_the_factor_scales_in_place_and_rounds_to_nearest_even():
+@pytest.mark.parametrize("programs", [row_launch.SCALE_PROGRAMS, 1])
+def test_the_factor_scales_in_place_and_rounds_to_nearest_even(monkeypatch, programs):
+    """With one program only, all but the first block are its further turns."""
+    monkeypatch.setattr(row_launch, "SCALE_PROGRAMS", programs)
     generator = torch.Generator().manual_seed(1)
     values = torch.randn(9001, generator=generator).to(DEVICE).bfloat16()
     factor = torch.tensor(1.2345, device=DEVICE)
