@@ -2,6 +2,7 @@
 # quick the second time. PYTHON chooses the interpreter that .venv is made from.
 # make exhaustive: the tests that `make test` leaves to .ci/run: the same over more cases and moments.
 # make test-oldest: the tests under the oldest supported versions, in .venv-oldest.
+# make test-peers: the tests that compare with Liger, fla and torchao, which it puts into build/peers.
 # make docs: the documentation, a site that opens from disk, in build/docs.
 # make dist: what a release uploads, in dist/, installed and tried outside of the checkout.
 PYTHON ?= python3
@@ -24,7 +25,7 @@ HAS_OLDEST = $(shell $(PYTHON_OLDEST) --version 2>/dev/null)
 SOURCES := setup.py pyproject.toml kernels/pyproject.toml kernels/VERSION
 INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo quick test exhaustive test-oldest bench fuzz lint docs dist
+.PHONY: demo quick test exhaustive test-oldest test-peers bench fuzz lint docs dist
 
 demo: .venv/ready
 	$(BIN)/sodfast train out=$(OUT)
@@ -41,8 +42,22 @@ exhaustive: .venv/ready
 
 test-oldest:
 	$(if $(HAS_OLDEST),$(MAKE) --no-print-directory .venv-oldest/ready)
-	$(if $(HAS_OLDEST),OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -q -n auto $(OLDEST),\
+	$(if $(HAS_OLDEST),OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -q -n auto \
+		-m "not exhaustive" $(OLDEST),\
 		@echo "python3.12 is not here: the oldest versions are not tested")
+
+# In a folder of their own, not in .venv: transformers imports torchao wherever it is installed, Liger
+# and torchao write lines of warnings into every command, and plans are smaller with Liger.
+test-peers: build/peers/ready
+	PYTHONPATH=build/peers $(PYTEST) tests/kernels/test_modules.py tests/bench/test_suite_peers.py \
+		tests/docs/test_pages.py::test_the_example_of_liger tests/memory/test_trace.py \
+		tests/model/test_liger.py
+
+build/peers/ready: pyproject.toml constraints.txt .venv/ready
+	rm -rf build/peers
+	$(BIN)/python $(INSTALL) -c constraints.txt --no-deps --target build/peers \
+		liger-kernel flash-linear-attention fla-core einops torchao
+	touch $@
 
 bench: .venv/ready
 	$(BIN)/pytest -q bench --benchmark-only

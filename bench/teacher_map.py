@@ -17,15 +17,15 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from operator import itemgetter
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
 from sodfast.errors import UsageError
 from sodfast.files import copy_files, to_csv
-from sodfast.report.intervals import paired_difference, wilson_interval
+from sodfast.report.intervals import from_the_highest, paired_difference, wilson_interval
 from sodfast.report.page import write_studies
+from sodfast.report.tables import difference_row
 from sodfast.report.templates import number, template
 from sodfast.run.environment import describe
 from sodfast.summary import NEXT_STEPS
@@ -76,27 +76,20 @@ def read(folder: Path) -> Data:
 
 
 def with_earlier(data: Data, folder: Path = EARLIER) -> Data:
-    """With the runs and the comparisons of docs/schedules_lab, a regime of its own, whose highest
-    schedule is the baseline of its tables."""
+    """With the runs and the comparisons of docs/schedules_lab, a regime of its own."""
     earlier = read(folder)
     names = {"regime": SHIPPED, "lab_seed": 0}
     runs = [
         {**row, **names, "schedule": row["group"], "collapsed": int(bool(row["collapse_step"]))}
         for row in earlier["runs"]
     ]
-    highest = max(earlier["results"], key=itemgetter("final_mean"))
-    rest = [row for row in earlier["results"] if row is not highest]
-    assert all(row["baseline"] == highest["group"] for row in rest)
+    finals: dict[str, dict[Any, float]] = {}
+    for row in earlier["runs"]:
+        finals.setdefault(row["group"], {})[row["seed"]] = row["final"]
+    highest, others = from_the_highest(finals)
     comparisons = [
-        {
-            **{"regime": SHIPPED, "highest": highest["group"], "other": row["group"]},
-            **{"difference": -row["difference"], "pairs": row["pairs"]},
-            **{
-                "difference_low": -row["difference_high"],
-                "difference_high": -row["difference_low"],
-            },
-        }
-        for row in sorted(rest, key=itemgetter("difference"), reverse=True)
+        {"regime": SHIPPED, "highest": highest, "other": other, **difference_row(found)}
+        for other, found in others
     ]
     more = {"runs": runs, "comparisons": comparisons}
     return {**data, **{name: [*data.get(name, ()), *rows] for name, rows in more.items()}}

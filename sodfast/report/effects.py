@@ -2,7 +2,8 @@
 
 Rows for the report's tables. Effects on the length are differences of its logarithm: 0.05 is about
 5 % more. Intervals of means are those of `intervals.paired_difference`, and like there an interval
-of one value does not exist.
+of one value does not exist. Forks of one run at one step have the student in common, and their
+effects differ little: the seeds of such a cell count as one value, their mean.
 """
 
 from collections import Counter
@@ -27,13 +28,13 @@ CUTS = ("age", "drift", "tail")  # what the pairs of forks are cut into thirds b
 
 FORK_KEYS = ("run", "regime", "step", "seed", "lab_seed", *CUTS, *OUTCOMES)
 EFFECT_KEYS = (
-    *("regime", "by", "from", "to", "n"),
+    *("regime", "by", "from", "to", "n", "cells"),
     *(f"{outcome}{end}" for outcome in OUTCOMES for end in ("", "_low", "_high")),
 )
 
 
 def mean_with_interval(key: str, values: Sequence[float | None]) -> dict[str, float | None]:
-    """The mean of the values that exist and the bootstrap interval of that mean."""
+    """The mean of the values that exist and Student's interval of that mean."""
     known = [value for value in values if value is not None]
     found = paired_difference(known, [0.0] * len(known))
     low, high = found.interval if found and found.interval else (None, None)
@@ -126,8 +127,9 @@ def _effect(now: Run, never: Run, step: int) -> dict[str, float | None]:
 
 
 def fork_effects(rows: Sequence[Line]) -> Iterator[Line]:
-    """Mean effects with their intervals over pairs: of a regime's pairs together, at each step, and
-    in thirds by age, drift and tail, whose bounds belong to what was measured."""
+    """Mean effects with their intervals over cells (pairs of one run and step): of a regime's
+    together, at each step, and in thirds by age, drift and tail, whose bounds belong to what was
+    measured."""
     for regime, members in groupby(rows, key=itemgetter("regime")):
         own = [*members]
         parts = [("all", "step", own)]
@@ -142,6 +144,18 @@ def fork_effects(rows: Sequence[Line]) -> Iterator[Line]:
             parts += [(key, key, third) for third in thirds.values()]
         for by, key, part in parts:
             values = [row[key] for row in part]
-            ends = {"from": min(values), "to": max(values), "n": len(part)}
-            means = [mean_with_interval(name, [row[name] for row in part]) for name in OUTCOMES]
-            yield {"regime": regime, "by": by, **ends, **means[0], **means[1], **means[2]}
+            cells: dict[tuple[Any, ...], list[Line]] = {}
+            for row in part:
+                cells.setdefault((row["run"], row["lab_seed"], row["step"]), []).append(row)
+            found = {
+                "regime": regime,
+                "by": by,
+                "from": min(values),
+                "to": max(values),
+                "n": len(part),
+                "cells": len(cells),
+            }
+            for name in OUTCOMES:
+                known = [[r[name] for r in rows if r[name] is not None] for rows in cells.values()]
+                found |= mean_with_interval(name, [mean_of(values) for values in known])
+            yield found

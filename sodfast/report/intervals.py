@@ -4,7 +4,8 @@ Every function takes few values, one per seed, and answers None where the data a
 statement: an error or an interval of a single seed does not exist. Intervals are 95 %.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from math import comb
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +13,6 @@ from numpy.typing import NDArray
 from scipy import stats
 
 CONFIDENCE = 0.95
-RESAMPLES = 9_999
 
 Array = NDArray[np.float64]
 
@@ -60,25 +60,48 @@ class Difference(NamedTuple):
     above: int
 
 
-def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> Difference | None:
+def paired_difference(
+    values: Sequence[float], baseline: Sequence[float], comparisons: int = 1
+) -> Difference | None:
     """`values[i] − baseline[i]`, one pair per seed; None without pairs, no interval for one pair.
 
-    The interval is the percentile bootstrap over pairs (Efron & Tibshirani 1993, ch. 13) with a
-    fixed seed. The percentile method is defined for equal differences, too, where BCa is not. Of
-    n pairs it can reach no further than the least and the greatest difference, so with a handful
-    of seeds it covers less than its nominal 95 %.
+    The interval is Student's, mean ± t(n − 1) · s / √n, which takes the differences as normal. The
+    bootstrap takes nothing as given and covers less than it says of the handful of seeds that a
+    study has: its percentile interval, on normal differences, 76, 84 and 90 % of 3, 5 and 10 pairs.
+    `comparisons`: of so many differences the intervals hold together (Bonferroni).
     """
     differences = np.subtract(values, baseline)
     if not differences.size:
         return None
-    interval = None
+    mean, interval = float(differences.mean()), None
     if differences.size > 1:
-        options = {"n_resamples": RESAMPLES, "confidence_level": CONFIDENCE}
-        rng = np.random.default_rng(0)
-        found = stats.bootstrap((differences,), np.mean, **options, method="percentile", rng=rng)
-        interval = Interval(*map(float, found.confidence_interval))
-    above = int((differences > 0).sum())
-    return Difference(float(differences.mean()), interval, differences.size, above)
+        chance = (1 - CONFIDENCE) / comparisons
+        half = stats.t.ppf(1 - chance / 2, differences.size - 1) * stats.sem(differences)
+        interval = Interval(float(mean - half), float(mean + half))
+    return Difference(mean, interval, differences.size, int((differences > 0).sum()))
+
+
+def from_the_highest(
+    finals: Mapping[str, Mapping[Hashable, float]],
+) -> tuple[str, list[tuple[str, Difference | None]]]:
+    """Name → replicate → value: the name with the highest mean, and by how much it lies above each
+    other, from the nearest one on, over the replicates that both have.
+
+    Means are over the replicates that all have, if there are any. Which one is highest is read off
+    the same values, so the intervals hold together with those of all other pairs of names.
+    """
+    shared = set.intersection(*(set(own) for own in finals.values()))
+    means = {
+        name: np.mean([value for key, value in own.items() if key in shared or not shared])
+        for name, own in finals.items()
+    }
+    best, *others = sorted(finals, key=lambda name: means[name], reverse=True)
+    differences = []
+    for other in others:
+        both = [key for key in finals[best] if key in finals[other]]
+        values = [[finals[name][key] for key in both] for name in (best, other)]
+        differences.append((other, paired_difference(*values, comparisons=comb(len(finals), 2))))
+    return best, differences
 
 
 class Band(NamedTuple):

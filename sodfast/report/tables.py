@@ -1,6 +1,6 @@
 """The report's tables as the CSVs hold them, in full precision. tables.html.j2 shows them."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -16,6 +16,7 @@ from sodfast.report.early_warning import Forecast
 from sodfast.report.intervals import (
     Curve,
     Difference,
+    from_the_highest,
     mean_and_error,
     mean_of,
     paired_difference,
@@ -152,9 +153,7 @@ def build_tables(groups: Sequence[Group], found: Forecast | None) -> dict[str, T
     forks = effects.fork_rows(groups)
     tables["forks"] = Table(effects.FORK_KEYS, forks)
     tables["effects"] = Table(effects.EFFECT_KEYS, [*effects.fork_effects(forks)])
-    tables["comparisons"] = Table(
-        COMPARISON, [] if forks else [*_comparisons(groups, tables["results"])]
-    )
+    tables["comparisons"] = Table(COMPARISON, [] if forks else [*_comparisons(groups)])
     if found is not None:
         rows = [one.row for one in found.diagnostics]
         tables["forecast"] = Table(list(rows[0]) if rows else ["diagnostic"], rows)
@@ -208,10 +207,18 @@ def _difference(group: Group, other: Group | None) -> dict[str, Any]:
     """By how much the final score differs from another group's, over the seeds that both have."""
     found: Difference | None = None
     if other is not None:
-        finals = {run.replicate: run.final for run in other.used}
-        both = [(run.final, finals.get(run.replicate)) for run in group.used]
-        pairs = [(own, its) for own, its in both if own is not None and its is not None]
-        found = paired_difference([own for own, _ in pairs], [its for _, its in pairs])
+        own, its = _finals(group), _finals(other)
+        both = [key for key in own if key in its]
+        found = paired_difference([own[key] for key in both], [its[key] for key in both])
+    return difference_row(found)
+
+
+def _finals(group: Group) -> dict[Hashable, float]:
+    return {run.replicate: run.final for run in group.used if run.final is not None}
+
+
+def difference_row(found: Difference | None) -> dict[str, Any]:
+    """The columns of results.csv and comparisons.csv that a paired difference fills."""
     bounds = found.interval if found else None
     return {
         "difference": found and found.mean,
@@ -222,16 +229,17 @@ def _difference(group: Group, other: Group | None) -> dict[str, Any]:
     }
 
 
-def _comparisons(groups: Sequence[Group], results: Table) -> Iterator[Line]:
+def _comparisons(groups: Sequence[Group]) -> Iterator[Line]:
     """In each regime the group with the highest mean final score against each other, from above."""
-    means = [row["final_mean"] for row in results.rows]
-    pairs = [(m, group) for m, group in zip(means, groups, strict=True) if m is not None]
     for regime in dict.fromkeys(group.regime for group in groups):
-        own = sorted((p for p in pairs if p[1].regime == regime), key=lambda p: p[0], reverse=True)
-        for _, other in own[1:]:
-            best = own[0][1]
-            names = {"regime": regime, "highest": best.called, "other": other.called}
-            yield {**names, **_difference(best, other)}
+        called = {group.label: group.called for group in groups if group.regime == regime}
+        finals = {group.label: _finals(group) for group in groups if group.label in called}
+        finals = {label: own for label, own in finals.items() if own}
+        if len(finals) > 1:
+            best, others = from_the_highest(finals)
+            for other, found in others:
+                names = {"regime": regime, "highest": called[best], "other": called[other]}
+                yield {**names, **difference_row(found)}
 
 
 def _moves(group: Group) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The calls of the peers fit the packages as installed, and compute what ours computes.
 
-The packages are those of the extra `peers`, of which `dev` has all but torchao; flashinfer is in
-neither. A test is skipped where its package is absent, as in the oldest environment all are.
+The packages are those of the extra `peers`, which `make test-peers` has, and flashinfer. A test is
+skipped where its package is absent.
 """
 
 from collections.abc import Callable

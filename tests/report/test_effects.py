@@ -64,10 +64,11 @@ def pair(
 
 def test_a_mean_has_an_interval_where_there_are_two_values() -> None:
     found = mean_with_interval("x", [0.1, None, 0.3])
+    half = 0.1 * math.tan(0.475 * math.pi)  # Student's, of one degree of freedom
     assert found == {
         "x": pytest.approx(0.2),
-        "x_low": pytest.approx(0.1),
-        "x_high": pytest.approx(0.3),
+        "x_low": pytest.approx(0.2 - half),
+        "x_high": pytest.approx(0.2 + half),
     }
     assert mean_with_interval("x", [0.1, None]) == {"x": 0.1, "x_low": None, "x_high": None}
     assert mean_with_interval("x", []) == {"x": None, "x_low": None, "x_high": None}
@@ -136,16 +137,20 @@ def test_an_effect_is_over_the_steps_that_follow() -> None:
     assert row["reward"] == pytest.approx(0.1 - 0.4)
 
 
-def test_means_of_forks_are_over_pairs_by_step_and_in_thirds() -> None:
+def test_means_of_forks_are_over_cells_by_step_and_in_thirds() -> None:
     pairs = [pair(0.1 * seed, seed=seed) for seed in range(6)]
     rows = fork_rows([group(*[now for now, _ in pairs]), group(*[never for _, never in pairs])])
     for index, row in enumerate(rows):
         row["drift"] = float(index)  # type: ignore[index]
+        row["run"] = f"source {index // 2}"  # type: ignore[index]
     found = [*fork_effects(rows)]
     whole = found[0]
-    assert (whole["by"], whole["n"]) == ("all", 6)
+    assert (whole["by"], whole["n"], whole["cells"]) == ("all", 6, 3)
     assert whole["reward"] == pytest.approx(0.25)
-    assert 0.05 < whole["reward_low"] < 0.25 < whole["reward_high"] < 0.45
+    # The two seeds of a source count once: 0.05, 0.25 and 0.45, with t(2) = 4.303.
+    half = 4.302653 * 0.2 / math.sqrt(3)
+    assert whole["reward_low"] == pytest.approx(0.25 - half)
+    assert whole["reward_high"] == pytest.approx(0.25 + half)
     thirds = [row for row in found if row["by"] == "drift"]
     assert [(row["from"], row["to"], row["n"]) for row in thirds] == [
         (0, 1, 2),
