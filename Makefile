@@ -50,7 +50,7 @@ test-oldest:
 # and torchao write lines of warnings into every command, and plans are smaller with Liger.
 test-peers: build/peers/ready
 	PYTHONPATH=build/peers $(PYTEST) tests/kernels/test_modules.py tests/bench/test_suite_peers.py \
-		tests/docs/test_pages.py::test_the_example_of_liger tests/memory/test_trace.py \
+		tests/integrations/test_pages.py tests/memory/test_trace.py \
 		tests/model/test_liger.py
 
 build/peers/ready: pyproject.toml constraints.txt .venv/ready

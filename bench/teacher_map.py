@@ -23,7 +23,13 @@ from typing import Any
 
 from sodfast.errors import UsageError
 from sodfast.files import copy_files, to_csv
-from sodfast.report.intervals import from_the_highest, paired_difference, wilson_interval
+from sodfast.report.intervals import (
+    from_the_highest,
+    mean_and_error,
+    mean_of,
+    paired_difference,
+    wilson_interval,
+)
 from sodfast.report.page import write_studies
 from sodfast.report.tables import difference_row
 from sodfast.report.templates import number, template
@@ -171,6 +177,28 @@ def schedules(data: Data) -> str:
     return f"{_phase()}\n\n{table('results', data['results'])}"
 
 
+def starts(data: Data) -> str:
+    """Regime and warm start × schedule: final score and length of the answers over the runs."""
+    runs = [row for row in data["runs"] if row["status"] in ("done", "collapsed")]
+    runs = [row for row in runs if row.get("length") is not None]
+    names = list(dict.fromkeys(row["schedule"] for row in runs))
+    lines = [["regime, warm start", *names], ["---"] * (1 + len(names))]
+    for place in dict.fromkeys((row["regime"], row["lab_seed"]) for row in runs):
+        own = [row for row in runs if (row["regime"], row["lab_seed"]) == place]
+        cells = [_ends([row for row in own if row["schedule"] == name]) for name in names]
+        lines.append([f"{place[0]}, {place[1]}", *cells])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _ends(runs: Sequence[Row]) -> str:
+    final = mean_and_error([row["final"] for row in runs])
+    length = mean_of(row["length"] for row in runs)
+    if final is None or length is None:
+        return "–"
+    error = "" if final.error is None else f" ± {number(final.error)}"
+    return f"{number(final.value)}{error}, {number(length, 0)} tokens ({final.n})"
+
+
 def attribution(data: Data) -> str:
     found = table("attribution", data["attribution"])
     if not any(row["judged"] for row in data["attribution"]):
@@ -285,6 +313,7 @@ BLOCKS: dict[str, tuple[str, Callable[[Data], str]]] = {  # mark → the CSV it 
     "summary": ("comparisons", summary),
     "answers": ("comparisons", answers),
     "schedules": ("results", schedules),
+    "starts": ("runs", starts),
     "claims": ("runs", claims),
     "attribution": ("attribution", attribution),
     "warnings": ("forecast", lambda data: table("forecast", data["forecast"])),

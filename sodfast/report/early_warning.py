@@ -121,7 +121,8 @@ class DiagnosticForecast(NamedTuple):
     Its threshold is the least with at most `MAX_FALSE_ALARM_RATE` false alarms among these runs,
     so its rates are in-sample. For the held-out rates each regime or, where there is only one, each
     group is judged by the threshold of the others; they are None where the stable runs are all of
-    one. `roc` is
+    one. "AUC within" is that of each regime, or group, that has runs of both kinds: pooled runs of
+    regimes whose scores differ hide what tells collapses apart within each. `roc` is
     (threshold, false-alarm rate, detection rate) from no alarm to one wherever there is a score.
     """
 
@@ -184,7 +185,9 @@ def _judge(diagnostic: Diagnostic, watched: Sequence[Watched]) -> DiagnosticFore
     collapsed, stable = top[lost], top[~lost]
     threshold, area = _threshold(stable), auc(collapsed, stable)
     low, high = auc_interval(area, len(collapsed), len(stable))
-    held_out = _held_out(top, lost, np.array([group for group, _, _ in watched]))
+    names = np.array([group for group, _, _ in watched])
+    held_out = _held_out(top, lost, names)
+    within = {name: (top[lost & (names == name)], top[~lost & (names == name)]) for name in names}
     alarms = [_alarm(run, known, threshold) for _, run, known in watched]
     leads = [alarm.lead for alarm in alarms if alarm.lead is not None]
     standing = [alarm.standing_lead for alarm in alarms if alarm.standing_lead is not None]
@@ -194,6 +197,10 @@ def _judge(diagnostic: Diagnostic, watched: Sequence[Watched]) -> DiagnosticFore
         "AUC": area,
         "AUC low": low,
         "AUC high": high,
+        "AUC within": "; ".join(
+            f"{name} {auc(*own):.2f}" for name, own in within.items() if all(map(len, own))
+        )
+        or None,
         "threshold": threshold,
         "detection rate": _share_above(threshold, collapsed),
         "false-alarm rate": _share_above(threshold, stable),

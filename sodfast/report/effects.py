@@ -156,6 +156,9 @@ def fork_effects(rows: Sequence[Line]) -> Iterator[Line]:
                 "cells": len(cells),
             }
             for name in OUTCOMES:
-                known = [[r[name] for r in rows if r[name] is not None] for rows in cells.values()]
-                found |= mean_with_interval(name, [mean_of(values) for values in known])
+                means = [
+                    mean_of(row[name] for row in cell if row[name] is not None)
+                    for cell in cells.values()
+                ]
+                found |= mean_with_interval(name, means)
             yield found

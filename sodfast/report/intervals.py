@@ -99,8 +99,8 @@ def from_the_highest(
     differences = []
     for other in others:
         both = [key for key in finals[best] if key in finals[other]]
-        values = [[finals[name][key] for key in both] for name in (best, other)]
-        differences.append((other, paired_difference(*values, comparisons=comb(len(finals), 2))))
+        own, its = ([finals[name][key] for key in both] for name in (best, other))
+        differences.append((other, paired_difference(own, its, comb(len(finals), 2))))
     return best, differences
 
 
