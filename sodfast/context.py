@@ -202,8 +202,12 @@ def teacher_prompts(
     shown = [context.demonstration(text) for text in texts]
     if teacher.context in _SIBLINGS:
         sources = choose_demonstrations(
-            # An answer that is nothing but thoughts can teach nobody.
-            [grade.reward if text else -inf for grade, text in zip(grades, shown, strict=True)],
+            # An answer that is nothing but thoughts can teach nobody. One that is blank altogether
+            # is right where any answer is, and counts: runs of 0.1.0 go on as they began.
+            [
+                -inf if text.strip() and not rest else grade.reward
+                for grade, text, rest in zip(grades, texts, shown, strict=True)
+            ],
             config.rollout.samples_per_prompt,
             teacher.success_reward,
             config.seed,

@@ -321,10 +321,10 @@ def test_a_row_without_a_solution_has_no_reference() -> None:
         (["demonstration", "teacher.demonstrate_self=true"], [None, None]),
     ],
 )
-@pytest.mark.parametrize("thoughts", ["<think>It is 5.</think>", " \n"])
 def test_an_answer_that_is_nothing_but_thoughts_is_no_demonstration(
-    overrides: list[str], kinds: list[str | None], thoughts: str
+    overrides: list[str], kinds: list[str | None]
 ) -> None:
+    thoughts = "<think>It is 5.</think>"
     keys = [f"teacher.context={overrides[0]}", *overrides[1:]]
     found = hints([asked(ROW)], [(thoughts, 1.0, None), ("No.", 0.0, "no number")], *keys)
     assert [hint and hint[0] for hint in found] == kinds
