@@ -63,9 +63,10 @@ def test_refreshes_that_could_not_be_judged_are_left_out() -> None:
 @pytest.mark.slow
 def test_forks_of_every_regime_are_drawn_with_their_means() -> None:
     rows: list[dict[str, Any]] = [
-        {"regime": regime, "step": step, "age": step, "drift": 0.1 * step, "tail": None, **effect}
+        {"regime": regime, "run": run, "lab_seed": 0, "step": 20, "age": 20, "drift": 2.0}
+        | {"tail": None, "reward": 0.1, "length": 0.0, "score": None}
         for regime in ("A", "B")
-        for step, effect in ((20, {"reward": 0.1, "length": 0.0, "score": None}),) * 3
+        for run in ("one", "other", "third")
     ]
     svg = fork_figure("forks", rows, [*fork_effects(rows)])
     found = texts(svg)
