@@ -551,8 +551,10 @@ def check_repeatability(device: torch.device, dtype: torch.dtype) -> list[dict[s
 
     alone, again = answers(range(40)), answers(range(40))
     bits = [all(map(torch.equal, alone[n], again[n])) for n in alone]
-    tokens = [
-        alone[n][0].equal(other[n][0])
+    # On a CPU the log-probs, too: there company changes no bit.
+    kept = slice(2 if device.type == "cpu" else 1)
+    stayed = [
+        all(map(torch.equal, alone[n][kept], other[n][kept]))
         for other in (answers(range(39, -1, -1)), answers(range(60)))
         for n in alone
     ]
@@ -560,8 +562,8 @@ def check_repeatability(device: torch.device, dtype: torch.dtype) -> list[dict[s
     return [
         target("samples of a call that is repeated equal bit for bit", sum(bits) / len(bits), 1.0),
         target(
-            "samples whose tokens stay in other company",
-            sum(tokens) / len(tokens),
+            "samples that stay in other company",
+            sum(stayed) / len(stayed),
             1.0 if exact else 0.75,
         ),
     ]

@@ -24,10 +24,10 @@ from typing import Any
 from sodfast.errors import UsageError
 from sodfast.files import copy_files, to_csv
 from sodfast.report.intervals import (
+    difference_of,
     from_the_highest,
     mean_and_error,
     mean_of,
-    paired_difference,
     wilson_interval,
 )
 from sodfast.report.page import write_studies
@@ -179,15 +179,14 @@ def schedules(data: Data) -> str:
 
 def starts(data: Data) -> str:
     """Regime and warm start × schedule: final score and length of the answers over the runs."""
-    runs = [row for row in data["runs"] if row["status"] in ("done", "collapsed")]
-    runs = [row for row in runs if row.get("length") is not None]
+    runs = [row for row in _ended(data) if row.get("length") is not None]
     names = list(dict.fromkeys(row["schedule"] for row in runs))
     lines = [["regime, warm start", *names], ["---"] * (1 + len(names))]
     for place in dict.fromkeys((row["regime"], row["lab_seed"]) for row in runs):
         own = [row for row in runs if (row["regime"], row["lab_seed"]) == place]
         cells = [_ends([row for row in own if row["schedule"] == name]) for name in names]
         lines.append([f"{place[0]}, {place[1]}", *cells])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return _markdown(lines)
 
 
 def _ends(runs: Sequence[Row]) -> str:
@@ -219,7 +218,15 @@ def table(name: str, rows: Sequence[Row]) -> str:
     columns = vars(template("tables.html.j2").module)["columns"][name]
     lines = [[head for head, *_ in columns], ["---"] * len(columns)]
     lines += [[_line(write(row, *more)) for _, write, *more in columns] for row in rows]
+    return _markdown(lines)
+
+
+def _markdown(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _ended(data: Data) -> list[Row]:
+    return [row for row in data["runs"] if row["status"] in ("done", "collapsed")]
 
 
 def _bullets(sentences: Sequence[object]) -> str:
@@ -248,7 +255,7 @@ CLAIMS: tuple[tuple[str, str, str | None], ...] = (
 
 def claims(data: Data) -> str:
     """A row per claim, a column per regime."""
-    runs = [row for row in data["runs"] if row["status"] in ("done", "collapsed")]
+    runs = _ended(data)
     regimes = list(dict.fromkeys(row["regime"] for row in runs))
     lines = [["claim", *regimes], ["---"] * (1 + len(regimes))]
     for text, schedule, other in CLAIMS:
@@ -259,7 +266,7 @@ def claims(data: Data) -> str:
             for regime in regimes
         ]
         lines.append([text, *cells])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return _markdown(lines)
 
 
 def _of(runs: Sequence[Row], regime: str, schedule: str) -> dict[tuple[int, int], Row]:
@@ -279,9 +286,9 @@ def _collapses(runs: Sequence[Row], regime: str, schedule: str) -> str:
 
 def _difference(runs: Sequence[Row], regime: str, schedule: str, other: str) -> str:
     own, its = (_of(runs, regime, name) for name in (schedule, other))
-    both = [key for key in own if key in its]
-    finals = [[rows[key]["final"] for key in both] for rows in (own, its)]
-    found = paired_difference(*finals)
+    found = difference_of(
+        *({key: row["final"] for key, row in rows.items()} for rows in (own, its))
+    )
     if found is None or found.interval is None:
         return "not measured"
     low, high = found.interval

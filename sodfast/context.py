@@ -199,8 +199,9 @@ def teacher_prompts(
     if teacher.context == "none":
         return [Hint("none", None, to_ids(context.model.encode_question(q))) for q in questions]
     sources: list[int | None] = [None] * len(texts)
-    shown = [context.demonstration(text) for text in texts]
+    shown: list[str] = []  # of each answer, where answers can be demonstrations
     if teacher.context in _SIBLINGS:
+        shown = [context.demonstration(text) for text in texts]
         sources = choose_demonstrations(
             # An answer that is nothing but thoughts can teach nobody. One that is blank altogether
             # is right where any answer is, and counts: runs of 0.1.0 go on as they began.

@@ -139,7 +139,8 @@ class FusedLinearDistillationLoss(nn.Module):
         if labels.device.type == "cpu" and not torch.compiler.is_compiling():
             _check_labels(labels_N, kept_N, vocabulary)
         weight_N = kept_N.to(dtype) * self._token_weight(kept_N, shape).to(dtype)
-        hard_weight_N, soft_weight_N = self.hard_weight * weight_N, self.soft_weight * weight_N
+        soft_weight_N = self.soft_weight * weight_N
+        hard_weight_N = self.hard_weight * weight_N if self.hard_weight else None
         output = linear_loss(
             self.objective._replace(distill_weight=soft_weight_N, target_ids=labels_N),
             student_hidden.flatten(0, -2),
@@ -149,7 +150,7 @@ class FusedLinearDistillationLoss(nn.Module):
             student_bias,
             teacher_bias,
             may_be_padded=True,
-            label_weight=hard_weight_N if self.hard_weight else None,
+            label_weight=hard_weight_N,
         )
 
         def shaped(entries_N: Tensor) -> Tensor:
@@ -164,7 +165,9 @@ class FusedLinearDistillationLoss(nn.Module):
             return loss
         assert output.student_logprob is not None
         soft = reduced(soft_weight_N * output.divergence)
-        if self.hard_weight and self.objective.temperature != 1:
+        if hard_weight_N is None:
+            hard = torch.zeros_like(soft)
+        elif self.objective.temperature != 1:
             hard = loss.detach() - soft  # the labels' log-probs at temperature 1 are not kept
         else:
             hard = reduced(-hard_weight_N * output.student_logprob)

@@ -187,7 +187,10 @@ def _judge(diagnostic: Diagnostic, watched: Sequence[Watched]) -> DiagnosticFore
     low, high = auc_interval(area, len(collapsed), len(stable))
     names = np.array([group for group, _, _ in watched])
     held_out = _held_out(top, lost, names)
-    within = {name: (top[lost & (names == name)], top[~lost & (names == name)]) for name in names}
+    within = {
+        name: (top[lost & (names == name)], top[~lost & (names == name)])
+        for name in dict.fromkeys(names.tolist())
+    }
     alarms = [_alarm(run, known, threshold) for _, run, known in watched]
     leads = [alarm.lead for alarm in alarms if alarm.lead is not None]
     standing = [alarm.standing_lead for alarm in alarms if alarm.standing_lead is not None]

@@ -81,6 +81,14 @@ def paired_difference(
     return Difference(mean, interval, differences.size, int((differences > 0).sum()))
 
 
+def difference_of(
+    own: Mapping[Hashable, float], its: Mapping[Hashable, float], comparisons: int = 1
+) -> Difference | None:
+    """`paired_difference` over the replicates that both have."""
+    both = [key for key in own if key in its]
+    return paired_difference([own[key] for key in both], [its[key] for key in both], comparisons)
+
+
 def from_the_highest(
     finals: Mapping[str, Mapping[Hashable, float]],
 ) -> tuple[str, list[tuple[str, Difference | None]]]:
@@ -96,12 +104,8 @@ def from_the_highest(
         for name, own in finals.items()
     }
     best, *others = sorted(finals, key=lambda name: means[name], reverse=True)
-    differences = []
-    for other in others:
-        both = [key for key in finals[best] if key in finals[other]]
-        own, its = ([finals[name][key] for key in both] for name in (best, other))
-        differences.append((other, paired_difference(own, its, comb(len(finals), 2))))
-    return best, differences
+    pairs = comb(len(finals), 2)
+    return best, [(other, difference_of(finals[best], finals[other], pairs)) for other in others]
 
 
 class Band(NamedTuple):

@@ -16,10 +16,10 @@ from sodfast.report.early_warning import Forecast
 from sodfast.report.intervals import (
     Curve,
     Difference,
+    difference_of,
     from_the_highest,
     mean_and_error,
     mean_of,
-    paired_difference,
     wilson_interval,
 )
 from sodfast.report.runs import GATES, Group, Line, Run, describe_schedule
@@ -207,9 +207,7 @@ def _difference(group: Group, other: Group | None) -> dict[str, Any]:
     """By how much the final score differs from another group's, over the seeds that both have."""
     found: Difference | None = None
     if other is not None:
-        own, its = _finals(group), _finals(other)
-        both = [key for key in own if key in its]
-        found = paired_difference([own[key] for key in both], [its[key] for key in both])
+        found = difference_of(_finals(group), _finals(other))
     return difference_row(found)
 
 
