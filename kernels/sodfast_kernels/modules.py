@@ -154,8 +154,7 @@ class FusedLinearDistillationLoss(nn.Module):
         )
 
         def shaped(entries_N: Tensor) -> Tensor:
-            entries = entries_N.view(shape)
-            return entries[..., :-1] if self.shift else entries
+            return entries_N.view(shape)[..., : -1 if self.shift else None]
 
         def reduced(entries_N: Tensor) -> Tensor:
             return shaped(entries_N) if self.reduction == "none" else entries_N.sum()
@@ -165,11 +164,10 @@ class FusedLinearDistillationLoss(nn.Module):
             return loss
         assert output.student_logprob is not None
         soft = reduced(soft_weight_N * output.divergence)
+        hard = loss.detach() - soft  # the labels' log-probs at temperature 1 may not be kept
         if hard_weight_N is None:
             hard = torch.zeros_like(soft)
-        elif self.objective.temperature != 1:
-            hard = loss.detach() - soft  # the labels' log-probs at temperature 1 are not kept
-        else:
+        elif self.objective.temperature == 1:
             hard = reduced(-hard_weight_N * output.student_logprob)
         statistics = [shaped(entries) for entries in output[1:] if entries is not None]
         return loss, hard, soft, DistillationOutput(loss, *statistics)
